@@ -1,0 +1,56 @@
+"""The errors that mapconv raises on purpose.
+
+    MapconvError                     the root: catch this one
+    ├── AdapterError                 the adapter's files or its configuration are broken
+    │   └── UnsupportedError         they are sound, but mapconv refuses this feature, by name
+    ├── CheckpointError              the base model's files are broken or missing
+    ├── PlacementError               adapter tensors that fit no base tensor
+    ├── BaseMismatchError            a MAP adapter meets another base than the one it was made for
+    ├── OutputError                  the place to write to is taken, full or forbidden
+    ├── DataError                    a text file or a tokenizer that cannot be used
+    ├── FidelityError                a result is further from its source than the caller allows
+    └── DependencyError              an optional package or a device is absent
+
+Each message is one sentence that a user can act on: what is wrong, in which file or tensor, what was
+expected, and what to do next.
+"""
+
+
+class MapconvError(Exception):
+    """Root of every error that mapconv raises on purpose."""
+
+
+class AdapterError(MapconvError):
+    """The adapter's files or its configuration are broken."""
+
+
+class UnsupportedError(AdapterError):
+    """The adapter is sound, but uses a feature that mapconv refuses by name."""
+
+
+class CheckpointError(MapconvError):
+    """The base model's files are broken or missing."""
+
+
+class PlacementError(MapconvError):
+    """Adapter tensors that land on no base tensor of the right shape."""
+
+
+class BaseMismatchError(MapconvError):
+    """A MAP adapter meets another base than the one it was made for."""
+
+
+class OutputError(MapconvError):
+    """The output cannot be written where it was asked for."""
+
+
+class DataError(MapconvError):
+    """A text file or a tokenizer cannot be used."""
+
+
+class FidelityError(MapconvError):
+    """A result is further from its source than the caller allows."""
+
+
+class DependencyError(MapconvError):
+    """An optional package or a device is absent."""
