@@ -1,0 +1,138 @@
+"""Write safetensors files: one whose layout is known beforehand, filled by several threads, and one that grows.
+
+The layout of a merged shard is its source's, so every tensor has its place before the first byte is computed; a new
+adapter's ranks may only be known once its last module is solved, so its tensors are spooled and the header comes last.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mapconv.adapter import ITEM_SIZES, TensorRef
+from mapconv.checkpoint.reader import SAFETENSORS_DTYPES
+
+#: One copy call moves at most this much, so that a progress bar keeps moving.
+COPY_CHUNK = 64 << 20
+#: What the kernel answers where two file systems share no way to copy between them.
+_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that a file is going to hold."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+
+def lay_out(path: Path, specs: Sequence[TensorSpec], metadata: dict[str, str]) -> tuple[bytes, list[TensorRef]]:
+    """The header of a file that holds ``specs`` in this order, and where each tensor will lie in it."""
+    offset, entries = 0, {}
+    for spec in specs:
+        stop = offset + spec.nbytes
+        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, stop]}
+        offset = stop
+    table = {"__metadata__": metadata} | entries if metadata else entries
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the format pads the header so that data starts aligned
+    start = 8 + len(text)
+    placed = []
+    for spec in specs:
+        placed.append(TensorRef(path, spec.name, spec.dtype, spec.shape, start))
+        start += spec.nbytes
+    return struct.pack("<Q", len(text)) + text, placed
+
+
+class FixedFile:
+    """A file of known size, filled by positioned writes from any thread."""
+
+    def __init__(self, path: Path, header: bytes, nbytes: int) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        os.truncate(self._descriptor, nbytes)
+        write_at(self._descriptor, memoryview(header), 0)
+
+    def write(self, tensor: torch.Tensor, offset: int) -> None:
+        """Write a contiguous tensor's bytes at ``offset``."""
+        write_at(self._descriptor, memoryview(tensor.view(-1).view(torch.uint8).numpy()), offset)
+
+    def copy_from(self, descriptor: int, source: int, target: int, count: int) -> None:
+        copy_range(descriptor, self._descriptor, source, target, count)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class SpooledFile:
+    """A safetensors file whose tensors arrive one by one; ``finish`` puts the header before them.
+
+    Memory does not grow with the file: tensors go to ``<path>.spool`` as they come, and the kernel moves them behind
+    the header at the end.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._spool_path = path.with_name(path.name + ".spool")
+        self._spool = os.open(self._spool_path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._size = 0
+        self._specs: list[TensorSpec] = []
+
+    def append(self, name: str, tensor: torch.Tensor) -> None:
+        data = tensor.detach().cpu().contiguous()
+        spec = TensorSpec(name, SAFETENSORS_DTYPES[data.dtype], tuple(data.shape))
+        write_at(self._spool, memoryview(data.view(-1).view(torch.uint8).numpy()), self._size)
+        self._specs.append(spec)
+        self._size += spec.nbytes
+
+    def finish(self, metadata: dict[str, str]) -> None:
+        header, _ = lay_out(self.path, self._specs, metadata)
+        final = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            write_at(final, memoryview(header), 0)
+            copy_range(self._spool, final, 0, len(header), self._size)
+            os.fsync(final)
+        finally:
+            os.close(final)
+        self.close()
+
+    def close(self) -> None:
+        if self._spool >= 0:
+            os.close(self._spool)
+            self._spool_path.unlink(missing_ok=True)
+            self._spool = -1
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of ``data`` at ``offset``; the kernel may take less than it was offered."""
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def copy_range(source: int, target: int, source_offset: int, target_offset: int, count: int) -> None:
+    """Copy bytes between files inside the kernel, or through memory where the file systems cannot do that."""
+    while count:
+        try:
+            moved = os.copy_file_range(source, target, min(count, COPY_CHUNK), source_offset, target_offset)
+        except (AttributeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_KERNEL_COPY:
+                raise
+            data = os.pread(source, min(count, 1 << 20), source_offset)
+            write_at(target, memoryview(data), target_offset)
+            moved = len(data)
+        if moved == 0:
+            raise OSError("the source file became shorter while it was copied")
+        count, source_offset, target_offset = count - moved, source_offset + moved, target_offset + moved
