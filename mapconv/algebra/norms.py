@@ -1,0 +1,62 @@
+"""Frobenius norms and inner products in float64, of plain tensors and of products that are never formed.
+
+Symbols as in MATH.md: A is (r, m), B is (n, r); BA is their (n, m) product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+#: Elements of a row block: small enough that a block in float32 and float64 stays in a core's cache.
+BLOCK_ELEMENTS = 1 << 18
+
+
+def row_blocks(rows: int, width: int, elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
+    """Row ranges (start, stop) of about ``elements`` elements each that cover ``rows`` rows of ``width``."""
+    step = max(1, elements // max(1, width))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def product_inner(B1: torch.Tensor, A1: torch.Tensor, B2: torch.Tensor, A2: torch.Tensor) -> float:
+    """⟨B1·A1, B2·A2⟩ in O((n+m)·r²), from Gram matrices accumulated in float64."""
+    left = B1.double().T @ B2.double()
+    right = A1.double() @ A2.double().T
+    return float((left * right).sum())
+
+
+def product_norm(B: torch.Tensor, A: torch.Tensor) -> float:
+    """‖BA‖ without the n×m product."""
+    # Rounding can take the Gram form of a zero product a hair below zero.
+    return max(0.0, product_inner(B, A, B, A)) ** 0.5
+
+
+def product_difference_norm(B1: torch.Tensor, A1: torch.Tensor, B2: torch.Tensor, A2: torch.Tensor) -> float:
+    """‖B1·A1 − B2·A2‖ for factors of equal shape that are close to each other.
+
+    Written as (B1−B2)·A1 + B2·(A1−A2), whose terms are as small as the result: subtracting the two Gram forms instead
+    would lose every difference below 1e-8 of the norm.
+    """
+    B1, A1, B2, A2 = B1.double(), A1.double(), B2.double(), A2.double()
+    return product_norm(torch.cat([B1 - B2, B2], dim=1), torch.cat([A1, A1 - A2], dim=0))
+
+
+def squared_norm(values: torch.Tensor, buffer: torch.Tensor | None = None) -> float:
+    """Sum of squares in float64; ``buffer`` is an optional flat float64 tensor to convert into."""
+    flat = values.reshape(-1)
+    if buffer is None:
+        wide = flat.double()
+    else:
+        wide = buffer[: flat.numel()]
+        wide.copy_(flat)
+    return float(torch.dot(wide, wide))
+
+
+def row_squares(values: torch.Tensor) -> torch.Tensor:
+    """Squared L2 norm of each row of an (n, m) tensor, as (n,) float64."""
+    result = torch.empty(values.shape[0], dtype=torch.float64, device=values.device)
+    for start, stop in row_blocks(*values.shape):
+        result[start:stop] = torch.linalg.vector_norm(values[start:stop].double(), dim=1).square_()
+    return result
