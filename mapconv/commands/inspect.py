@@ -1,0 +1,115 @@
+"""Say what an adapter is, from its configuration and headers alone, and what ``upgrade`` would make of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mapconv.adapter import Adapter, Module
+from mapconv.formats import read_adapter
+from mapconv.plan import place_adapter
+
+
+@dataclass(frozen=True)
+class TargetGroup:
+    """The adapted modules of one type, such as ``q_proj``."""
+
+    module_type: str
+    count: int
+    layers: str
+    ranks: tuple[int, ...]
+    scalings: tuple[float, ...]
+    shapes: tuple[tuple[int, int], ...]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What an adapter is. ``fits`` is the base folder that it was placed on, or None if no base was given."""
+
+    source: Path
+    method: str
+    base: str | None
+    revision: str | None
+    peft_version: str | None
+    task_type: str | None
+    modules: int
+    parameters: int
+    nbytes: int
+    dtypes: tuple[str, ...]
+    targets: tuple[TargetGroup, ...]
+    upgrade: str
+    fits: Path | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"source": str(self.source), "fits": None if self.fits is None else str(self.fits)}
+
+
+def inspect(source: str | Path, *, base: str | Path | None = None) -> Inspection:
+    """Describe an adapter, and with ``base`` check that it fits there; no tensor's values are read.
+
+    Raises:
+        MapconvError: the adapter is broken or refused, or does not fit the base.
+    """
+    source = Path(source)
+    fits = None
+    if base is None:
+        adapter = read_adapter(source)
+    else:
+        placed = place_adapter(source, base)
+        adapter, fits = placed.adapter, placed.checkpoint.folder
+    groups: dict[str, list[Module]] = defaultdict(list)
+    for module in adapter.modules:
+        groups[module.module_type].append(module)
+    return Inspection(
+        source=source,
+        method=adapter.method,
+        base=adapter.base,
+        revision=adapter.revision,
+        peft_version=adapter.config.get("peft_version"),
+        task_type=adapter.config.get("task_type"),
+        modules=len(adapter.modules),
+        parameters=adapter.parameters,
+        nbytes=adapter.nbytes,
+        dtypes=tuple(sorted({ref.dtype for module in adapter.modules for ref in module.tensors})),
+        targets=tuple(_group(name, modules) for name, modules in groups.items()),
+        upgrade=_forecast(adapter),
+        fits=fits,
+        notes=adapter.notes,
+    )
+
+
+def _group(name: str, modules: list[Module]) -> TargetGroup:
+    return TargetGroup(
+        module_type=name,
+        count=len(modules),
+        layers=_ranges(sorted({module.layer for module in modules if module.layer is not None})),
+        ranks=tuple(sorted({module.rank for module in modules})),
+        scalings=tuple(sorted({module.scaling for module in modules})),
+        shapes=tuple(sorted({module.weight_shape for module in modules})),
+        parameters=sum(ref.numel for module in modules for ref in module.tensors),
+    )
+
+
+def _forecast(adapter: Adapter) -> str:
+    if adapter.method == "LoRA":
+        return "exact: α and β follow from norms, the factors are kept"
+    if adapter.method == "DoRA":
+        return (
+            "the closest MAP weight at the same rank (ε is reported); --direction dora keeps DoRA's own factors, exact"
+        )
+    return "nothing: this is a MAP adapter already"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``0-3, 5`` for [0, 1, 2, 3, 5]."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)

@@ -1,0 +1,176 @@
+"""Convert a LoRA or DoRA adapter into a MAP directory: plan, convert module by module, write whole or not at all."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mapconv.adapter import Adapter, Direction, MapModule
+from mapconv.card import adapter_card
+from mapconv.checkpoint.reader import TensorReader
+from mapconv.checkpoint.staging import check_output, staged_folder, write_file
+from mapconv.checkpoint.writer import SpooledFile
+from mapconv.convert import DEFAULT_MAX_RANK, Converted, Converter, ConvertOptions
+from mapconv.errors import UnsupportedError
+from mapconv.formats.mapdir import needs_magnitude, peft_config, write_configs
+from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
+from mapconv.parallel import in_order, worker_count
+from mapconv.plan import PlacedAdapter, place_adapter
+from mapconv.progress import progress_bar
+from mapconv.provenance import base_name, map_config
+from mapconv.sidecars import copy_tokenizer
+
+
+@dataclass(frozen=True)
+class UpgradeResult:
+    """What an upgrade wrote, or with ``dry_run`` what it would write (then without modules)."""
+
+    out: Path
+    source: Path
+    base: Path
+    method: str
+    modules: tuple[MapModule, ...]
+    planned: int
+    parameters: int
+    nbytes: int
+    seconds: float
+    dry_run: bool
+    plain_lora: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def worst_error(self) -> float:
+        return max((module.error for module in self.modules), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        table = asdict(self) | {name: str(getattr(self, name)) for name in ("out", "source", "base")}
+        table["modules"] = [module.to_dict() for module in self.modules]
+        return table | {"worst_error": self.worst_error}
+
+
+def upgrade(
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    base: str | Path | None = None,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    max_rank: int = DEFAULT_MAX_RANK,
+    direction: Direction = "low-rank",
+    lora_compatible: bool = False,
+    dtype: str = "float32",
+    device: str = "auto",
+    force: bool = False,
+    dry_run: bool = False,
+    quiet: bool = True,
+) -> UpgradeResult:
+    """Convert a LoRA or DoRA adapter to MAP form.
+
+    Args:
+        source: the adapter's folder.
+        out: the MAP directory to write; None: ``<source>-map`` beside the source.
+        base: the base model's folder or Hub id; None takes it from the adapter's configuration.
+        rank: rank of the result; None keeps each module's own.
+        tolerance: instead of ``rank``: the smallest rank of each module whose ε is at most this, up to ``max_rank``.
+        direction: ``low-rank``: Δ = BA, refitted if the source is DoRA. ``dora``: DoRA's own update, exact.
+        lora_compatible: hold a = 1, so that the result is a plain LoRA adapter as well.
+        dtype: of the stored factors: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the source's own.
+        device: ``auto``, ``cpu`` or ``cuda``: where refits run.
+        force: replace ``out``.
+        dry_run: plan and check, write nothing.
+        quiet: no progress bar.
+
+    Raises:
+        MapconvError: of the kind that fits; ``out`` then does not exist.
+        ValueError: options that exclude each other.
+    """
+    started = time.perf_counter()
+    if rank is not None and tolerance is not None:
+        raise ValueError("rank and tolerance exclude each other")
+    if lora_compatible and direction == "dora":
+        raise ValueError("a DoRA direction is no plain LoRA: lora_compatible needs the low-rank direction")
+    source = Path(source)
+    out = default_output(source) if out is None else Path(out)
+    options = ConvertOptions(rank, tolerance, max_rank, direction, lora_compatible, dtype, device)
+    placed = place_adapter(source, base)
+    if placed.adapter.method == "MAP":
+        raise UnsupportedError(f"{source} is a MAP adapter already: upgrade the adapter that it was made from.")
+    nbytes = sum(options.stored_bytes(item) for item in placed.modules)
+    check_output(out, force=force, inputs=[source, placed.checkpoint.folder], nbytes=nbytes)
+    modules: tuple[MapModule, ...] = ()
+    parameters = 0
+    if not dry_run:
+        with staged_folder(out, force=force) as staging:
+            modules, parameters = _write(placed, options, staging, quiet=quiet)
+            nbytes = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+    return UpgradeResult(
+        out=out,
+        source=source,
+        base=placed.checkpoint.folder,
+        method=placed.adapter.method,
+        modules=modules,
+        planned=len(placed.modules),
+        parameters=parameters,
+        nbytes=nbytes,
+        seconds=time.perf_counter() - started,
+        dry_run=dry_run,
+        plain_lora=not needs_magnitude(modules),
+        notes=tuple(_notes(placed.adapter, options)),
+    )
+
+
+def default_output(source: Path) -> Path:
+    """``<source>-map`` beside the source."""
+    resolved = source.resolve()
+    return resolved.parent / f"{resolved.name}-map" if source.name in ("", "..") else Path(f"{source}-map")
+
+
+def _write(
+    placed: PlacedAdapter, options: ConvertOptions, staging: Path, *, quiet: bool
+) -> tuple[tuple[MapModule, ...], int]:
+    """Convert every module into ``staging``; returns their scalars and the number of parameters."""
+    spool = SpooledFile(staging / WEIGHTS_FILE)
+    try:
+        converted, parameters = _convert(placed, options, spool, quiet=quiet)
+        modules = tuple(result.scalars for result in converted)
+        if needs_magnitude(modules):
+            for result in converted:
+                spool.append(f"{KEY_PREFIX}{result.scalars.path}.lora_magnitude_vector", result.magnitude)
+        spool.finish({"format": "pt"})
+    finally:
+        spool.close()
+    copy_tokenizer(placed.adapter.path, staging)
+    base = base_name(placed)
+    write_file(staging / "README.md", adapter_card(placed.adapter, base, plain_lora=not needs_magnitude(modules)))
+    write_configs(staging, peft_config(placed.adapter.config, modules, base=base), map_config(placed, options, modules))
+    return modules, parameters
+
+
+def _convert(
+    placed: PlacedAdapter, options: ConvertOptions, spool: SpooledFile, *, quiet: bool
+) -> tuple[list[Converted], int]:
+    """Spool the factors of every module; returns what is left of each, and the number of MAP's parameters."""
+    workers = worker_count(max(options.working_bytes(item) for item in placed.modules))
+    total = sum(item.base.nbytes for item in placed.modules)
+    converted, parameters = [], 0
+    with TensorReader() as reader, progress_bar(total, "upgrading", quiet=quiet) as advance:
+        results = in_order(Converter(reader, options).convert, placed.modules, workers)
+        for item, result in zip(placed.modules, results, strict=True):
+            spool.append(f"{KEY_PREFIX}{result.scalars.path}.lora_A.weight", result.A)
+            spool.append(f"{KEY_PREFIX}{result.scalars.path}.lora_B.weight", result.B)
+            parameters += result.A.numel() + result.B.numel() + 2  # α and β
+            converted.append(result.without_factors())
+            advance(item.base.nbytes)
+    return converted, parameters
+
+
+def _notes(adapter: Adapter, options: ConvertOptions) -> list[str]:
+    notes = list(adapter.notes)
+    if adapter.method == "LoRA" and options.direction == "dora":
+        notes.append("the source is a LoRA adapter, which is exact in low-rank form: --direction dora changes nothing")
+    highest = max(module.rank for module in adapter.modules)
+    if adapter.method == "LoRA" and options.rank is not None and options.rank > highest:
+        notes.append(f"the source is a LoRA adapter of rank {highest}: a higher rank would add nothing, so it is kept")
+    return notes

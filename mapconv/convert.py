@@ -1,0 +1,210 @@
+"""Convert one placed module into MAP form: exactly where its own factors serve, to the optimum where they do not.
+
+LoRA is exact: its factors are kept and the scalars follow from norms. DoRA is solved to the optimum of MATH.md (2),
+or kept in its own factors with the direction ``dora``. ε is measured on the factors as they will be written.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass, replace
+
+import torch
+
+from mapconv.adapter import Direction, MapModule
+from mapconv.algebra.dora import AdaptedWeight, merge_rows_
+from mapconv.algebra.norms import (
+    BLOCK_ELEMENTS,
+    product_difference_norm,
+    product_norm,
+    row_blocks,
+    squared_norm,
+)
+from mapconv.algebra.refit import Refit, refit, refit_to_tolerance, relative_error
+from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
+from mapconv.devices import resolve_device
+from mapconv.errors import CheckpointError
+from mapconv.factors import Factors, load_factors
+from mapconv.plan import PlacedModule
+
+DEFAULT_MAX_RANK = 256
+#: Below this gain, D = (b/a)·Δ would be too long for its dtype, and a = 1 is solved for instead.
+SMALLEST_GAIN = 1e-3
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What the caller asked for. ``rank`` and ``tolerance`` exclude each other; None for both: the source's rank."""
+
+    rank: int | None = None
+    tolerance: float | None = None
+    max_rank: int = DEFAULT_MAX_RANK
+    direction: Direction = "low-rank"
+    lora_compatible: bool = False
+    dtype: str = "float32"
+    device: str = "auto"
+
+    def keeps_factors(self, placed: PlacedModule) -> bool:
+        """Whether the source's own factors serve as they are: always exact, and cheap."""
+        if placed.module.magnitude is not None:
+            return self.direction == "dora"
+        return self.tolerance is None and (self.rank is None or self.rank >= placed.module.rank)
+
+    def stored_dtype(self, placed: PlacedModule) -> torch.dtype:
+        """The dtype that this module's factors are written in."""
+        return TORCH_DTYPES[placed.module.lora_A.dtype] if self.dtype == "auto" else getattr(torch, self.dtype)
+
+    def working_bytes(self, placed: PlacedModule) -> int:
+        """Memory that converting this module takes: a refit holds the base weight in float32."""
+        return 16 * BLOCK_ELEMENTS if self.keeps_factors(placed) else 4 * placed.base.numel
+
+    def stored_bytes(self, placed: PlacedModule) -> int:
+        """Bytes of this module's factors as written; with a tolerance, at the source's rank."""
+        height, width = placed.module.weight_shape
+        rank = placed.module.rank if self.keeps_factors(placed) else self.rank or placed.module.rank
+        return (height + width) * min(rank, height, width) * self.stored_dtype(placed).itemsize + 4 * height
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One module in MAP form, as it is written.
+
+    A (k, in) and B (out, k) are the factors of D = (b/a)·Δ; ``magnitude`` (out,) is what stock PEFT needs to compute
+    the module as a DoRA, or None where the gain is 1 and the direction is low-rank.
+    """
+
+    scalars: MapModule
+    A: torch.Tensor
+    B: torch.Tensor
+    magnitude: torch.Tensor | None
+
+    def without_factors(self) -> Converted:
+        return replace(self, A=self.A[:0], B=self.B[:, :0])
+
+
+class Converter:
+    """Turns placed modules into MAP form, one at a time; safe to call from several threads."""
+
+    def __init__(self, reader: TensorReader, options: ConvertOptions) -> None:
+        self._reader, self._options = reader, options
+        self._device = resolve_device(options.device)
+        self._local = threading.local()
+
+    def convert(self, placed: PlacedModule) -> Converted:
+        factors = load_factors(placed.module, self._reader)
+        if placed.module.magnitude is None and self._options.keeps_factors(placed):
+            return self._keep_lora(placed, factors)
+        if self._options.keeps_factors(placed):
+            return self._keep_dora(placed, factors)
+        return self._refit(placed, factors)
+
+    def _keep_lora(self, placed: PlacedModule, factors: Factors) -> Converted:
+        """W0 + s·BA is MAP already: α = ‖W0‖, β = ‖s·BA‖ (MATH.md section 2)."""
+        scaling = placed.module.scaling
+        A, B = self._stored(factors.A, placed), self._stored(factors.B * scaling, placed)
+        base_norm = self._base_norm(placed)
+        norm = product_norm(B, A)
+        source_norm = abs(scaling) * product_norm(factors.B, factors.A)
+        difference = product_difference_norm(factors.B.double() * scaling, factors.A, B, A)
+        error = difference / source_norm if source_norm else 0.0
+        return _converted(placed, "low-rank", 1.0, base_norm, norm, error, A, B, None)
+
+    def _keep_dora(self, placed: PlacedModule, factors: Factors) -> Converted:
+        """T is kept in DoRA's own factors, with Δ = T − W0 and a = b = 1 (MATH.md section 5)."""
+        scaled = factors.B.double() * placed.module.scaling
+        A, B = self._stored(factors.A, placed), self._stored(factors.B * placed.module.scaling, placed)
+        base_square = update_square = error_square = 0.0
+        height, width = placed.base.shape
+        buffer = torch.empty(max(width, BLOCK_ELEMENTS) * 4, dtype=torch.uint8)
+        for start, stop in row_blocks(height, width):
+            rows = self._reader.read_rows(placed.base, start, stop, buffer).double()
+            magnitude = factors.magnitude[start:stop]
+            wanted = merge_rows_(rows.clone(), factors.A.double(), scaled[start:stop], magnitude=magnitude)
+            got = merge_rows_(rows.clone(), A.double(), B[start:stop].double(), magnitude=magnitude)
+            base_square += squared_norm(rows)
+            update_square += squared_norm(got - rows)
+            error_square += squared_norm(wanted - got)
+        norm = update_square**0.5
+        error = (error_square / update_square) ** 0.5 if update_square else 0.0
+        base_norm = _finite(base_square**0.5, placed)
+        return _converted(placed, "dora", 1.0, base_norm, norm, error, A, B, factors.magnitude)
+
+    def _refit(self, placed: PlacedModule, factors: Factors) -> Converted:
+        """The optimum of MATH.md (2); ε and the magnitude are then measured on the factors as stored."""
+        device = self._device
+        base = self._base_matrix(placed).to(device)
+        magnitude = None if factors.magnitude is None else factors.magnitude.to(device)
+        scaled = (factors.B * placed.module.scaling).to(device)
+        target = AdaptedWeight(base, factors.A.to(device), scaled, magnitude)
+        base_norm = _finite(target.base_norm, placed)
+        solution = self._solve(target, placed)
+        gain = solution.gain
+        A, B = self._stored(solution.A, placed), self._stored(solution.B / gain, placed)
+        stored_A, stored_B = A.to(device, torch.float32), B.to(device, torch.float32)
+        error = relative_error(target, gain, gain * stored_B, stored_A)
+        magnitude = gain * target.approximation_row_norms(stored_B, stored_A)
+        return _converted(placed, "low-rank", gain, base_norm, product_norm(B, A), error, A, B, magnitude)
+
+    def _solve(self, target: AdaptedWeight, placed: PlacedModule) -> Refit:
+        options = self._options
+        gain = 1.0 if options.lora_compatible else None
+        if options.tolerance is not None:
+            return refit_to_tolerance(target, options.tolerance, options.max_rank, gain=gain)
+        solution = refit(target, options.rank or placed.module.rank, gain=gain)
+        return solution if abs(solution.gain) > SMALLEST_GAIN else refit(target, solution.rank, gain=1.0)
+
+    def _stored(self, factor: torch.Tensor, placed: PlacedModule) -> torch.Tensor:
+        """The factor in the dtype it is written in."""
+        return factor.to(self._options.stored_dtype(placed)).cpu()
+
+    def _base_matrix(self, placed: PlacedModule) -> torch.Tensor:
+        """W0 in float32, in memory that this thread uses again for its next module."""
+        height, width = placed.base.shape
+        matrix = getattr(self._local, "matrix", None)
+        if matrix is None or matrix.numel() < height * width:
+            matrix = self._local.matrix = torch.empty(height * width)
+        matrix = matrix[: height * width].view(height, width)
+        raw = torch.empty(max(width, BLOCK_ELEMENTS) * 4, dtype=torch.uint8)
+        for start, stop in row_blocks(height, width):
+            matrix[start:stop] = self._reader.read_rows(placed.base, start, stop, raw)
+        return matrix
+
+    def _base_norm(self, placed: PlacedModule) -> float:
+        """‖W0‖ in one pass over the tensor's bytes, in blocks."""
+        raw = torch.empty(BLOCK_ELEMENTS * 4, dtype=torch.uint8)
+        wide = torch.empty(BLOCK_ELEMENTS, dtype=torch.float64)
+        blocks = row_blocks(placed.base.numel, 1)
+        square = sum(squared_norm(self._reader.read_range(placed.base, *block, raw), wide) for block in blocks)
+        return _finite(square**0.5, placed)
+
+
+def _converted(
+    placed: PlacedModule,
+    direction: Direction,
+    gain: float,
+    base_norm: float,
+    direction_norm: float,
+    error: float,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    magnitude: torch.Tensor | None,
+) -> Converted:
+    # The stored direction is scaled so that b = a: what PEFT computes is a·(W0 + D).
+    scalars = MapModule(
+        path=placed.module.path,
+        direction=direction,
+        rank=A.shape[0],
+        alpha=gain * base_norm,
+        beta=gain * direction_norm,
+        base_norm=base_norm,
+        direction_norm=direction_norm,
+        error=error,
+    )
+    return Converted(scalars, A, B, None if magnitude is None else magnitude.float().cpu())
+
+
+def _finite(norm: float, placed: PlacedModule) -> float:
+    if not math.isfinite(norm):
+        raise CheckpointError(f"{placed.base.file}: tensor {placed.base.name} holds NaN or infinity.")
+    return norm

@@ -1,0 +1,20 @@
+"""Choose the device that heavy arithmetic runs on."""
+
+from __future__ import annotations
+
+import torch
+
+from mapconv.errors import DependencyError
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        DependencyError: CUDA was asked for and is absent.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise DependencyError("--device cuda was asked for, but torch sees no CUDA device: use --device cpu.")
+    return torch.device(name)

@@ -1,0 +1,82 @@
+"""Load models, tokenizers and adapters through transformers and PEFT, quietly, with their errors in one sentence."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mapconv.errors import CheckpointError, DataError, MapconvError
+
+
+def load_causal_lm(folder: Path, *, dtype: str, device: Any) -> Any:
+    """A causal language model in eval mode.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or had to invent weights that the folder lacks.
+    """
+    with quiet_libraries(), translated(f"the model in {folder}", CheckpointError):
+        from transformers import AutoModelForCausalLM
+
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, local_files_only=True
+        )
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report[kind]:
+            raise CheckpointError(f"{folder}: transformers reports {kind} {sorted(map(str, report[kind]))[:3]}.")
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        DataError: the folder has none that transformers can load.
+    """
+    with quiet_libraries(), translated(f"the tokenizer in {folder}", DataError):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def attach_with_peft(model: Any, folder: Path, name: str) -> Any:
+    """Attach an adapter with stock PEFT, under ``name``; a model that is a PeftModel already gets a second one."""
+    with quiet_libraries(), translated(f"the adapter in {folder}", CheckpointError):
+        from peft import PeftModel
+
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), adapter_name=name)
+            return model.eval()
+        return PeftModel.from_pretrained(model, str(folder), adapter_name=name).eval()
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence the loading bars and notices of transformers; its errors still arrive."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def translated(what: str, kind: type[MapconvError]) -> Iterator[None]:
+    """Turn whatever a library raises into one sentence of ours; the original stays as its cause."""
+    try:
+        yield
+    except MapconvError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        raise kind(f"{what} cannot be loaded ({type(error).__name__}: {lines[0][:200]}).") from error

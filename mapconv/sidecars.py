@@ -1,0 +1,84 @@
+"""The files beside the weights: what ``from_pretrained`` needs, by an allow-list, and nothing else.
+
+Whatever the list does not name stays behind: optimizer and scheduler states, training arguments, ``.env``, logs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from mapconv.checkpoint.staging import write_file
+
+MODEL_CONFIG = "config.json"
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+_MODEL = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "image_processor_config.json", "configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py",
+    "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's files in ``folder``, relative to it."""
+    return _matching(folder, _TOKENIZER)
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[Path]:
+    """Copy the tokenizer's files, if there are any, and return their names."""
+    return _copy(source, target, tokenizer_files(source))
+
+
+def copy_model_files(base: Path, adapter: Path, target: Path) -> list[str]:
+    """Copy all that ``from_pretrained`` needs but the weights and ``config.json``; return notes for the user.
+
+    An adapter that brings a tokenizer was trained with it (a chat template, added tokens): it replaces the base's.
+    """
+    _copy(base, target, _matching(base, _MODEL))
+    own = tokenizer_files(adapter)
+    if any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt") for path in own):
+        _copy(adapter, target, own)
+        return [f"tokenizer taken from the adapter ({adapter})"]
+    _copy(base, target, tokenizer_files(base))
+    return []
+
+
+def write_model_config(base: Path, target: Path, dtype: str) -> list[str]:
+    """Write the model's ``config.json``, with the dtype that the weights now have; return notes for the user."""
+    path = base / MODEL_CONFIG
+    if not path.exists():
+        return [f"{base} has no {MODEL_CONFIG}, so the merged folder has none either"]
+    config = json.loads(path.read_bytes())
+    if dtype != "auto":
+        config.setdefault("dtype", dtype)
+        _set_dtype(config, dtype)
+    write_file(target / MODEL_CONFIG, json.dumps(config, indent=2) + "\n")
+    return []
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            config[key] = dtype
+        elif isinstance(value, dict):
+            _set_dtype(value, dtype)
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    candidates = [*folder.glob("*"), *folder.glob("*/*.jinja")]
+    names = sorted(path.relative_to(folder) for path in candidates if path.is_file())
+    return [name for name in names if any(fnmatch(name.as_posix(), pattern) for pattern in patterns)]
+
+
+def _copy(source: Path, target: Path, names: list[Path]) -> list[Path]:
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+    return names
