@@ -1,0 +1,42 @@
+"""The command line. Importing it imports no torch: each command loads its work when it runs."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+from mapconv import __version__
+from mapconv.cli.errors import errors_as_sentences
+
+#: In the order of a user's day, which is the order of the help page.
+COMMANDS = ("inspect", "upgrade", "verify", "merge", "demo")
+
+
+class _Commands(click.Group):
+    """Finds the command ``x`` in the module ``mapconv.cli.x``."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        return import_module(f"mapconv.cli.{name}").command if name in COMMANDS else None
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Errors are one sentence and exit 1; wrong usage exits 2. MAPCONV_DEBUG=1 shows tracebacks.",
+)
+@click.version_option(__version__, prog_name="mapconv")
+def cli() -> None:
+    """Convert LoRA and DoRA adapters to MAP form, check them, and merge them.
+
+    MAP (arXiv 2505.23094) writes an adapted weight as W' = α·W0/‖W0‖ + β·Δ/‖Δ‖: a direction and two scalars.
+    """
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    with errors_as_sentences():
+        cli(standalone_mode=False)

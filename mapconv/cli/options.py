@@ -1,0 +1,45 @@
+"""Options and parameter types that several commands share."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class ShardSize(click.ParamType):
+    """``keep`` or a size such as ``5GB``; None stands for ``keep``."""
+
+    name = "keep|SIZE"
+
+    def convert(self, value, param, context):
+        if value is None or isinstance(value, int):
+            return value
+        if value == "keep":
+            return None
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?b)?", value.strip(), re.IGNORECASE)
+        size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+        if size < 1:
+            self.fail(f"{value!r} is neither 'keep' nor a size such as 5GB.", param, context)
+        return size
+
+
+FOLDER = click.Path(path_type=Path)
+
+base = click.option(
+    "--base", metavar="BASE", help="Base model: a folder or a Hub id. Default: what the adapter's config names."
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+quiet = click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
+force = click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+dry_run = click.option("--dry-run", is_flag=True, help="Check everything, show the plan, write nothing.")
+device = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the heavy arithmetic runs.",
+)

@@ -1,0 +1,163 @@
+"""``mapconv upgrade``."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mapconv.cli import options
+from mapconv.cli.output import notes, print_json, print_table, size, small, spread
+
+if TYPE_CHECKING:
+    from mapconv.commands.upgrade import UpgradeResult
+
+#: Above this ε, half of what the adapter does to a weight's direction is lost there: worth a word of advice.
+LARGE_ERROR = 0.1
+
+
+@click.command("upgrade", short_help="Convert a LoRA or DoRA adapter to MAP form.")
+@click.argument("source", type=options.FOLDER)
+@options.base
+@click.option("--out", "-o", type=options.FOLDER, help="Folder to write. Default: SOURCE-map beside SOURCE.")
+@click.option("--rank", type=click.IntRange(min=1), metavar="N", help="Rank of the result. Default: the source's own.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="EPS",
+    help="Instead of --rank: for each module the smallest rank whose ε is at most EPS.",
+)
+@click.option(
+    "--max-rank", type=click.IntRange(min=1), metavar="N", help="Highest rank for --tolerance.  [default: 256]"
+)
+@click.option(
+    "--direction",
+    type=click.Choice(["low-rank", "dora"]),
+    default="low-rank",
+    show_default=True,
+    help="low-rank: Δ = BA, the lightest to run. dora: DoRA's own update, exact.",
+)
+@click.option(
+    "--lora-compatible", is_flag=True, help="Hold α = ‖W0‖, so that the result is a plain LoRA adapter as well."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
+    default="float32",
+    show_default=True,
+    help="Of the stored factors; auto keeps the source's.",
+)
+@options.device
+@options.dry_run
+@options.as_json
+@options.force
+@options.quiet
+def command(
+    source: Path,
+    base: str | None,
+    out: Path | None,
+    rank: int | None,
+    tolerance: float | None,
+    max_rank: int | None,
+    direction: str,
+    lora_compatible: bool,
+    dtype: str,
+    device: str,
+    dry_run: bool,
+    as_json: bool,
+    force: bool,
+    quiet: bool,
+) -> None:
+    """Convert the LoRA or DoRA adapter in SOURCE to MAP form.
+
+    A LoRA converts exactly. A DoRA is refitted: the closest MAP weight of the same rank, solved to the optimum, with
+    its relative error ε for each module. The result is a folder that stock PEFT loads.
+    """
+    if rank is not None and tolerance is not None:
+        raise click.UsageError("--rank and --tolerance exclude each other.")
+    if max_rank is not None and tolerance is None:
+        raise click.UsageError("--max-rank goes with --tolerance.")
+    if lora_compatible and direction == "dora":
+        raise click.UsageError("--lora-compatible needs --direction low-rank: a DoRA direction is no plain LoRA.")
+    from mapconv.commands.upgrade import DEFAULT_MAX_RANK, upgrade
+
+    result = upgrade(
+        source,
+        out,
+        base=base,
+        rank=rank,
+        tolerance=tolerance,
+        max_rank=max_rank or DEFAULT_MAX_RANK,
+        direction=direction,
+        lora_compatible=lora_compatible,
+        dtype=dtype,
+        device=device,
+        force=force,
+        dry_run=dry_run,
+        quiet=quiet,
+    )
+    if as_json:
+        print_json(result.to_dict())
+    elif dry_run:
+        click.echo(f"would convert {result.planned} {result.method} modules on {result.base}")
+        click.echo(f"would write {result.out} (about {size(result.nbytes)})")
+    else:
+        _report(result, tolerance)
+    notes(result.notes)
+
+
+def _report(result: UpgradeResult, tolerance: float | None) -> None:
+    groups = defaultdict(list)
+    for module in result.modules:
+        groups[module.path.rpartition(".")[2]].append(module)
+    click.echo(f"{result.source} ({result.method}) → {result.out} (MAP)")
+    click.echo()
+    print_table(
+        ["target", "modules", "rank", "α/‖W0‖", "β/α", "ε worst", "ε median"],
+        [_row(name, modules) for name, modules in groups.items()],
+    )
+    errors = [module.error for module in result.modules]
+    click.echo()
+    click.echo(
+        f"  {len(errors)} modules, {result.parameters:,} parameters, {size(result.nbytes)}, {result.seconds:.1f} s; "
+        f"ε worst {small(max(errors))}, median {small(statistics.median(errors))}"
+    )
+    also = "a plain LoRA" if result.plain_lora else "a DoRA"
+    click.echo(f"  stock PEFT loads it as {also} adapter: PeftModel.from_pretrained(base, {str(result.out)!r})")
+    advice = _advice(result, tolerance)
+    if advice:
+        click.echo(f"  advice: {advice}")
+
+
+def _row(name: str, modules: list) -> list[str]:
+    ranks = sorted({module.rank for module in modules})
+    return [
+        name,
+        str(len(modules)),
+        str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} … {ranks[-1]}",
+        spread([module.base_gain for module in modules]),
+        spread([module.beta / module.alpha if module.alpha else 0.0 for module in modules]),
+        small(max(module.error for module in modules)),
+        small(statistics.median(module.error for module in modules)),
+    ]
+
+
+def _advice(result: UpgradeResult, tolerance: float | None) -> str | None:
+    if tolerance is not None:
+        over = sum(module.error > tolerance for module in result.modules)
+        return (
+            f"{over} modules stay above ε = {tolerance:g} at --max-rank: raise it, or use --direction dora"
+            if over
+            else None
+        )
+    if result.worst_error <= LARGE_ERROR:
+        return None
+    if result.method == "LoRA":
+        return "ε is large because --rank is below the source's own rank: without --rank the result is exact"
+    return (
+        "ε is large where DoRA's magnitudes do not fit in this rank: --direction dora is exact, --tolerance 0.1 "
+        "chooses ranks, and `mapconv verify` shows what it means for the outputs"
+    )

@@ -1,0 +1,102 @@
+"""``mapconv verify``."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mapconv.cli import options
+from mapconv.cli.output import print_json, print_table, small
+
+if TYPE_CHECKING:
+    from mapconv.commands.verify import VerifyReport
+
+
+@click.command("verify", short_help="Measure how far a result is from its source.")
+@click.argument("result", type=options.FOLDER)
+@click.option(
+    "--against", type=options.FOLDER, required=True, metavar="SOURCE", help="The LoRA or DoRA adapter it was made from."
+)
+@options.base
+@click.option(
+    "--data", type=options.FOLDER, metavar="FILE", help="Text to run on. Default: a text that ships with mapconv."
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Blocks of 256 tokens to run.",
+)
+@click.option(
+    "--max-kl", type=click.FloatRange(min=0), metavar="X", help="Exit 1 if the mean KL divergence is above X."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="What the models compute in.",
+)
+@options.device
+@options.as_json
+@options.quiet
+def command(
+    result: Path,
+    against: Path,
+    base: str | None,
+    data: Path | None,
+    samples: int,
+    max_kl: float | None,
+    dtype: str,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compare RESULT (a MAP folder or a merged model) with the adapter it was made from.
+
+    Both run as functions on the same text, with stock PEFT playing the source, and every weight is compared as well.
+    """
+    from mapconv.commands.verify import verify
+    from mapconv.errors import FidelityError
+
+    report = verify(result, against, base=base, data=data, samples=samples, device=device, dtype=dtype, quiet=quiet)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        _report(report)
+    if max_kl is not None and not report.kl <= max_kl:  # a NaN is over any limit
+        raise FidelityError(f"{result}: KL {report.kl:.3g} to the source is over --max-kl {max_kl:g}.")
+
+
+def _report(report: VerifyReport) -> None:
+    click.echo(f"{report.result} against {report.source}, {report.tokens:,} tokens, {report.seconds:.1f} s")
+    click.echo()
+    print_table(
+        ["model", "perplexity", "KL(source ‖ model)"],
+        [
+            ["base", f"{report.perplexity_base:.4f}", small(report.kl_base)],
+            ["source", f"{report.perplexity_source:.4f}", "0"],
+            ["result", f"{report.perplexity_result:.4f}", small(report.kl)],
+        ],
+    )
+    click.echo()
+    click.echo(f"  top-1 agreement           {report.top1_agreement:.2%}")
+    click.echo(f"  largest KL of one token   {small(report.kl_largest)}")
+    click.echo(f"  largest logit difference  {small(report.largest_logit_difference)}")
+    click.echo()
+    groups = defaultdict(list)
+    for module in report.modules:
+        groups[module.path.rpartition(".")[2]].append(module.error)
+    print_table(
+        ["weights of", "modules", "ε worst", "ε median"],
+        [
+            [name, str(len(errors)), small(max(errors)), small(statistics.median(errors))]
+            for name, errors in groups.items()
+        ],
+    )
