@@ -52,17 +52,16 @@ def place(
     for path, shape in modules.items():
         name = _tensor_name(path, renaming, tensors)
         if name not in tensors:
-            misfits.append(f"{path}: no tensor {name}{_nearest(name, tensors, len(misfits))}")
+            misfits.append(f"{path}: no tensor {name}{nearest(name, tensors) if len(misfits) < _LISTED else ''}")
         elif tensors[name] != shape:
-            hint = " (transposed: GPT-2's Conv1D is not supported yet)" if tensors[name] == shape[::-1] else ""
-            misfits.append(f"{path}: {name} is {list(tensors[name])}, the adapter fits {list(shape)}{hint}")
+            misfits.append(f"{path}: {name} is {list(tensors[name])}, the adapter fits {list(shape)}")
         elif name in owners:
             misfits.append(f"{path}: {name} is adapted by {owners[name]} already")
         else:
             placed[path] = name
             owners[name] = path
     if misfits:
-        raise PlacementError(_report(misfits, len(modules)))
+        raise PlacementError(misfit_report(misfits, len(modules)))
     return placed, renaming
 
 
@@ -122,9 +121,8 @@ def _target_rule(config: Mapping[str, Any]) -> Callable[[str], bool] | None:
     return lambda path: path in exact or path.endswith(endings)
 
 
-def _nearest(name: str, tensors: Mapping[str, Any], listed: int) -> str:
-    if listed >= _LISTED:
-        return ""
+def nearest(name: str, tensors: Mapping[str, Any]) -> str:
+    """`` (nearest: …)`` with the names most like ``name``, or nothing."""
     # Numbers differ a thousand times over in a large model: compare the names of this layer first.
     numbers = re.findall(r"\d+", name)
     pool = [other for other in tensors if re.findall(r"\d+", other) == numbers] or list(tensors)[:2000]
@@ -132,7 +130,8 @@ def _nearest(name: str, tensors: Mapping[str, Any], listed: int) -> str:
     return f" (nearest: {', '.join(close)})" if close else ""
 
 
-def _report(misfits: list[str], total: int) -> str:
+def misfit_report(misfits: list[str], total: int) -> str:
+    """One sentence and the first few misfits."""
     return (
         f"{len(misfits)} of the adapter's {total} modules do not fit this base: is it the model that the adapter was "
         f"trained on (--base)?\n{_listing(misfits)}"

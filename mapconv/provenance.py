@@ -12,13 +12,13 @@ import mapconv
 from mapconv.adapter import MapModule
 from mapconv.convert import ConvertOptions
 from mapconv.formats.mapdir import FORMAT_VERSION
-from mapconv.formats.peft import CONFIG_FILE, WEIGHTS_FILE
-from mapconv.plan import PlacedAdapter
+from mapconv.formats.peft import CONFIG_FILE, weights_name
+from mapconv.placing import PlacedAdapter
 
 
 def base_name(placed: PlacedAdapter) -> str:
     """What the result records as its base: the Hub id if the base came from the Hub's cache, else the folder."""
-    recorded, folder = placed.adapter.base, placed.checkpoint.folder
+    recorded, folder = placed.adapter.base, placed.target.folder
     if recorded and not Path(recorded).is_dir() and folder.parent.name == "snapshots":
         return recorded
     return str(folder.resolve())
@@ -28,7 +28,7 @@ def map_config(placed: PlacedAdapter, options: ConvertOptions, modules: Sequence
     """The content of ``map_config.json`` (DESIGN.md)."""
     entries = [
         scalars.to_dict()
-        | {"base_tensor": item.base.name, "base_dtype": item.base.dtype, "base_shape": list(item.base.shape)}
+        | {"base_tensor": item.weight.name, "base_dtype": item.weight.dtype, "base_shape": list(item.weight.shape)}
         for item, scalars in zip(placed.modules, modules, strict=True)
     ]
     return {
@@ -52,7 +52,7 @@ def map_config(placed: PlacedAdapter, options: ConvertOptions, modules: Sequence
 def source_fingerprint(folder: Path) -> str:
     """SHA-256 of an adapter's configuration and weights."""
     digest = hashlib.sha256()
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    for name in (CONFIG_FILE, weights_name(folder)):
         with open(folder / name, "rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     help="What the models compute in.",
 )
 @options.device
+@options.allow_pickle
 @options.as_json
 @options.quiet
 def command(
@@ -55,6 +56,7 @@ def command(
     max_kl: float | None,
     dtype: str,
     device: str,
+    allow_pickle: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -65,7 +67,17 @@ def command(
     from mapconv.commands.verify import verify
     from mapconv.errors import FidelityError
 
-    report = verify(result, against, base=base, data=data, samples=samples, device=device, dtype=dtype, quiet=quiet)
+    report = verify(
+        result,
+        against,
+        base=base,
+        data=data,
+        samples=samples,
+        device=device,
+        dtype=dtype,
+        allow_pickle=allow_pickle,
+        quiet=quiet,
+    )
     if as_json:
         print_json(report.to_dict())
     else:

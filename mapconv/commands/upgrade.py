@@ -7,17 +7,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mapconv.adapter import Adapter, Direction, MapModule
+import torch
+
+from mapconv.adapter import Direction, MapModule
 from mapconv.card import adapter_card
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
 from mapconv.checkpoint.writer import SpooledFile
 from mapconv.convert import DEFAULT_MAX_RANK, Converted, Converter, ConvertOptions
 from mapconv.errors import UnsupportedError
-from mapconv.formats.mapdir import needs_magnitude, peft_config, write_configs
+from mapconv.formats.mapdir import needs_magnitude, peft_config, peft_factors, peft_magnitude, write_configs
 from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
 from mapconv.parallel import in_order, worker_count
-from mapconv.plan import PlacedAdapter, place_adapter
+from mapconv.placing import PlacedAdapter, place_adapter
 from mapconv.progress import progress_bar
 from mapconv.provenance import base_name, map_config
 from mapconv.sidecars import copy_tokenizer
@@ -62,6 +64,7 @@ def upgrade(
     lora_compatible: bool = False,
     dtype: str = "float32",
     device: str = "auto",
+    allow_pickle: bool = False,
     force: bool = False,
     dry_run: bool = False,
     quiet: bool = True,
@@ -78,6 +81,7 @@ def upgrade(
         lora_compatible: hold a = 1, so that the result is a plain LoRA adapter as well.
         dtype: of the stored factors: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the source's own.
         device: ``auto``, ``cpu`` or ``cuda``: where refits run.
+        allow_pickle: read weights from a ``.bin`` file (with torch's weights-only loader).
         force: replace ``out``.
         dry_run: plan and check, write nothing.
         quiet: no progress bar.
@@ -94,11 +98,11 @@ def upgrade(
     source = Path(source)
     out = default_output(source) if out is None else Path(out)
     options = ConvertOptions(rank, tolerance, max_rank, direction, lora_compatible, dtype, device)
-    placed = place_adapter(source, base)
+    placed = place_adapter(source, base, allow_pickle=allow_pickle)
     if placed.adapter.method == "MAP":
         raise UnsupportedError(f"{source} is a MAP adapter already: upgrade the adapter that it was made from.")
     nbytes = sum(options.stored_bytes(item) for item in placed.modules)
-    check_output(out, force=force, inputs=[source, placed.checkpoint.folder], nbytes=nbytes)
+    check_output(out, force=force, inputs=[source, placed.target.folder], nbytes=nbytes)
     modules: tuple[MapModule, ...] = ()
     parameters = 0
     if not dry_run:
@@ -108,7 +112,7 @@ def upgrade(
     return UpgradeResult(
         out=out,
         source=source,
-        base=placed.checkpoint.folder,
+        base=placed.target.folder,
         method=placed.adapter.method,
         modules=modules,
         planned=len(placed.modules),
@@ -117,7 +121,7 @@ def upgrade(
         seconds=time.perf_counter() - started,
         dry_run=dry_run,
         plain_lora=not needs_magnitude(modules),
-        notes=tuple(_notes(placed.adapter, options)),
+        notes=tuple(_notes(placed, options)),
     )
 
 
@@ -136,15 +140,18 @@ def _write(
         converted, parameters = _convert(placed, options, spool, quiet=quiet)
         modules = tuple(result.scalars for result in converted)
         if needs_magnitude(modules):
-            for result in converted:
-                spool.append(f"{KEY_PREFIX}{result.scalars.path}.lora_magnitude_vector", result.magnitude)
+            for item, result in zip(placed.modules, converted, strict=True):
+                spool.append(*peft_magnitude(item.module, result.magnitude))
+        _keep_the_rest(placed, spool)
         spool.finish({"format": "pt"})
     finally:
         spool.close()
     copy_tokenizer(placed.adapter.path, staging)
     base = base_name(placed)
+    names = {item.module.path: item.parameter if item.experts > 1 else item.module.path for item in placed.modules}
     write_file(staging / "README.md", adapter_card(placed.adapter, base, plain_lora=not needs_magnitude(modules)))
-    write_configs(staging, peft_config(placed.adapter.config, modules, base=base), map_config(placed, options, modules))
+    config = peft_config(placed.adapter.config, modules, names, base=base)
+    write_configs(staging, config, map_config(placed, options, modules))
     return modules, parameters
 
 
@@ -153,24 +160,44 @@ def _convert(
 ) -> tuple[list[Converted], int]:
     """Spool the factors of every module; returns what is left of each, and the number of MAP's parameters."""
     workers = worker_count(max(options.working_bytes(item) for item in placed.modules))
-    total = sum(item.base.nbytes for item in placed.modules)
-    converted, parameters = [], 0
+    total = sum(item.weight.nbytes for item in placed.modules)
+    converted, stack, parameters = [], [], 0
     with TensorReader() as reader, progress_bar(total, "upgrading", quiet=quiet) as advance:
         results = in_order(Converter(reader, options).convert, placed.modules, workers)
         for item, result in zip(placed.modules, results, strict=True):
-            spool.append(f"{KEY_PREFIX}{result.scalars.path}.lora_A.weight", result.A)
-            spool.append(f"{KEY_PREFIX}{result.scalars.path}.lora_B.weight", result.B)
+            stack.append(result)
+            if len(stack) == item.experts:
+                # Experts follow one another: A has them in turn, B side by side, with the expert counting fastest.
+                A = torch.cat([expert.A for expert in stack])
+                B = torch.stack([expert.B for expert in stack], dim=2).flatten(1)
+                for name, tensor in peft_factors(item.module, A, B):
+                    spool.append(name, tensor)
+                stack.clear()
             parameters += result.A.numel() + result.B.numel() + 2  # α and β
             converted.append(result.without_factors())
-            advance(item.base.nbytes)
+            advance(item.weight.nbytes)
     return converted, parameters
 
 
-def _notes(adapter: Adapter, options: ConvertOptions) -> list[str]:
+def _keep_the_rest(placed: PlacedAdapter, spool: SpooledFile) -> None:
+    """Carry over what is no low-rank update: heads, token rows and biases as they are, LoRA biases with their scaling."""
+    with TensorReader() as reader:
+        for item in {item.module.path: item for item in placed.modules}.values():
+            if item.module.bias is not None:
+                bias = reader.read(item.module.bias).float() * item.scaling
+                spool.append(f"{KEY_PREFIX}{item.module.path}.lora_B.bias", bias)
+        for whole in placed.adapter.whole:
+            spool.append(whole.tensor.name, reader.read(whole.tensor))
+
+
+def _notes(placed: PlacedAdapter, options: ConvertOptions) -> list[str]:
+    adapter = placed.adapter
     notes = list(adapter.notes)
+    if adapter.whole:
+        notes.append(f"{len(adapter.whole)} whole tensors (heads, biases or token rows) are kept as they are")
     if adapter.method == "LoRA" and options.direction == "dora":
         notes.append("the source is a LoRA adapter, which is exact in low-rank form: --direction dora changes nothing")
-    highest = max(module.rank for module in adapter.modules)
+    highest = max(item.effective_rank for item in placed.modules)
     if adapter.method == "LoRA" and options.rank is not None and options.rank > highest:
         notes.append(f"the source is a LoRA adapter of rank {highest}: a higher rank would add nothing, so it is kept")
     return notes

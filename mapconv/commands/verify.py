@@ -77,6 +77,7 @@ def verify(
     samples: int = DEFAULT_SAMPLES,
     device: str = "auto",
     dtype: str = "float32",
+    allow_pickle: bool = False,
     quiet: bool = True,
 ) -> VerifyReport:
     """Run a result and its source on the same text, and compare their weights.
@@ -89,6 +90,7 @@ def verify(
         samples: blocks of 256 tokens to run.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: what the models compute in; float32 shows the conversion's error alone.
+        allow_pickle: read the source's weights from a ``.bin`` file.
         quiet: no progress bar.
 
     Raises:
@@ -96,7 +98,7 @@ def verify(
     """
     started = time.perf_counter()
     result, against = Path(result), Path(against)
-    source = read_adapter(against)
+    source = read_adapter(against, allow_pickle=allow_pickle)
     folder = locate_base(base, source.base, source.revision, against)
     text = read_text(None if data is None else Path(data))
     blocks = token_blocks(load_tokenizer(folder), text, samples=samples, length=SEQUENCE_LENGTH)

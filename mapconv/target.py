@@ -1,0 +1,375 @@
+"""The model that a merge writes: the base's tensors with whole tensors replaced, added, repeated and untied.
+
+Everything that an adapter brings besides low-rank updates changes *which* bytes a tensor starts from, or the model's
+configuration. Resolved here, on names alone, the merge itself only knows tensors and updates on them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mapconv.adapter import Adapter, TensorRef, WholeTensor
+from mapconv.checkpoint.index import Checkpoint, TensorFile
+from mapconv.errors import PlacementError, UnsupportedError
+from mapconv.live import LiveModel, class_candidates, read_model_config
+from mapconv.locating import live_parameter, place_on_live_model
+from mapconv.placement import misfit_report, nearest
+from mapconv.regions import StoredParameters
+from mapconv.replication import replicated_checkpoint, replicated_config
+from mapconv.weights import PlacedModule
+
+#: Configuration fields that say how many classes a head has; transformers derives ``num_labels`` from them.
+_LABEL_FIELDS = ("id2label", "label2id", "num_labels")
+
+
+@dataclass(frozen=True)
+class BiasUpdate:
+    """A LoRA's own bias (``lora_bias``): the layer's bias grows by ``scaling`` times these values."""
+
+    tensor: TensorRef
+    scaling: float
+
+
+@dataclass(frozen=True)
+class TargetModel:
+    """What the merged checkpoint starts from.
+
+    ``tensors`` maps each name to be written to the bytes it starts from, in ``files`` of the same names as the base's;
+    ``dtypes`` says in which dtype a tensor is written where that is not its own. ``rows`` and ``biases`` are
+    updates by tensor name. ``config`` is the model's configuration, or None where it stays as it is.
+    """
+
+    checkpoint: Checkpoint
+    files: tuple[TensorFile, ...]
+    tensors: Mapping[str, TensorRef]
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, tuple[WholeTensor, ...]] = field(default_factory=dict)
+    biases: Mapping[str, tuple[BiasUpdate, ...]] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.folder
+
+
+def plain_target(checkpoint: Checkpoint) -> TargetModel:
+    """The base as it is: all that an adapter of plain linear factors needs."""
+    return TargetModel(checkpoint, checkpoint.files, checkpoint.tensors)
+
+
+def resolve_target(
+    checkpoint: Checkpoint, adapters: Sequence[Adapter]
+) -> tuple[TargetModel, tuple[tuple[PlacedModule, ...], ...]]:
+    """The target model of some adapters on a base, and each adapter's placed modules on it.
+
+    Raises:
+        MapconvError: a tensor that has no place, or a change that the model's class cannot express.
+    """
+    return _Resolution(checkpoint, adapters).run()
+
+
+class _Resolution:
+    """Follows the adapters' whole tensors and ties through the live model, step by step."""
+
+    def __init__(self, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
+        self.adapters = adapters
+        base_config = read_model_config(checkpoint.folder)
+        layer_maps = {adapter.settings.layer_replication for adapter in adapters}
+        if len(layer_maps) > 1:
+            raise UnsupportedError("adapters with different layer_replication cannot be merged together.")
+        layers = layer_maps.pop()
+        self.config = replicated_config(base_config, layers) if layers else copy.deepcopy(base_config)
+        self.checkpoint = replicated_checkpoint(checkpoint, layers) if layers else checkpoint
+        self.tensors = dict(self.checkpoint.tensors)
+        self.dtypes: dict[str, str] = {}
+        self.rows: dict[str, list[WholeTensor]] = defaultdict(list)
+        self.biases: dict[str, list[BiasUpdate]] = defaultdict(list)
+        self.notes: list[str] = []
+        self.base_config = base_config
+        self.live = self._live_model()
+        self.live_ties = self.live.ties_embeddings
+        self.groups = {name: self.live.tied(name) for name in self.live.shapes}
+
+    def run(self) -> tuple[TargetModel, tuple[tuple[PlacedModule, ...], ...]]:
+        self._drop_foreign_heads()
+        self._replace_in_place()
+        self._untie()
+        self._replace_modules()
+        placed = tuple(place_on_live_model(adapter, self.live, self._stored()) for adapter in self.adapters)
+        self._collect_rows()
+        self._collect_biases(placed)
+        self._require_complete()
+        target = TargetModel(
+            checkpoint=self.checkpoint,
+            files=self._files(),
+            tensors=self.tensors,
+            dtypes=self.dtypes,
+            rows={name: tuple(items) for name, items in self.rows.items()},
+            biases={name: tuple(items) for name, items in self.biases.items()},
+            config=self._final_config(),
+            notes=tuple(self.notes),
+        )
+        return target, placed
+
+    # The live model
+
+    def _live_model(self) -> LiveModel:
+        """The class that all of the adapters' tensors fit, with sizes that follow the tensors they bring."""
+        names = list(dict.fromkeys(class_candidates(self.config, self.adapters[0].config)))
+        if not names:
+            raise PlacementError(f"{self.checkpoint.folder}/config.json names no architecture to place the adapter on.")
+        misfits: list[str] = []
+        for name in names:
+            live = LiveModel(self.config, name)
+            found = self._homeless(live)
+            if not found:
+                return self._resized(live)
+            misfits = misfits or found
+        total = sum(len(adapter.modules) + len(adapter.whole) for adapter in self.adapters)
+        raise PlacementError(misfit_report(misfits, total))
+
+    def _homeless(self, live: LiveModel) -> list[str]:
+        """What has no parameter in a live model."""
+        misfits = []
+        for adapter in self.adapters:
+            for module in adapter.modules:
+                if live_parameter(module.path, adapter, live) is None:
+                    misfits.append(
+                        f"{module.path}: {live.class_name} has no such weight{nearest(module.path, live.shapes)}"
+                    )
+            for item in adapter.whole:
+                if self._name(live, item.parameter) is None:
+                    near = nearest(item.parameter, live.shapes)
+                    misfits.append(f"{item.tensor.name}: {live.class_name} has no parameter {item.parameter}{near}")
+        return misfits
+
+    def _resized(self, live: LiveModel) -> LiveModel:
+        """The same class with the vocabulary and the number of labels that the adapter's tensors have."""
+        changed = False
+        for adapter in self.adapters:
+            for item in adapter.whole:
+                parameter = self._name(live, item.parameter)
+                expected, found = live.shapes[parameter], item.tensor.shape
+                if item.rows is not None or expected == found:
+                    continue
+                if len(expected) != len(found) or expected[1:] != found[1:]:
+                    raise PlacementError(f"{item.tensor.name} is {list(found)}, but {parameter} is {list(expected)}.")
+                changed = True
+                if live.is_vocabulary(parameter):
+                    _set_everywhere(self.config, "vocab_size", expected[0], found[0])
+                else:
+                    for name in _LABEL_FIELDS:
+                        self.config.pop(name, None)
+                    self.config["id2label"] = {str(i): f"LABEL_{i}" for i in range(found[0])}
+                    self.config["label2id"] = {f"LABEL_{i}": i for i in range(found[0])}
+        if not changed:
+            return live
+        resized = LiveModel(self.config, live.class_name)
+        for adapter in self.adapters:
+            for item in adapter.whole:
+                parameter = self._name(resized, item.parameter)
+                if item.rows is None and resized.shapes[parameter] != item.tensor.shape:
+                    raise PlacementError(
+                        f"{item.tensor.name} is {list(item.tensor.shape)}, but {parameter} is "
+                        f"{list(resized.shapes[parameter])}, and no field of the configuration makes it fit."
+                    )
+        return resized
+
+    def _name(self, live: LiveModel, parameter: str) -> str | None:
+        """A whole tensor's parameter as the live model spells it."""
+        found = parameter if parameter in live.shapes else live.locate(parameter).parameter
+        return found if found in live.shapes else None
+
+    def _stored(self) -> StoredParameters:
+        return StoredParameters({name: self.live.locate(name) for name in self.tensors}, self.tensors)
+
+    # Whole tensors
+
+    def _drop_foreign_heads(self) -> None:
+        """Leave out what the base's own head held when the merged model has another one."""
+        if self.live.class_name in (self.base_config.get("architectures") or []):
+            return
+        known = self.live.shapes_or_buffers
+        foreign = [name for name in self.tensors if self.live.locate(name).parameter not in known]
+        for name in foreign:
+            del self.tensors[name]
+        if foreign:
+            self.notes.append(f"{len(foreign)} tensors of the base's own head are left out ({foreign[0]}, …)")
+
+    def _replace_in_place(self) -> None:
+        """Tensors that PEFT writes into the base's parameter: they show under every name tied to it."""
+        for item in self._whole(rows=False):
+            if item.in_place:
+                stored = self._stored()
+                parameter = self._name(self.live, item.parameter)
+                group = self.live.tied(parameter)
+                names = [name for member in group for name in stored.names(member)]
+                for name in names or [parameter]:
+                    self._put(name, item.tensor)
+
+    def _replace_modules(self) -> None:
+        """Modules of ``modules_to_save``: they belong to one name alone."""
+        for item in self._whole(rows=False):
+            if not item.in_place:
+                parameter = self._name(self.live, item.parameter)
+                stored = self._stored()
+                names = stored.names(parameter) or [
+                    name for member in self.live.tied(parameter) for name in stored.names(member)
+                ]
+                for name in names or [parameter]:
+                    self._put(name, item.tensor)
+
+    def _put(self, name: str, source: TensorRef) -> None:
+        previous = self.tensors.get(name)
+        self.dtypes[name] = self.dtypes.get(name) or (previous.dtype if previous else self._common_dtype())
+        self.tensors[name] = replace(source, name=name)
+
+    def _common_dtype(self) -> str:
+        """The floating-point dtype of most of the base's bytes, for tensors that the base has not got."""
+        sizes: dict[str, int] = defaultdict(int)
+        for ref in self.checkpoint.tensors.values():
+            if ref.dtype in ("F32", "F16", "BF16"):
+                sizes[ref.dtype] += ref.nbytes
+        return max(sizes, key=sizes.__getitem__, default="F32")
+
+    def _whole(self, *, rows: bool) -> list[WholeTensor]:
+        return [item for adapter in self.adapters for item in adapter.whole if (item.rows is not None) == rows]
+
+    # Ties
+
+    def _untie(self) -> None:
+        """Give each end of a tied pair its own tensor where the adapters change them differently.
+
+        An update belongs to the name of the module it was trained on: the other end keeps the base's values, as it
+        does in PEFT's live model (its in-place merge changes both).
+        """
+        content = self._content_by_name()
+        groups = sorted({group for group in self.groups.values() if len(group) > 1})
+        if all(len({content.get(name, ()) for name in group}) == 1 for group in groups):
+            return
+        stored = self._stored()
+        _untie_config(self.config)
+        untied = LiveModel(self.config, self.live.class_name)
+        for group in groups:
+            source = next((ref for name in group for ref in stored.names(name)), None)
+            for name in group:
+                self._require_own(name, untied.tied(name), content)
+                if source is not None and not any(stored.holds(other) for other in untied.tied(name)):
+                    self.tensors[name] = replace(self.tensors[source], name=name)
+                    if source in self.dtypes:
+                        self.dtypes[name] = self.dtypes[source]
+        self.live = untied
+        self.notes.append("the merged model has tie_word_embeddings = false: the adapter changes one end only")
+
+    def _require_own(self, name: str, tied: tuple[str, ...], content: Mapping[str, tuple]) -> None:
+        different = [other for other in tied if content.get(other, ()) != content.get(name, ())]
+        if different:
+            raise UnsupportedError(
+                f"the adapter changes {name} but not {different[0]}, and a {self.live.class_name} ties the two whatever "
+                "its configuration says: no merged model can hold both."
+            )
+
+    def _content_by_name(self) -> dict[str, tuple]:
+        """What the adapters do to each live name alone."""
+        content: dict[str, tuple] = defaultdict(tuple)
+        for adapter in self.adapters:
+            for module in adapter.modules:
+                parameter = live_parameter(module.path, adapter, self.live)
+                content[parameter] += ((str(adapter.path), module.path),)
+            for item in adapter.whole:
+                parameter = self._name(self.live, item.parameter)
+                if item.rows is None and item.in_place:
+                    continue
+                own = ("rows", item.rows, item.tensor.name) if item.rows is not None else ("saved", item.tensor.shape)
+                for name in self._names_of(item, parameter):
+                    content[name] += (own,)
+        return content
+
+    def _names_of(self, item: WholeTensor, parameter: str) -> list[str]:
+        """Trained rows show through every tied name that has none of its own."""
+        if item.rows is None or not self.live_ties:
+            return [parameter]
+        others = {self._name(self.live, other.parameter) for other in self._whole(rows=True) if other is not item}
+        return [name for name in self.groups[parameter] if name == parameter or name not in others]
+
+    # Updates
+
+    def _collect_rows(self) -> None:
+        stored = self._stored()
+        for item in self._whole(rows=True):
+            parameter = self._name(self.live, item.parameter)
+            for name in self._names_of(item, parameter):
+                for tensor in stored.names(name):
+                    if item not in self.rows[tensor]:
+                        self._check_rows(item, self.tensors[tensor])
+                        self.rows[tensor].append(item)
+
+    def _check_rows(self, item: WholeTensor, ref: TensorRef) -> None:
+        if ref.shape[1:] != item.tensor.shape[1:] or max(item.rows) >= ref.shape[0]:
+            raise PlacementError(
+                f"{item.tensor.name} is {list(item.tensor.shape)} for rows of {ref.name} {list(ref.shape)}."
+            )
+
+    def _collect_biases(self, placed: Sequence[Sequence[PlacedModule]]) -> None:
+        stored = self._stored()
+        for item in (item for items in placed for item in items if item.module.bias is not None):
+            parameter = item.parameter.removesuffix("weight") + "bias"
+            names = stored.names(parameter)
+            if parameter not in self.live.shapes or len(names) != 1:
+                raise UnsupportedError(
+                    f"{item.module.bias.name}: lora_bias adds to the bias of {item.module.path}, which the base has not "
+                    "got, so that no merged model of its class can hold it."
+                )
+            self.biases[names[0]].append(BiasUpdate(item.module.bias, item.scaling))
+
+    # The result
+
+    def _require_complete(self) -> None:
+        """Every parameter of the class has a tensor, so that loading initialises nothing anew."""
+        stored = self._stored()
+        missing = [name for name in self.live.shapes if not any(stored.holds(other) for other in self.live.tied(name))]
+        if missing:
+            raise PlacementError(
+                f"a {self.live.class_name} needs {missing[0]}{' and others' if len(missing) > 1 else ''}, which neither "
+                "the base nor the adapter has: give the model that the adapter was trained on with --base."
+            )
+
+    def _files(self) -> tuple[TensorFile, ...]:
+        """The base's files with the tensors that remain; new ones go to the end of the last."""
+        old = [
+            replace(file, tensors=tuple(self.tensors[ref.name] for ref in file.tensors if ref.name in self.tensors))
+            for file in self.checkpoint.files
+        ]
+        held = {ref.name for file in old for ref in file.tensors}
+        new = tuple(ref for name, ref in self.tensors.items() if name not in held)
+        return (*old[:-1], replace(old[-1], tensors=old[-1].tensors + new))
+
+    def _final_config(self) -> dict[str, Any] | None:
+        if self.config.get("architectures") != [self.live.class_name]:
+            self.config["architectures"] = [self.live.class_name]
+        return self.config if self.config != self.base_config else None
+
+
+def _untie_config(config: dict[str, Any]) -> None:
+    """Untie input and output embeddings, here and in the parts of a composite configuration that speak of it."""
+    config["tie_word_embeddings"] = False
+    for value in config.values():
+        if isinstance(value, dict) and "tie_word_embeddings" in value:
+            value["tie_word_embeddings"] = False
+
+
+def _set_everywhere(config: dict[str, Any], key: str, old: int, new: int) -> None:
+    """Change a size here, or in the part of a composite configuration that has it."""
+    if config.get(key) == old or not any(
+        isinstance(value, dict) and value.get(key) == old for value in config.values()
+    ):
+        config[key] = new
+    for value in config.values():
+        if isinstance(value, dict) and value.get(key) == old:
+            value[key] = new
