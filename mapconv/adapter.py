@@ -167,6 +167,8 @@ class Adapter:
     settings: LoraSettings
     modules: tuple[Module, ...]
     whole: tuple[WholeTensor, ...]
+    #: Every tensor that is no factor, by PEFT's key; a converted adapter carries all of them on.
+    others: Mapping[str, TensorRef]
     base: str | None
     revision: str | None
     notes: tuple[str, ...] = ()
@@ -184,4 +186,4 @@ class Adapter:
     @property
     def tensors(self) -> tuple[TensorRef, ...]:
         factors = (ref for module in self.modules for ref in module.tensors)
-        return (*factors, *(item.tensor for item in self.whole))
+        return (*factors, *self.others.values())

@@ -6,6 +6,7 @@ This is the careful way, for all that names and shapes alone cannot tell (``plac
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from mapconv.adapter import Adapter, Module
 from mapconv.errors import PlacementError, UnsupportedError
@@ -70,7 +71,9 @@ def _place(module: Module, adapter: Adapter, live: LiveModel, stored: StoredPara
             raise UnsupportedError(
                 f"{module.path} is a convolution with groups > 1, which PEFT itself refuses to merge."
             )
-        yield from _one(module, adapter, parameter, _stored_weight(parameter, kind, live, stored))
+        # From here on the module goes by its name in the live model, whichever version's it was saved under.
+        weight = _stored_weight(parameter, kind, live, stored)
+        yield from _one(module, adapter, parameter, weight, live_path=inner)
         return
     region = live.locate(f"{module.path.replace(_WRAPPER, '')}.weight")
     if region.index is not None:
@@ -85,11 +88,18 @@ def _place(module: Module, adapter: Adapter, live: LiveModel, stored: StoredPara
 
 
 def _one(
-    module: Module, adapter: Adapter, parameter: str, weight: WeightView, *, pattern_name: str | None = None
+    module: Module,
+    adapter: Adapter,
+    parameter: str,
+    weight: WeightView,
+    *,
+    pattern_name: str | None = None,
+    live_path: str | None = None,
 ) -> Iterator[PlacedModule]:
     if weight.shape != module.weight_shape:
         raise PlacementError(
-            f"{module.path}: {weight.name} is {list(weight.shape)} (out, in), the adapter fits {list(module.weight_shape)}"
+            f"{module.path}: {weight.name} is {list(weight.shape)} (out, in), the adapter fits "
+            f"{list(module.weight_shape)}"
         )
     settings, name = adapter.settings, pattern_name or module.path
     if settings.rank_of(name) != module.rank:
@@ -98,6 +108,7 @@ def _one(
         )
     # Only linear layers take part in an initialization that changes the base; PEFT ignores it elsewhere.
     init = settings.initialization if not module.embedding else None
+    module = replace(module, path=live_path or module.path)
     yield PlacedModule(module, weight, parameter, module.rank, settings.scaling_of(name), initialization=init)
 
 
@@ -109,7 +120,7 @@ def _experts(
     rank = settings.rank_of(parameter)
     if module.rank != rank * experts:
         raise PlacementError(
-            f"{module.path}: {module.rank} rows of lora_A for {experts} experts of {parameter}, expected {rank} for each"
+            f"{module.path}: {module.rank} rows of lora_A for {experts} experts of {parameter}, expected {rank} each"
         )
     transposed = live.stores_in_by_out(parameter.rpartition(".")[0])
     scaling = settings.scaling_of(parameter)

@@ -66,7 +66,12 @@ def place_adapters(
 
 
 def _is_plain(adapter: Adapter, config: Mapping[str, Any]) -> bool:
-    """Whether names and shapes alone tell where the adapter goes: linear factors, stored as they are, tied to nothing."""
+    """Whether names and shapes alone may tell where the adapter goes: linear factors on weights stored as they are."""
+    # A causal language model has the same names in its file as in the model, whichever transformers wrote it; composite
+    # models and others need not, and stock PEFT goes by the model's.
+    architectures = config.get("architectures") or []
+    if not all(str(name).endswith("ForCausalLM") for name in architectures):
+        return False
     settings = adapter.settings
     special = settings.initialization or settings.layer_replication or settings.target_parameters or adapter.whole
     if special or config.get("model_type") in _TRANSPOSING:
@@ -86,8 +91,8 @@ def _place_plain(adapter: Adapter, checkpoint: Checkpoint, config: Mapping[str, 
             raise PlacementError(f"{module.path} may be tied to another weight")
         if ref.dtype not in FLOAT_DTYPES.values():
             raise CheckpointError(
-                f"{ref.file}: {ref.name} has dtype {ref.dtype}: an adapter fits the plain weight, so give the 16-bit or "
-                "32-bit model with --base."
+                f"{ref.file}: {ref.name} has dtype {ref.dtype}: an adapter fits the plain weight, so give the 16-bit "
+                "or 32-bit model with --base."
             )
         weight = WeightView((ref.shape[0], ref.shape[1]), (Piece(ref, 0, ref.shape[0]),))
         placed.append(PlacedModule(module, weight, ref.name, module.rank, module.scaling))
@@ -106,8 +111,8 @@ def _with_scalars(adapter: Adapter, modules: tuple[PlacedModule, ...]) -> tuple[
     missing = [item.key for item in modules if item.key not in scalars]
     if missing or len(scalars) != len(modules):
         raise AdapterError(
-            f"{adapter.path}: map_config.json describes {len(scalars)} weights, but the tensors make {len(modules)}: the "
-            "files do not belong together."
+            f"{adapter.path}: map_config.json describes {len(scalars)} weights, but the tensors make {len(modules)}: "
+            "the files do not belong together."
         )
     return tuple(item.with_scalars(scalars[item.key]) for item in modules)
 
@@ -122,8 +127,8 @@ def _refuse_shared_dora(adapters: Sequence[Adapter], placed: Sequence[Sequence[P
             if other is not adapter and (_rescales(adapter, item) or _rescales(other, own)):
                 raise UnsupportedError(
                     f"{adapter.path} and {other.path} both adapt {item.module.path}, and one of them is a DoRA: it "
-                    "rescales the whole weight, so merging one after the other is not what running both computes. Merge "
-                    "one of them alone, or convert both with `mapconv upgrade --lora-compatible` first."
+                    "rescales the whole weight, so merging one after the other is not what running both computes. "
+                    "Merge one of them alone, or convert both with `mapconv upgrade --lora-compatible` first."
                 )
 
 

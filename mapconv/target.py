@@ -15,7 +15,7 @@ from typing import Any
 
 from mapconv.adapter import Adapter, TensorRef, WholeTensor
 from mapconv.checkpoint.index import Checkpoint, TensorFile
-from mapconv.errors import PlacementError, UnsupportedError
+from mapconv.errors import CheckpointError, PlacementError, UnsupportedError
 from mapconv.live import LiveModel, class_candidates, read_model_config
 from mapconv.locating import live_parameter, place_on_live_model
 from mapconv.placement import misfit_report, nearest
@@ -126,11 +126,15 @@ class _Resolution:
             raise PlacementError(f"{self.checkpoint.folder}/config.json names no architecture to place the adapter on.")
         misfits: list[str] = []
         for name in names:
-            live = LiveModel(self.config, name)
+            try:
+                live = LiveModel(self.config, name)
+            except CheckpointError as error:
+                misfits.append(str(error))
+                continue
             found = self._homeless(live)
             if not found:
                 return self._resized(live)
-            misfits = misfits or found
+            misfits = found if len(misfits) < 2 else misfits
         total = sum(len(adapter.modules) + len(adapter.whole) for adapter in self.adapters)
         raise PlacementError(misfit_report(misfits, total))
 
@@ -255,25 +259,17 @@ class _Resolution:
             return
         stored = self._stored()
         _untie_config(self.config)
-        untied = LiveModel(self.config, self.live.class_name)
+        self.live = LiveModel(self.config, self.live.class_name)
         for group in groups:
             source = next((ref for name in group for ref in stored.names(name)), None)
-            for name in group:
-                self._require_own(name, untied.tied(name), content)
-                if source is not None and not any(stored.holds(other) for other in untied.tied(name)):
+            # Both ends of a pair that still counts as tied must be there: transformers ties no two tensors that differ.
+            split = len({content.get(name, ()) for name in group}) > 1
+            for name in group if source is not None else ():
+                if not any(stored.holds(other) for other in ((name,) if split else self.live.tied(name))):
                     self.tensors[name] = replace(self.tensors[source], name=name)
                     if source in self.dtypes:
                         self.dtypes[name] = self.dtypes[source]
-        self.live = untied
         self.notes.append("the merged model has tie_word_embeddings = false: the adapter changes one end only")
-
-    def _require_own(self, name: str, tied: tuple[str, ...], content: Mapping[str, tuple]) -> None:
-        different = [other for other in tied if content.get(other, ()) != content.get(name, ())]
-        if different:
-            raise UnsupportedError(
-                f"the adapter changes {name} but not {different[0]}, and a {self.live.class_name} ties the two whatever "
-                "its configuration says: no merged model can hold both."
-            )
 
     def _content_by_name(self) -> dict[str, tuple]:
         """What the adapters do to each live name alone."""
@@ -323,8 +319,8 @@ class _Resolution:
             names = stored.names(parameter)
             if parameter not in self.live.shapes or len(names) != 1:
                 raise UnsupportedError(
-                    f"{item.module.bias.name}: lora_bias adds to the bias of {item.module.path}, which the base has not "
-                    "got, so that no merged model of its class can hold it."
+                    f"{item.module.bias.name}: lora_bias adds to the bias of {item.module.path}, but the base has "
+                    "none, so that no merged model of its class can hold it."
                 )
             self.biases[names[0]].append(BiasUpdate(item.module.bias, item.scaling))
 
@@ -336,8 +332,8 @@ class _Resolution:
         missing = [name for name in self.live.shapes if not any(stored.holds(other) for other in self.live.tied(name))]
         if missing:
             raise PlacementError(
-                f"a {self.live.class_name} needs {missing[0]}{' and others' if len(missing) > 1 else ''}, which neither "
-                "the base nor the adapter has: give the model that the adapter was trained on with --base."
+                f"a {self.live.class_name} needs {missing[0]} and {len(missing) - 1} more tensors that neither the "
+                "base nor the adapter has: give the model that the adapter was trained on with --base."
             )
 
     def _files(self) -> tuple[TensorFile, ...]:

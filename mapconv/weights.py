@@ -118,7 +118,7 @@ def grid(shape: tuple[int, ...], *, stacked: bool) -> tuple[int, int, int]:
 
 
 def read_rows(reader: TensorReader, piece: Piece, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
-    """Rows ``start`` to ``stop`` of the stored matrix that a piece lies in, (rows, columns), as a view into ``buffer``."""
+    """Rows ``start`` to ``stop`` of the stored matrix that a piece lies in, (rows, columns); a view into ``buffer``."""
     _, height, width = piece.grid
     first = (piece.index * height + start) * width
     return reader.read_range(piece.tensor, first, first + (stop - start) * width, buffer).view(stop - start, width)

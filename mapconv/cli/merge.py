@@ -56,7 +56,9 @@ def command(
 ) -> None:
     """Merge ADAPTER (a MAP folder, or a LoRA or DoRA adapter as it is) into its base model.
 
-    Several adapters merge together: their updates add up, and a weight that a DoRA adapts takes no other. The merged model loads with from_pretrained. Weights are computed in float32 and rounded once.
+    Several adapters merge together: their updates add up, and a weight that a DoRA adapts takes no other.
+
+    The merged model loads with from_pretrained. Weights are computed in float32 and rounded once.
     """
     if weights is not None and len(weights) != len(adapters):
         raise click.UsageError(f"--weights has {len(weights)} numbers for {len(adapters)} adapters.")

@@ -147,7 +147,8 @@ def _check_base(placed: Sequence[PlacedAdapter], merged: Sequence[MergedTensor])
         if abs(norm - expected) > NORM_TOLERANCE * max(norm, expected):
             raise BaseMismatchError(
                 f"{item.weight.pieces[0].tensor.file}: {item.weight.name} has norm {norm:.9g}, but the MAP adapter was "
-                f"made for a base where it is {expected:.9g}: give that base with --base, or accept this one with --force."
+                f"made for a base where it is {expected:.9g}: give that base with --base, or accept this one with "
+                "--force."
             )
 
 

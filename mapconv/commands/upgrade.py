@@ -150,7 +150,9 @@ def _write(
     base = base_name(placed)
     names = {item.module.path: item.parameter if item.experts > 1 else item.module.path for item in placed.modules}
     write_file(staging / "README.md", adapter_card(placed.adapter, base, plain_lora=not needs_magnitude(modules)))
-    config = peft_config(placed.adapter.config, modules, names, base=base)
+    own_paths = {module.path for module in placed.adapter.modules}
+    respelled = any(item.module.path not in own_paths for item in placed.modules)
+    config = peft_config(placed.adapter.config, modules, names, base=base, respelled=respelled)
     write_configs(staging, config, map_config(placed, options, modules))
     return modules, parameters
 
@@ -180,14 +182,14 @@ def _convert(
 
 
 def _keep_the_rest(placed: PlacedAdapter, spool: SpooledFile) -> None:
-    """Carry over what is no low-rank update: heads, token rows and biases as they are, LoRA biases with their scaling."""
+    """Carry over what is no low-rank update: heads, rows and biases as they are, LoRA biases with their scaling."""
     with TensorReader() as reader:
         for item in {item.module.path: item for item in placed.modules}.values():
             if item.module.bias is not None:
                 bias = reader.read(item.module.bias).float() * item.scaling
                 spool.append(f"{KEY_PREFIX}{item.module.path}.lora_B.bias", bias)
-        for whole in placed.adapter.whole:
-            spool.append(whole.tensor.name, reader.read(whole.tensor))
+        for name, ref in placed.adapter.others.items():
+            spool.append(name, reader.read(ref))
 
 
 def _notes(placed: PlacedAdapter, options: ConvertOptions) -> list[str]:

@@ -40,9 +40,9 @@ _REFUSED = {
     "arrow_config": "Arrow routes between adapters at run time, so it is no fixed weight",
     "use_qalora": "QALoRA pools the inputs of a quantized layer, so it fits no plain weight",
     "kasa_config": "KaSA replaces the base weight by a truncated one that the file does not hold",
-    "use_bdlora": "block-diagonal LoRA is not supported",
+    "use_bdlora": "its factors are block-diagonal, in a layout of their own",
     "monteclora_config": "MonteCLoRA samples its weights at run time, so it is no fixed weight",
-    "velora_config": "VeLoRA is not supported",
+    "velora_config": "VeLoRA adds projections that compress activations in the backward pass, which have no merge",
 }
 #: Initialisations that leave the base weight as it is, so that the saved factors are the whole adapter.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")

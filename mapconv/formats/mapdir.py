@@ -42,7 +42,7 @@ class MapDirectory:
                 f"{path / MAP_CONFIG_FILE} has format_version {version!r}, expected {FORMAT_VERSION}: "
                 "it was written by another version of mapconv."
             )
-        modules, whole, _ = read_tensors(path, settings, allow_pickle=allow_pickle)
+        modules, whole, others, _ = read_tensors(path, settings, allow_pickle=allow_pickle)
         map_modules = _read_map_modules(map_config, path / MAP_CONFIG_FILE)
         directions = {scalars.path: scalars.direction for scalars in map_modules}
         for module in modules:
@@ -58,6 +58,7 @@ class MapDirectory:
             # A low-rank direction has gains in place of the magnitude that PEFT needs to compute it.
             modules=tuple(m if directions[m.path] == "dora" else replace(m, magnitude=None) for m in modules),
             whole=whole,
+            others=others,
             base=config.get("base_model_name_or_path") or None,
             revision=config.get("revision") or None,
             map_modules=map_modules,
@@ -66,11 +67,17 @@ class MapDirectory:
 
 
 def peft_config(
-    source: Mapping[str, Any], modules: Sequence[MapModule], pattern_names: Mapping[str, str], *, base: str | None
+    source: Mapping[str, Any],
+    modules: Sequence[MapModule],
+    pattern_names: Mapping[str, str],
+    *,
+    base: str | None,
+    respelled: bool = False,
 ) -> dict[str, Any]:
     """The ``adapter_config.json`` under which stock PEFT computes the MAP adapter: the source's targets, scaling 1.
 
     ``pattern_names`` has the name by which PEFT looks up a module's rank: its path, or the parameter's for experts.
+    ``respelled`` modules have other paths than the source's targets say: then every module is named in full.
     """
     ranks = {pattern_names[module.path]: module.rank for module in modules}
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -78,22 +85,30 @@ def peft_config(
     others = dict(
         sorted((item for item in ranks.items() if item[1] != rank), key=lambda item: (-len(item[0]), item[0]))
     )
-    return dict(source) | {
-        "peft_type": "LORA",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": others,
-        "alpha_pattern": dict(others),
-        "use_rslora": False,
-        "use_dora": needs_magnitude(modules),
-        "init_lora_weights": True,
-    }
+    targets = {}
+    if respelled:
+        targets = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+        targets["target_modules"] = [module.path for module in modules]
+    return (
+        dict(source)
+        | targets
+        | {
+            "peft_type": "LORA",
+            "base_model_name_or_path": base,
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": rank,
+            "rank_pattern": others,
+            "alpha_pattern": dict(others),
+            "use_rslora": False,
+            "use_dora": needs_magnitude(modules),
+            "init_lora_weights": True,
+        }
+    )
 
 
 def peft_factors(module: Module, A: torch.Tensor, B: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """Keys and tensors of one module's factors, in the shapes that PEFT gives its layer: from matrices back to kernels."""
+    """Keys and tensors of one module's factors, from matrices back to the shapes that PEFT gives its layer."""
     prefix = f"{KEY_PREFIX}{module.path}"
     if module.embedding:
         return [(f"{prefix}.lora_embedding_A", A), (f"{prefix}.lora_embedding_B", B)]

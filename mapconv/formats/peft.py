@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from mapconv.adapter import Adapter, LoraSettings, Module, TensorRef, WholeTensor
@@ -22,11 +22,12 @@ _FLOATS = ("F32", "F16", "BF16")
 #: A LoRA tensor. PEFT strips the adapter's name when it saves; other writers leave it in (`.lora_A.default.weight`).
 _FACTOR = re.compile(
     r"(?P<path>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
-    r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?"
+    r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
 )
-_TOKEN_ROWS = re.compile(r"(?P<path>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
-#: How PEFT's wrappers show in the keys of whole tensors; without them the key is the parameter's name.
-_SAVED_MODULE = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
+_TOKEN_ROWS = re.compile(r"(?P<path>.+)\.token_adapter\.trainable_tokens_delta")
+#: The adapter's name behind PEFT's wrappers of whole tensors, in files of other writers.
+_ADAPTER_NAME = r"(\.modules_to_save|\.trainable_tokens_delta)\.(?:{names})(?=\.|$)"
+#: PEFT's wrappers of a base layer; without them, the key is the parameter's name.
 _WRAPPED_BASE = re.compile(r"(\.token_adapter)?\.base_layer(?=\.)")
 
 
@@ -39,7 +40,7 @@ class PeftDirectory:
     def read(self, path: Path, *, allow_pickle: bool = False) -> Adapter:
         config = read_config(path / CONFIG_FILE)
         settings = parse_settings(config, path / CONFIG_FILE)
-        modules, whole, notes = read_tensors(path, settings, allow_pickle=allow_pickle)
+        modules, whole, others, notes = read_tensors(path, settings, allow_pickle=allow_pickle)
         return Adapter(
             path=path,
             method="DoRA" if settings.use_dora else "LoRA",
@@ -47,6 +48,7 @@ class PeftDirectory:
             settings=settings,
             modules=modules,
             whole=whole,
+            others=others,
             base=config.get("base_model_name_or_path") or None,
             revision=config.get("revision") or None,
             notes=notes,
@@ -55,8 +57,8 @@ class PeftDirectory:
 
 def read_tensors(
     folder: Path, settings: LoraSettings, *, allow_pickle: bool = False
-) -> tuple[tuple[Module, ...], tuple[WholeTensor, ...], tuple[str, ...]]:
-    """Every tensor of the weights file, as a part of a module or as a whole tensor; and notes for the user.
+) -> tuple[tuple[Module, ...], tuple[WholeTensor, ...], dict[str, TensorRef], tuple[str, ...]]:
+    """Every tensor of the weights file: modules, whole tensors, all that are no factors; and notes for the user.
 
     Raises:
         AdapterError: no weights, or a missing, misshapen or doubled tensor.
@@ -64,6 +66,7 @@ def read_tensors(
     tensors = _weights(folder, allow_pickle=allow_pickle)
     parts: dict[str, dict[str, TensorRef]] = defaultdict(dict)
     others: list[TensorRef] = []
+    names = {"default"}
     for ref in tensors:
         if ref.dtype not in _FLOATS:
             raise AdapterError(f"{ref.file}: {ref.name} has dtype {ref.dtype}, expected one of {', '.join(_FLOATS)}.")
@@ -71,6 +74,7 @@ def read_tensors(
         if match is None:
             others.append(ref)
             continue
+        names.add(match["adapter"] or "default")
         part = "bias" if match["leaf"] == "bias" else match["part"]
         path = match["path"].removeprefix(KEY_PREFIX)
         if part in parts[path]:
@@ -79,8 +83,8 @@ def read_tensors(
             )
         parts[path][part] = ref
     modules = tuple(_module(path, parts[path], settings) for path in sorted(parts, key=natural_order))
-    whole, notes = _whole_tensors(others, settings)
-    return modules, whole, notes
+    whole, saved, notes = _whole_tensors(others, settings, names)
+    return modules, whole, saved, notes
 
 
 def natural_order(path: str) -> tuple[tuple[int, int | str], ...]:
@@ -124,9 +128,14 @@ def _module(path: str, parts: dict[str, TensorRef], settings: LoraSettings) -> M
     a, b, magnitude = parts[name_A], parts[name_B], parts.get("lora_magnitude_vector")
     if len(a.shape) < 2 or len(b.shape) != len(a.shape) or any(size != 1 for size in b.shape[2:]):
         raise AdapterError(
-            f"{a.file}: {a.name} is {list(a.shape)} and {b.name} is {list(b.shape)}, which are no factors of one weight."
+            f"{a.file}: {a.name} is {list(a.shape)} and {b.name} is {list(b.shape)}: no factors of one weight."
         )
     rank = a.shape[0]
+    if len(a.shape) > 2 and b.shape[1] != rank:
+        raise UnsupportedError(
+            f"{a.file}: {a.name} is {list(a.shape)} and {b.name} is {list(b.shape)}: a convolution with groups > 1, "
+            "which has no merge (PEFT refuses it as well)."
+        )
     # A stack of experts has its factors side by side, and only the base says how many: checked when it is placed.
     if b.shape[1] != rank or (rank != settings.rank_of(path) and not settings.target_parameters):
         raise AdapterError(
@@ -144,13 +153,15 @@ def _check_vector(ref: TensorRef | None, length: int) -> None:
 
 
 def _whole_tensors(
-    refs: Sequence[TensorRef], settings: LoraSettings
-) -> tuple[tuple[WholeTensor, ...], tuple[str, ...]]:
-    """Whole tensors by the parameter that they replace, and a note on copies that are left aside."""
+    refs: Sequence[TensorRef], settings: LoraSettings, adapter_names: set[str]
+) -> tuple[tuple[WholeTensor, ...], dict[str, TensorRef], tuple[str, ...]]:
+    """Whole tensors by the parameter that they replace, all of ``refs`` by PEFT's own key, and notes for the user."""
+    name = re.compile(_ADAPTER_NAME.format(names="|".join(map(re.escape, sorted(adapter_names)))))
+    named = {name.sub(r"\1", ref.name.removeprefix(KEY_PREFIX)): ref for ref in refs}
     found: dict[str, WholeTensor] = {}
     notes = []
-    for ref in sorted(refs, key=lambda ref: ".modules_to_save." in ref.name):
-        key = ref.name.removeprefix(KEY_PREFIX)
+    # A saved module's tensor stands twice where its embedding was resized as well: the trained one comes last and wins.
+    for key, ref in sorted(named.items(), key=lambda item: ".modules_to_save." in item[0]):
         if ".original_module." in key:
             notes.append(f"{ref.name} is PEFT's copy of the untrained module, and has no effect")
             continue
@@ -159,15 +170,19 @@ def _whole_tensors(
             parameter = f"{rows['path']}.weight"
             found[key] = WholeTensor(parameter, ref, False, _rows_of(rows["path"], ref, settings))
             continue
-        parameter = _WRAPPED_BASE.sub("", _SAVED_MODULE.sub("", key))
+        parameter = _WRAPPED_BASE.sub("", key.replace(".modules_to_save.", "."))
         # PEFT loads a tensor of a saved module into a copy of that module, any other into the base's own parameter.
         module = parameter.rpartition(".")[0]
-        own_copy = any(
-            f".{module}.".endswith(f".{name}.") or f".{name}." in f".{module}." for name in settings.modules_to_save
-        )
-        # A saved module's tensor stands twice where its embedding was resized as well: sorted last, it wins.
+        own_copy = any(f".{saved}." in f".{module}." for saved in settings.modules_to_save)
         found[parameter] = WholeTensor(parameter, ref, in_place=not own_copy)
-    return tuple(found[key] for key in sorted(found, key=natural_order)), tuple(notes)
+    whole = tuple(found[key] for key in sorted(found, key=natural_order))
+    return whole, {_saved_key(key, named): ref for key, ref in named.items()}, tuple(notes)
+
+
+def _saved_key(key: str, keys: Container[str]) -> str:
+    """The key under which PEFT saves and finds a tensor: a wrapper's name shows only beside the plain key."""
+    plain = key.replace(".modules_to_save.", ".")
+    return KEY_PREFIX + (key if plain in keys else plain)
 
 
 def _rows_of(path: str, ref: TensorRef, settings: LoraSettings) -> tuple[int, ...]:
