@@ -28,6 +28,7 @@ _FEATURES = {
     ".trainable_tokens_delta": "trained token rows",
     ".modules_to_save.": "a fully trained module",
     ".base_layer.bias": "a trained bias",
+    ".base_layer.weight": "a saved copy of the adapted layer (PEFT's save_embedding_layers)",
 }
 
 
