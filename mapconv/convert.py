@@ -24,7 +24,7 @@ from mapconv.algebra.norms import (
 from mapconv.algebra.refit import Refit, refit, refit_to_tolerance, relative_error
 from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
 from mapconv.devices import resolve_device
-from mapconv.errors import CheckpointError
+from mapconv.errors import CheckpointError, OutputError
 from mapconv.factors import Factors, load_factors
 from mapconv.plan import PlacedModule
 
@@ -155,8 +155,19 @@ class Converter:
         return solution if abs(solution.gain) > SMALLEST_GAIN else refit(target, solution.rank, gain=1.0)
 
     def _stored(self, factor: torch.Tensor, placed: PlacedModule) -> torch.Tensor:
-        """The factor in the dtype it is written in."""
-        return factor.to(self._options.stored_dtype(placed)).cpu()
+        """The factor in the dtype it is written in.
+
+        Raises:
+            OutputError: a value that overflows there; the scaling is folded into B, which can make it large.
+        """
+        dtype = self._options.stored_dtype(placed)
+        stored = factor.to(dtype).cpu()
+        if not torch.isfinite(stored).all():
+            raise OutputError(
+                f"the factors of {placed.module.path} do not fit in {str(dtype).removeprefix('torch.')}: some values "
+                "overflow there, so choose another --dtype."
+            )
+        return stored
 
     def _base_matrix(self, placed: PlacedModule) -> torch.Tensor:
         """W0 in float32, in memory that this thread uses again for its next module."""
