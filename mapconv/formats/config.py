@@ -54,7 +54,7 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The part of the configuration that decides what the tensors mean."""
+    """The part of the configuration that decides what the tensors mean, and the base that they were made for."""
 
     rank: int
     alpha: float
@@ -62,6 +62,8 @@ class LoraSettings:
     use_dora: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+    base: str | None
+    revision: str | None
 
     def rank_of(self, path: str) -> int:
         return int(_by_pattern(self.rank_pattern, path, self.rank))
@@ -109,6 +111,8 @@ def parse_settings(config: Mapping[str, Any], path: Path) -> LoraSettings:
         use_dora=field.flag("use_dora"),
         rank_pattern=field.pattern("rank_pattern", field.rank),
         alpha_pattern=field.pattern("alpha_pattern", field.number),
+        base=field.text("base_model_name_or_path") or None,
+        revision=field.text("revision") or None,
     )
 
 
@@ -174,7 +178,7 @@ class _Fields:
             raise self._wrong(name, value, "a table of patterns")
         for key in value:
             try:
-                re.compile(key)
+                re.compile(_at_the_end(key))
             except (re.error, RecursionError) as error:
                 raise AdapterError(
                     f"{self.path}: {name} has {key!r}, which is no regular expression ({error})."
@@ -187,7 +191,11 @@ class _Fields:
 
 def _by_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first key, in file order, that matches the path's end (PEFT's ``get_pattern_key``)."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    return next((value for key, value in pattern.items() if re.match(_at_the_end(key), path)), default)
+
+
+def _at_the_end(key: str) -> str:
+    return rf"(.*\.)?({key})$"
 
 
 def _is_empty(value: Any) -> bool:

@@ -53,8 +53,8 @@ class MapDirectory:
             method="MAP",
             config=config,
             modules=tuple(_own_form(module, scalars) for module, scalars in zip(modules, ordered, strict=True)),
-            base=config.get("base_model_name_or_path") or None,
-            revision=config.get("revision") or None,
+            base=settings.base,
+            revision=settings.revision,
             map_modules=ordered,
             map_config=map_config,
         )

@@ -46,8 +46,8 @@ class PeftDirectory:
             method="DoRA" if settings.use_dora else "LoRA",
             config=config,
             modules=read_modules(path, settings),
-            base=config.get("base_model_name_or_path") or None,
-            revision=config.get("revision") or None,
+            base=settings.base,
+            revision=settings.revision,
         )
 
 
