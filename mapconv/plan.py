@@ -47,7 +47,7 @@ def place_adapter(source: Path, base: str | Path | None) -> PlacedAdapter:
     """
     adapter = read_adapter(source)
     checkpoint = read_checkpoint(locate_base(base, adapter.base, adapter.revision, source))
-    _refuse_quantized(checkpoint)
+    _check_config(checkpoint)
     shapes = {name: ref.shape for name, ref in checkpoint.tensors.items()}
     names, renaming = place({module.path: module.weight_shape for module in adapter.modules}, shapes)
     require_all_targets(adapter.config, names, renaming, shapes)
@@ -208,7 +208,8 @@ def _split_copies(jobs: Sequence[CopyJob | ConvertJob | MergeJob]) -> Iterable[C
             yield CopyJob(job.source, job.source_offset + done, job.target, job.target_offset + done, size)
 
 
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
+def _check_config(checkpoint: Checkpoint) -> None:
+    """Refuse a base whose ``config.json`` is broken, or says that the weights are quantized."""
     path = checkpoint.folder / "config.json"
     if not path.exists():
         return
@@ -216,7 +217,9 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
         config = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}): download it again.") from None
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds {type(config).__name__}, expected an object: download it again.")
+    quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise CheckpointError(

@@ -117,7 +117,7 @@ def _read_sharded(folder: Path, index_path: Path) -> Checkpoint:
         # A shard may be a symlink (the Hub cache is made of them), but its *name* must not lead elsewhere.
         if name != os.path.basename(name) or name in ("", ".", ".."):
             raise CheckpointError(f"{index_path} points outside its folder ({name}): refusing to follow it.")
-        if not (folder / name).exists():
+        if not os.path.exists(folder / name):  # false, where Path.exists() raises, for a name that can be no file's
             raise CheckpointError(f"{index_path} lists {name}, which is not in {folder}: download the missing shard.")
     files = [read_tensor_file(folder / name) for name in shard_names]
     metadata = index.get("metadata")
