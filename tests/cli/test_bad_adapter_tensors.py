@@ -71,7 +71,7 @@ def test_module_that_the_base_has_not(refuse):
     [("lora_A", (4, 31)), ("lora_B", (33, 4)), ("lora_A", (5, 32)), ("lora_B", (32, 3)), ("lora_A", (4, 32, 1))],
 )
 def test_wrong_shape(part, shape, refuse):
-    refuse(lambda tensors: tensors.update({f"{Q}.{part}.weight": torch.ones(shape)}), "q_proj", list(shape)[0])
+    refuse(lambda tensors: tensors.update({f"{Q}.{part}.weight": torch.ones(shape)}), "model.layers.0.self_attn.q_proj")
 
 
 @pytest.mark.parametrize("shape", [(31,), (1,), (32, 1)])
