@@ -8,6 +8,7 @@ source's own, and the scalars multiply T − W0.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -111,6 +112,9 @@ def _read_map_modules(map_config: Mapping[str, Any], path: Path) -> dict[str, Ma
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise AdapterError(f"{path} has a module entry that cannot be read ({error!r}).") from None
+        numbers = (module.alpha, module.beta, module.base_gain, module.update_gain, module.error)
+        if not all(map(math.isfinite, numbers)):
+            raise AdapterError(f"{path}: module {module.path} has a scalar that is not finite.")
         if module.direction not in ("low-rank", "dora"):
             raise AdapterError(f"{path}: module {module.path} has direction {module.direction!r}.")
         modules[module.path] = module
