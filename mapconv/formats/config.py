@@ -60,8 +60,8 @@ class LoraSettings:
     alpha: float
     use_rslora: bool
     use_dora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Mapping[re.Pattern[str], int]
+    alpha_pattern: Mapping[re.Pattern[str], float]
     base: str | None
     revision: str | None
 
@@ -172,30 +172,26 @@ class _Fields:
             raise self._wrong(name, value, "a number")
         return number
 
-    def pattern(self, name: str, parse: Callable[[str, Any], Any]) -> dict[str, Any]:
+    def pattern(self, name: str, parse: Callable[[str, Any], Any]) -> dict[re.Pattern[str], Any]:
         value = self.config.get(name) or {}
         if not isinstance(value, dict):
             raise self._wrong(name, value, "a table of patterns")
-        for key in value:
-            try:
-                re.compile(_at_the_end(key))
-            except (re.error, RecursionError) as error:
-                raise AdapterError(
-                    f"{self.path}: {name} has {key!r}, which is no regular expression ({error})."
-                ) from None
-        return {key: parse(f"{name}[{key!r}]", item) for key, item in value.items()}
+        return {self._expression(name, key): parse(f"{name}[{key!r}]", item) for key, item in value.items()}
+
+    def _expression(self, name: str, key: str) -> re.Pattern[str]:
+        """A key as PEFT's ``get_pattern_key`` uses it: it must match the end of a module's path."""
+        try:
+            return re.compile(rf"(.*\.)?({key})$")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise AdapterError(f"{self.path}: {name} has {key!r}, which is no regular expression ({error}).") from None
 
     def _wrong(self, name: str, value: Any, expected: str) -> AdapterError:
         return AdapterError(f"{self.path}: {name} is {_short(value)}, expected {expected}.")
 
 
-def _by_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first key, in file order, that matches the path's end (PEFT's ``get_pattern_key``)."""
-    return next((value for key, value in pattern.items() if re.match(_at_the_end(key), path)), default)
-
-
-def _at_the_end(key: str) -> str:
-    return rf"(.*\.)?({key})$"
+def _by_pattern(patterns: Mapping[re.Pattern[str], Any], path: str, default: Any) -> Any:
+    """The value of the first pattern, in file order, that matches."""
+    return next((value for pattern, value in patterns.items() if pattern.match(path)), default)
 
 
 def _is_empty(value: Any) -> bool:
