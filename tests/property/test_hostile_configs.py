@@ -95,7 +95,7 @@ def test_any_values_of_known_fields(changes, adapter, sound, base, lora):
 @FAST
 @given(removed=st.sets(st.sampled_from(FIELDS)))
 def test_missing_fields(removed, adapter, sound):
-    """Old versions of PEFT lack most fields; only the method, and a rank that fits the tensors, cannot be done without."""
+    """Old versions of PEFT lack most fields; only the method, and a rank that fits, cannot be done without."""
     config = {name: value for name, value in sound.items() if name not in removed}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     if {"peft_type", "r"} & removed:
