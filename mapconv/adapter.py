@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ ITEM_SIZES = {
     "I32": 4, "U32": 4, "F32": 4,
     "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
+_LAYER = re.compile("[0-9]{1,6}")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Module:
     @property
     def layer(self) -> int | None:
         """The first number in the path, or None: 0 in ``model.layers.0.self_attn.q_proj``."""
-        return next((int(part) for part in self.path.split(".") if part.isdigit()), None)
+        return next((int(part) for part in self.path.split(".") if _LAYER.fullmatch(part)), None)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -80,9 +81,10 @@ def read_modules(folder: Path, settings: LoraSettings) -> tuple[Module, ...]:
     return tuple(_module(path, parts[path], settings) for path in sorted(parts, key=natural_order))
 
 
-def natural_order(path: str) -> tuple[tuple[int, int | str], ...]:
+def natural_order(path: str) -> tuple[tuple[int, str], ...]:
     """A sort key that puts ``layers.2`` before ``layers.10``."""
-    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in path.split("."))
+    # Of two numbers the longer one is the larger; a hostile one may have more digits than int() takes.
+    return tuple((len(part) if part.isdecimal() else sys.maxsize, part) for part in path.split("."))
 
 
 def _split_key(ref: TensorRef) -> tuple[str, str]:
