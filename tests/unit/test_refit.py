@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from tests.unit.weights import Dense, random_weight
 
 
 def optimum(weight: Dense, rank: int, gain: float | None = None) -> float:
-    """The least ε of any a and any matrix of ``rank``: f(a) from full SVDs, scanned, then narrowed by golden section."""
+    """The least ε of any a and any matrix of ``rank``: f(a) from full SVDs, scanned, then narrowed."""
 
     def error(a: float) -> float:
         values = torch.linalg.svdvals(weight.target - a * weight.base.double())
@@ -93,7 +94,7 @@ def test_error_falls_with_rank(spread):
     weight = random_weight(rank=8, spread=spread)
     errors = [dense_error(weight, refit(weight.operator, rank)) for rank in range(1, 13)]
     # Each is within 1 % of its own optimum, and the optima fall.
-    assert all(after <= 1.01 * before + 1e-6 for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= 1.01 * before + 1e-6 for before, after in itertools.pairwise(errors))
     assert errors[-1] < errors[0] / 2
 
 

@@ -37,8 +37,10 @@ class Dense:
 def random_weight(
     height: int = 60, width: int = 40, rank: int = 4, *, update: float = 0.3, spread: float | None = None, seed: int = 0
 ) -> Dense:
-    """A weight whose LoRA part is ``update`` times as long as the base; ``spread`` makes it a DoRA whose row scales vary
-    by about that much."""
+    """A weight whose LoRA part is ``update`` times as long as the base.
+
+    ``spread`` makes it a DoRA whose row scales vary by about that much.
+    """
     draw = torch.Generator().manual_seed(seed)
     base = torch.randn(height, width, generator=draw) / width**0.5
     A = torch.randn(rank, width, generator=draw) / width**0.5
