@@ -67,6 +67,8 @@ def best_low_rank(
         factors of shapes (n, k) and (k, m), with the singular values split evenly between them.
     """
     rank = min(rank, *pencil.shape)
+    if rank == min(pencil.shape) and shift is None:
+        shift = 0.0  # no t leaves anything over, so rounding alone would choose one
     basis = _first_basis(pencil, rank, start, seed)
     t, errors = shift or 0.0, []
     for _ in range(MAX_ITERATIONS):
