@@ -31,6 +31,8 @@ from mapconv.plan import PlacedModule
 DEFAULT_MAX_RANK = 256
 #: Below this gain, D = (b/a)·Δ would be too long for its dtype, and a = 1 is solved for instead.
 SMALLEST_GAIN = 1e-3
+#: Before its first step a DoRA's magnitudes are the base's row norms, but for float32 rounding in sums over a row.
+UNTRAINED = 1e-6
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,8 @@ class Converter:
         scaled = (factors.B * placed.module.scaling).to(device)
         target = AdaptedWeight(base, factors.A.to(device), scaled, magnitude)
         base_norm = _finite(target.base_norm, placed)
+        if not factors.B.any() and target.update_norm <= UNTRAINED * base_norm:
+            return self._keep_base(placed, factors, target, base_norm)
         solution = self._solve(target, placed)
         gain = solution.gain
         A, B = self._stored(solution.A, placed), self._stored(solution.B / gain, placed)
@@ -145,6 +149,13 @@ class Converter:
         error = relative_error(target, gain, gain * stored_B, stored_A)
         magnitude = gain * target.approximation_row_norms(stored_B, stored_A)
         return _converted(placed, "low-rank", gain, base_norm, product_norm(B, A), error, A, B, magnitude)
+
+    def _keep_base(self, placed: PlacedModule, factors: Factors, target: AdaptedWeight, base_norm: float) -> Converted:
+        """An untrained DoRA has no direction: what its magnitudes' rounding does to W0 is noise, and not refitted."""
+        rank = min(self._options.rank or placed.module.rank, placed.module.rank)
+        A, B = self._stored(factors.A[:rank], placed), self._stored(factors.B[:, :rank], placed)
+        magnitude = target.approximation_row_norms(factors.B.to(self._device), factors.A.to(self._device))
+        return _converted(placed, "low-rank", 1.0, base_norm, 0.0, 0.0, A, B, magnitude)
 
     def _solve(self, target: AdaptedWeight, placed: PlacedModule) -> Refit:
         options = self._options
