@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers.utils import logging
 
 from mapconv.cli import main
@@ -20,6 +21,9 @@ from tests.files import copy
 from tests.models import save_adapter, save_base
 
 torch.set_num_threads(1)
+# The same examples in each run: a failure is one that anybody can repeat.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 logging.disable_progress_bar()
 logging.set_verbosity_error()
 

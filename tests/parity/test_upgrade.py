@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import mapconv
 from tests.files import edit_json, edit_tensors, read_tensors
-from tests.models import kl, load_adapted, log_probabilities, merged_by_peft, save_adapter
+from tests.models import TARGETS, kl, load_adapted, load_base, log_probabilities, merged_by_peft, save_adapter
 
 
 def divergence(base, source, result) -> float:
@@ -156,13 +157,14 @@ def test_16_bit_factors_and_their_recorded_error(dtype, precision, base, lora, t
         assert module.error == pytest.approx(error, rel=1e-3)
 
 
-def test_an_untrained_adapter_has_no_direction(base, tmp_path):
-    source = save_adapter(base, tmp_path / "source")
-    edit_tensors(
-        source / "adapter_model.safetensors",
-        lambda tensors: [tensor.zero_() for name, tensor in tensors.items() if "lora_B" in name],
-    )
-    result = mapconv.upgrade(source, tmp_path / "map")
+@pytest.mark.parametrize("options", [{}, {"tolerance": 0.1}, {"rank": 2}])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_untrained_adapter_has_no_direction(use_dora, options, base, tmp_path):
+    source = tmp_path / "source"
+    config = LoraConfig(r=4, target_modules=TARGETS, use_dora=use_dora, task_type="CAUSAL_LM")
+    get_peft_model(load_base(base), config).save_pretrained(source)
+    result = mapconv.upgrade(source, tmp_path / "map", **options)
+    assert result.plain_lora
     assert {(module.beta, module.direction_norm, module.error) for module in result.modules} == {(0.0, 0.0, 0.0)}
     mapconv.merge(tmp_path / "map", tmp_path / "merged")
     merged, original = read_tensors(tmp_path / "merged"), read_tensors(base)
