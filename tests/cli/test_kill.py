@@ -25,13 +25,13 @@ from safetensors.torch import save_file
 import mapconv
 from mapconv.checkpoint.staging import staged_folder
 
-KILLS = 20
-LAYERS, HEIGHT, WIDTH, RANK = 32, 1024, 2048, 4
+KILLS = 16
+LAYERS, HEIGHT, WIDTH, RANK = 24, 1024, 2048, 4
 
 
 @pytest.fixture(scope="module")
 def large_base(tmp_path_factory) -> Path:
-    """134 MB of bfloat16 weights: work enough for a kill to land in."""
+    """101 MB of bfloat16 weights: work enough for a kill to land in."""
     folder = tmp_path_factory.mktemp("large") / "base"
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)

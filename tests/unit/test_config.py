@@ -22,6 +22,7 @@ def as_saved(config: LoraConfig) -> dict:
     return table
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize(
     "patterns",
