@@ -18,6 +18,7 @@ ITEM_SIZES = {
     "I32": 4, "U32": 4, "F32": 4,
     "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
+_LAYER = re.compile("[0-9]{1,6}")
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Module:
     @property
     def layer(self) -> int | None:
         """The first number in the path, or None: 0 in ``model.layers.0.self_attn.q_proj``."""
-        return next((int(part) for part in self.path.split(".") if part.isdigit()), None)
+        return next((int(part) for part in self.path.split(".") if _LAYER.fullmatch(part)), None)
 
 
 @dataclass(frozen=True)
@@ -129,19 +130,21 @@ class MapModule:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The part of a configuration that decides what the tensors mean."""
+    """The part of a configuration that decides what the tensors mean, and the base that they were made for."""
 
     rank: int
     alpha: float
     use_rslora: bool
     use_dora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Mapping[re.Pattern[str], int]
+    alpha_pattern: Mapping[re.Pattern[str], float]
     initialization: str | None
     modules_to_save: tuple[str, ...]
     target_parameters: tuple[str, ...]
     token_rows: Mapping[str, tuple[int, ...]]
     layer_replication: tuple[tuple[int, int], ...]
+    base: str | None
+    revision: str | None
 
     def rank_of(self, path: str) -> int:
         return int(_by_pattern(self.rank_pattern, path, self.rank))
@@ -152,9 +155,9 @@ class LoraSettings:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
-def _by_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first key, in file order, that matches the path's end (PEFT's ``get_pattern_key``)."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+def _by_pattern(patterns: Mapping[re.Pattern[str], Any], path: str, default: Any) -> Any:
+    """The value of the first pattern, in file order, that matches the path's end (PEFT's ``get_pattern_key``)."""
+    return next((value for pattern, value in patterns.items() if pattern.match(path)), default)
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,15 @@ from mapconv.algebra.norms import (
 from mapconv.algebra.refit import Refit, refit, refit_to_tolerance, relative_error
 from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
 from mapconv.devices import resolve_device
-from mapconv.errors import CheckpointError
+from mapconv.errors import CheckpointError, OutputError
 from mapconv.factors import FactorLoader, Factors
 from mapconv.weights import PlacedModule, read_weight, weight_norm
 
 DEFAULT_MAX_RANK = 256
 #: Below this gain, D = (b/a)·Δ would be too long for its dtype, and a = 1 is solved for instead.
 SMALLEST_GAIN = 1e-3
+#: Before its first step a DoRA's magnitudes are the base's row norms, but for float32 rounding in sums over a row.
+UNTRAINED = 1e-6
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ class Converter:
         scaled = (factors.B * placed.scaling).to(device)
         target = AdaptedWeight(base, factors.A.to(device), scaled, magnitude)
         base_norm = _finite(target.base_norm, placed)
+        if not factors.B.any() and target.update_norm <= UNTRAINED * base_norm:
+            return self._keep_base(placed, factors, target, base_norm)
         solution = self._solve(target, placed)
         gain = solution.gain
         A, B = self._stored(solution.A, placed), self._stored(solution.B / gain, placed)
@@ -146,6 +150,13 @@ class Converter:
         error = relative_error(target, gain, gain * stored_B, stored_A)
         magnitude = gain * target.approximation_row_norms(stored_B, stored_A)
         return _converted(placed, "low-rank", gain, base_norm, product_norm(B, A), error, A, B, magnitude)
+
+    def _keep_base(self, placed: PlacedModule, factors: Factors, target: AdaptedWeight, base_norm: float) -> Converted:
+        """An untrained DoRA has no direction: what its magnitudes' rounding does to W0 is noise, and not refitted."""
+        rank = min(self._options.rank or placed.rank, factors.A.shape[0])
+        A, B = self._stored(factors.A[:rank], placed), self._stored(factors.B[:, :rank], placed)
+        magnitude = target.approximation_row_norms(factors.B.to(self._device), factors.A.to(self._device))
+        return _converted(placed, "low-rank", 1.0, base_norm, 0.0, 0.0, A, B, magnitude)
 
     def _solve(self, target: AdaptedWeight, placed: PlacedModule) -> Refit:
         options = self._options
@@ -157,8 +168,19 @@ class Converter:
         return solution if abs(solution.gain) > SMALLEST_GAIN else refit(target, solution.rank, gain=1.0)
 
     def _stored(self, factor: torch.Tensor, placed: PlacedModule) -> torch.Tensor:
-        """The factor in the dtype it is written in."""
-        return factor.to(self._options.stored_dtype(placed)).cpu()
+        """The factor in the dtype it is written in.
+
+        Raises:
+            OutputError: a value that overflows there; the scaling is folded into B, which can make it large.
+        """
+        dtype = self._options.stored_dtype(placed)
+        stored = factor.to(dtype).cpu()
+        if not torch.isfinite(stored).all():
+            raise OutputError(
+                f"the factors of {placed.module.path} do not fit in {str(dtype).removeprefix('torch.')}: some values "
+                "overflow there, so choose another --dtype."
+            )
+        return stored
 
     def _base_matrix(self, placed: PlacedModule) -> torch.Tensor:
         """W0 in float32, in memory that this thread uses again for its next module."""

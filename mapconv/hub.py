@@ -19,7 +19,7 @@ def locate_base(base: str | Path | None, recorded: str | None, revision: str | N
     name = str(base) if base is not None else recorded
     if not name:
         raise CheckpointError(f"{adapter} does not say which model it adapts: give the base model with --base.")
-    if Path(name).is_dir():
+    if is_folder(name):
         return Path(name)
     if base is None and not _is_repo_id(name):
         raise CheckpointError(
@@ -28,6 +28,14 @@ def locate_base(base: str | Path | None, recorded: str | None, revision: str | N
     if not _is_repo_id(name):
         raise CheckpointError(f"{name} is neither a folder nor a Hub id (owner/name): give the base model with --base.")
     return _from_hub(name, revision if base is None else None)
+
+
+def is_folder(name: str) -> bool:
+    """Whether ``name`` is a folder on this machine; a text that can be no path at all is none."""
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):  # too long for a path, or with a zero byte in it
+        return False
 
 
 def _is_repo_id(name: str) -> bool:

@@ -104,9 +104,9 @@ def _best_renaming(modules: Mapping[str, Any], tensors: Mapping[str, Any]) -> Re
 
 
 def _tensor_name(path: str, renaming: Renaming, tensors: Mapping[str, Any]) -> str:
-    # A head such as lm_head lies outside the prefixed part, so its plain spelling is looked up first.
-    plain = f"{path}.weight"
-    return plain if plain in tensors else f"{renaming.to_checkpoint(path)}.weight"
+    name, plain = f"{renaming.to_checkpoint(path)}.weight", f"{path}.weight"
+    # A head such as lm_head lies outside the prefix that the rest of the checkpoint has.
+    return plain if renaming.add and name not in tensors and plain in tensors else name
 
 
 def _target_rule(config: Mapping[str, Any]) -> Callable[[str], bool] | None:

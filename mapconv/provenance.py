@@ -13,13 +13,14 @@ from mapconv.adapter import MapModule
 from mapconv.convert import ConvertOptions
 from mapconv.formats.mapdir import FORMAT_VERSION
 from mapconv.formats.peft import CONFIG_FILE, weights_name
+from mapconv.hub import is_folder
 from mapconv.placing import PlacedAdapter
 
 
 def base_name(placed: PlacedAdapter) -> str:
     """What the result records as its base: the Hub id if the base came from the Hub's cache, else the folder."""
     recorded, folder = placed.adapter.base, placed.target.folder
-    if recorded and not Path(recorded).is_dir() and folder.parent.name == "snapshots":
+    if recorded and not is_folder(recorded) and folder.parent.name == "snapshots":
         return recorded
     return str(folder.resolve())
 

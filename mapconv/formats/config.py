@@ -99,6 +99,8 @@ def parse_settings(config: Mapping[str, Any], path: Path) -> LoraSettings:
         target_parameters=field.names("target_parameters"),
         token_rows=field.token_rows("trainable_token_indices"),
         layer_replication=field.ranges("layer_replication"),
+        base=field.text("base_model_name_or_path") or None,
+        revision=field.text("revision") or None,
     )
 
 
@@ -164,18 +166,18 @@ class _Fields:
             raise self._wrong(name, value, "a number")
         return number
 
-    def pattern(self, name: str, parse: Callable[[str, Any], Any]) -> dict[str, Any]:
+    def pattern(self, name: str, parse: Callable[[str, Any], Any]) -> dict[re.Pattern[str], Any]:
         value = self.config.get(name) or {}
         if not isinstance(value, dict):
             raise self._wrong(name, value, "a table of patterns")
-        for key in value:
-            try:
-                re.compile(key)
-            except (re.error, RecursionError) as error:
-                raise AdapterError(
-                    f"{self.path}: {name} has {key!r}, which is no regular expression ({error})."
-                ) from None
-        return {key: parse(f"{name}[{key!r}]", item) for key, item in value.items()}
+        return {self._expression(name, key): parse(f"{name}[{key!r}]", item) for key, item in value.items()}
+
+    def _expression(self, name: str, key: str) -> re.Pattern[str]:
+        """A key as PEFT's ``get_pattern_key`` uses it: it must match the end of a module's path."""
+        try:
+            return re.compile(rf"(.*\.)?({key})$")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise AdapterError(f"{self.path}: {name} has {key!r}, which is no regular expression ({error}).") from None
 
     def names(self, name: str) -> tuple[str, ...]:
         value = self.config.get(name) or []

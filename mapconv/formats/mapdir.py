@@ -8,6 +8,7 @@ source's own, and the scalars multiply T − W0.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -59,8 +60,8 @@ class MapDirectory:
             modules=tuple(m if directions[m.path] == "dora" else replace(m, magnitude=None) for m in modules),
             whole=whole,
             others=others,
-            base=config.get("base_model_name_or_path") or None,
-            revision=config.get("revision") or None,
+            base=settings.base,
+            revision=settings.revision,
             map_modules=map_modules,
             map_config=map_config,
         )
@@ -153,6 +154,9 @@ def _read_map_modules(map_config: Mapping[str, Any], path: Path) -> tuple[MapMod
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise AdapterError(f"{path} has a module entry that cannot be read ({error!r}).") from None
+        numbers = (module.alpha, module.beta, module.base_gain, module.update_gain, module.error)
+        if not all(map(math.isfinite, numbers)):
+            raise AdapterError(f"{path}: module {module.path} has a scalar that is not finite.")
         if module.direction not in ("low-rank", "dora"):
             raise AdapterError(f"{path}: module {module.path} has direction {module.direction!r}.")
         modules.append(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -49,8 +50,8 @@ class PeftDirectory:
             modules=modules,
             whole=whole,
             others=others,
-            base=config.get("base_model_name_or_path") or None,
-            revision=config.get("revision") or None,
+            base=settings.base,
+            revision=settings.revision,
             notes=notes,
         )
 
@@ -87,9 +88,10 @@ def read_tensors(
     return modules, whole, saved, notes
 
 
-def natural_order(path: str) -> tuple[tuple[int, int | str], ...]:
+def natural_order(path: str) -> tuple[tuple[int, str], ...]:
     """A sort key that puts ``layers.2`` before ``layers.10``."""
-    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in path.split("."))
+    # Of two numbers the longer one is the larger; a hostile one may have more digits than int() takes.
+    return tuple((len(part) if part.isdecimal() else sys.maxsize, part) for part in path.split("."))
 
 
 def weights_name(folder: Path) -> str:
