@@ -284,7 +284,7 @@ OPTIONS: tuple[Option, ...] = (
         "v4-names-fused-base", _plain, rewrite=dialects.version_4_names, base="fused", only=("qwen2-vl", "llava", "vit")
     ),
     Option("fused-base", _with(use_dora=True), base="fused", only=("mixtral", "qwen3-moe", "qwen2-vl", "llava", "vit")),
-    Option("bare-base", _with(use_dora=True), base="bare", only=("gpt2", "bert", "llama-tied", "qwen3")),
+    Option("bare-base", _with(use_dora=True), base="bare", only=("gpt2", "bert", "llama-tied")),
 )
 
 
