@@ -73,7 +73,7 @@ def fields_of_other_tools(tiny: Tiny, folder: Path, base: Path) -> None:
     config = read_config(folder)
     config |= {
         "auto_mapping": {
-            "base_model_class": "LlamaForCausalLM",
+            "base_model_class": tiny.model_class,
             "parent_library": "transformers",
             "unsloth_fixed": True,
         },

@@ -1,8 +1,8 @@
 """The oracle: what stock PEFT computes with an adapter, in float64, and how far one rounding may move it.
 
 The truth of a case is the forward pass of the *unmerged* model.  ``merge_and_unload`` equals it except where PEFT
-merges wrongly (two ends of a tied embedding, replicated layers); each option says what to expect of it, and
-``test_oracle.py`` holds PEFT to that.
+merges wrongly (two ends of a tied embedding, replicated layers), and in one place PEFT's unmerged forward is wrong (trained
+rows of a tied layer with a bias).  Each option says what to expect, and ``test_oracle.py`` holds PEFT to that.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Case:
     base: Path
     adapter: Path
     #: Logits of the live model before the adapter was saved.
+    live: torch.Tensor
+    #: What the adapter must compute: ``live``, unless PEFT's forward is known to be wrong.
     trained: torch.Tensor
     #: Logits of the base alone; None where the adapter's model has another vocabulary.
     untrained: torch.Tensor | None
@@ -63,13 +65,17 @@ class Workshop:
             peft_model = get_peft_model(model, LoraConfig(**option.settings(tiny)))
             randomise(peft_model, seed=13)
             peft_model.save_pretrained(adapter)
-        case = Case(tiny, option, base, adapter, tiny.logits(peft_model), None)
+        live = truth = tiny.logits(peft_model)
+        if option.merge(tiny) == "live-wrong":
+            truth = tiny.logits(peft_model.merge_and_unload())
+        case = Case(tiny, option, base, adapter, live, truth, None)
         if option.vocab is None:
             case = replace(case, untrained=tiny.logits(load_base(tiny, base)))
         if option.rewrite is not None:
             option.rewrite(tiny, adapter, base)
             if option.rewrite_is_source:
-                case = replace(case, trained=tiny.logits(load_adapter(case, adapter)))
+                truth = tiny.logits(load_adapter(case, adapter))
+                case = replace(case, live=truth, trained=truth)
         return case
 
 
