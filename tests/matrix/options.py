@@ -1,8 +1,8 @@
 """The options of the matrix: how PEFT is told to make each adapter, and what mapconv must do with it.
 
 An option gives PEFT's ``LoraConfig`` arguments for a model, or None where the model lacks the layers it needs.
-``merge`` says what PEFT's own ``merge_and_unload`` is worth there: ``sound`` (equal to the unmerged forward) or ``wrong``
-(measured: it changes the model).  The unmerged forward is the truth, except where it is itself ``live-wrong``.
+``merge`` says what PEFT's own ``merge_and_unload`` is worth there: ``sound`` (equal to the unmerged forward) or
+``wrong`` (measured: it changes the model).  The unmerged forward is the truth, except where it is ``live-wrong`` itself.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ _TEXT = tuple(name for name, tiny in MODELS.items() if "embedding" in tiny.roles
 _DECODERS = ("llama", "llama-tied", "qwen3", "gemma", "gemma3")
 _MOE = ("mixtral", "qwen3-moe", "gpt-oss")
 _SPREAD = ("llama", "gpt2", "bert-classifier", "t5", "vit", "qwen2-vl", "mixtral")
-#: PEFT's wrapper of a tied output layer forgets the layer's bias in its forward pass (trainable_tokens/layer.py: F.linear
-#: without one), so that an untrained adapter changes BERT's logits by exactly that bias. Its merge keeps the bias.
+#: PEFT's wrapper of a tied output layer forgets the layer's bias in its forward pass (trainable_tokens/layer.py calls
+#: F.linear without one), so that an untrained adapter changes BERT's logits by exactly that bias. Its merge keeps it.
 _tokens_verdict = {"bert": "live-wrong"}
 
 

@@ -1,14 +1,15 @@
 """The oracle: what stock PEFT computes with an adapter, in float64, and how far one rounding may move it.
 
 The truth of a case is the forward pass of the *unmerged* model.  ``merge_and_unload`` equals it except where PEFT
-merges wrongly (two ends of a tied embedding, replicated layers), and in one place PEFT's unmerged forward is wrong (trained
-rows of a tied layer with a bias).  Each option says what to expect, and ``test_oracle.py`` holds PEFT to that.
+merges wrongly (two ends of a tied embedding, replicated layers), and in one place PEFT's unmerged forward is wrong
+(trained rows of a tied layer with a bias).  Each option says what to expect, and ``test_oracle.py`` holds PEFT to that.
 """
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from .tiny import Tiny
 ROUNDING = 2.0**-24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """An adapter on disk and what it must compute."""
 
@@ -49,6 +50,7 @@ class Workshop:
         self.root = root
         self.bases = Bases(root / "bases")
         self._cases: dict[tuple[str, str], Case] = {}
+        self._untrained = cache(lambda tiny, base: tiny.logits(load_base(tiny, base)))
 
     def case(self, tiny: Tiny, option: Option) -> Case:
         key = tiny.name, option.name
@@ -70,7 +72,7 @@ class Workshop:
             truth = tiny.logits(peft_model.merge_and_unload())
         case = Case(tiny, option, base, adapter, live, truth, None)
         if option.vocab is None:
-            case = replace(case, untrained=tiny.logits(load_base(tiny, base)))
+            case = replace(case, untrained=self._untrained(tiny, base))
         if option.rewrite is not None:
             option.rewrite(tiny, adapter, base)
             if option.rewrite_is_source:
@@ -103,6 +105,7 @@ def load_adapter(case: Case, adapter: Path) -> torch.nn.Module:
     return peft_model.eval()
 
 
+@cache
 def tolerance(case: Case) -> float:
     """How far logits may lie from the oracle's when every weight was rounded to float32.
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 HIDDEN, WIDE, VOCAB, TOKENS = 16, 24, 40, 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tiny:
     """One model of the matrix.
 
@@ -36,7 +36,6 @@ class Tiny:
     roles: dict[str, tuple[str, ...]]
     tied: bool = False
     layers: str | None = None
-    prefix: str = ""
 
     def build(self) -> PreTrainedModel:
         """A float32 model with random weights, biases and norms: nothing is left at zero or one."""
