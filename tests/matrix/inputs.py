@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from .tiny import TOKENS, VOCAB
+from .tiny import LENGTH, VOCAB
 
 
 def _tokens(vocab: int = VOCAB, extra: tuple[int, ...] = ()) -> torch.Tensor:
     """Two rows of token ids that include the rows which token options train (3 and 5)."""
     generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(6, vocab - 4, (2, TOKENS), generator=generator)
+    ids = torch.randint(6, vocab - 4, (2, LENGTH), generator=generator)
     ids[:, 1], ids[:, 3] = 3, 5
     return ids
 

@@ -2,7 +2,7 @@
 
 An option gives PEFT's ``LoraConfig`` arguments for a model, or None where the model lacks the layers it needs.
 ``merge`` says what PEFT's own ``merge_and_unload`` is worth there: ``sound`` (equal to the unmerged forward) or
-``wrong`` (measured: it changes the model).  The unmerged forward is the truth, except where it is ``live-wrong`` itself.
+``wrong`` (measured: it changes the model).  The unmerged forward is the truth, except where it is ``live-wrong``.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-#: Small on purpose, and never square where a class allows it: a transposed square weight would be placed in silence.
-HIDDEN, WIDE, VOCAB, TOKENS = 16, 24, 40, 6
+#: Small on purpose. Square weights and oblong ones both occur: only logits tell a square weight from its transpose.
+HIDDEN, WIDE, VOCAB, LENGTH = 16, 24, 40, 6
 
 
 @dataclass(frozen=True, eq=False)
