@@ -73,7 +73,10 @@ class LiveModel:
             groups[id(parameter)].append(name)
         self._tied = {name: tuple(group) for group in groups.values() for name in group}
         self._modules = dict(self.model.named_modules(remove_duplicate=False))
+        #: Names of all that a checkpoint may hold for this model.
+        self.shapes_or_buffers = self.shapes | {name: tuple(b.shape) for name, b in self.model.named_buffers()}
         self._transforms: tuple[list, list] | None = None
+        self._located: dict[str, Region] = {}
 
     def tied(self, parameter: str) -> tuple[str, ...]:
         """All names of the parameter, its own included."""
@@ -130,10 +133,13 @@ class LiveModel:
 
     def locate(self, name: str) -> Region:
         """Where the values that a checkpoint calls ``name`` belong, by transformers' conversion tables."""
+        if name not in self._located:
+            self._located[name] = Region(name) if name in self.shapes else self._convert(name)
+        return self._located[name]
+
+    def _convert(self, name: str) -> Region:
         from transformers.core_model_loading import Concatenate, MergeModulelist, apply_renamings, rename_source_key
 
-        if name in self.shapes:
-            return Region(name)
         renamings, converters = self._conversions()
         parameter, pattern = rename_source_key(
             name, renamings, converters, self.model.base_model_prefix, self.shapes_or_buffers
@@ -147,11 +153,6 @@ class LiveModel:
             isinstance(operation, MergeModulelist | Concatenate) for operation in converter.operations
         )
         return Region(parameter, number, part, len(converter.source_patterns), plain)
-
-    @property
-    def shapes_or_buffers(self) -> dict[str, Any]:
-        """Names of all that a checkpoint may hold for this model."""
-        return self.shapes | dict(self.model.named_buffers())
 
     def _conversions(self) -> tuple[list, list]:
         if self._transforms is None:

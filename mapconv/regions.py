@@ -17,8 +17,11 @@ class StoredParameters:
 
     def __init__(self, located: Mapping[str, Region], tensors: Mapping[str, TensorRef]) -> None:
         self._by_parameter: dict[str, list[tuple[Region, TensorRef]]] = defaultdict(list)
+        self._by_matrix: dict[tuple[str, int], list[tuple[Region, TensorRef]]] = defaultdict(list)
         for name, region in located.items():
             self._by_parameter[region.parameter].append((region, tensors[name]))
+            if region.index is not None:
+                self._by_matrix[region.parameter, region.index].append((region, tensors[name]))
 
     def holds(self, parameter: str) -> bool:
         return parameter in self._by_parameter
@@ -26,11 +29,6 @@ class StoredParameters:
     def names(self, parameter: str) -> list[str]:
         """The stored tensors that make up a parameter."""
         return [ref.name for _, ref in self._by_parameter.get(parameter, ())]
-
-    def shape(self, parameter: str) -> tuple[int, ...] | None:
-        """The parameter's shape, where one stored tensor holds it as it is."""
-        entries = self._by_parameter.get(parameter, [])
-        return entries[0][1].shape if len(entries) == 1 and entries[0][0].index is None else None
 
     def weight(self, parameter: str, kind: Kind) -> WeightView:
         """A parameter that is one weight."""
@@ -43,12 +41,13 @@ class StoredParameters:
 
     def expert(self, parameter: str, index: int, *, transposed: bool) -> WeightView:
         """One matrix of a stacked parameter, with all its parts."""
-        entries = self._by_parameter.get(parameter, [])
-        if len(entries) == 1 and entries[0][0].index is None:
+        parts = sorted(self._by_matrix.get((parameter, index), ()), key=lambda entry: entry[0].part)
+        if not parts:
             return self._slice(self._single(parameter), index, 0, 1, transposed=transposed)
-        parts = sorted((region.part, ref) for region, ref in entries if region.index == index and region.plain)
-        if not parts or len(parts) != max(region.parts for region, _ in entries):
-            raise PlacementError(f"expert {index} of {parameter} is incomplete in the base.")
+        if len(parts) != parts[0][0].parts or not all(region.plain for region, _ in parts):
+            raise PlacementError(
+                f"expert {index} of {parameter} is incomplete in the base, or stored in another order."
+            )
         pieces, row = [], 0
         for _, ref in parts:
             pieces.append(Piece(ref, row, row + ref.shape[0]))

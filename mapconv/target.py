@@ -91,6 +91,7 @@ class _Resolution:
         self.rows: dict[str, list[WholeTensor]] = defaultdict(list)
         self.biases: dict[str, list[BiasUpdate]] = defaultdict(list)
         self.notes: list[str] = []
+        self._stored_state: tuple | None = None
         self.base_config = base_config
         self.live = self._live_model()
         self.live_ties = self.live.ties_embeddings
@@ -191,7 +192,12 @@ class _Resolution:
         return found if found in live.shapes else None
 
     def _stored(self) -> StoredParameters:
-        return StoredParameters({name: self.live.locate(name) for name in self.tensors}, self.tensors)
+        """The present tensors by live parameter; made anew only where tensors or the model have changed since."""
+        state = (self.live, dict(self.tensors))
+        if self._stored_state != state:
+            located = {name: self.live.locate(name) for name in self.tensors}
+            self._stored_parameters, self._stored_state = StoredParameters(located, self.tensors), state
+        return self._stored_parameters
 
     # Whole tensors
 
@@ -258,8 +264,7 @@ class _Resolution:
         if all(len({content.get(name, ()) for name in group}) == 1 for group in groups):
             return
         stored = self._stored()
-        _untie_config(self.config)
-        self.live = LiveModel(self.config, self.live.class_name)
+        self._untie_config()
         for group in groups:
             source = next((ref for name in group for ref in stored.names(name)), None)
             # Both ends of a pair that still counts as tied must be there: transformers ties no two tensors that differ.
@@ -269,7 +274,20 @@ class _Resolution:
                     self.tensors[name] = replace(self.tensors[source], name=name)
                     if source in self.dtypes:
                         self.dtypes[name] = self.dtypes[source]
-        self.notes.append("the merged model has tie_word_embeddings = false: the adapter changes one end only")
+        self.notes.append("tied weights are written apart: the adapter changes one end only")
+
+    def _untie_config(self) -> None:
+        """Say so in the configuration, unless the class reads another meaning into it (T5: no scaling of the logits).
+
+        transformers itself ties no two tensors that are both there and differ.
+        """
+        config = copy.deepcopy(self.config)
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            if part is config or "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = False
+        untied = LiveModel(config, self.live.class_name)
+        if not untied.ties_embeddings:
+            self.config, self.live = config, untied
 
     def _content_by_name(self) -> dict[str, tuple]:
         """What the adapters do to each live name alone."""
@@ -350,14 +368,6 @@ class _Resolution:
         if self.config.get("architectures") != [self.live.class_name]:
             self.config["architectures"] = [self.live.class_name]
         return self.config if self.config != self.base_config else None
-
-
-def _untie_config(config: dict[str, Any]) -> None:
-    """Untie input and output embeddings, here and in the parts of a composite configuration that speak of it."""
-    config["tie_word_embeddings"] = False
-    for value in config.values():
-        if isinstance(value, dict) and "tie_word_embeddings" in value:
-            value["tie_word_embeddings"] = False
 
 
 def _set_everywhere(config: dict[str, Any], key: str, old: int, new: int) -> None:
