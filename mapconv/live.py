@@ -104,6 +104,10 @@ class LiveModel:
             return "conv"
         return "parameters"
 
+    def adaptable_paths(self) -> list[str]:
+        """The modules that ``target_modules`` can name."""
+        return [path for path in self._modules if self.kind(path) != "parameters"]
+
     def groups(self, path: str) -> int:
         """Groups of a convolution."""
         return getattr(self._modules[path], "groups", 1)
@@ -136,6 +140,11 @@ class LiveModel:
         if name not in self._located:
             self._located[name] = Region(name) if name in self.shapes else self._convert(name)
         return self._located[name]
+
+    def parameter_name(self, name: str) -> str | None:
+        """The parameter that a checkpoint or an adapter calls ``name``; None where the model has no such parameter."""
+        found = self.locate(name).parameter
+        return found if found in self.shapes else None
 
     def _convert(self, name: str) -> Region:
         from transformers.core_model_loading import Concatenate, MergeModulelist, apply_renamings, rename_source_key

@@ -11,7 +11,7 @@ from dataclasses import replace
 from mapconv.adapter import Adapter, Module
 from mapconv.errors import PlacementError, UnsupportedError
 from mapconv.live import LiveModel
-from mapconv.placement import misfit_report, nearest
+from mapconv.placement import misfit_report, nearest, require_all_targets
 from mapconv.regions import StoredParameters
 from mapconv.weights import PlacedModule, WeightView
 
@@ -34,6 +34,8 @@ def place_on_live_model(adapter: Adapter, live: LiveModel, stored: StoredParamet
     if misfits:
         raise PlacementError(misfit_report(misfits, len(adapter.modules)))
     _require_bijection(placed)
+    taken = {item.parameter.removesuffix(".weight") for item in placed}
+    require_all_targets(adapter.config, taken, live.adaptable_paths())
     return tuple(placed)
 
 
@@ -139,7 +141,7 @@ def _stored_weight(parameter: str, kind, live: LiveModel, stored: StoredParamete
     for name in (parameter, *live.tied(parameter)):
         if stored.holds(name):
             return stored.weight(name, kind)
-    raise PlacementError(f"{parameter}: the base has no tensor for it")
+    raise PlacementError(f"{parameter}: no tensor of the base holds it{nearest(parameter, stored.tensor_names)}")
 
 
 def _require_bijection(placed: list[PlacedModule]) -> None:

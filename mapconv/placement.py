@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,12 +65,15 @@ def place(
     return placed, renaming
 
 
-def require_all_targets(
-    config: Mapping[str, Any], placed: Mapping[str, str], renaming: Renaming, tensors: Mapping[str, tuple[int, ...]]
-) -> None:
+def require_all_targets(config: Mapping[str, Any], placed: Container[str], paths: Iterable[str]) -> None:
     """Refuse an adapter that says it adapts a module, but has no tensors for it.
 
     PEFT would load such a file and leave the module unadapted, with a warning that scrolls by.
+
+    Args:
+        config: the adapter's configuration.
+        placed: module paths that have factors.
+        paths: the module paths that could be adapted.
 
     Raises:
         PlacementError: the modules that the configuration targets and the file lacks.
@@ -78,18 +81,19 @@ def require_all_targets(
     is_target = _target_rule(config)
     if is_target is None:
         return
-    taken = set(placed.values())
-    missing = []
-    for name, shape in tensors.items():
-        if len(shape) == 2 and name.endswith(".weight") and name not in taken:
-            path = renaming.to_adapter(name.removesuffix(".weight"))
-            if is_target(path):
-                missing.append(f"{path}: no lora_A and lora_B in the file")
+    missing = [f"{path}: no lora_A and lora_B in the file" for path in paths if is_target(path) and path not in placed]
     if missing:
         raise PlacementError(
             f"the configuration's target_modules name {len(missing)} modules that the adapter file lacks, so it is "
             f"incomplete:\n{_listing(missing)}"
         )
+
+
+def linear_paths(tensors: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The module paths, as the checkpoint spells them, of all that may be linear layers."""
+    return [
+        name.removesuffix(".weight") for name, shape in tensors.items() if len(shape) == 2 and name.endswith(".weight")
+    ]
 
 
 def _best_renaming(modules: Mapping[str, Any], tensors: Mapping[str, Any]) -> Renaming:

@@ -13,8 +13,9 @@ from mapconv.checkpoint.index import Checkpoint, read_checkpoint
 from mapconv.errors import AdapterError, CheckpointError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter
 from mapconv.hub import locate_base
-from mapconv.placement import place, require_all_targets
-from mapconv.target import TargetModel, plain_target, resolve_target
+from mapconv.placement import linear_paths, place, require_all_targets
+from mapconv.resolution import resolve_target
+from mapconv.target import TargetModel, plain_target
 from mapconv.weights import Piece, PlacedModule, WeightView
 
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -48,16 +49,8 @@ def place_adapters(
     first = adapters[0]
     checkpoint = read_checkpoint(locate_base(base, first.base, first.revision, sources[0]))
     config = _read_config(checkpoint)
-    if all(_is_plain(adapter, config) for adapter in adapters):
-        try:
-            target, placed = plain_target(checkpoint), tuple(_place_plain(a, checkpoint, config) for a in adapters)
-        except PlacementError:
-            if "model_type" not in config:
-                raise
-            # The names may be those of another transformers version: only the model's class can tell.
-            target, placed = resolve_target(checkpoint, adapters)
-    else:
-        target, placed = resolve_target(checkpoint, adapters)
+    plain = _place_plain(adapters, checkpoint, config)
+    target, placed = plain or resolve_target(checkpoint, adapters)
     _refuse_shared_dora(adapters, placed)
     return tuple(
         PlacedAdapter(adapter, target, _with_scalars(adapter, modules))
@@ -79,16 +72,32 @@ def _is_plain(adapter: Adapter, config: Mapping[str, Any]) -> bool:
     return all(len(m.lora_A.shape) == 2 and not m.embedding and m.bias is None for m in adapter.modules)
 
 
-def _place_plain(adapter: Adapter, checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[PlacedModule, ...]:
+def _place_plain(
+    adapters: Sequence[Adapter], checkpoint: Checkpoint, config: Mapping[str, Any]
+) -> tuple[TargetModel, tuple[tuple[PlacedModule, ...], ...]] | None:
+    """The quick way, or None where only the model's class can tell."""
+    if not all(_is_plain(adapter, config) for adapter in adapters):
+        return None
+    try:
+        placed = tuple(_place_linears(adapter, checkpoint) for adapter in adapters)
+    except PlacementError:
+        # The names may be those of another transformers version, which the class knows.
+        if "model_type" not in config:
+            raise
+        return None
+    vocabularies = _vocabulary_sizes(config)
+    if any(item.weight.shape[0] in vocabularies for modules in placed for item in modules):
+        return None  # an output embedding may be tied to the input's
+    return plain_target(checkpoint), placed
+
+
+def _place_linears(adapter: Adapter, checkpoint: Checkpoint) -> tuple[PlacedModule, ...]:
     shapes = {name: ref.shape for name, ref in checkpoint.tensors.items()}
     names, renaming = place({module.path: module.weight_shape for module in adapter.modules}, shapes)
-    require_all_targets(adapter.config, names, renaming, shapes)
-    vocabularies = _vocabulary_sizes(config)
+    require_all_targets(adapter.config, names, [renaming.to_adapter(n) for n in linear_paths(shapes)])
     placed = []
     for module in adapter.modules:
         ref = checkpoint.tensors[names[module.path]]
-        if ref.shape[0] in vocabularies and "model_type" in config:
-            raise PlacementError(f"{module.path} may be tied to another weight")
         if ref.dtype not in FLOAT_DTYPES.values():
             raise CheckpointError(
                 f"{ref.file}: {ref.name} has dtype {ref.dtype}: an adapter fits the plain weight, so give the 16-bit "

@@ -17,6 +17,7 @@ class StoredParameters:
 
     def __init__(self, located: Mapping[str, Region], tensors: Mapping[str, TensorRef]) -> None:
         self._by_parameter: dict[str, list[tuple[Region, TensorRef]]] = defaultdict(list)
+        self.tensor_names = dict.fromkeys(tensors)
         self._by_matrix: dict[tuple[str, int], list[tuple[Region, TensorRef]]] = defaultdict(list)
         for name, region in located.items():
             self._by_parameter[region.parameter].append((region, tensors[name]))

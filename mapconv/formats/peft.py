@@ -83,6 +83,8 @@ def read_tensors(
                 f"{ref.file}: {ref.name} and {parts[path][part].name} are the same tensor of one module."
             )
         parts[path][part] = ref
+    if not parts:
+        raise AdapterError(f"{tensors[0].file} holds no LoRA factors, only {tensors[0].name} and the like.")
     modules = tuple(_module(path, parts[path], settings) for path in sorted(parts, key=natural_order))
     whole, saved, notes = _whole_tensors(others, settings, names)
     return modules, whole, saved, notes
@@ -144,14 +146,15 @@ def _module(path: str, parts: dict[str, TensorRef], settings: LoraSettings) -> M
             f"{a.file}: {a.name} is {list(a.shape)} and {b.name} is {list(b.shape)}, expected rank "
             f"{settings.rank_of(path)} as the configuration says (r, rank_pattern)."
         )
-    _check_vector(magnitude, b.shape[0])
-    _check_vector(parts.get("bias"), b.shape[0])
+    kernel = a.shape[2:]
+    _check_shape(magnitude, (1, b.shape[0], *(1 for _ in kernel)) if kernel else (b.shape[0],))
+    _check_shape(parts.get("bias"), (b.shape[0],))
     return Module(path, rank, settings.scaling_of(path), a, b, magnitude, parts.get("bias"), embedding)
 
 
-def _check_vector(ref: TensorRef | None, length: int) -> None:
-    if ref is not None and (ref.numel != length or max(ref.shape, default=1) != length):
-        raise AdapterError(f"{ref.file}: {ref.name} has shape {list(ref.shape)}, expected {length} values.")
+def _check_shape(ref: TensorRef | None, shape: tuple[int, ...]) -> None:
+    if ref is not None and ref.shape != shape:
+        raise AdapterError(f"{ref.file}: {ref.name} has shape {list(ref.shape)}, expected {list(shape)}.")
 
 
 def _whole_tensors(
@@ -167,6 +170,11 @@ def _whole_tensors(
         if ".original_module." in key:
             notes.append(f"{ref.name} is PEFT's copy of the untrained module, and has no effect")
             continue
+        if ".lora_" in key or key.startswith("lora_"):
+            raise AdapterError(
+                f"{ref.file}: tensor {ref.name} is no part of a LoRA or DoRA module (expected ….lora_A.weight, "
+                "….lora_B.weight, ….lora_embedding_A, ….lora_embedding_B or ….lora_magnitude_vector)."
+            )
         rows = _TOKEN_ROWS.fullmatch(key)
         if rows is not None:
             parameter = f"{rows['path']}.weight"

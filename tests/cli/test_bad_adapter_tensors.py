@@ -115,11 +115,11 @@ def test_two_modules_on_one_weight(refuse):
     [
         ("base_model.model.model.embed_tokens.lora_embedding_A", "embedding"),
         (f"{Q}.lora_B.bias", "bias"),
-        ("base_model.model.lm_head.base_layer.weight", "save_embedding_layers"),
-        ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", "token rows"),
+        ("base_model.model.lm_head.base_layer.weight", "lm_head.weight is [64, 32]"),
+        ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", "trainable_token_indices"),
     ],
 )
-def test_tensors_of_features_that_are_refused_by_name(name, feature, refuse):
+def test_tensors_that_do_not_fit_what_they_say_they_are(name, feature, refuse):
     refuse(lambda tensors: tensors.update({name: torch.ones(4)}), name, feature)
 
 

@@ -57,7 +57,7 @@ def test_json_of_merge(run, lora, tmp_path):
     assert table["files"] == ["model.safetensors"]
     assert table["nbytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
     assert table["tensors"] == 21
-    assert len(table["modules"]) == 14
+    assert len(table["merged"]) == 14
 
 
 def test_json_of_verify_is_printed_even_when_it_fails(run, map_folder, dora):

@@ -5,51 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from . import inputs
+from .sizes import BERT, BERT_ROLES, DECODER, DECODER_ROLES, EXPERT_ROLES, GPT2, GPT2_ROLES, VISION_TEXT
 from .tiny import HIDDEN, VOCAB, WIDE, Tiny
-
-_DECODER = {
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "intermediate_size": WIDE,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_DECODER_ROLES = {
-    "linear": ("q_proj", "v_proj", "down_proj"),
-    "embedding": ("embed_tokens",),
-    "head": ("lm_head",),
-}
-_EXPERT_ROLES = _DECODER_ROLES | {"linear": ("q_proj", "v_proj"), "experts": ("gate_up_proj", "down_proj")}
-_BERT = {
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "intermediate_size": WIDE,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 16,
-    "pad_token_id": 0,
-}
-_BERT_ROLES = {
-    "linear": ("query", "value", "intermediate.dense"),
-    "biased": ("query", "value", "intermediate.dense"),
-    "embedding": ("word_embeddings",),
-}
-_GPT2 = {
-    "vocab_size": VOCAB,
-    "n_embd": HIDDEN,
-    "n_layer": 2,
-    "n_head": 2,
-    "n_positions": 16,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_GPT2_ROLES = {"conv1d_transposed": ("c_attn", "mlp.c_proj"), "biased": ("c_attn",), "embedding": ("wte",)}
 
 
 def _decoder(name: str, family: str, *, layers: str = "layers", tied: bool = False, **settings: Any) -> Tiny:
@@ -57,10 +14,10 @@ def _decoder(name: str, family: str, *, layers: str = "layers", tied: bool = Fal
         name=name,
         model_class=f"{family}ForCausalLM",
         config_class=settings.pop("config_class", f"{family}Config"),
-        settings=_DECODER | {"tie_word_embeddings": tied} | settings,
+        settings=DECODER | {"tie_word_embeddings": tied} | settings,
         auto="AutoModelForCausalLM",
         inputs=inputs.text,
-        roles=_DECODER_ROLES,
+        roles=DECODER_ROLES,
         tied=tied,
         layers=layers,
     )
@@ -71,15 +28,13 @@ def _experts(name: str, family: str, **settings: Any) -> Tiny:
         name=name,
         model_class=f"{family}ForCausalLM",
         config_class=f"{family}Config",
-        settings=_DECODER | {"tie_word_embeddings": False, "num_experts_per_tok": 2} | settings,
+        settings=DECODER | {"tie_word_embeddings": False, "num_experts_per_tok": 2} | settings,
         auto="AutoModelForCausalLM",
         inputs=inputs.text,
-        roles=_EXPERT_ROLES,
+        roles=EXPERT_ROLES,
         layers="layers",
     )
 
-
-_VISION_TEXT = {key: value for key, value in _DECODER.items() if key not in ("bos_token_id", "eos_token_id")}
 
 MODELS: dict[str, Tiny] = {
     tiny.name: tiny
@@ -93,10 +48,10 @@ MODELS: dict[str, Tiny] = {
             "gpt2",
             "GPT2LMHeadModel",
             "GPT2Config",
-            _GPT2,
+            GPT2,
             "AutoModelForCausalLM",
             inputs.text,
-            _GPT2_ROLES | {"head": ("lm_head",)},
+            GPT2_ROLES | {"head": ("lm_head",)},
             tied=True,
             layers="h",
         ),
@@ -104,20 +59,20 @@ MODELS: dict[str, Tiny] = {
             "gpt2-classifier",
             "GPT2ForSequenceClassification",
             "GPT2Config",
-            _GPT2 | {"num_labels": 3},
+            GPT2 | {"num_labels": 3},
             "AutoModelForSequenceClassification",
             inputs.text,
-            _GPT2_ROLES | {"classifier": ("score",)},
+            GPT2_ROLES | {"classifier": ("score",)},
             layers="h",
         ),
         Tiny(
             "bert",
             "BertForMaskedLM",
             "BertConfig",
-            _BERT,
+            BERT,
             "AutoModelForMaskedLM",
             inputs.masked_text,
-            _BERT_ROLES | {"head": ("cls.predictions.decoder",)},
+            BERT_ROLES | {"head": ("cls.predictions.decoder",)},
             tied=True,
             layers="layer",
         ),
@@ -125,10 +80,10 @@ MODELS: dict[str, Tiny] = {
             "bert-classifier",
             "BertForSequenceClassification",
             "BertConfig",
-            _BERT | {"num_labels": 3},
+            BERT | {"num_labels": 3},
             "AutoModelForSequenceClassification",
             inputs.masked_text,
-            _BERT_ROLES | {"classifier": ("classifier",)},
+            BERT_ROLES | {"classifier": ("classifier",)},
             layers="layer",
         ),
         Tiny(
@@ -260,7 +215,7 @@ MODELS: dict[str, Tiny] = {
             "Qwen2VLForConditionalGeneration",
             "Qwen2VLConfig",
             {
-                "text_config": _VISION_TEXT
+                "text_config": VISION_TEXT
                 | {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2], "rope_type": "default"}},
                 "vision_config": {
                     "depth": 1,
@@ -280,7 +235,7 @@ MODELS: dict[str, Tiny] = {
             },
             "AutoModelForImageTextToText",
             inputs.qwen2_vl,
-            _DECODER_ROLES
+            DECODER_ROLES
             | {
                 "linear": ("q_proj", "v_proj", "attn.qkv", "down_proj"),
                 "biased": ("q_proj", "attn.qkv"),
@@ -293,7 +248,7 @@ MODELS: dict[str, Tiny] = {
             "LlavaForConditionalGeneration",
             "LlavaConfig",
             {
-                "text_config": _VISION_TEXT | {"model_type": "llama"},
+                "text_config": VISION_TEXT | {"model_type": "llama"},
                 "vision_config": {
                     "model_type": "clip_vision_model",
                     "hidden_size": HIDDEN,
@@ -310,7 +265,7 @@ MODELS: dict[str, Tiny] = {
             },
             "AutoModelForImageTextToText",
             inputs.llava,
-            _DECODER_ROLES | {"conv": ("patch_embedding",), "linear": ("q_proj", "down_proj", "linear_1")},
+            DECODER_ROLES | {"conv": ("patch_embedding",), "linear": ("q_proj", "down_proj", "linear_1")},
             layers="layers",
         ),
         _experts("mixtral", "Mixtral", num_local_experts=3),

@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 
 from .bases import load_base
 from .models import MODELS
-from .options import TOKENS, combinations
+from .options import combinations
 from .oracle import Workshop, distance, load_adapter, tolerance
+from .recipes import TOKENS
 
 CASES = combinations()
 

@@ -29,7 +29,7 @@ def test_merging_into_a_base_without_the_prefix(method, bare_base, request, tmp_
     mapconv.merge(adapter, tmp_path / "merged")
     bare, merged = read_tensors(tmp_path / "bare"), read_tensors(tmp_path / "merged")
     assert bare.keys() == read_tensors(bare_base).keys()
-    assert {module.tensor for module in result.modules} <= bare.keys()
+    assert {module.tensor for module in result.merged} <= bare.keys()
     for name, weight in merged.items():
         assert torch.equal(weight, bare[name.removeprefix("model.")]), name
 
@@ -51,4 +51,4 @@ def test_an_upgrade_on_either_base_is_the_same_adapter(bare_base, dora, tmp_path
 def test_a_head_outside_the_prefix_keeps_its_name(bare_base, base, tmp_path):
     adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
     result = mapconv.merge(adapter, tmp_path / "merged", base=bare_base)
-    assert "lm_head.weight" in {module.tensor for module in result.modules}
+    assert "lm_head.weight" in {module.tensor for module in result.merged}

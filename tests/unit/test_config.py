@@ -79,8 +79,8 @@ def test_initialisations_that_leave_the_base_alone_are_accepted(init):
     [
         ({}, AdapterError),
         ({"peft_type": "LOHA"}, UnsupportedError),
-        ({"peft_type": "LORA", "init_lora_weights": "pissa"}, UnsupportedError),
-        ({"peft_type": "LORA", "modules_to_save": ["score"]}, UnsupportedError),
+        ({"peft_type": "LORA", "init_lora_weights": "loftq"}, UnsupportedError),
+        ({"peft_type": "LORA", "use_qalora": True}, UnsupportedError),
         ({"peft_type": "LORA", "r": -1}, AdapterError),
     ],
 )
