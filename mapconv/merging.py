@@ -16,7 +16,7 @@ from mapconv.algebra.dora import merge_rows_, row_scales
 from mapconv.algebra.norms import BLOCK_ELEMENTS, product_norm, row_blocks, squared_norm
 from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
 from mapconv.checkpoint.writer import FixedFile
-from mapconv.errors import AdapterError, CheckpointError, OutputError
+from mapconv.errors import AdapterError, CheckpointError, MapconvError, OutputError
 from mapconv.factors import FactorLoader
 from mapconv.plan import ConvertJob, CopyJob, LowRankUpdate, MergeJob
 from mapconv.weights import Piece, read_rows
@@ -109,6 +109,7 @@ class Merger:
         update_square = rounding_square = 0.0
         for index in range(matrices):
             updates = [self._prepare(item, buffers) for item in job.updates if item.piece.index == index]
+            known_norm = updates[0].known_norm if len(updates) == 1 and not job.rows and bias is None else None
             for start, stop in row_blocks(height, width):
                 first = index * height + start
                 raw = self._reader.read_range(source, first * width, (first + stop - start) * width, buffers.raw)
@@ -123,13 +124,16 @@ class Merger:
                 rounded = buffers.out.view(dtype)[: raw.numel()].view(raw.shape).copy_(rows)
                 self._files[target.file.name].write(rounded, target.start + first * width * dtype.itemsize)
                 spare = buffers.spare[: raw.numel()].view(raw.shape)
-                update_square += _square(torch.sub(rows, raw, out=spare))
-                rounding_square += _square(torch.sub(rows, rounded, out=spare))
+                # Widened first: subtracting across dtypes is twice as slow.
+                rounding_square += _square(spare.copy_(rounded).sub_(rows))
+                if known_norm is None:
+                    update_square += _square(spare.copy_(raw).sub_(rows))
+            if known_norm is not None:
+                update_square += known_norm**2
             for update in updates:
-                _require_finite(update)
                 base_squares[update.identity] = base_squares.get(update.identity, 0.0) + update.base_square
         if not math.isfinite(rounding_square):
-            raise _overflow(target.name, target.dtype)
+            raise self._not_finite(job)
         paths = dict.fromkeys(item.placed.module.path for item in job.updates)
         return MergedTensor(
             target.name, tuple(paths), target.dtype, update_square**0.5, rounding_square**0.5, base_squares
@@ -150,8 +154,9 @@ class Merger:
         if item.weight != 1.0:
             base_gain, update_gain = 1.0 + item.weight * (base_gain - 1.0), item.weight * update_gain
         part = slice(piece.start, piece.stop)
+        magnitude = None if magnitude is None else magnitude[part]
         update = _Update(
-            piece, placed.identity, A, B[part], base_gain, update_gain, None if magnitude is None else magnitude[part]
+            piece, placed.identity, A, B[part], base_gain, update_gain, magnitude, measures_base=scalars is not None
         )
         if piece.transposed and magnitude is not None:
             update.scales = row_scales(update.magnitude, self._merged_column_norms(update, buffers))
@@ -168,6 +173,14 @@ class Merger:
             merged.addmm_(update.A[:, start:stop].T, update.B.T)
             squares += merged.double().square_().sum(0)
         return squares.sqrt_()
+
+    def _not_finite(self, job: MergeJob) -> MapconvError:
+        """Whether the base held NaN or infinity, or the merged values do not fit in the output's dtype."""
+        buffer = torch.empty(8 * BLOCK_ELEMENTS, dtype=torch.uint8)
+        for start, stop in row_blocks(job.source.numel, 1):
+            if not torch.isfinite(self._reader.read_range(job.source, start, stop, buffer)).all():
+                return CheckpointError(f"{job.source.file}: tensor {job.source.name} holds NaN or infinity.")
+        return _overflow(job.target.name, job.target.dtype)
 
     def _replace_rows(self, item, rows: torch.Tensor, start: int, stop: int) -> None:
         inside = [(i, row - start) for i, row in enumerate(item.rows) if start <= row < stop]
@@ -191,7 +204,10 @@ class Merger:
 
 @dataclass
 class _Update:
-    """One weight's update, ready to be applied to rows of the stored matrix that ``piece`` lies in."""
+    """One weight's update, ready to be applied to rows of the stored matrix that ``piece`` lies in.
+
+    ``base_square`` collects ‖·‖² of the base rows that it meets, if it ``measures_base``.
+    """
 
     piece: Piece
     identity: tuple
@@ -200,8 +216,16 @@ class _Update:
     base_gain: float
     update_gain: float
     magnitude: torch.Tensor | None
+    measures_base: bool
     scales: torch.Tensor | None = None
     base_square: float = 0.0
+
+    @property
+    def known_norm(self) -> float | None:
+        """How far a plain LoRA moves the weight, which its factors alone tell; None where the base has a part in it."""
+        if self.magnitude is not None or self.base_gain != 1.0:
+            return None
+        return abs(self.update_gain) * product_norm(self.B, self.A)
 
     @property
     def columns(self) -> slice:
@@ -218,7 +242,8 @@ class _Update:
         if self.piece.transposed:
             self._apply_transposed(rows[:, self.columns], raw[:, self.columns], low, high, buffers)
             return
-        self.base_square += squared_norm(raw, buffers.wide)
+        if self.measures_base:
+            self.base_square += squared_norm(raw, buffers.wide)
         part = slice(low - first, high - first)
         merge_rows_(
             rows,
@@ -233,7 +258,8 @@ class _Update:
     def _apply_transposed(
         self, rows: torch.Tensor, raw: torch.Tensor, start: int, stop: int, buffers: _Buffers
     ) -> None:
-        self.base_square += squared_norm(raw.contiguous(), buffers.wide)
+        if self.measures_base:
+            self.base_square += squared_norm(raw.contiguous(), buffers.wide)
         A, B, a, b = self.A[:, start:stop].T, self.B.T, self.base_gain, self.update_gain
         if self.scales is None:
             rows.copy_(torch.addmm(rows, A, B, beta=a, alpha=b))
@@ -249,11 +275,6 @@ def _check_direction(item: LowRankUpdate, norm: float) -> None:
             f"{item.placed.module.lora_A.file}: the direction of {item.placed.module.path} has norm {norm:.7g}, but "
             f"map_config.json says {expected:.7g}: the two files do not belong together."
         )
-
-
-def _require_finite(update: _Update) -> None:
-    if not math.isfinite(update.base_square):
-        raise CheckpointError(f"{update.piece.tensor.file}: tensor {update.piece.tensor.name} holds NaN or infinity.")
 
 
 def _square(values: torch.Tensor) -> float:
