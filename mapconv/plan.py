@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mapconv.adapter import Adapter, MapModule, Module, TensorRef
-from mapconv.checkpoint.index import Checkpoint, read_checkpoint
+from mapconv.checkpoint.index import Checkpoint
 from mapconv.checkpoint.writer import COPY_CHUNK, TensorSpec, lay_out
 from mapconv.errors import CheckpointError
 from mapconv.formats import read_adapter
-from mapconv.hub import locate_base
+from mapconv.hub import open_base
 from mapconv.placement import place, require_all_targets
 
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -39,14 +39,16 @@ class PlacedAdapter:
     modules: tuple[PlacedModule, ...]
 
 
-def place_adapter(source: Path, base: str | Path | None) -> PlacedAdapter:
+def place_adapter(source: Path, base: str | Path | None, *, lean: bool = False) -> PlacedAdapter:
     """Read the adapter and the base's headers, and place every module.
+
+    With ``lean`` a base on the Hub stays there, but for the bytes that are read (``mapconv.hub.ranges``).
 
     Raises:
         MapconvError: of the kind that fits; nothing has been computed or written.
     """
     adapter = read_adapter(source)
-    checkpoint = read_checkpoint(locate_base(base, adapter.base, adapter.revision, source))
+    checkpoint = open_base(base, adapter.base, adapter.revision, source, lean=lean)
     _refuse_quantized(checkpoint)
     shapes = {name: ref.shape for name, ref in checkpoint.tensors.items()}
     names, renaming = place({module.path: module.weight_shape for module in adapter.modules}, shapes)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     help="What the models compute in.",
 )
 @options.device
+@click.option("--save", is_flag=True, help="Store the report in RESULT, for the model card of `mapconv push`.")
 @options.as_json
 @options.quiet
 def command(
@@ -55,6 +56,7 @@ def command(
     max_kl: float | None,
     dtype: str,
     device: str,
+    save: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -65,7 +67,9 @@ def command(
     from mapconv.commands.verify import verify
     from mapconv.errors import FidelityError
 
-    report = verify(result, against, base=base, data=data, samples=samples, device=device, dtype=dtype, quiet=quiet)
+    report = verify(
+        result, against, base=base, data=data, samples=samples, device=device, dtype=dtype, save=save, quiet=quiet
+    )
     if as_json:
         print_json(report.to_dict())
     else:

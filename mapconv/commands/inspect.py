@@ -9,6 +9,7 @@ from typing import Any
 
 from mapconv.adapter import Adapter, Module
 from mapconv.formats import read_adapter
+from mapconv.hub import locate_adapter
 from mapconv.plan import place_adapter
 
 
@@ -54,12 +55,12 @@ def inspect(source: str | Path, *, base: str | Path | None = None) -> Inspection
     Raises:
         MapconvError: the adapter is broken or refused, or does not fit the base.
     """
-    source = Path(source)
+    source = locate_adapter(source)
     fits = None
     if base is None:
         adapter = read_adapter(source)
     else:
-        placed = place_adapter(source, base)
+        placed = place_adapter(source, base, lean=True)
         adapter, fits = placed.adapter, placed.checkpoint.folder
     groups: dict[str, list[Module]] = defaultdict(list)
     for module in adapter.modules:

@@ -26,10 +26,12 @@ from mapconv.checkpoint.staging import check_output, staged_folder, write_file
 from mapconv.checkpoint.writer import FixedFile
 from mapconv.errors import AdapterError, BaseMismatchError, CheckpointError, OutputError
 from mapconv.factors import Factors, load_factors
+from mapconv.hub import locate_adapter
 from mapconv.parallel import in_order, worker_count
 from mapconv.plan import ConvertJob, CopyJob, MergeJob, MergePlan, PlacedModule, place_adapter, plan_merge
 from mapconv.progress import progress_bar
-from mapconv.sidecars import copy_model_files, write_model_config
+from mapconv.provenance import merge_record
+from mapconv.sidecars import MERGE_RECORD, copy_model_files, write_model_config
 
 #: Norms of the same bytes agree far better than this; those of another base do not (DESIGN.md, fingerprint).
 NORM_TOLERANCE = 1e-9
@@ -89,7 +91,7 @@ def merge(
     """Merge a MAP directory or a LoRA or DoRA adapter into its base model and write the result to ``out``.
 
     Args:
-        adapter: the adapter's folder.
+        adapter: the adapter's folder, or a Hub reference (``owner/name[@revision][:subfolder]``).
         out: the folder to write; it appears whole or not at all.
         base: the base model's folder or Hub id; None takes it from the adapter's configuration.
         dtype: ``auto`` (each tensor keeps its own), ``float32``, ``bfloat16`` or ``float16``.
@@ -102,7 +104,7 @@ def merge(
         MapconvError: of the kind that fits; ``out`` then does not exist.
     """
     started = time.perf_counter()
-    adapter, out = Path(adapter), Path(out)
+    adapter, out = locate_adapter(adapter), Path(out)
     plan = plan_merge(place_adapter(adapter, base), dtype=dtype, max_shard_size=max_shard_size)
     folder = plan.placed.checkpoint.folder
     check_output(out, force=force, inputs=[adapter, folder], nbytes=plan.nbytes)
@@ -115,6 +117,8 @@ def merge(
             if len(plan.files) > 1 or plan.placed.checkpoint.index_metadata is not None:
                 write_file(staging / INDEX_FILE, _index(plan))
             notes += write_model_config(folder, staging, dtype)
+            record = merge_record(plan.placed, plan.placed.adapter.map_modules)
+            write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")
     return MergeResult(
         out=out,
         base=folder,

@@ -17,10 +17,11 @@ from mapconv.devices import resolve_device
 from mapconv.errors import AdapterError
 from mapconv.formats import read_adapter
 from mapconv.formats.peft import CONFIG_FILE
-from mapconv.hub import locate_base
+from mapconv.hub import locate_adapter, locate_base, locate_result
 from mapconv.models import attach_with_peft, load_causal_lm, load_tokenizer
 from mapconv.placement import place
 from mapconv.progress import progress_bar
+from mapconv.report.saved import check_report_place, save_report
 from mapconv.text import read_text, token_blocks
 
 DEFAULT_SAMPLES = 8
@@ -77,6 +78,7 @@ def verify(
     samples: int = DEFAULT_SAMPLES,
     device: str = "auto",
     dtype: str = "float32",
+    save: bool = False,
     quiet: bool = True,
 ) -> VerifyReport:
     """Run a result and its source on the same text, and compare their weights.
@@ -89,13 +91,16 @@ def verify(
         samples: blocks of 256 tokens to run.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: what the models compute in; float32 shows the conversion's error alone.
+        save: store the report as ``verify.json`` in the result's folder, for the model card that ``push`` writes.
         quiet: no progress bar.
 
     Raises:
         MapconvError: a model, an adapter or the text cannot be used.
     """
     started = time.perf_counter()
-    result, against = Path(result), Path(against)
+    result, against = locate_result(result), locate_adapter(against)
+    if save:
+        check_report_place(result)
     source = read_adapter(against)
     folder = locate_base(base, source.base, source.revision, against)
     text = read_text(None if data is None else Path(data))
@@ -107,7 +112,7 @@ def verify(
             total.add(*compared.logits(block), block)
             advance(1)
         modules = tuple(compared.module_errors())
-    return VerifyReport(
+    report = VerifyReport(
         result=result,
         source=against,
         base=folder,
@@ -123,6 +128,9 @@ def verify(
         modules=modules,
         seconds=time.perf_counter() - started,
     )
+    if save:
+        save_report(result, report.to_dict())
+    return report
 
 
 class _Compared:
