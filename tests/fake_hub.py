@@ -77,6 +77,7 @@ class FakeHub:
         self.store = Store(folder / "xet-store")
         self.store.xet_folder.mkdir(parents=True, exist_ok=True)
         self.requests: list[Request] = []
+        self.connections = 0
         self.parts: dict[str, dict[int, bytes]] = {}
         self._faults: list[Fault] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -140,6 +141,10 @@ class FakeHub:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: FakeHub
+
+    def setup(self) -> None:
+        self.hub.connections += 1
+        super().setup()
 
     def log_message(self, *arguments: object) -> None:
         pass

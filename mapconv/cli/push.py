@@ -65,12 +65,12 @@ def command(
         return
     if not yes and sys.stdin.isatty() and not click.confirm(f"Send this to {repo_id}?", err=True):
         say("nothing was sent.")
-        raise click.exceptions.Exit(1)
+        sys.exit(1)
     try:
         result = job.send(token, quiet=quiet)
     except KeyboardInterrupt:
         say("mapconv: error: interrupted: the push may be incomplete, run the same command again to finish it.")
-        raise click.exceptions.Exit(130) from None
+        sys.exit(130)
     if as_json:
         print_json(result.to_dict())
     else:
