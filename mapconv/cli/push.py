@@ -52,7 +52,11 @@ def command(
     the same content makes no commit.
     """
     from mapconv.commands.push import Push
+    from mapconv.hub.client import Secret
     from mapconv.hub.upload import Destination
+
+    secret = Secret(token)
+    token = None  # a traceback that prints local variables must not find it here
 
     to = Destination(repo_id, private, revision, create_pr, message or "Upload with mapconv")
     job = Push(path, to, license=license, base_id=base_id)
@@ -67,7 +71,7 @@ def command(
         say("nothing was sent.")
         sys.exit(1)
     try:
-        result = job.send(token, quiet=quiet)
+        result = job.send(secret, quiet=quiet)
     except KeyboardInterrupt:
         say("mapconv: error: interrupted: the push may be incomplete, run the same command again to finish it.")
         sys.exit(130)

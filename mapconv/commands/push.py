@@ -8,6 +8,7 @@ from typing import Any
 
 from mapconv.card import CARD_FILE
 from mapconv.errors import HubError
+from mapconv.hub.client import Secret
 from mapconv.hub.reference import is_repo_id
 from mapconv.hub.upload import Destination, send
 from mapconv.publish import Kind, Parcel, pack
@@ -84,7 +85,7 @@ class Push:
             dry_run=True,
         )
 
-    def send(self, token: str | None, *, quiet: bool = True) -> PushResult:
+    def send(self, token: Secret, *, quiet: bool = True) -> PushResult:
         """Send it; see :func:`push`."""
         sent = send(self.parcel, self.to, token, bars=False if quiet else None)
         return PushResult(**vars(self.plan()) | vars(sent) | {"dry_run": False})
@@ -126,18 +127,8 @@ def push(
         HubError: the Hub refuses or cannot be reached, or a local path would be sent. AdapterError, CheckpointError:
             the folder is broken. Nothing is visible on the Hub then, but for a repository that was just created.
     """
-    secret = _Secret(token)
+    secret = Secret(token)
     token = None  # a traceback that prints local variables must not find it here
     to = Destination(repo_id, private, revision, create_pr, message or "Upload with mapconv")
     job = Push(path, to, license=license, base_id=base_id)
-    return job.plan() if dry_run else job.send(secret.value(), quiet=quiet)
-
-
-class _Secret:
-    """A token that does not show when an object is printed."""
-
-    def __init__(self, token: str | None) -> None:
-        self.value = lambda: token
-
-    def __repr__(self) -> str:
-        return "<token>"
+    return job.plan() if dry_run else job.send(secret, quiet=quiet)

@@ -11,6 +11,16 @@ from contextlib import contextmanager
 from mapconv.hub import faults
 
 
+class Secret:
+    """A token, or None for the one that the client finds; it does not show where an object is printed."""
+
+    def __init__(self, token: str | None) -> None:
+        self.value = lambda: token
+
+    def __repr__(self) -> str:
+        return "<token>"
+
+
 @contextmanager
 def quiet_client(*, bars: bool | None = None) -> Iterator[None]:
     """Silence the client's log lines and warnings; its bars stay where a terminal watches, unless ``bars`` is False.

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -30,16 +29,25 @@ _RETRIED_BY_CLIENT = ("/preupload/", "/info/lfs/")
 _HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2")
 
 
-@contextmanager
-def hub_errors(name: str, doing: Literal["read", "write"]) -> Iterator[None]:
-    """Turn whatever the client raises about ``name`` into a HubError of one sentence; the disk's errors pass.
+def ask_hub(
+    call: Callable[[], Result],
+    name: str,
+    doing: Literal["read", "write"],
+    *,
+    hint: Callable[[Exception], str] = lambda error: "",
+) -> Result:
+    """Run what talks to the Hub about ``name``, and turn whatever the client raises into one sentence.
+
+    A function and no context manager: what a context manager raises has the client's error as its context.
+
+    Args:
+        hint: what to add to the sentence for an error, or "".
 
     Raises:
-        HubError: with what is wrong and what to do next.
+        HubError: with what is wrong and what to do next. The errors of mapconv and of this machine's disk pass.
     """
-    failure = None
     try:
-        yield
+        return call()
     except MapconvError:
         raise
     except Exception as error:
@@ -47,9 +55,10 @@ def hub_errors(name: str, doing: Literal["read", "write"]) -> Iterator[None]:
 
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
             raise
-        failure = HubError(explain(deepest(error), name, doing))
-    if failure is not None:  # outside of the except block, so that the client's error is not its context
-        raise failure
+        more = hint(error)
+        sentence = explain(deepest(error), name, doing)
+        failure = HubError(f"{sentence.removesuffix('.')}, {more}." if more else sentence)
+    raise failure
 
 
 def with_retries(call: Callable[[], Result], *, is_safe: Callable[[Exception], bool]) -> Result:
@@ -85,7 +94,7 @@ def never_arrived(error: Exception) -> bool:
     return status_of(error) == 429 or type(error).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
 
 
-def is_transport(error: Exception) -> bool:
+def is_transport(error: BaseException) -> bool:
     """A connection that was not made, broke, or fell silent."""
     if status_of(error) is not None or is_offline(error):
         return False
@@ -113,13 +122,17 @@ def deepest(error: BaseException) -> BaseException:
     """The error that says most: the client wraps a status in a RuntimeError, and offline mode in 'not found'."""
     from huggingface_hub.errors import IncompleteSnapshotError
 
-    seen: BaseException = error
-    while status_of(seen) is None and not is_offline(seen) and not isinstance(seen, IncompleteSnapshotError):
-        inner = seen.__cause__ or seen.__context__
-        if inner is None or not (status_of(inner) or is_transport(inner) or is_offline(inner) or inner.__cause__):
+    while not (_is_telling(error) or isinstance(error, IncompleteSnapshotError)):
+        inner = error.__cause__ or error.__context__
+        if inner is None or not (_is_telling(inner) or inner.__cause__):
             break
-        seen = inner
-    return seen
+        error = inner
+    return error
+
+
+def _is_telling(error: BaseException) -> bool:
+    # A rejected card is a ValueError with the Hub's reasons; the status that caused it says less.
+    return status_of(error) is not None or is_transport(error) or is_offline(error) or "Invalid metadata" in str(error)
 
 
 def is_offline(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mapconv.checkpoint.index import INDEX_FILE, SINGLE_FILE, Checkpoint, read_checkpoint
 from mapconv.errors import AdapterError, CheckpointError, UnsupportedError
-from mapconv.hub.faults import hub_errors
+from mapconv.hub.faults import ask_hub
 from mapconv.hub.ranges import RangesUnsupportedError, ranged_checkpoint
 from mapconv.hub.reference import HubReference, parse_reference
 from mapconv.sidecars import MODEL_CONFIG, MODEL_FILES, TOKENIZER_FILES
@@ -139,9 +139,12 @@ def _snapshot(reference: HubReference, patterns: Iterable[str]) -> Path:
     from mapconv.hub.client import quiet_client
 
     prefix = f"{reference.subfolder}/" if reference.subfolder else ""
-    with hub_errors(str(reference), "read"), quiet_client():
-        folder = snapshot_download(
-            reference.repo_id, revision=reference.revision, allow_patterns=[prefix + pattern for pattern in patterns]
+    wanted = [prefix + pattern for pattern in patterns]
+    with quiet_client():
+        folder = ask_hub(
+            lambda: snapshot_download(reference.repo_id, revision=reference.revision, allow_patterns=wanted),
+            str(reference),
+            "read",
         )
     return Path(folder, reference.subfolder or "")
 
@@ -150,8 +153,9 @@ def _refuse_without_adapter(reference: HubReference, folder: Path) -> None:
     """Say what the repository holds instead of an adapter at that place."""
     from huggingface_hub import HfApi
 
-    with hub_errors(str(reference), "read"):
-        files = HfApi().list_repo_files(reference.repo_id, revision=reference.revision)
+    files = ask_hub(
+        lambda: HfApi().list_repo_files(reference.repo_id, revision=reference.revision), str(reference), "read"
+    )
     prefix = f"{reference.subfolder}/" if reference.subfolder else ""
     if (folder / _ADAPTER_CONFIG).exists():
         if f"{prefix}adapter_model.bin" in files:

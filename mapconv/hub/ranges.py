@@ -25,7 +25,7 @@ from mapconv.adapter import TensorRef
 from mapconv.checkpoint.index import INDEX_FILE, MAX_HEADER_BYTES, SINGLE_FILE, Checkpoint, read_checkpoint
 from mapconv.errors import CheckpointError, HubError
 from mapconv.hub.client import limit_waits
-from mapconv.hub.faults import always, hub_errors, with_retries
+from mapconv.hub.faults import always, ask_hub, with_retries
 from mapconv.hub.reference import HubReference, origin_of
 from mapconv.progress import Advance, progress_bar
 
@@ -62,8 +62,7 @@ def ranged_checkpoint(reference: HubReference, snapshot: Path) -> Checkpoint:
         if path.is_file() and not os.path.lexists(link):
             link.symlink_to(path.absolute())
     source = RangedSource(pinned, folder)
-    with hub_errors(str(reference), "read"):
-        source.open_headers()
+    ask_hub(source.open_headers, str(reference), "read")
     return replace(read_checkpoint(folder), source=source)
 
 
@@ -111,21 +110,15 @@ class RangedSource:
 
     def fetch(self, wanted: Sequence[tuple[Path, int, int]], *, quiet: bool) -> None:
         """Fetch what is missing of ``wanted``, with a bar in bytes."""
-        with self._only_one(), hub_errors(str(self._pinned), "read"):
+        with self._only_one():
             requests = []
             for file in dict.fromkeys(file for file, _, _ in wanted):
                 spans = [(start, stop) for other, start, stop in wanted if other == file]
                 remote = self._files[file]
                 missing = [hole for span in join_spans(spans) for hole in remote.missing(*span)]
                 requests += [(remote, part) for hole in missing for part in _parts(*hole)]
-            total = sum(stop - start for _, (start, stop) in requests)
-            with progress_bar(total, "fetching base", quiet=quiet) as advance, ThreadPoolExecutor(_WORKERS) as pool:
-                jobs = [pool.submit(remote.fetch, *span, advance) for remote, span in requests]
-                try:
-                    for job in jobs:
-                        job.result()
-                finally:
-                    pool.shutdown(cancel_futures=True)
+            if requests:
+                ask_hub(lambda: _fetch_all(requests, quiet=quiet), str(self._pinned), "read")
 
     def _open(self, name: str) -> None:
         from huggingface_hub import hf_hub_url
@@ -241,6 +234,17 @@ class _RangedFile:
             temporary = self._record.with_suffix(".partial")
             temporary.write_text(json.dumps({"size": self.size, "have": self._spans}))
             temporary.replace(self._record)
+
+
+def _fetch_all(requests: Sequence[tuple[_RangedFile, Span]], *, quiet: bool) -> None:
+    total = sum(stop - start for _, (start, stop) in requests)
+    with progress_bar(total, "fetching base", quiet=quiet) as advance, ThreadPoolExecutor(_WORKERS) as pool:
+        jobs = [pool.submit(remote.fetch, *span, advance) for remote, span in requests]
+        try:
+            for job in jobs:
+                job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def join_spans(spans: Iterable[Span]) -> list[Span]:

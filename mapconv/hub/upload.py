@@ -13,8 +13,8 @@ from typing import Any
 
 from mapconv.card import CARD_FILE
 from mapconv.errors import HubError
-from mapconv.hub.client import limit_waits, quiet_client
-from mapconv.hub.faults import ATTEMPTS, always, hub_errors, never_arrived, status_of, with_retries
+from mapconv.hub.client import Secret, limit_waits, quiet_client
+from mapconv.hub.faults import ATTEMPTS, always, ask_hub, never_arrived, status_of, with_retries
 from mapconv.publish import Outgoing, Parcel
 
 LIBRARY = "mapconv"
@@ -43,7 +43,7 @@ class Sent:
     changed: bool
 
 
-def send(parcel: Parcel, to: Destination, token: str | None, *, bars: bool | None = None) -> Sent:
+def send(parcel: Parcel, to: Destination, token: Secret, *, bars: bool | None = None) -> Sent:
     """Create the repository if need be, and commit the parcel.
 
     Raises:
@@ -53,17 +53,16 @@ def send(parcel: Parcel, to: Destination, token: str | None, *, bars: bool | Non
 
     import mapconv
 
-    with hub_errors(to.repo_id, "write"), quiet_client(bars=bars):
-        api = HfApi(token=token, library_name=LIBRARY, library_version=mapconv.__version__)
-        created = _ensure_repository(api, to)
-        info = None
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                info, head = _commit(api, parcel, to)
-                break
-            except Exception as error:
-                if status_of(error) != 412 or attempt == ATTEMPTS:
-                    raise
+    api = HfApi(token=token.value(), library_name=LIBRARY, library_version=mapconv.__version__)
+
+    def may_have_opened(error: Exception) -> str:
+        if not to.create_pr or status_of(error) in range(400, 500) or never_arrived(error):
+            return ""
+        return f"but look at {api.endpoint}/{to.repo_id}/discussions first: the pull request may have been opened"
+
+    with quiet_client(bars=bars):
+        created = ask_hub(lambda: _ensure_repository(api, to), to.repo_id, "write")
+        info, head = ask_hub(lambda: _commit_on_head(api, parcel, to), to.repo_id, "write", hint=may_have_opened)
     where = f"{api.endpoint}/{to.repo_id}"
     return Sent(
         url=where if to.revision is None else f"{where}/tree/{to.revision}",
@@ -114,6 +113,17 @@ def _ensure_branch(api: Any, to: Destination) -> None:
         if status_of(error) != 404:
             raise
         _retried(lambda: api.create_branch(to.repo_id, branch=to.revision, exist_ok=True))
+
+
+def _commit_on_head(api: Any, parcel: Parcel, to: Destination) -> tuple[Any, str]:
+    """Commit, and again on the new head where somebody else's commit came in between."""
+    for _ in range(1, ATTEMPTS):
+        try:
+            return _commit(api, parcel, to)
+        except Exception as error:
+            if status_of(error) != 412:
+                raise
+    return _commit(api, parcel, to)
 
 
 def _commit(api: Any, parcel: Parcel, to: Destination) -> tuple[Any, str]:

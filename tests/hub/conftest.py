@@ -11,7 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fake_hub import WRITE_TOKEN, FakeHub
+from fake_hub import READ_TOKEN, WRITE_TOKEN, FakeHub
+from forked import ForkedPython
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_ID = "lab/tiny-llama"
@@ -38,15 +39,31 @@ def xet_hub(tmp_path) -> Iterator[FakeHub]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def forked() -> Iterator[ForkedPython]:
+    with ForkedPython() as server:
+        yield server
+
+
 @pytest.fixture
-def run(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+def python(forked, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    """Run Python code as a client of a fake Hub, in a process and (``home``) a Hub cache of its own."""
+
+    def call(hub: FakeHub, code: str, *arguments: object, home: str = "other", token: str | None = WRITE_TOKEN, **more):
+        env = _environment(hub.environment(tmp_path / home, token) | more)
+        return forked.run(code, [str(argument) for argument in arguments], env, tmp_path)
+
+    return call
+
+
+@pytest.fixture
+def run(python) -> Callable[..., subprocess.CompletedProcess]:
     """Run ``mapconv ARGUMENTS`` against a fake Hub, with waits cut short, and search its output for tokens."""
 
-    def call(hub: FakeHub, *arguments: object, status: int | None = 0, token: str | None = WRITE_TOKEN, **more: str):
-        command = [sys.executable, "-c", QUICK, *map(str, arguments)]
-        env = hub.environment(tmp_path / "home", token) | _environment(more)
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, stdin=subprocess.DEVNULL)
-        assert "hf_" not in done.stdout + done.stderr, "a token was printed"
+    def call(hub: FakeHub, *arguments: object, status: int | None = 0, home: str = "home", **more):
+        done = python(hub, QUICK, *arguments, home=home, **more)
+        for secret in (WRITE_TOKEN, READ_TOKEN):
+            assert secret not in done.stdout + done.stderr
         if status is not None:
             assert done.returncode == status, done.stdout + done.stderr
         return done
@@ -60,7 +77,7 @@ def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
     started: list[subprocess.Popen] = []
 
     def call(hub: FakeHub, *arguments: object, home: str = "home") -> subprocess.Popen:
-        env = hub.environment(tmp_path / home) | _environment()
+        env = _environment(hub.environment(tmp_path / home))
         command = [sys.executable, "-c", QUICK, *map(str, arguments)]
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         started.append(process)
@@ -89,17 +106,17 @@ def json_of(data: bytes) -> dict:
     return json.loads(data)
 
 
-def _environment(more: dict[str, str] | None = None) -> dict[str, str]:
-    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "HOME") if name in os.environ}
-    path = os.pathsep.join(part for part in (str(ROOT), kept.get("PYTHONPATH")) if part)
-    return kept | {"PYTHONPATH": path, "OMP_NUM_THREADS": "2"} | (more or {})
+def _environment(own: dict[str, str] | None = None) -> dict[str, str]:
+    path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
+    return dict(own or os.environ) | {"PYTHONPATH": path, "OMP_NUM_THREADS": "2"}
 
 
 #: The command line with waits that a test can afford; the number of attempts stays.
 QUICK = """
+import os
 from mapconv.hub import faults
 faults.FIRST_WAIT = 0.01
-faults.REQUEST_TIMEOUT = 3.0
+faults.REQUEST_TIMEOUT = float(os.environ.get("TEST_REQUEST_TIMEOUT", 30))
 from mapconv.cli import main
 main()
 """

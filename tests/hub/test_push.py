@@ -15,13 +15,17 @@ import pytest
 from conftest import BASE_ID, QUICK, error_of, files_of, json_of
 from fake_hub import FakeHub
 
+import mapconv
+from mapconv.commands.push import PushResult
+from mapconv.errors import AdapterError, HubError
+
 ADAPTER_FILES = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "map_config.json", "scalars.png", ".gitattributes",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
-def test_a_pushed_adapter_comes_back_the_same(models, run, tmp_path, xet):
+def test_a_pushed_adapter_comes_back_the_same(models, run, python, tmp_path, xet):
     with FakeHub(tmp_path / "server", xet=xet) as hub:
         done = run(hub, "push", models.dora_map, "me/first", "--base-id", BASE_ID, "--quiet")
         assert f"{hub.url}/me/first" in done.stdout
@@ -29,19 +33,23 @@ def test_a_pushed_adapter_comes_back_the_same(models, run, tmp_path, xet):
         assert set(hub.files("me/first")) == ADAPTER_FILES
         assert bool(hub.store.xet_hashes()) is xet
         code = "from huggingface_hub import snapshot_download; print(snapshot_download('me/first'))"
-        folder = Path(_client(hub, code, tmp_path / "other"))
+        folder = Path(_last_line(python(hub, code)))
         weights = "adapter_model.safetensors"
         assert (folder / weights).read_bytes() == (models.dora_map / weights).read_bytes()
         assert hub.files("me/first")[weights].sha256 == hashlib.sha256((folder / weights).read_bytes()).hexdigest()
 
 
-def test_stock_peft_loads_what_was_pushed_by_its_name(models, run, hub, tmp_path):
+def test_stock_libraries_load_what_was_pushed_by_its_name(models, run, python, hub):
     hub.repo(BASE_ID, files_of(models.base))
     run(hub, "push", models.dora_map, "me/peft", "--base-id", BASE_ID)
-    code = _LOAD.format(base=BASE_ID, local=str(models.dora_map), remote="me/peft")
-    result = json.loads(_client(hub, code, tmp_path / "other"))
-    assert result["difference"] == 0.0
+    run(hub, "push", models.merged, "me/merged", "--base-id", BASE_ID, "--license", "mit")
+    code = _LOAD.format(base=BASE_ID, local=str(models.dora_map), remote="me/peft", merged="me/merged")
+    result = json.loads(_last_line(python(hub, code)))
     assert result["update"] > 0.0
+    assert result["difference"] == 0.0
+    assert result["missing"] == []
+    assert result["merged"] < 1e-4 * result["update"]
+    assert result["tokens"] > 0
 
 
 def test_the_card_loads_and_says_where_everything_comes_from(models, run, hub, tmp_path):
@@ -69,21 +77,12 @@ def test_the_card_loads_and_says_where_everything_comes_from(models, run, hub, t
     assert [request.status for request in hub.log("POST", "validate-yaml")] == [200]
 
 
-def test_a_merged_model_is_a_finetune_of_its_base_and_loads(models, run, hub, tmp_path):
+def test_a_merged_model_is_a_finetune_of_its_base(models, run, hub):
     run(hub, "push", models.merged, "me/merged", "--base-id", BASE_ID, "--license", "mit")
     card = hub.content("me/merged", "README.md").decode()
     assert "base_model_relation: finetune" in card
     assert "library_name: transformers" in card
     assert "license: mit" in card
-    code = "from huggingface_hub import snapshot_download; print(snapshot_download('me/merged'))"
-    folder = _client(hub, code, tmp_path / "other")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    local = AutoModelForCausalLM.from_pretrained(models.merged)
-    assert not report["missing_keys"]
-    assert all((ours == theirs).all() for ours, theirs in zip(model.parameters(), local.parameters(), strict=True))
-    assert len(AutoTokenizer.from_pretrained(folder)) == len(AutoTokenizer.from_pretrained(models.base))
 
 
 def test_a_second_push_makes_no_commit_and_a_changed_one_sends_what_changed(models, run, hub):
@@ -183,12 +182,12 @@ def test_only_files_that_mapconv_knows_are_sent(models, run, hub, tmp_path):
         assert name in done.stderr
 
 
-def test_a_link_in_the_place_of_one_of_our_files_is_refused(models, run, hub, tmp_path):
+def test_a_link_in_the_place_of_one_of_our_files_is_refused(models, tmp_path):
     folder = shutil.copytree(models.dora_map, tmp_path / "result")
     (tmp_path / "elsewhere.json").write_text('{"secret": 1}')
     (folder / "tokenizer_config.json").symlink_to(tmp_path / "elsewhere.json")
-    assert "symbolic link" in error_of(run(hub, "push", folder, "me/x", "--base-id", BASE_ID, status=1))
-    assert hub.requests == []
+    with pytest.raises(HubError, match="symbolic link"):
+        _plan(folder)
 
 
 def test_no_local_path_leaves(models, run, hub, tmp_path):
@@ -230,22 +229,22 @@ def test_the_base_name_is_found_in_the_bases_own_configuration(models, run, hub,
         ("tokenizer_config.json", {"extra": ["C:\\Users\\me\\x"]}, "extra.0"),
     ],
 )
-def test_a_path_that_cannot_be_rewritten_stops_the_push(models, run, hub, tmp_path, name, change, named):
+def test_a_path_that_cannot_be_rewritten_stops_the_push(models, tmp_path, name, change, named):
     folder = shutil.copytree(models.dora_map, tmp_path / "result")
     table = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
     (folder / name).write_text(json.dumps(table | change))
-    message = error_of(run(hub, "push", folder, "me/x", "--base-id", BASE_ID, status=1))
-    assert named in message
-    assert hub.connections == 0
+    with pytest.raises(HubError, match=named):
+        _plan(folder)
 
 
-def test_a_path_in_the_weights_metadata_stops_the_push(models, run, hub, tmp_path):
+def test_a_path_in_the_weights_metadata_stops_the_push(models, tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(models.dora_map, tmp_path / "result")
     weights = folder / "adapter_model.safetensors"
     save_file(load_file(weights), weights, metadata={"format": "pt", "trained_in": "/home/me/run7"})
-    assert "trained_in" in error_of(run(hub, "push", folder, "me/x", "--base-id", BASE_ID, status=1))
+    with pytest.raises(HubError, match="trained_in"):
+        _plan(folder)
 
 
 def test_own_text_in_the_readme_is_kept_on_the_hub_and_from_the_folder(models, run, hub, tmp_path):
@@ -289,25 +288,33 @@ def test_text_that_was_edited_on_both_sides_is_not_lost(models, run, hub, tmp_pa
         ("a: [unclosed", "not YAML"),
     ],
 )
-def test_a_card_that_the_hub_would_refuse_is_refused_here(models, run, hub, tmp_path, front, named):
+def test_a_card_that_the_hub_would_refuse_is_refused_here(models, tmp_path, front, named):
     folder = shutil.copytree(models.dora_map, tmp_path / "result")
     (folder / "README.md").write_text(f"---\n{front}\n---\n# Mine\n")
-    assert named in error_of(run(hub, "push", folder, "me/x", "--base-id", BASE_ID, status=1))
-    assert hub.connections == 0
+    with pytest.raises(HubError, match=named):
+        _plan(folder)
 
 
 def test_what_is_no_result_of_mapconv_is_refused_by_name(models, run, hub, tmp_path):
+    for folder, words in (
+        (models.dora, "mapconv upgrade"),
+        (models.base, "neither"),
+        (tmp_path / "absent", "no folder"),
+    ):
+        with pytest.raises(AdapterError, match=words):
+            _plan(folder)
+    with pytest.raises(HubError, match="owner/name"):
+        mapconv.push(models.dora_map, "just-a-name", base_id=BASE_ID, dry_run=True)
     assert "mapconv upgrade" in error_of(run(hub, "push", models.dora, "me/x", "--base-id", BASE_ID, status=1))
-    assert "neither" in error_of(run(hub, "push", models.base, "me/x", "--base-id", BASE_ID, status=1))
-    assert "no folder" in error_of(run(hub, "push", tmp_path / "absent", "me/x", "--base-id", BASE_ID, status=1))
-    assert "owner/name" in error_of(run(hub, "push", models.dora_map, "just-a-name", "--base-id", BASE_ID, status=1))
     assert run(hub, "push", models.dora_map, status=2).stderr
     assert hub.connections == 0
 
 
-def _client(hub: FakeHub, code: str, home: Path) -> str:
-    """The last line that the real client prints, in a process and a home of its own."""
-    done = subprocess.run([sys.executable, "-c", code], env=hub.environment(home), capture_output=True, text=True)
+def _plan(folder: Path) -> PushResult:
+    return mapconv.push(folder, "me/x", base_id=BASE_ID, dry_run=True)
+
+
+def _last_line(done: subprocess.CompletedProcess) -> str:
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 
@@ -315,7 +322,7 @@ def _client(hub: FakeHub, code: str, home: Path) -> str:
 _LOAD = """
 import json, torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 tokens = torch.arange(1, 40)[None]
 base = AutoModelForCausalLM.from_pretrained("{base}")
 before = base(tokens).logits
@@ -324,5 +331,11 @@ local = model(tokens).logits
 model.load_adapter("{remote}", "remote")
 model.set_adapter("remote")
 remote = model(tokens).logits
-print(json.dumps(dict(difference=float((local - remote).abs().max()), update=float((local - before).abs().max()))))
+merged, report = AutoModelForCausalLM.from_pretrained("{merged}", output_loading_info=True)
+def distance(logits):
+    return float((local - logits).abs().max())
+print(json.dumps(dict(
+    difference=distance(remote), update=distance(before), merged=distance(merged(tokens).logits),
+    missing=sorted(report["missing_keys"]), tokens=len(AutoTokenizer.from_pretrained("{merged}")),
+)))
 """
