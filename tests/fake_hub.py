@@ -48,7 +48,8 @@ class Request:
 class Fault:
     """What to do instead of answering, or (``after``) when the work is done and the answer is lost.
 
-    ``reached`` is set when a request arrives here; with ``hold`` it then waits until ``release`` is set.
+    ``truncate`` breaks the connection after that many bytes of the answer's body. ``reached`` is set when a request
+    arrives here; with ``hold`` it then waits until ``release`` is set.
     """
 
     method: str
@@ -60,6 +61,7 @@ class Fault:
     drop: bool = False
     after: bool = False
     hold: bool = False
+    truncate: int | None = None
     reached: threading.Event = field(default_factory=threading.Event)
     release: threading.Event = field(default_factory=threading.Event)
 
@@ -82,6 +84,7 @@ class FakeHub:
         self._faults: list[Fault] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
+        self._server.handle_error = lambda *client: None  # clients that are killed hang up without a word
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.cdn = f"http://localhost:{self.port}/cdn"
@@ -163,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(self.request_record)
         fault = self.hub.take_fault(self.command, parts.path)
         answer = None
-        if fault is None or fault.after:
+        if fault is None or fault.after or fault.truncate is not None:
             answer = self._work()
         if fault is not None:
             fault.wait()
@@ -172,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             if fault.status:
                 answer = Answer(fault.status, fault.body, fault.headers)
-        self._send(answer or self._work())
+        self._send(answer or self._work(), None if fault is None else fault.truncate)
 
     def _work(self) -> Answer:
         try:
@@ -188,7 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def _send(self, answer: Answer) -> None:
+    def _send(self, answer: Answer, truncate: int | None = None) -> None:
         self.request_record.status = answer.status
         try:
             self.send_response(answer.status)
@@ -196,7 +199,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
-                self.request_record.sent = len(answer.body)
-                self.wfile.write(answer.body)
+                body = answer.body[:truncate]
+                self.request_record.sent = len(body)
+                self.wfile.write(body)
+                self.close_connection = self.close_connection or len(body) < len(answer.body)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True  # the client was killed: that is what some tests do

@@ -35,7 +35,7 @@ class ByteSource(Protocol):
     """Where the bytes of a file come from that is not wholly on this disk (``mapconv.hub.ranges``)."""
 
     def require(self, file: Path, start: int, stop: int) -> None:
-        """Return once the bytes [start, stop) of ``file`` are on the disk."""
+        """Return once the bytes [start, stop) of ``file`` are on the disk; other files than its own are there."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from mapconv.cli import options
@@ -11,10 +9,10 @@ from mapconv.cli.output import notes, print_json, print_table, size
 
 
 @click.command("inspect", short_help="Say what an adapter is, and what upgrade would do.")
-@click.argument("source", type=options.FOLDER)
+@click.argument("source", type=options.SOURCE)
 @options.base
 @options.as_json
-def command(source: Path, base: str | None, as_json: bool) -> None:
+def command(source: str, base: str | None, as_json: bool) -> None:
     """Say what the adapter in SOURCE is, and what `mapconv upgrade` would do with it.
 
     With --base, every tensor is also placed on the base model, from names and shapes alone.

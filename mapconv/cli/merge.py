@@ -11,7 +11,7 @@ from mapconv.cli.output import notes, print_json, size, small
 
 
 @click.command("merge", short_help="Merge an adapter into its base weights.")
-@click.argument("adapter", type=options.FOLDER)
+@click.argument("adapter", type=options.SOURCE)
 @options.base
 @click.option("--out", "-o", type=options.FOLDER, required=True, help="Folder to write the merged model to.")
 @click.option(
@@ -35,7 +35,7 @@ from mapconv.cli.output import notes, print_json, size, small
 )
 @options.quiet
 def command(
-    adapter: Path,
+    adapter: str,
     base: str | None,
     out: Path,
     dtype: str,

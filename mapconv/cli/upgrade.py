@@ -20,7 +20,7 @@ LARGE_ERROR = 0.1
 
 
 @click.command("upgrade", short_help="Convert a LoRA or DoRA adapter to MAP form.")
-@click.argument("source", type=options.FOLDER)
+@click.argument("source", type=options.SOURCE)
 @options.base
 @click.option("--out", "-o", type=options.FOLDER, help="Folder to write. Default: SOURCE-map beside SOURCE.")
 @click.option("--rank", type=click.IntRange(min=1), metavar="N", help="Rank of the result. Default: the source's own.")
@@ -56,7 +56,7 @@ LARGE_ERROR = 0.1
 @options.force
 @options.quiet
 def command(
-    source: Path,
+    source: str,
     base: str | None,
     out: Path | None,
     rank: int | None,
@@ -71,7 +71,7 @@ def command(
     force: bool,
     quiet: bool,
 ) -> None:
-    """Convert the LoRA or DoRA adapter in SOURCE to MAP form.
+    """Convert the LoRA or DoRA adapter in SOURCE, a folder or a Hub id (owner/name), to MAP form.
 
     A LoRA converts exactly. A DoRA is refitted: the closest MAP weight of the same rank, solved to the optimum, with
     its relative error ε for each module. The result is a folder that stock PEFT loads.

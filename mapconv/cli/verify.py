@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 @click.command("verify", short_help="Measure how far a result is from its source.")
-@click.argument("result", type=options.FOLDER)
+@click.argument("result", type=options.SOURCE)
 @click.option(
-    "--against", type=options.FOLDER, required=True, metavar="SOURCE", help="The LoRA or DoRA adapter it was made from."
+    "--against", type=options.SOURCE, required=True, metavar="SOURCE", help="The LoRA or DoRA adapter it was made from."
 )
 @options.base
 @click.option(
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 @options.as_json
 @options.quiet
 def command(
-    result: Path,
-    against: Path,
+    result: str,
+    against: str,
     base: str | None,
     data: Path | None,
     samples: int,

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from mapconv.adapter import TensorRef
@@ -104,8 +105,8 @@ class RangedSource:
                 self._open(name)
 
     def require(self, file: Path, start: int, stop: int) -> None:
-        remote = self._files[file]
-        if remote.missing(start, stop):
+        remote = self._files.get(file)
+        if remote is not None and remote.missing(start, stop):
             self.fetch([(file, start, stop)], quiet=True)
 
     def fetch(self, wanted: Sequence[tuple[Path, int, int]], *, quiet: bool) -> None:
@@ -190,16 +191,20 @@ class _RangedFile:
         def attempt() -> None:
             nonlocal position
             first = position
-            try:
-                for chunk in self._stream(position, stop):
-                    with open(self.path, "r+b") as file:
-                        file.seek(position)
+            chunks = self._stream(first, stop)
+            head = next(chunks, b"")  # the answer has begun, and the file is there
+            with open(self.path, "r+b") as file:
+                file.seek(first)
+                try:
+                    for chunk in chain([head], chunks):
                         file.write(chunk)
-                    position += len(chunk)
-                    advance(len(chunk))
-            finally:
-                if position > first:
-                    self._add(first, position)
+                        position += len(chunk)
+                        advance(len(chunk))
+                finally:
+                    if position > first:
+                        file.flush()
+                        os.fdatasync(file.fileno())
+                        self._add(first, position)
 
         with_retries(attempt, is_safe=always)
 
@@ -214,7 +219,7 @@ class _RangedFile:
             if response.status_code != 206 or total is None:
                 raise RangesUnsupportedError(f"{self.url} comes as a whole only")
             self._make_room(int(total[1]))
-            yield from response.iter_bytes(1 << 20)
+            yield from response.iter_bytes()  # as it arrives: what came before a break is not fetched again
 
     def _make_room(self, size: int) -> None:
         with self._lock:
@@ -226,10 +231,8 @@ class _RangedFile:
             os.close(descriptor)
 
     def _add(self, start: int, stop: int) -> None:
-        """Record that [start, stop) is on the disk, once it is."""
+        """Record that [start, stop) is on the disk."""
         with self._lock:
-            with open(self.path, "rb") as file:
-                os.fdatasync(file.fileno())
             self._spans = _merged([*self._spans, (start, stop)])
             temporary = self._record.with_suffix(".partial")
             temporary.write_text(json.dumps({"size": self.size, "have": self._spans}))

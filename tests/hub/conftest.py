@@ -102,6 +102,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def adapter_files(folder: Path, base: str, **more: object) -> dict[str, bytes]:
+    """The files of an adapter as somebody publishes it: its configuration names the base by its Hub id."""
+    config = json.loads((folder / "adapter_config.json").read_bytes()) | {"base_model_name_or_path": base} | more
+    return files_of(folder) | {"adapter_config.json": json.dumps(config).encode()}
+
+
 def json_of(data: bytes) -> dict:
     return json.loads(data)
 
@@ -151,4 +157,10 @@ for name, use_dora in (("lora", False), ("dora", True)):
     model.save_pretrained(folder / name)
     mapconv.upgrade(folder / name)
 mapconv.merge(folder / "dora-map", folder / "merged")
+wide = LlamaConfig(hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8, vocab_size=300)
+LlamaForCausalLM(wide).save_pretrained(folder / "wide", max_shard_size="8MB")
+for name, targets in (("wide-lora", ["q_proj", "v_proj"]), ("wide-more", ["q_proj", "v_proj", "o_proj"])):
+    settings = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(LlamaForCausalLM.from_pretrained(folder / "wide"), settings).save_pretrained(folder / name)
+    mapconv.upgrade(folder / name)
 """
