@@ -131,7 +131,7 @@ def check_card(text: str, where: str = "README.md") -> None:
 
 def is_local_path(value: str) -> bool:
     """Whether a value is a path of somebody's machine; a lone token such as ``/`` or ``//`` is not."""
-    return bool(re.fullmatch(r"(file:|~|\.{0,2})/[^\s/][^\n]*|[A-Za-z]:[\\/][^\n]+|\\\\[^\n]+", value))
+    return bool(re.fullmatch(r"file:[^\n]+|(~|\.{0,2})/[^\s/][^\n]*|[A-Za-z]:[\\/][^\n]+|\\\\[^\n]+", value))
 
 
 def strings_in(value: Any, place: str = "") -> list[tuple[str, str]]:

@@ -134,8 +134,10 @@ def _commit(api: Any, parcel: Parcel, to: Destination) -> tuple[Any, str]:
     """
     from huggingface_hub import CommitOperationAdd
 
-    head = _retried(lambda: api.model_info(to.repo_id, revision=to.revision)).sha
-    card = parcel.card(to.repo_id, _remote_card(api, to.repo_id, head)).encode()
+    there = _retried(lambda: api.model_info(to.repo_id, revision=to.revision))
+    head = there.sha
+    has_card = any(file.rfilename == CARD_FILE for file in there.siblings or ())
+    card = parcel.card(to.repo_id, _remote_card(api, to.repo_id, head) if has_card else None).encode()
     files = [*parcel.files, Outgoing(CARD_FILE, parcel.folder / CARD_FILE, len(card), card)]
 
     def attempt() -> Any:
@@ -153,13 +155,8 @@ def _commit(api: Any, parcel: Parcel, to: Destination) -> tuple[Any, str]:
     return with_retries(attempt, is_safe=never_arrived if to.create_pr else always), head
 
 
-def _remote_card(api: Any, repo_id: str, commit: str) -> str | None:
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-
-    try:
-        path = _retried(lambda: api.hf_hub_download(repo_id, CARD_FILE, revision=commit))
-    except RemoteEntryNotFoundError:  # not its parent: a Hub that cannot be reached is no Hub without a README.md
-        return None
+def _remote_card(api: Any, repo_id: str, commit: str) -> str:
+    path = _retried(lambda: api.hf_hub_download(repo_id, CARD_FILE, revision=commit))
     with open(path, encoding="utf-8", newline="") as file:
         return file.read()
 

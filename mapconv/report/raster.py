@@ -9,15 +9,19 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 
 Point = tuple[float, float]
+Segment = tuple[Point, Point]
 Color = tuple[int, int, int]
 
 #: Width of a character and the space after it, in units of a font pixel.
 _ADVANCE = 6.2
+#: Pixels around a glyph that its strokes' width may reach into.
+_MARGIN = 4
 
 
 class Canvas:
@@ -27,28 +31,15 @@ class Canvas:
         self.width, self.height = width, height
         self._pixels = np.full((height, width, 3), 255.0, dtype=np.float32)
 
-    def lines(self, segments: Sequence[tuple[Point, Point]], color: Color, width: float, opacity: float = 1.0) -> None:
+    def lines(self, segments: Sequence[Segment], color: Color, width: float, opacity: float = 1.0) -> None:
         """Segments with round ends, blended as one shape."""
+        xs, ys = zip(*(point for segment in segments for point in segment), strict=True)
         reach = width / 2 + 1
-        xs_all, ys_all = zip(*(point for segment in segments for point in segment), strict=True)
-        left, right = int(max(min(xs_all) - reach, 0)), int(min(max(xs_all) + reach + 1, self.width))
-        top, bottom = int(max(min(ys_all) - reach, 0)), int(min(max(ys_all) + reach + 1, self.height))
+        left, right = int(max(min(xs) - reach, 0)), int(min(max(xs) + reach + 1, self.width))
+        top, bottom = int(max(min(ys) - reach, 0)), int(min(max(ys) + reach + 1, self.height))
         mask = np.zeros((max(bottom - top, 0), max(right - left, 0)), dtype=np.float32)
-        for (x0, y0), (x1, y1) in segments:
-            columns = slice(int(max(min(x0, x1) - reach - left, 0)), int(max(x0, x1) + reach + 1 - left))
-            rows = slice(int(max(min(y0, y1) - reach - top, 0)), int(max(y0, y1) + reach + 1 - top))
-            part = mask[rows, columns]
-            if not part.size:
-                continue
-            ys, xs = np.mgrid[: part.shape[0], : part.shape[1]].astype(np.float32)
-            ys, xs = ys + (rows.start + top + 0.5 - y0), xs + (columns.start + left + 0.5 - x0)
-            dx, dy = x1 - x0, y1 - y0
-            length = dx * dx + dy * dy
-            along = np.clip((xs * dx + ys * dy) / length, 0, 1) if length else 0.0
-            distance = np.hypot(xs - along * dx, ys - along * dy)
-            np.maximum(part, np.clip(width / 2 + 0.5 - distance, 0, 1), out=part)
-        pixels = self._pixels[top:bottom, left:right]
-        pixels += mask[:, :, None] * opacity * (np.array(color, dtype=np.float32) - pixels)
+        _cover(mask, [((x0 - left, y0 - top), (x1 - left, y1 - top)) for (x0, y0), (x1, y1) in segments], width)
+        self._paint(mask * opacity, left, top, color)
 
     def polyline(self, points: Sequence[Point], color: Color, width: float, opacity: float = 1.0) -> None:
         self.lines(list(pairwise(points)), color, width, opacity)
@@ -58,22 +49,12 @@ class Canvas:
 
     def text(
         self, x: float, y: float, text: str, *, unit: float = 2.6, color: Color = (60, 60, 60), align: str = "left"
-    ):
+    ) -> None:
         """One line of text whose vertical middle is at ``y``; ``unit`` is the size of a font pixel."""
-        width = text_width(text, unit)
-        x -= {"left": 0.0, "center": width / 2, "right": width}[align]
-        strokes = []
+        x -= {"left": 0.0, "center": 0.5, "right": 1.0}[align] * text_width(text, unit)
         for position, character in enumerate(text):
-            left = x + position * _ADVANCE * unit
-            for (column0, row0), (column1, row1) in _strokes(character):
-                strokes.append(
-                    (
-                        (left + column0 * unit, y + (row0 - 3) * unit),
-                        (left + column1 * unit, y + (row1 - 3) * unit),
-                    )
-                )
-        if strokes:
-            self.lines(strokes, color, unit * 0.85)
+            left = round(x + position * _ADVANCE * unit) - _MARGIN
+            self._paint(_glyph(character, unit), left, round(y - 3 * unit) - _MARGIN, color)
 
     def png(self) -> bytes:
         # 32 levels a channel are enough for edges, and halve the file.
@@ -84,16 +65,54 @@ class Canvas:
         chunks = _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _chunk(b"IEND", b"")
         return b"\x89PNG\r\n\x1a\n" + chunks
 
+    def _paint(self, mask: np.ndarray, left: int, top: int, color: Color) -> None:
+        """Blend ``color`` in, as far as ``mask`` says for each pixel; what lies outside of the canvas is cut off."""
+        mask = mask[max(-top, 0) :, max(-left, 0) :]
+        top, left = max(top, 0), max(left, 0)
+        pixels = self._pixels[top : top + mask.shape[0], left : left + mask.shape[1]]
+        mask = mask[: pixels.shape[0], : pixels.shape[1]]
+        touched = mask > 0  # most of a line's bounding box is not
+        pixels[touched] += mask[touched][:, None] * (np.array(color, dtype=np.float32) - pixels[touched])
+
 
 def text_width(text: str, unit: float = 2.6) -> float:
     return max(len(text) * _ADVANCE - (_ADVANCE - 4), 0) * unit
+
+
+def _cover(mask: np.ndarray, segments: Sequence[Segment], width: float) -> None:
+    """Raise each pixel of ``mask`` to the part of it that a stroke of ``width`` along the segments covers."""
+    reach = width / 2 + 1
+    for (x0, y0), (x1, y1) in segments:
+        left, top = int(max(min(x0, x1) - reach, 0)), int(max(min(y0, y1) - reach, 0))
+        part = mask[top : int(max(y0, y1) + reach + 1), left : int(max(x0, x1) + reach + 1)]
+        if not part.size:
+            continue
+        ys = np.arange(top, top + part.shape[0], dtype=np.float32)[:, None] + (0.5 - y0)
+        xs = np.arange(left, left + part.shape[1], dtype=np.float32)[None, :] + (0.5 - x0)
+        dx, dy = x1 - x0, y1 - y0
+        length = dx * dx + dy * dy
+        along = np.clip((xs * dx + ys * dy) / length, 0, 1) if length else 0.0
+        distance = np.hypot(xs - along * dx, ys - along * dy)
+        np.maximum(part, np.clip(width / 2 + 0.5 - distance, 0, 1), out=part)
+
+
+@lru_cache(maxsize=512)
+def _glyph(character: str, unit: float) -> np.ndarray:
+    """The coverage of one character, with ``_MARGIN`` pixels around its 5×8 font pixels."""
+    mask = np.zeros((round(8 * unit) + 2 * _MARGIN, round(5 * unit) + 2 * _MARGIN), dtype=np.float32)
+    strokes = [
+        ((x0 * unit + _MARGIN, y0 * unit + _MARGIN), (x1 * unit + _MARGIN, y1 * unit + _MARGIN))
+        for (x0, y0), (x1, y1) in _strokes(character)
+    ]
+    _cover(mask, strokes, 0.85 * unit)
+    return mask
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def _strokes(character: str) -> list[tuple[Point, Point]]:
+def _strokes(character: str) -> list[Segment]:
     """Segments between the lit pixels of a character: to the right, down, and along diagonals that stand alone."""
     columns = bytes.fromhex(_FONT.get(character, _FONT["?"]))
     lit = {(column, row) for column in range(5) for row in range(8) if columns[column] >> row & 1}
