@@ -37,17 +37,11 @@ def test_upgrade_verify_merge_and_push_by_name(models, run, hub, published, tmp_
 
     # The base moves on; what was pinned stays pinned.
     hub.store.add_files(base, {"config.json": b"{}", "model.safetensors": b"other"})
-    run(
-        hub,
-        "verify",
-        out,
-        "--against",
-        "artist/poems",
-        "--base",
-        f"{BASE_ID}@{config['revision']}",
-        "--save",
-        "--quiet",
-    )
+    pinned = f"{BASE_ID}@{config['revision']}"
+    done = run(hub, "verify", out, "--against", "artist/poems", "--base", pinned, "--save", "--json", "--quiet")
+    report, stored = json.loads(done.stdout), json_of((out / "verify.json").read_bytes())
+    for key in ("kl", "tokens", "modules"):
+        assert stored[key] == report[key]
     run(hub, "push", out, "me/poems-map")
     card = hub.content("me/poems-map", "README.md").decode()
     for line in (f"base_model: {BASE_ID}", "source_adapter: artist/poems", "license: mit", adapter.branches["main"]):
