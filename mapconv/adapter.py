@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +18,7 @@ ITEM_SIZES = {
     "I32": 4, "U32": 4, "F32": 4,
     "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
+_LAYER = re.compile("[0-9]{1,6}")
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,10 @@ class TensorRef:
 
 @dataclass(frozen=True)
 class Module:
-    """One adapted weight as the source says it, with the names of its tensors.
+    """One group of factors as the file has it; what weight it adapts is known once it is placed on a base.
 
-    The weight it stands for is ``W0 + scaling * B @ A``, and with a ``magnitude`` vector (DoRA) each row of that is
-    rescaled to the length the vector gives.  ``A`` is (rank, in), ``B`` is (out, rank).
+    ``A`` is (rank, in) and ``B`` is (out, rank): for convolutions both carry the kernel's dimensions, for embeddings
+    ``in`` counts the vocabulary, and for a stack of E experts ``A`` is (E·rank, in) and ``B`` is (out, rank·E).
     """
 
     path: str
@@ -55,15 +58,17 @@ class Module:
     lora_A: TensorRef
     lora_B: TensorRef
     magnitude: TensorRef | None = None
+    bias: TensorRef | None = None
+    embedding: bool = False
 
     @property
     def weight_shape(self) -> tuple[int, int]:
-        """(out, in) of the weight that this module adapts."""
-        return self.lora_B.shape[0], self.lora_A.shape[1]
+        """(out, in) of the weight that this module adapts, as a matrix: a convolution's kernel counts as inputs."""
+        return self.lora_B.shape[0], math.prod(self.lora_A.shape[1:])
 
     @property
     def tensors(self) -> tuple[TensorRef, ...]:
-        refs = (self.lora_A, self.lora_B, self.magnitude)
+        refs = (self.lora_A, self.lora_B, self.magnitude, self.bias)
         return tuple(ref for ref in refs if ref is not None)
 
     @property
@@ -74,13 +79,28 @@ class Module:
     @property
     def layer(self) -> int | None:
         """The first number in the path, or None: 0 in ``model.layers.0.self_attn.q_proj``."""
-        return next((int(part) for part in self.path.split(".") if part.isdigit()), None)
+        return next((int(part) for part in self.path.split(".") if _LAYER.fullmatch(part)), None)
+
+
+@dataclass(frozen=True)
+class WholeTensor:
+    """Values that the adapter brings as they are: a tensor that replaces the base's, or some rows of one.
+
+    ``parameter`` is the name in the live model. ``in_place`` values are written into the base's own parameter, so they
+    show through every name that is tied to it; others (a module of ``modules_to_save``) belong to one name alone.
+    """
+
+    parameter: str
+    tensor: TensorRef
+    in_place: bool
+    rows: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class MapModule:
     """The scalars of one weight in MAP form, ``W' = α·W0/‖W0‖ + β·Δ/‖Δ‖`` (MATH.md equation 1, arXiv 2505.23094).
 
+    Each expert of a stacked tensor is a weight of its own, counted by ``expert``.
     ``error`` is ε = ‖T − W'‖ / ‖T − W0‖, measured on the factors that were written; T is the source's weight.
     """
 
@@ -92,6 +112,7 @@ class MapModule:
     base_norm: float
     direction_norm: float
     error: float
+    expert: int | None = None
 
     @property
     def base_gain(self) -> float:
@@ -108,13 +129,49 @@ class MapModule:
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """The part of a configuration that decides what the tensors mean, and the base that they were made for."""
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    use_dora: bool
+    rank_pattern: Mapping[re.Pattern[str], int]
+    alpha_pattern: Mapping[re.Pattern[str], float]
+    initialization: str | None
+    modules_to_save: tuple[str, ...]
+    target_parameters: tuple[str, ...]
+    token_rows: Mapping[str, tuple[int, ...]]
+    layer_replication: tuple[tuple[int, int], ...]
+    base: str | None
+    revision: str | None
+
+    def rank_of(self, path: str) -> int:
+        return int(_by_pattern(self.rank_pattern, path, self.rank))
+
+    def scaling_of(self, path: str) -> float:
+        """alpha/r, or alpha/√r for rsLoRA, with this module's own alpha and rank."""
+        rank, alpha = self.rank_of(path), _by_pattern(self.alpha_pattern, path, self.alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def _by_pattern(patterns: Mapping[re.Pattern[str], Any], path: str, default: Any) -> Any:
+    """The value of the first pattern, in file order, that matches the path's end (PEFT's ``get_pattern_key``)."""
+    return next((value for pattern, value in patterns.items() if pattern.match(path)), default)
+
+
+@dataclass(frozen=True)
 class Adapter:
     """An adapter on disk: its method, its modules in a fixed order, and the configuration as it was written."""
 
     path: Path
     method: Literal["LoRA", "DoRA", "MAP"]
     config: dict[str, Any]
+    settings: LoraSettings
     modules: tuple[Module, ...]
+    whole: tuple[WholeTensor, ...]
+    #: Every tensor that is no factor, by PEFT's key; a converted adapter carries all of them on.
+    others: Mapping[str, TensorRef]
     base: str | None
     revision: str | None
     notes: tuple[str, ...] = ()
@@ -123,8 +180,13 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        return sum(ref.numel for module in self.modules for ref in module.tensors)
+        return sum(ref.numel for ref in self.tensors)
 
     @property
     def nbytes(self) -> int:
-        return sum(ref.nbytes for module in self.modules for ref in module.tensors)
+        return sum(ref.nbytes for ref in self.tensors)
+
+    @property
+    def tensors(self) -> tuple[TensorRef, ...]:
+        factors = (ref for module in self.modules for ref in module.tensors)
+        return (*factors, *self.others.values())

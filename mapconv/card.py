@@ -200,14 +200,21 @@ def _scalars(facts: CardFacts) -> str:
 
 def _origins(facts: CardFacts) -> str:
     rows = [("base", _pinned(facts.base, facts.base_revision) if facts.base else "a local folder")]
-    source = facts.source
+    for source in (facts.source, *(facts.record.get("more_sources") or ())):
+        rows += _lineage(source)
+    rows.append(("mapconv", str(facts.record.get("mapconv_version"))))
+    return _table(("what", "which"), rows)
+
+
+def _lineage(source: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """An adapter, and those that it was made from, newest first."""
+    rows = []
     while source:
         name = _hub_name(source)
         place = _pinned(name, source.get("revision")) if name else "not on the Hub"
         rows.append(("adapter", f"{_method(source)}, {place}, `{str(source.get('fingerprint', ''))[:23]}…`"))
-        source = source.get("source")
-    rows.append(("mapconv", str(facts.record.get("mapconv_version"))))
-    return _table(("what", "which"), rows)
+        source = source.get("source") or {}
+    return rows
 
 
 def _hub_name(source: Mapping[str, Any]) -> str | None:

@@ -24,13 +24,15 @@ from mapconv.algebra.norms import (
 from mapconv.algebra.refit import Refit, refit, refit_to_tolerance, relative_error
 from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
 from mapconv.devices import resolve_device
-from mapconv.errors import CheckpointError
-from mapconv.factors import Factors, load_factors
-from mapconv.plan import PlacedModule
+from mapconv.errors import CheckpointError, OutputError
+from mapconv.factors import FactorLoader, Factors
+from mapconv.weights import PlacedModule, read_weight, weight_norm
 
 DEFAULT_MAX_RANK = 256
 #: Below this gain, D = (b/a)·Δ would be too long for its dtype, and a = 1 is solved for instead.
 SMALLEST_GAIN = 1e-3
+#: Before its first step a DoRA's magnitudes are the base's row norms, but for float32 rounding in sums over a row.
+UNTRAINED = 1e-6
 
 
 @dataclass(frozen=True)
@@ -49,20 +51,21 @@ class ConvertOptions:
         """Whether the source's own factors serve as they are: always exact, and cheap."""
         if placed.module.magnitude is not None:
             return self.direction == "dora"
-        return self.tolerance is None and (self.rank is None or self.rank >= placed.module.rank)
+        return self.tolerance is None and (self.rank is None or self.rank >= placed.effective_rank)
 
     def stored_dtype(self, placed: PlacedModule) -> torch.dtype:
         """The dtype that this module's factors are written in."""
         return TORCH_DTYPES[placed.module.lora_A.dtype] if self.dtype == "auto" else getattr(torch, self.dtype)
 
     def working_bytes(self, placed: PlacedModule) -> int:
-        """Memory that converting this module takes: a refit holds the base weight in float32."""
-        return 16 * BLOCK_ELEMENTS if self.keeps_factors(placed) else 4 * placed.base.numel
+        """Memory that converting this module takes: all but a plain LoRA hold the base weight in float32."""
+        streams = placed.module.magnitude is None and self.keeps_factors(placed) and not placed.initialization
+        return 16 * BLOCK_ELEMENTS if streams else 4 * placed.weight.numel
 
     def stored_bytes(self, placed: PlacedModule) -> int:
         """Bytes of this module's factors as written; with a tolerance, at the source's rank."""
-        height, width = placed.module.weight_shape
-        rank = placed.module.rank if self.keeps_factors(placed) else self.rank or placed.module.rank
+        height, width = placed.weight.shape
+        rank = placed.effective_rank if self.keeps_factors(placed) else self.rank or placed.effective_rank
         return (height + width) * min(rank, height, width) * self.stored_dtype(placed).itemsize + 4 * height
 
 
@@ -89,10 +92,11 @@ class Converter:
     def __init__(self, reader: TensorReader, options: ConvertOptions) -> None:
         self._reader, self._options = reader, options
         self._device = resolve_device(options.device)
+        self._factors = FactorLoader(reader)
         self._local = threading.local()
 
     def convert(self, placed: PlacedModule) -> Converted:
-        factors = load_factors(placed.module, self._reader)
+        factors = self._factors.load(placed)
         if placed.module.magnitude is None and self._options.keeps_factors(placed):
             return self._keep_lora(placed, factors)
         if self._options.keeps_factors(placed):
@@ -101,9 +105,9 @@ class Converter:
 
     def _keep_lora(self, placed: PlacedModule, factors: Factors) -> Converted:
         """W0 + s·BA is MAP already: α = ‖W0‖, β = ‖s·BA‖ (MATH.md section 2)."""
-        scaling = placed.module.scaling
+        scaling = placed.scaling
         A, B = self._stored(factors.A, placed), self._stored(factors.B * scaling, placed)
-        base_norm = self._base_norm(placed)
+        base_norm = _finite(weight_norm(placed.weight, self._reader), placed)
         norm = product_norm(B, A)
         source_norm = abs(scaling) * product_norm(factors.B, factors.A)
         difference = product_difference_norm(factors.B.double() * scaling, factors.A, B, A)
@@ -112,13 +116,12 @@ class Converter:
 
     def _keep_dora(self, placed: PlacedModule, factors: Factors) -> Converted:
         """T is kept in DoRA's own factors, with Δ = T − W0 and a = b = 1 (MATH.md section 5)."""
-        scaled = factors.B.double() * placed.module.scaling
-        A, B = self._stored(factors.A, placed), self._stored(factors.B * placed.module.scaling, placed)
+        scaled = factors.B.double() * placed.scaling
+        A, B = self._stored(factors.A, placed), self._stored(factors.B * placed.scaling, placed)
+        base = self._base_matrix(placed)
         base_square = update_square = error_square = 0.0
-        height, width = placed.base.shape
-        buffer = torch.empty(max(width, BLOCK_ELEMENTS) * 4, dtype=torch.uint8)
-        for start, stop in row_blocks(height, width):
-            rows = self._reader.read_rows(placed.base, start, stop, buffer).double()
+        for start, stop in row_blocks(*placed.weight.shape):
+            rows = base[start:stop].double()
             magnitude = factors.magnitude[start:stop]
             wanted = merge_rows_(rows.clone(), factors.A.double(), scaled[start:stop], magnitude=magnitude)
             got = merge_rows_(rows.clone(), A.double(), B[start:stop].double(), magnitude=magnitude)
@@ -135,9 +138,11 @@ class Converter:
         device = self._device
         base = self._base_matrix(placed).to(device)
         magnitude = None if factors.magnitude is None else factors.magnitude.to(device)
-        scaled = (factors.B * placed.module.scaling).to(device)
+        scaled = (factors.B * placed.scaling).to(device)
         target = AdaptedWeight(base, factors.A.to(device), scaled, magnitude)
         base_norm = _finite(target.base_norm, placed)
+        if not factors.B.any() and target.update_norm <= UNTRAINED * base_norm:
+            return self._keep_base(placed, factors, target, base_norm)
         solution = self._solve(target, placed)
         gain = solution.gain
         A, B = self._stored(solution.A, placed), self._stored(solution.B / gain, placed)
@@ -146,37 +151,43 @@ class Converter:
         magnitude = gain * target.approximation_row_norms(stored_B, stored_A)
         return _converted(placed, "low-rank", gain, base_norm, product_norm(B, A), error, A, B, magnitude)
 
+    def _keep_base(self, placed: PlacedModule, factors: Factors, target: AdaptedWeight, base_norm: float) -> Converted:
+        """An untrained DoRA has no direction: what its magnitudes' rounding does to W0 is noise, and not refitted."""
+        rank = min(self._options.rank or placed.rank, factors.A.shape[0])
+        A, B = self._stored(factors.A[:rank], placed), self._stored(factors.B[:, :rank], placed)
+        magnitude = target.approximation_row_norms(factors.B.to(self._device), factors.A.to(self._device))
+        return _converted(placed, "low-rank", 1.0, base_norm, 0.0, 0.0, A, B, magnitude)
+
     def _solve(self, target: AdaptedWeight, placed: PlacedModule) -> Refit:
         options = self._options
-        gain = 1.0 if options.lora_compatible else None
+        # PEFT has no DoRA for a stack of experts, so theirs is the closest plain LoRA.
+        gain = 1.0 if options.lora_compatible or placed.experts > 1 else None
         if options.tolerance is not None:
             return refit_to_tolerance(target, options.tolerance, options.max_rank, gain=gain)
-        solution = refit(target, options.rank or placed.module.rank, gain=gain)
+        solution = refit(target, options.rank or placed.effective_rank, gain=gain)
         return solution if abs(solution.gain) > SMALLEST_GAIN else refit(target, solution.rank, gain=1.0)
 
     def _stored(self, factor: torch.Tensor, placed: PlacedModule) -> torch.Tensor:
-        """The factor in the dtype it is written in."""
-        return factor.to(self._options.stored_dtype(placed)).cpu()
+        """The factor in the dtype it is written in.
+
+        Raises:
+            OutputError: a value that overflows there; the scaling is folded into B, which can make it large.
+        """
+        dtype = self._options.stored_dtype(placed)
+        stored = factor.to(dtype).cpu()
+        if not torch.isfinite(stored).all():
+            raise OutputError(
+                f"the factors of {placed.module.path} do not fit in {str(dtype).removeprefix('torch.')}: some values "
+                "overflow there, so choose another --dtype."
+            )
+        return stored
 
     def _base_matrix(self, placed: PlacedModule) -> torch.Tensor:
         """W0 in float32, in memory that this thread uses again for its next module."""
-        height, width = placed.base.shape
         matrix = getattr(self._local, "matrix", None)
-        if matrix is None or matrix.numel() < height * width:
-            matrix = self._local.matrix = torch.empty(height * width)
-        matrix = matrix[: height * width].view(height, width)
-        raw = torch.empty(max(width, BLOCK_ELEMENTS) * 4, dtype=torch.uint8)
-        for start, stop in row_blocks(height, width):
-            matrix[start:stop] = self._reader.read_rows(placed.base, start, stop, raw)
-        return matrix
-
-    def _base_norm(self, placed: PlacedModule) -> float:
-        """‖W0‖ in one pass over the tensor's bytes, in blocks."""
-        raw = torch.empty(BLOCK_ELEMENTS * 4, dtype=torch.uint8)
-        wide = torch.empty(BLOCK_ELEMENTS, dtype=torch.float64)
-        blocks = row_blocks(placed.base.numel, 1)
-        square = sum(squared_norm(self._reader.read_range(placed.base, *block, raw), wide) for block in blocks)
-        return _finite(square**0.5, placed)
+        if matrix is None or matrix.numel() < placed.weight.numel:
+            matrix = self._local.matrix = torch.empty(placed.weight.numel)
+        return read_weight(placed.weight, self._reader, matrix)
 
 
 def _converted(
@@ -193,6 +204,7 @@ def _converted(
     # The stored direction is scaled so that b = a: what PEFT computes is a·(W0 + D).
     scalars = MapModule(
         path=placed.module.path,
+        expert=placed.expert,
         direction=direction,
         rank=A.shape[0],
         alpha=gain * base_norm,
@@ -206,5 +218,5 @@ def _converted(
 
 def _finite(norm: float, placed: PlacedModule) -> float:
     if not math.isfinite(norm):
-        raise CheckpointError(f"{placed.base.file}: tensor {placed.base.name} holds NaN or infinity.")
+        raise CheckpointError(f"{placed.weight.pieces[0].tensor.file}: {placed.weight.name} holds NaN or infinity.")
     return norm

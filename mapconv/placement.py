@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,26 +52,28 @@ def place(
     for path, shape in modules.items():
         name = _tensor_name(path, renaming, tensors)
         if name not in tensors:
-            misfits.append(f"{path}: no tensor {name}{_nearest(name, tensors, len(misfits))}")
+            misfits.append(f"{path}: no tensor {name}{nearest(name, tensors) if len(misfits) < _LISTED else ''}")
         elif tensors[name] != shape:
-            hint = " (transposed: GPT-2's Conv1D is not supported yet)" if tensors[name] == shape[::-1] else ""
-            misfits.append(f"{path}: {name} is {list(tensors[name])}, the adapter fits {list(shape)}{hint}")
+            misfits.append(f"{path}: {name} is {list(tensors[name])}, the adapter fits {list(shape)}")
         elif name in owners:
             misfits.append(f"{path}: {name} is adapted by {owners[name]} already")
         else:
             placed[path] = name
             owners[name] = path
     if misfits:
-        raise PlacementError(_report(misfits, len(modules)))
+        raise PlacementError(misfit_report(misfits, len(modules)))
     return placed, renaming
 
 
-def require_all_targets(
-    config: Mapping[str, Any], placed: Mapping[str, str], renaming: Renaming, tensors: Mapping[str, tuple[int, ...]]
-) -> None:
+def require_all_targets(config: Mapping[str, Any], placed: Container[str], paths: Iterable[str]) -> None:
     """Refuse an adapter that says it adapts a module, but has no tensors for it.
 
     PEFT would load such a file and leave the module unadapted, with a warning that scrolls by.
+
+    Args:
+        config: the adapter's configuration.
+        placed: module paths that have factors.
+        paths: the module paths that could be adapted.
 
     Raises:
         PlacementError: the modules that the configuration targets and the file lacks.
@@ -79,18 +81,19 @@ def require_all_targets(
     is_target = _target_rule(config)
     if is_target is None:
         return
-    taken = set(placed.values())
-    missing = []
-    for name, shape in tensors.items():
-        if len(shape) == 2 and name.endswith(".weight") and name not in taken:
-            path = renaming.to_adapter(name.removesuffix(".weight"))
-            if is_target(path):
-                missing.append(f"{path}: no lora_A and lora_B in the file")
+    missing = [f"{path}: no lora_A and lora_B in the file" for path in paths if is_target(path) and path not in placed]
     if missing:
         raise PlacementError(
             f"the configuration's target_modules name {len(missing)} modules that the adapter file lacks, so it is "
             f"incomplete:\n{_listing(missing)}"
         )
+
+
+def linear_paths(tensors: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The module paths, as the checkpoint spells them, of all that may be linear layers."""
+    return [
+        name.removesuffix(".weight") for name, shape in tensors.items() if len(shape) == 2 and name.endswith(".weight")
+    ]
 
 
 def _best_renaming(modules: Mapping[str, Any], tensors: Mapping[str, Any]) -> Renaming:
@@ -105,9 +108,9 @@ def _best_renaming(modules: Mapping[str, Any], tensors: Mapping[str, Any]) -> Re
 
 
 def _tensor_name(path: str, renaming: Renaming, tensors: Mapping[str, Any]) -> str:
-    # A head such as lm_head lies outside the prefixed part, so its plain spelling is looked up first.
-    plain = f"{path}.weight"
-    return plain if plain in tensors else f"{renaming.to_checkpoint(path)}.weight"
+    name, plain = f"{renaming.to_checkpoint(path)}.weight", f"{path}.weight"
+    # A head such as lm_head lies outside the prefix that the rest of the checkpoint has.
+    return plain if renaming.add and name not in tensors and plain in tensors else name
 
 
 def _target_rule(config: Mapping[str, Any]) -> Callable[[str], bool] | None:
@@ -122,9 +125,8 @@ def _target_rule(config: Mapping[str, Any]) -> Callable[[str], bool] | None:
     return lambda path: path in exact or path.endswith(endings)
 
 
-def _nearest(name: str, tensors: Mapping[str, Any], listed: int) -> str:
-    if listed >= _LISTED:
-        return ""
+def nearest(name: str, tensors: Mapping[str, Any]) -> str:
+    """`` (nearest: …)`` with the names most like ``name``, or nothing."""
     # Numbers differ a thousand times over in a large model: compare the names of this layer first.
     numbers = re.findall(r"\d+", name)
     pool = [other for other in tensors if re.findall(r"\d+", other) == numbers] or list(tensors)[:2000]
@@ -132,7 +134,8 @@ def _nearest(name: str, tensors: Mapping[str, Any], listed: int) -> str:
     return f" (nearest: {', '.join(close)})" if close else ""
 
 
-def _report(misfits: list[str], total: int) -> str:
+def misfit_report(misfits: list[str], total: int) -> str:
+    """One sentence and the first few misfits."""
     return (
         f"{len(misfits)} of the adapter's {total} modules do not fit this base: is it the model that the adapter was "
         f"trained on (--base)?\n{_listing(misfits)}"

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import RLock
 
 from tqdm import tqdm
+
+# Bars are advanced by threads alone. tqdm's own lock serves processes as well: it starts a helper process, and a run
+# that is killed leaves a semaphore behind, of which that helper then complains on the user's terminal.
+tqdm.set_lock(RLock())
 
 #: Called with the amount of work just done.
 Advance = Callable[[int], object]

@@ -13,26 +13,26 @@ from mapconv.adapter import MapModule
 from mapconv.card import card_facts
 from mapconv.convert import ConvertOptions
 from mapconv.formats.mapdir import FORMAT_VERSION
-from mapconv.formats.peft import CONFIG_FILE, WEIGHTS_FILE
+from mapconv.formats.peft import CONFIG_FILE, weights_name
 from mapconv.hub.reference import origin_of
-from mapconv.plan import PlacedAdapter
+from mapconv.placing import PlacedAdapter
 
 
 def base_name(placed: PlacedAdapter) -> str:
     """What the result records as its base: the Hub id if the base came from the Hub's cache, else the folder."""
-    return _recorded(placed.checkpoint.folder)[0]
+    return _recorded(placed.target.folder)[0]
 
 
 def base_revision(placed: PlacedAdapter) -> str | None:
     """The commit of a base from the Hub; for a folder, what the source's configuration says of it."""
-    return _recorded(placed.checkpoint.folder)[1] or placed.adapter.revision
+    return _recorded(placed.target.folder)[1] or placed.adapter.revision
 
 
 def map_config(placed: PlacedAdapter, options: ConvertOptions, modules: Sequence[MapModule]) -> dict[str, Any]:
     """The content of ``map_config.json`` (DESIGN.md)."""
     entries = [
         scalars.to_dict()
-        | {"base_tensor": item.base.name, "base_dtype": item.base.dtype, "base_shape": list(item.base.shape)}
+        | {"base_tensor": item.weight.name, "base_dtype": item.weight.dtype, "base_shape": list(item.weight.shape)}
         for item, scalars in zip(placed.modules, modules, strict=True)
     ]
     return {
@@ -45,24 +45,27 @@ def map_config(placed: PlacedAdapter, options: ConvertOptions, modules: Sequence
     }
 
 
-def merge_record(placed: PlacedAdapter, modules: Sequence[MapModule]) -> dict[str, Any]:
+def merge_record(placed: Sequence[PlacedAdapter], weights: Sequence[float] | None) -> dict[str, Any]:
     """The content of ``map_merge.json``: what a merged model was made from, for its model card.
 
-    ``modules``: the scalars of a MAP adapter; none for a LoRA or a DoRA that was merged as it is.
+    ``modules`` holds the scalars where one MAP adapter was merged.
     """
+    first, *others = placed
     return {
         "format_version": FORMAT_VERSION,
         "mapconv_version": mapconv.__version__,
-        "base": _base_record(placed),
-        "source": _source_record(placed),
-        "modules": [scalars.to_dict() for scalars in modules],
+        "base": _base_record(first),
+        "source": _source_record(first),
+        "more_sources": [_source_record(other) for other in others],
+        "weights": None if weights is None else list(weights),
+        "modules": [] if others else [scalars.to_dict() for scalars in first.adapter.map_modules],
     }
 
 
 def source_fingerprint(folder: Path) -> str:
     """SHA-256 of an adapter's configuration and weights."""
     digest = hashlib.sha256()
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    for name in (CONFIG_FILE, weights_name(folder)):
         with open(folder / name, "rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
@@ -70,7 +73,7 @@ def source_fingerprint(folder: Path) -> str:
 
 
 def _base_record(placed: PlacedAdapter) -> dict[str, Any]:
-    folder = placed.checkpoint.folder
+    folder = placed.target.folder
     return {"name": base_name(placed), "revision": base_revision(placed), "card": card_facts(folder)}
 
 

@@ -200,7 +200,9 @@ def _public_record(record: Mapping[str, Any], base: str) -> dict[str, Any]:
     same = str(known.get("name")).split("/")[:2] == base.split("/")[:2] or is_local_path(str(known.get("name")))
     revision = known.get("revision") if same else None
     public = dict(record) | {"base": dict(known) | {"name": base, "revision": revision}}
-    return public | {"source": _public_source(record.get("source") or {})}
+    more = [_public_source(source) for source in record.get("more_sources") or []]
+    public |= {"source": _public_source(record.get("source") or {})}
+    return public | {"more_sources": more} if "more_sources" in record else public
 
 
 def _public_source(source: Mapping[str, Any]) -> dict[str, Any]:

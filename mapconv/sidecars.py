@@ -57,12 +57,15 @@ def copy_model_files(base: Path, adapter: Path, target: Path) -> list[str]:
     return []
 
 
-def write_model_config(base: Path, target: Path, dtype: str) -> list[str]:
-    """Write the model's ``config.json``, with the dtype that the weights now have; return notes for the user."""
+def write_model_config(base: Path, target: Path, dtype: str, changed: dict[str, Any] | None = None) -> list[str]:
+    """Write the model's ``config.json``: the base's or the ``changed`` one, with the dtype that the weights now have.
+
+    Returns notes for the user.
+    """
     path = base / MODEL_CONFIG
-    if not path.exists():
+    if changed is None and not path.exists():
         return [f"{base} has no {MODEL_CONFIG}, so the merged folder has none either"]
-    config = json.loads(path.read_bytes())
+    config = json.loads(path.read_bytes()) if changed is None else dict(changed)
     if dtype != "auto":
         config.setdefault("dtype", dtype)
         _set_dtype(config, dtype)

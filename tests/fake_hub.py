@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from fake_hub_routes import READ_TOKEN, WRITE_TOKEN, Answer, Routes
-from fake_hub_store import Blob, Repo, Store
+from tests.fake_hub_routes import READ_TOKEN, WRITE_TOKEN, Answer, Routes
+from tests.fake_hub_store import Blob, Repo, Store
 
 __all__ = ["READ_TOKEN", "WRITE_TOKEN", "FakeHub", "Fault", "Request"]
 

@@ -10,10 +10,10 @@ import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from fake_hub_store import Blob, Commit, Repo, is_large
+from tests.fake_hub_store import Blob, Commit, Repo, is_large
 
 if TYPE_CHECKING:
-    from fake_hub import FakeHub, Request
+    from tests.fake_hub import FakeHub, Request
 
 WRITE_TOKEN, READ_TOKEN = "hf_WriteTokenOfTheTests0123456789abcd", "hf_ReadTokenOfTheTests0123456789abcdef"
 USERS = {WRITE_TOKEN: ("me", "write"), READ_TOKEN: ("me", "read")}

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 import mapconv
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-from fake_hub import FakeHub  # noqa: E402  (the tests' server)
+sys.path.insert(0, str(ROOT))
+from tests.fake_hub import FakeHub  # noqa: E402  (the tests' server)
 
 WIDTH, LAYERS, TARGETS = 1024, 6, ("q_proj", "v_proj")
 

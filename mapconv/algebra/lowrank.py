@@ -67,6 +67,8 @@ def best_low_rank(
         factors of shapes (n, k) and (k, m), with the singular values split evenly between them.
     """
     rank = min(rank, *pencil.shape)
+    if rank == min(pencil.shape) and shift is None:
+        shift = 0.0  # no t leaves anything over, so rounding alone would choose one
     basis = _first_basis(pencil, rank, start, seed)
     t, errors = shift or 0.0, []
     for _ in range(MAX_ITERATIONS):
@@ -168,13 +170,13 @@ class _ShiftSearch:
         return 0.0 if self.squared_error(0.0) <= error + ROUNDING * norm_s else t
 
     def _evaluate(self, t: float) -> tuple[float, float]:
-        """(f(t), the t that is best for E(t)'s own truncation R)."""
+        """(f(t), the t that is best for E(t)'s own truncation R); where W = 0, every t is as good as another."""
         _, inner, norm_w = self.norms
         values, vectors = self.spectrum(t)
         top = vectors[:, : self.rank]
         error = self.squared_norm(t) - float(values[: self.rank].sum())
         inner_R_W = float(((self.sw - t * self.ww) @ top * top).sum())
-        return max(error, 0.0), (inner - inner_R_W) / norm_w
+        return max(error, 0.0), (inner - inner_R_W) / norm_w if norm_w else t
 
     def _descend(self, t: float) -> float:
         norm_w = self.norms[2]

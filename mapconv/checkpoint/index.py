@@ -20,6 +20,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 #: The format's own limit on the header's length (safetensors' MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
+#: The largest size that a file system or torch can speak of, and the most dimensions of a torch tensor.
+MAX_SIZE, MAX_DIMENSIONS = 2**63 - 1, 64
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,13 @@ def read_tensor_file(path: Path) -> TensorFile:
     """
     header_bytes, size = _header_bytes(path)
     try:
-        header = json.loads(header_bytes, object_pairs_hook=_no_duplicates)
+        header = json.loads(header_bytes.decode(), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a header that is not JSON ({error}): download the file again.") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a header that is no JSON object: download the file again.")
     metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
         raise CheckpointError(f"{path} has __metadata__ that is not a table of strings: download the file again.")
     data_start = 8 + len(header_bytes)
     refs = sorted(
@@ -125,7 +127,7 @@ def _read_sharded(folder: Path, index_path: Path) -> Checkpoint:
         # A shard may be a symlink (the Hub cache is made of them), but its *name* must not lead elsewhere.
         if name != os.path.basename(name) or name in ("", ".", ".."):
             raise CheckpointError(f"{index_path} points outside its folder ({name}): refusing to follow it.")
-        if not (folder / name).exists():
+        if not os.path.exists(folder / name):  # false, where Path.exists() raises, for a name that can be no file's
             raise CheckpointError(f"{index_path} lists {name}, which is not in {folder}: download the missing shard.")
     files = [read_tensor_file(folder / name) for name in shard_names]
     metadata = index.get("metadata")
@@ -172,13 +174,15 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
 
 
 def _tensor_ref(path: Path, name: str, entry: Any, data_start: int) -> TensorRef:
+    if not _is_text(name):
+        raise CheckpointError(f"{path}: the tensor name {name!r} is no valid Unicode: the header is not to be trusted.")
     where = f"{path}: tensor {name}"
     if not isinstance(entry, dict):
         raise CheckpointError(f"{where} is described by {type(entry).__name__}, expected an object.")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in ITEM_SIZES:
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise CheckpointError(f"{where} has dtype {dtype!r}, which mapconv does not know.")
-    if not _naturals(shape):
+    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
         raise CheckpointError(f"{where} has shape {shape!r}, expected a list of sizes.")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where} has data_offsets {offsets!r}, expected [start, stop].")
@@ -193,12 +197,24 @@ def _tensor_ref(path: Path, name: str, entry: Any, data_start: int) -> TensorRef
 
 def _naturals(value: Any) -> bool:
     # bool is an int to isinstance, and JSON's true must not pass for a size of 1.
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_SIZE for item in value)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether this is a string that can be written again: JSON's escapes can spell half a character (``\\ud800``)."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"the name {name!r} stands twice")
+        table[name] = value
     return table

@@ -17,8 +17,8 @@ from mapconv.errors import MapconvError
 _SYSTEM_ERRORS = {
     errno.ENOSPC: "no space left on the disk: make room and run the command again",
     errno.EDQUOT: "the disk quota is used up: make room and run the command again",
-    errno.EACCES: "permission denied: choose another output folder, or change its permissions",
-    errno.EPERM: "not permitted: choose another output folder, or change its permissions",
+    errno.EACCES: "permission denied: change its permissions, or give another folder",
+    errno.EPERM: "not permitted: change its permissions, or give another folder",
     errno.EROFS: "the file system is read-only: choose another output folder",
     errno.EFBIG: "the file is larger than this file system or a limit of this shell allows",
 }

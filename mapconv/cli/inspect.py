@@ -11,15 +11,16 @@ from mapconv.cli.output import notes, print_json, print_table, size
 @click.command("inspect", short_help="Say what an adapter is, and what upgrade would do.")
 @click.argument("source", type=options.SOURCE)
 @options.base
+@options.allow_pickle
 @options.as_json
-def command(source: str, base: str | None, as_json: bool) -> None:
+def command(source: str, base: str | None, allow_pickle: bool, as_json: bool) -> None:
     """Say what the adapter in SOURCE is, and what `mapconv upgrade` would do with it.
 
     With --base, every tensor is also placed on the base model, from names and shapes alone.
     """
     from mapconv.commands.inspect import inspect
 
-    found = inspect(source, base=base)
+    found = inspect(source, base=base, allow_pickle=allow_pickle)
     if as_json:
         print_json(found.to_dict())
         return

@@ -11,7 +11,7 @@ from mapconv.cli.output import notes, print_json, size, small
 
 
 @click.command("merge", short_help="Merge an adapter into its base weights.")
-@click.argument("adapter", type=options.SOURCE)
+@click.argument("adapters", metavar="ADAPTER...", type=options.SOURCE, nargs=-1, required=True)
 @options.base
 @click.option("--out", "-o", type=options.FOLDER, required=True, help="Folder to write the merged model to.")
 @click.option(
@@ -28,6 +28,13 @@ from mapconv.cli.output import notes, print_json, size, small
     show_default=True,
     help="Largest weights file, such as 5GB; keep leaves the base's files.",
 )
+@click.option(
+    "--weights",
+    type=options.Numbers(),
+    metavar="W,W,...",
+    help="A factor for each adapter's update. Default: 1 for each.",
+)
+@options.allow_pickle
 @options.dry_run
 @options.as_json
 @click.option(
@@ -35,11 +42,13 @@ from mapconv.cli.output import notes, print_json, size, small
 )
 @options.quiet
 def command(
-    adapter: str,
+    adapters: tuple[str, ...],
     base: str | None,
     out: Path,
     dtype: str,
     max_shard_size: int | None,
+    weights: tuple[float, ...] | None,
+    allow_pickle: bool,
     dry_run: bool,
     as_json: bool,
     force: bool,
@@ -47,16 +56,22 @@ def command(
 ) -> None:
     """Merge ADAPTER (a MAP folder, or a LoRA or DoRA adapter as it is) into its base model.
 
+    Several adapters merge together: their updates add up, and a weight that a DoRA adapts takes no other.
+
     The merged model loads with from_pretrained. Weights are computed in float32 and rounded once.
     """
+    if weights is not None and len(weights) != len(adapters):
+        raise click.UsageError(f"--weights has {len(weights)} numbers for {len(adapters)} adapters.")
     from mapconv.commands.merge import merge
 
     result = merge(
-        adapter,
+        adapters,
         out,
         base=base,
         dtype=dtype,
         max_shard_size=max_shard_size,
+        weights=weights,
+        allow_pickle=allow_pickle,
         force=force,
         dry_run=dry_run,
         quiet=quiet,
@@ -65,15 +80,15 @@ def command(
         print_json(result.to_dict())
     else:
         verb = "would write" if dry_run else "wrote"
-        click.echo(f"{adapter} ({result.method}) + {result.base}")
+        click.echo(f"{' + '.join(map(str, adapters))} ({result.method}) + {result.base}")
         click.echo(
             f"  {verb} {result.out}: {result.tensors} tensors in {len(result.files)} files, {size(result.nbytes)}"
         )
     if not as_json and not dry_run:
-        worst = max(result.modules, key=lambda module: module.rounding_error)
-        click.echo(f"  {len(result.modules)} weights merged in {result.seconds:.1f} s")
+        worst = max(result.merged, key=lambda item: item.rounding_error)
+        click.echo(f"  {len(result.merged)} tensors merged in {result.seconds:.1f} s")
         click.echo(
-            f"  rounding to {worst.dtype} moves a weight by at most {small(worst.rounding_error)} of its update "
-            f"({worst.path})"
+            f"  rounding to {worst.dtype} moves a tensor by at most {small(worst.rounding_error)} of its update "
+            f"({worst.tensor})"
         )
     notes(result.notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -27,6 +28,23 @@ class ShardSize(click.ParamType):
         return size
 
 
+class Numbers(click.ParamType):
+    """Numbers with commas between them: ``0.7,0.3``."""
+
+    name = "NUMBERS"
+
+    def convert(self, value, param, context):
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(float(part) for part in value.split(","))
+        except ValueError:
+            numbers = ()
+        if not numbers or not all(math.isfinite(number) for number in numbers):
+            self.fail(f"{value!r} is no list of numbers such as 0.7,0.3.", param, context)
+        return numbers
+
+
 FOLDER = click.Path(path_type=Path)
 #: A folder or a Hub reference, as it was typed: a Path would forget the ``./`` that tells the two apart.
 SOURCE = click.STRING
@@ -37,6 +55,9 @@ base = click.option(
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 quiet = click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
 force = click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+allow_pickle = click.option(
+    "--allow-pickle", is_flag=True, help="Read .bin files too (pickles, opened with torch's weights-only loader)."
+)
 dry_run = click.option("--dry-run", is_flag=True, help="Check everything, show the plan, write nothing.")
 device = click.option(
     "--device",

@@ -52,6 +52,7 @@ LARGE_ERROR = 0.1
 )
 @options.device
 @options.dry_run
+@options.allow_pickle
 @options.as_json
 @options.force
 @options.quiet
@@ -67,6 +68,7 @@ def command(
     dtype: str,
     device: str,
     dry_run: bool,
+    allow_pickle: bool,
     as_json: bool,
     force: bool,
     quiet: bool,
@@ -95,6 +97,7 @@ def command(
         lora_compatible=lora_compatible,
         dtype=dtype,
         device=device,
+        allow_pickle=allow_pickle,
         force=force,
         dry_run=dry_run,
         quiet=quiet,

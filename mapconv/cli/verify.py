@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 )
 @options.device
 @click.option("--save", is_flag=True, help="Store the report in RESULT, for the model card of `mapconv push`.")
+@options.allow_pickle
 @options.as_json
 @options.quiet
 def command(
@@ -57,6 +58,7 @@ def command(
     dtype: str,
     device: str,
     save: bool,
+    allow_pickle: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -68,7 +70,16 @@ def command(
     from mapconv.errors import FidelityError
 
     report = verify(
-        result, against, base=base, data=data, samples=samples, device=device, dtype=dtype, save=save, quiet=quiet
+        result,
+        against,
+        base=base,
+        data=data,
+        samples=samples,
+        device=device,
+        dtype=dtype,
+        save=save,
+        allow_pickle=allow_pickle,
+        quiet=quiet,
     )
     if as_json:
         print_json(report.to_dict())

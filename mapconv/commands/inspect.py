@@ -10,7 +10,7 @@ from typing import Any
 from mapconv.adapter import Adapter, Module
 from mapconv.formats import read_adapter
 from mapconv.hub import locate_adapter
-from mapconv.plan import place_adapter
+from mapconv.placing import place_adapter
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,19 @@ class Inspection:
         return asdict(self) | {"source": str(self.source), "fits": None if self.fits is None else str(self.fits)}
 
 
-def inspect(source: str | Path, *, base: str | Path | None = None) -> Inspection:
+def inspect(source: str | Path, *, base: str | Path | None = None, allow_pickle: bool = False) -> Inspection:
     """Describe an adapter, and with ``base`` check that it fits there; no tensor's values are read.
 
     Raises:
         MapconvError: the adapter is broken or refused, or does not fit the base.
     """
-    source = locate_adapter(source)
+    source = locate_adapter(source, allow_pickle=allow_pickle)
     fits = None
     if base is None:
-        adapter = read_adapter(source)
+        adapter = read_adapter(source, allow_pickle=allow_pickle)
     else:
-        placed = place_adapter(source, base, lean=True)
-        adapter, fits = placed.adapter, placed.checkpoint.folder
+        placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=True)
+        adapter, fits = placed.adapter, placed.target.folder
     groups: dict[str, list[Module]] = defaultdict(list)
     for module in adapter.modules:
         groups[module.module_type].append(module)
@@ -75,7 +75,7 @@ def inspect(source: str | Path, *, base: str | Path | None = None) -> Inspection
         modules=len(adapter.modules),
         parameters=adapter.parameters,
         nbytes=adapter.nbytes,
-        dtypes=tuple(sorted({ref.dtype for module in adapter.modules for ref in module.tensors})),
+        dtypes=tuple(sorted({ref.dtype for ref in adapter.tensors})),
         targets=tuple(_group(name, modules) for name, modules in groups.items()),
         upgrade=_forecast(adapter),
         fits=fits,

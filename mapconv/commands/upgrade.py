@@ -7,20 +7,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mapconv.adapter import Adapter, Direction, MapModule
+import torch
+
+from mapconv.adapter import Direction, MapModule
 from mapconv.card import CARD_FILE, local_card
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
 from mapconv.checkpoint.writer import SpooledFile
 from mapconv.convert import DEFAULT_MAX_RANK, Converted, Converter, ConvertOptions
 from mapconv.errors import UnsupportedError
-from mapconv.formats.mapdir import needs_magnitude, peft_config, write_configs
+from mapconv.formats.mapdir import needs_magnitude, peft_config, peft_factors, peft_magnitude, write_configs
 from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
-from mapconv.hub import locate_adapter
+from mapconv.hub import hub_reference, locate_adapter
 from mapconv.hub.ranges import prefetch
-from mapconv.hub.reference import parse_reference
 from mapconv.parallel import in_order, worker_count
-from mapconv.plan import PlacedAdapter, place_adapter
+from mapconv.placing import PlacedAdapter, place_adapter
 from mapconv.progress import progress_bar
 from mapconv.provenance import base_name, base_revision, map_config
 from mapconv.sidecars import copy_tokenizer
@@ -65,6 +66,7 @@ def upgrade(
     lora_compatible: bool = False,
     dtype: str = "float32",
     device: str = "auto",
+    allow_pickle: bool = False,
     force: bool = False,
     dry_run: bool = False,
     quiet: bool = True,
@@ -81,6 +83,7 @@ def upgrade(
         lora_compatible: hold a = 1, so that the result is a plain LoRA adapter as well.
         dtype: of the stored factors: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the source's own.
         device: ``auto``, ``cpu`` or ``cuda``: where refits run.
+        allow_pickle: read weights from a ``.bin`` file (with torch's weights-only loader).
         force: replace ``out``.
         dry_run: plan and check, write nothing.
         quiet: no progress bar.
@@ -95,13 +98,13 @@ def upgrade(
     if lora_compatible and direction == "dora":
         raise ValueError("a DoRA direction is no plain LoRA: lora_compatible needs the low-rank direction")
     out = default_output(source) if out is None else Path(out)
-    source = locate_adapter(source)
+    source = locate_adapter(source, allow_pickle=allow_pickle)
     options = ConvertOptions(rank, tolerance, max_rank, direction, lora_compatible, dtype, device)
-    placed = place_adapter(source, base, lean=True)
+    placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=True)
     if placed.adapter.method == "MAP":
         raise UnsupportedError(f"{source} is a MAP adapter already: upgrade the adapter that it was made from.")
     nbytes = sum(options.stored_bytes(item) for item in placed.modules)
-    check_output(out, force=force, inputs=[source, placed.checkpoint.folder], nbytes=nbytes)
+    check_output(out, force=force, inputs=[source, placed.target.folder], nbytes=nbytes)
     modules: tuple[MapModule, ...] = ()
     parameters = 0
     if not dry_run:
@@ -111,7 +114,7 @@ def upgrade(
     return UpgradeResult(
         out=out,
         source=source,
-        base=placed.checkpoint.folder,
+        base=placed.target.folder,
         method=placed.adapter.method,
         modules=modules,
         planned=len(placed.modules),
@@ -120,14 +123,14 @@ def upgrade(
         seconds=time.perf_counter() - started,
         dry_run=dry_run,
         plain_lora=not needs_magnitude(modules),
-        notes=tuple(_notes(placed.adapter, options)),
+        notes=tuple(_notes(placed, options)),
     )
 
 
 def default_output(source: str | Path) -> Path:
     """``<source>-map`` beside the source; for one from the Hub, its name alone, in the current folder."""
-    reference = None if Path(source).exists() else parse_reference(str(source))
-    if reference is not None and "/" in reference.repo_id:
+    reference = hub_reference(source)
+    if reference is not None:
         return Path(f"{reference.name}-map")
     source = Path(source)
     resolved = source.resolve()
@@ -143,14 +146,19 @@ def _write(
         converted, parameters = _convert(placed, options, spool, quiet=quiet)
         modules = tuple(result.scalars for result in converted)
         if needs_magnitude(modules):
-            for result in converted:
-                spool.append(f"{KEY_PREFIX}{result.scalars.path}.lora_magnitude_vector", result.magnitude)
+            for item, result in zip(placed.modules, converted, strict=True):
+                spool.append(*peft_magnitude(item.module, result.magnitude))
+        _keep_the_rest(placed, spool)
         spool.finish({"format": "pt"})
     finally:
         spool.close()
     copy_tokenizer(placed.adapter.path, staging)
     base = base_name(placed)
-    config = peft_config(placed.adapter.config, modules, base=base) | {"revision": base_revision(placed)}
+    names = {item.module.path: item.parameter if item.experts > 1 else item.module.path for item in placed.modules}
+    own_paths = {module.path for module in placed.adapter.modules}
+    respelled = any(item.module.path not in own_paths for item in placed.modules)
+    config = peft_config(placed.adapter.config, modules, names, base=base, respelled=respelled)
+    config["revision"] = base_revision(placed)
     record = map_config(placed, options, modules)
     write_file(staging / CARD_FILE, local_card(config, record))
     write_configs(staging, config, record)
@@ -162,25 +170,46 @@ def _convert(
 ) -> tuple[list[Converted], int]:
     """Spool the factors of every module; returns what is left of each, and the number of MAP's parameters."""
     workers = worker_count(max(options.working_bytes(item) for item in placed.modules))
-    total = sum(item.base.nbytes for item in placed.modules)
-    converted, parameters = [], 0
-    prefetch(placed.checkpoint, [item.base for item in placed.modules], quiet=quiet)
-    with TensorReader(placed.checkpoint.source) as reader, progress_bar(total, "upgrading", quiet=quiet) as advance:
+    total = sum(item.weight.nbytes for item in placed.modules)
+    converted, stack, parameters = [], [], 0
+    source = placed.target.checkpoint.source
+    prefetch(source, [piece.tensor for item in placed.modules for piece in item.weight.pieces], quiet=quiet)
+    with TensorReader(source) as reader, progress_bar(total, "upgrading", quiet=quiet) as advance:
         results = in_order(Converter(reader, options).convert, placed.modules, workers)
         for item, result in zip(placed.modules, results, strict=True):
-            spool.append(f"{KEY_PREFIX}{result.scalars.path}.lora_A.weight", result.A)
-            spool.append(f"{KEY_PREFIX}{result.scalars.path}.lora_B.weight", result.B)
+            stack.append(result)
+            if len(stack) == item.experts:
+                # Experts follow one another: A has them in turn, B side by side, with the expert counting fastest.
+                A = torch.cat([expert.A for expert in stack])
+                B = torch.stack([expert.B for expert in stack], dim=2).flatten(1)
+                for name, tensor in peft_factors(item.module, A, B):
+                    spool.append(name, tensor)
+                stack.clear()
             parameters += result.A.numel() + result.B.numel() + 2  # α and β
             converted.append(result.without_factors())
-            advance(item.base.nbytes)
+            advance(item.weight.nbytes)
     return converted, parameters
 
 
-def _notes(adapter: Adapter, options: ConvertOptions) -> list[str]:
+def _keep_the_rest(placed: PlacedAdapter, spool: SpooledFile) -> None:
+    """Carry over what is no low-rank update: heads, rows and biases as they are, LoRA biases with their scaling."""
+    with TensorReader() as reader:
+        for item in {item.module.path: item for item in placed.modules}.values():
+            if item.module.bias is not None:
+                bias = reader.read(item.module.bias).float() * item.scaling
+                spool.append(f"{KEY_PREFIX}{item.module.path}.lora_B.bias", bias)
+        for name, ref in placed.adapter.others.items():
+            spool.append(name, reader.read(ref))
+
+
+def _notes(placed: PlacedAdapter, options: ConvertOptions) -> list[str]:
+    adapter = placed.adapter
     notes = list(adapter.notes)
+    if adapter.whole:
+        notes.append(f"{len(adapter.whole)} whole tensors (heads, biases or token rows) are kept as they are")
     if adapter.method == "LoRA" and options.direction == "dora":
         notes.append("the source is a LoRA adapter, which is exact in low-rank form: --direction dora changes nothing")
-    highest = max(module.rank for module in adapter.modules)
+    highest = max(item.effective_rank for item in placed.modules)
     if adapter.method == "LoRA" and options.rank is not None and options.rank > highest:
         notes.append(f"the source is a LoRA adapter of rank {highest}: a higher rank would add nothing, so it is kept")
     return notes

@@ -79,6 +79,7 @@ def verify(
     device: str = "auto",
     dtype: str = "float32",
     save: bool = False,
+    allow_pickle: bool = False,
     quiet: bool = True,
 ) -> VerifyReport:
     """Run a result and its source on the same text, and compare their weights.
@@ -92,16 +93,17 @@ def verify(
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: what the models compute in; float32 shows the conversion's error alone.
         save: store the report as ``verify.json`` in the result's folder, for the model card that ``push`` writes.
+        allow_pickle: read the source's weights from a ``.bin`` file.
         quiet: no progress bar.
 
     Raises:
         MapconvError: a model, an adapter or the text cannot be used.
     """
     started = time.perf_counter()
-    result, against = locate_result(result), locate_adapter(against)
+    result, against = locate_result(result), locate_adapter(against, allow_pickle=allow_pickle)
     if save:
         check_report_place(result)
-    source = read_adapter(against)
+    source = read_adapter(against, allow_pickle=allow_pickle)
     folder = locate_base(base, source.base, source.revision, against)
     text = read_text(None if data is None else Path(data))
     blocks = token_blocks(load_tokenizer(folder), text, samples=samples, length=SEQUENCE_LENGTH)

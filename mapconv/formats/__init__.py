@@ -13,7 +13,7 @@ from mapconv.formats.base import Dialect
 DIALECTS: tuple[Dialect, ...] = (mapdir.MapDirectory(), peft.PeftDirectory())
 
 
-def read_adapter(path: Path) -> Adapter:
+def read_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:
     """Read the adapter at ``path`` in whichever dialect it is written; tensors' values are not read.
 
     Raises:
@@ -21,7 +21,7 @@ def read_adapter(path: Path) -> Adapter:
     """
     for dialect in DIALECTS:
         if dialect.detect(path):
-            return dialect.read(path)
+            return dialect.read(path, allow_pickle=allow_pickle)
     if not path.exists():
         raise AdapterError(f"{path} does not exist: give the adapter's folder.")
     if path.is_file():

@@ -14,5 +14,5 @@ class Dialect(Protocol):
     def detect(self, path: Path) -> bool:
         """Whether ``path`` is written in this dialect; cheap, and false for anything doubtful."""
 
-    def read(self, path: Path) -> Adapter:
-        """The adapter's records, validated as far as that goes without the base model."""
+    def read(self, path: Path, *, allow_pickle: bool = False) -> Adapter:
+        """The adapter's records, validated as far as that goes without the base model; pickles only if allowed."""

@@ -9,10 +9,10 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mapconv.adapter import LoraSettings
 from mapconv.errors import AdapterError, UnsupportedError
 
 #: Fields that do not change what the saved weights mean (training, bookkeeping, or settings of another field).
@@ -27,49 +27,34 @@ _INERT = frozenset(
 _HONOURED = frozenset(
     {
         *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
-        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "lora_bias"),
+        *("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"),
+        # What these two say shows in the tensors: how a layer stores its weight, which tied ends were trained.
+        *("fan_in_fan_out", "ensure_weight_tying"),
     }
 )
 #: Fields that are refused unless empty, each with the reason.
 _REFUSED = {
-    "fan_in_fan_out": "LoRA on transposed layers (GPT-2's Conv1D) is not supported yet",
-    "lora_bias": "a LoRA with a bias of its own is not supported yet",
-    "modules_to_save": "fully trained modules are not supported yet",
-    "trainable_token_indices": "trained token rows are not supported yet",
-    "target_parameters": "LoRA on bare parameters (stacked experts) is not supported yet",
-    "layer_replication": "replicated layers are not supported yet",
-    "ensure_weight_tying": "adapters of tied weights are not supported yet",
     "enable_lora": "LoRA on a part of a fused layer (PEFT 0.2's MergedLinear) has no place in today's models",
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only, so it is no fixed weight",
     "arrow_config": "Arrow routes between adapters at run time, so it is no fixed weight",
     "use_qalora": "QALoRA pools the inputs of a quantized layer, so it fits no plain weight",
     "kasa_config": "KaSA replaces the base weight by a truncated one that the file does not hold",
-    "use_bdlora": "block-diagonal LoRA is not supported",
+    "use_bdlora": "its factors are block-diagonal, in a layout of their own",
     "monteclora_config": "MonteCLoRA samples its weights at run time, so it is no fixed weight",
-    "velora_config": "VeLoRA is not supported",
+    "velora_config": "VeLoRA adds projections that compress activations in the backward pass, which have no merge",
 }
 #: Initialisations that leave the base weight as it is, so that the saved factors are the whole adapter.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """The part of the configuration that decides what the tensors mean."""
-
-    rank: int
-    alpha: float
-    use_rslora: bool
-    use_dora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-
-    def rank_of(self, path: str) -> int:
-        return int(_by_pattern(self.rank_pattern, path, self.rank))
-
-    def scaling_of(self, path: str) -> float:
-        """alpha/r, or alpha/√r for rsLoRA, with this module's own alpha and rank."""
-        rank, alpha = self.rank_of(path), _by_pattern(self.alpha_pattern, path, self.alpha)
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+#: Initialisations that took s·B0·A0 out of the base weight, with B0 and A0 a function of that weight alone.
+_RECOMPUTED_INITS = ("pissa", "olora")
+#: Those whose B0 and A0 cannot be had again from the file and the base.
+_CHANGED_BASE = {
+    "pissa_niter_*": "took a randomized part out of the base weights, which cannot be computed again",
+    "corda": "took a part out of the base weights that depends on data which the file does not hold",
+    "lora_ga": "took a part out of the base weights that depends on gradients which the file does not hold",
+    "loftq": "was trained on a quantized residual of the base, which is not the base that you give",
+}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -109,6 +94,13 @@ def parse_settings(config: Mapping[str, Any], path: Path) -> LoraSettings:
         use_dora=field.flag("use_dora"),
         rank_pattern=field.pattern("rank_pattern", field.rank),
         alpha_pattern=field.pattern("alpha_pattern", field.number),
+        initialization=_initialization(config, path),
+        modules_to_save=field.names("modules_to_save"),
+        target_parameters=field.names("target_parameters"),
+        token_rows=field.token_rows("trainable_token_indices"),
+        layer_replication=field.ranges("layer_replication"),
+        base=field.text("base_model_name_or_path") or None,
+        revision=field.text("revision") or None,
     )
 
 
@@ -116,24 +108,30 @@ def _refuse_features(config: Mapping[str, Any], field: _Fields) -> None:
     for name, value in config.items():
         if name in _INERT or name in _HONOURED or _is_empty(value):
             continue
-        if name == "bias":
-            if value != "none":
-                raise UnsupportedError(f"{field.path}: bias={value!r}: trained biases are not supported yet.")
-        elif name in _REFUSED:
+        if name in _REFUSED:
             raise UnsupportedError(f"{field.path}: {name}={_short(value)}: {_REFUSED[name]}.")
         else:
             raise UnsupportedError(
                 f"{field.path}: {name}={_short(value)} is a field that mapconv does not know: remove it from the file "
                 "if it does not change the weights."
             )
+
+
+def _initialization(config: Mapping[str, Any], path: Path) -> str | None:
+    """The initialization that took a low-rank part out of the base weight, if one did."""
     init = config.get("init_lora_weights")
     if not isinstance(init, bool | str | None):
-        raise AdapterError(f"{field.path}: init_lora_weights is {_short(init)}, expected true, false or a name.")
-    if init not in _PLAIN_INITS:
-        raise UnsupportedError(
-            f"{field.path}: init_lora_weights={init!r} changes the base weights in a way that the file does not "
-            "record: export it as plain LoRA first (PEFT: save_pretrained(path_initial_model_for_weight_conversion=…))."
-        )
+        raise AdapterError(f"{path}: init_lora_weights is {_short(init)}, expected true, false or a name.")
+    if init in _PLAIN_INITS:
+        return None
+    if init in _RECOMPUTED_INITS:
+        return init
+    name = init.partition("_niter_")[0] + "_niter_*" if "_niter_" in init else init
+    reason = _CHANGED_BASE.get(name, "is an initialization that mapconv does not know")
+    raise UnsupportedError(
+        f"{path}: init_lora_weights={init!r} {reason}: export it as plain LoRA first "
+        "(PEFT: save_pretrained(path_initial_model_for_weight_conversion=…))."
+    )
 
 
 class _Fields:
@@ -168,26 +166,51 @@ class _Fields:
             raise self._wrong(name, value, "a number")
         return number
 
-    def pattern(self, name: str, parse: Callable[[str, Any], Any]) -> dict[str, Any]:
+    def pattern(self, name: str, parse: Callable[[str, Any], Any]) -> dict[re.Pattern[str], Any]:
         value = self.config.get(name) or {}
         if not isinstance(value, dict):
             raise self._wrong(name, value, "a table of patterns")
-        for key in value:
-            try:
-                re.compile(key)
-            except (re.error, RecursionError) as error:
-                raise AdapterError(
-                    f"{self.path}: {name} has {key!r}, which is no regular expression ({error})."
-                ) from None
-        return {key: parse(f"{name}[{key!r}]", item) for key, item in value.items()}
+        return {self._expression(name, key): parse(f"{name}[{key!r}]", item) for key, item in value.items()}
+
+    def _expression(self, name: str, key: str) -> re.Pattern[str]:
+        """A key as PEFT's ``get_pattern_key`` uses it: it must match the end of a module's path."""
+        try:
+            return re.compile(rf"(.*\.)?({key})$")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise AdapterError(f"{self.path}: {name} has {key!r}, which is no regular expression ({error}).") from None
+
+    def names(self, name: str) -> tuple[str, ...]:
+        value = self.config.get(name) or []
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._wrong(name, value, "a list of names")
+        return tuple(value)
+
+    def token_rows(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Indices by the name of the embedding; a bare list means the input embedding, named ``""`` here."""
+        value = self.config.get(name) or {}
+        table = {"": value} if isinstance(value, list) else value
+        if not isinstance(table, dict):
+            raise self._wrong(name, value, "a list of token indices, or a table of such lists")
+        for rows in table.values():
+            if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
+                raise self._wrong(name, value, "a list of token indices, or a table of such lists")
+        return {key: tuple(rows) for key, rows in table.items()}
+
+    def ranges(self, name: str) -> tuple[tuple[int, int], ...]:
+        value = self.config.get(name) or []
+        good = isinstance(value, list) and all(
+            isinstance(pair, list)
+            and len(pair) == 2
+            and all(type(end) is int for end in pair)
+            and 0 <= pair[0] < pair[1]
+            for pair in value
+        )
+        if not good or sum(stop - start for start, stop in value) > 10_000:
+            raise self._wrong(name, value, "a list of [start, stop] layers")
+        return tuple((start, stop) for start, stop in value)
 
     def _wrong(self, name: str, value: Any, expected: str) -> AdapterError:
         return AdapterError(f"{self.path}: {name} is {_short(value)}, expected {expected}.")
-
-
-def _by_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first key, in file order, that matches the path's end (PEFT's ``get_pattern_key``)."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
 def _is_empty(value: Any) -> bool:

@@ -8,17 +8,20 @@ source's own, and the scalars multiply T − W0.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mapconv.adapter import Adapter, MapModule, Module
 from mapconv.checkpoint.staging import write_file
 from mapconv.errors import AdapterError
 from mapconv.formats.config import parse_settings, read_config
-from mapconv.formats.peft import CONFIG_FILE, read_modules
+from mapconv.formats.peft import CONFIG_FILE, KEY_PREFIX, read_tensors
 
 MAP_CONFIG_FILE = "map_config.json"
 FORMAT_VERSION = 1
@@ -30,7 +33,7 @@ class MapDirectory:
     def detect(self, path: Path) -> bool:
         return (path / MAP_CONFIG_FILE).is_file() and (path / CONFIG_FILE).is_file()
 
-    def read(self, path: Path) -> Adapter:
+    def read(self, path: Path, *, allow_pickle: bool = False) -> Adapter:
         map_config = read_config(path / MAP_CONFIG_FILE)
         config = read_config(path / CONFIG_FILE)
         settings = parse_settings(config, path / CONFIG_FILE)
@@ -40,44 +43,88 @@ class MapDirectory:
                 f"{path / MAP_CONFIG_FILE} has format_version {version!r}, expected {FORMAT_VERSION}: "
                 "it was written by another version of mapconv."
             )
-        modules = read_modules(path, settings)
+        modules, whole, others, _ = read_tensors(path, settings, allow_pickle=allow_pickle)
         map_modules = _read_map_modules(map_config, path / MAP_CONFIG_FILE)
+        directions = {scalars.path: scalars.direction for scalars in map_modules}
         for module in modules:
-            if module.path not in map_modules:
+            if module.path not in directions:
                 raise AdapterError(f"{path / MAP_CONFIG_FILE} has no entry for module {module.path}.")
-        for module_path in map_modules.keys() - {module.path for module in modules}:
+        for module_path in directions.keys() - {module.path for module in modules}:
             raise AdapterError(f"{path / MAP_CONFIG_FILE} names module {module_path}, which has no tensors.")
-        ordered = tuple(map_modules[module.path] for module in modules)
         return Adapter(
             path=path,
             method="MAP",
             config=config,
-            modules=tuple(_own_form(module, scalars) for module, scalars in zip(modules, ordered, strict=True)),
-            base=config.get("base_model_name_or_path") or None,
-            revision=config.get("revision") or None,
-            map_modules=ordered,
+            settings=settings,
+            # A low-rank direction has gains in place of the magnitude that PEFT needs to compute it.
+            modules=tuple(m if directions[m.path] == "dora" else replace(m, magnitude=None) for m in modules),
+            whole=whole,
+            others=others,
+            base=settings.base,
+            revision=settings.revision,
+            map_modules=map_modules,
             map_config=map_config,
         )
 
 
-def peft_config(source: Mapping[str, Any], modules: Sequence[MapModule], *, base: str | None) -> dict[str, Any]:
-    """The ``adapter_config.json`` under which stock PEFT computes the MAP adapter: the source's targets, scaling 1."""
-    rank = Counter(module.rank for module in modules).most_common(1)[0][0]
+def peft_config(
+    source: Mapping[str, Any],
+    modules: Sequence[MapModule],
+    pattern_names: Mapping[str, str],
+    *,
+    base: str | None,
+    respelled: bool = False,
+) -> dict[str, Any]:
+    """The ``adapter_config.json`` under which stock PEFT computes the MAP adapter: the source's targets, scaling 1.
+
+    ``pattern_names`` has the name by which PEFT looks up a module's rank: its path, or the parameter's for experts.
+    ``respelled`` modules have other paths than the source's targets say: then every module is named in full.
+    """
+    ranks = {pattern_names[module.path]: module.rank for module in modules}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
     # Longest path first: PEFT takes the first pattern that matches a path's *end*.
-    others = sorted((m for m in modules if m.rank != rank), key=lambda m: (-len(m.path), m.path))
-    ranks = {module.path: module.rank for module in others}
-    return dict(source) | {
-        "peft_type": "LORA",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": ranks,
-        "alpha_pattern": dict(ranks),
-        "use_rslora": False,
-        "use_dora": needs_magnitude(modules),
-        "init_lora_weights": True,
-    }
+    others = dict(
+        sorted((item for item in ranks.items() if item[1] != rank), key=lambda item: (-len(item[0]), item[0]))
+    )
+    targets = {}
+    if respelled:
+        targets = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+        targets["target_modules"] = [module.path for module in modules]
+    return (
+        dict(source)
+        | targets
+        | {
+            "peft_type": "LORA",
+            "base_model_name_or_path": base,
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": rank,
+            "rank_pattern": others,
+            "alpha_pattern": dict(others),
+            "use_rslora": False,
+            "use_dora": needs_magnitude(modules),
+            "init_lora_weights": True,
+        }
+    )
+
+
+def peft_factors(module: Module, A: torch.Tensor, B: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """Keys and tensors of one module's factors, from matrices back to the shapes that PEFT gives its layer."""
+    prefix = f"{KEY_PREFIX}{module.path}"
+    if module.embedding:
+        return [(f"{prefix}.lora_embedding_A", A), (f"{prefix}.lora_embedding_B", B)]
+    kernel = module.lora_A.shape[2:]
+    return [
+        (f"{prefix}.lora_A.weight", A.reshape(A.shape[0], module.lora_A.shape[1], *kernel)),
+        (f"{prefix}.lora_B.weight", B.reshape(*B.shape, *(1 for _ in kernel))),
+    ]
+
+
+def peft_magnitude(module: Module, magnitude: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """Key and tensor of a module's magnitude: (out,), or (1, out, 1, …) for a convolution."""
+    kernel = module.lora_A.shape[2:]
+    shape = (1, magnitude.numel(), *(1 for _ in kernel)) if kernel else (magnitude.numel(),)
+    return f"{KEY_PREFIX}{module.path}.lora_magnitude_vector", magnitude.reshape(shape)
 
 
 def needs_magnitude(modules: Sequence[MapModule]) -> bool:
@@ -91,27 +138,26 @@ def write_configs(folder: Path, config: Mapping[str, Any], map_config: Mapping[s
     write_file(folder / MAP_CONFIG_FILE, json.dumps(map_config, indent=2) + "\n")
 
 
-def _own_form(module: Module, scalars: MapModule) -> Module:
-    """The module as MAP computes it: a low-rank direction has gains in place of the magnitude that PEFT needs."""
-    return module if scalars.direction == "dora" else replace(module, magnitude=None)
-
-
-def _read_map_modules(map_config: Mapping[str, Any], path: Path) -> dict[str, MapModule]:
+def _read_map_modules(map_config: Mapping[str, Any], path: Path) -> tuple[MapModule, ...]:
     entries = map_config.get("modules")
     if not isinstance(entries, list) or not entries:
         raise AdapterError(f"{path} has no list of modules.")
-    modules: dict[str, MapModule] = {}
+    modules = []
     for entry in entries:
         try:
             module = MapModule(
                 path=str(entry["path"]),
                 direction=entry["direction"],
                 rank=int(entry["rank"]),
+                expert=None if entry.get("expert") is None else int(entry["expert"]),
                 **{name: float(entry[name]) for name in ("alpha", "beta", "base_norm", "direction_norm", "error")},
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise AdapterError(f"{path} has a module entry that cannot be read ({error!r}).") from None
+        numbers = (module.alpha, module.beta, module.base_gain, module.update_gain, module.error)
+        if not all(map(math.isfinite, numbers)):
+            raise AdapterError(f"{path}: module {module.path} has a scalar that is not finite.")
         if module.direction not in ("low-rank", "dora"):
             raise AdapterError(f"{path}: module {module.path} has direction {module.direction!r}.")
-        modules[module.path] = module
-    return modules
+        modules.append(module)
+    return tuple(modules)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
+from collections.abc import Container, Sequence
 from pathlib import Path
 
-from mapconv.adapter import Adapter, Module, TensorRef
+from mapconv.adapter import Adapter, LoraSettings, Module, TensorRef, WholeTensor
 from mapconv.checkpoint.index import read_tensor_file
 from mapconv.errors import AdapterError, UnsupportedError
-from mapconv.formats.config import LoraSettings, parse_settings, read_config
+from mapconv.formats.config import parse_settings, read_config
+from mapconv.formats.pickle import PICKLE_FILE, as_safetensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -17,18 +20,16 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 
 _FLOATS = ("F32", "F16", "BF16")
-# PEFT strips the adapter's name when it saves; other writers leave it in (`.lora_A.default.weight`).
-_FACTOR = re.compile(r"(?P<path>.+)\.(?P<part>lora_A|lora_B)(?:\.[^.]+)?\.weight")
-_MAGNITUDE = re.compile(r"(?P<path>.+)\.(?P<part>lora_magnitude_vector)(?:\.[^.]+)?")
-#: Tensors of features that are not supported yet, by what their keys contain.
-_FEATURES = {
-    ".lora_embedding_": "LoRA on an embedding",
-    ".lora_B.bias": "a LoRA with a bias of its own",
-    ".token_adapter.": "trained token rows",
-    ".trainable_tokens_delta": "trained token rows",
-    ".modules_to_save.": "a fully trained module",
-    ".base_layer.bias": "a trained bias",
-}
+#: A LoRA tensor. PEFT strips the adapter's name when it saves; other writers leave it in (`.lora_A.default.weight`).
+_FACTOR = re.compile(
+    r"(?P<path>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
+)
+_TOKEN_ROWS = re.compile(r"(?P<path>.+)\.token_adapter\.trainable_tokens_delta")
+#: The adapter's name behind PEFT's wrappers of whole tensors, in files of other writers.
+_ADAPTER_NAME = r"(\.modules_to_save|\.trainable_tokens_delta)\.(?:{names})(?=\.|$)"
+#: PEFT's wrappers of a base layer; without them, the key is the parameter's name.
+_WRAPPED_BASE = re.compile(r"(\.token_adapter)?\.base_layer(?=\.)")
 
 
 class PeftDirectory:
@@ -37,88 +38,169 @@ class PeftDirectory:
     def detect(self, path: Path) -> bool:
         return (path / CONFIG_FILE).is_file()
 
-    def read(self, path: Path) -> Adapter:
+    def read(self, path: Path, *, allow_pickle: bool = False) -> Adapter:
         config = read_config(path / CONFIG_FILE)
         settings = parse_settings(config, path / CONFIG_FILE)
+        modules, whole, others, notes = read_tensors(path, settings, allow_pickle=allow_pickle)
         return Adapter(
             path=path,
             method="DoRA" if settings.use_dora else "LoRA",
             config=config,
-            modules=read_modules(path, settings),
-            base=config.get("base_model_name_or_path") or None,
-            revision=config.get("revision") or None,
+            settings=settings,
+            modules=modules,
+            whole=whole,
+            others=others,
+            base=settings.base,
+            revision=settings.revision,
+            notes=notes,
         )
 
 
-def read_modules(folder: Path, settings: LoraSettings) -> tuple[Module, ...]:
-    """The modules of the weights file, ordered by path with numbers as numbers; every tensor belongs to one.
+def read_tensors(
+    folder: Path, settings: LoraSettings, *, allow_pickle: bool = False
+) -> tuple[tuple[Module, ...], tuple[WholeTensor, ...], dict[str, TensorRef], tuple[str, ...]]:
+    """Every tensor of the weights file: modules, whole tensors, all that are no factors; and notes for the user.
 
     Raises:
-        AdapterError: no weights, or a stray, missing or misshapen tensor. UnsupportedError: a tensor of a feature
-            that mapconv refuses.
+        AdapterError: no weights, or a missing, misshapen or doubled tensor.
     """
-    weights = folder / WEIGHTS_FILE
-    if not weights.exists():
-        if (folder / "adapter_model.bin").exists():
-            raise UnsupportedError(
-                f"{folder}/adapter_model.bin is a pickle, which can run code when it is opened: convert it to "
-                f"{WEIGHTS_FILE} first."
+    tensors = _weights(folder, allow_pickle=allow_pickle)
+    parts: dict[str, dict[str, TensorRef]] = defaultdict(dict)
+    others: list[TensorRef] = []
+    names = {"default"}
+    for ref in tensors:
+        if ref.dtype not in _FLOATS:
+            raise AdapterError(f"{ref.file}: {ref.name} has dtype {ref.dtype}, expected one of {', '.join(_FLOATS)}.")
+        match = _FACTOR.fullmatch(ref.name)
+        if match is None:
+            others.append(ref)
+            continue
+        names.add(match["adapter"] or "default")
+        part = "bias" if match["leaf"] == "bias" else match["part"]
+        path = match["path"].removeprefix(KEY_PREFIX)
+        if part in parts[path]:
+            raise AdapterError(
+                f"{ref.file}: {ref.name} and {parts[path][part].name} are the same tensor of one module."
             )
+        parts[path][part] = ref
+    if not parts:
+        raise AdapterError(f"{tensors[0].file} holds no LoRA factors, only {tensors[0].name} and the like.")
+    modules = tuple(_module(path, parts[path], settings) for path in sorted(parts, key=natural_order))
+    whole, saved, notes = _whole_tensors(others, settings, names)
+    return modules, whole, saved, notes
+
+
+def natural_order(path: str) -> tuple[tuple[int, str], ...]:
+    """A sort key that puts ``layers.2`` before ``layers.10``."""
+    # Of two numbers the longer one is the larger; a hostile one may have more digits than int() takes.
+    return tuple((len(part) if part.isdecimal() else sys.maxsize, part) for part in path.split("."))
+
+
+def weights_name(folder: Path) -> str:
+    """The name of the adapter's weights file: the pickle's where there is no other."""
+    pickled = not (folder / WEIGHTS_FILE).exists() and (folder / PICKLE_FILE).exists()
+    return PICKLE_FILE if pickled else WEIGHTS_FILE
+
+
+def _weights(folder: Path, *, allow_pickle: bool) -> tuple[TensorRef, ...]:
+    weights = folder / weights_name(folder)
+    if weights.name == PICKLE_FILE:
+        if not allow_pickle:
+            raise UnsupportedError(
+                f"{weights} is a pickle, which can run code when it is opened: convert it to {WEIGHTS_FILE}, or pass "
+                "--allow-pickle to read it with torch's weights-only loader."
+            )
+        weights = as_safetensors(weights)
+    if not weights.exists():
         raise AdapterError(f"{folder} has {CONFIG_FILE} but no {WEIGHTS_FILE}: download the weights.")
     tensors = read_tensor_file(weights).tensors
     if not tensors:
         raise AdapterError(f"{weights} holds no tensors: it was saved empty, and there is nothing to convert.")
-    parts: dict[str, dict[str, TensorRef]] = defaultdict(dict)
-    for ref in tensors:
-        path, part = _split_key(ref)
-        if part in parts[path]:
-            raise AdapterError(f"{weights}: {ref.name} and {parts[path][part].name} are the same tensor of one module.")
-        if ref.dtype not in _FLOATS:
-            raise AdapterError(f"{weights}: {ref.name} has dtype {ref.dtype}, expected one of {', '.join(_FLOATS)}.")
-        parts[path][part] = ref
-    return tuple(_module(path, parts[path], settings) for path in sorted(parts, key=natural_order))
-
-
-def natural_order(path: str) -> tuple[tuple[int, int | str], ...]:
-    """A sort key that puts ``layers.2`` before ``layers.10``."""
-    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in path.split("."))
-
-
-def _split_key(ref: TensorRef) -> tuple[str, str]:
-    """(module path, part) of a tensor's key."""
-    for mark, feature in _FEATURES.items():
-        if mark in ref.name:
-            raise UnsupportedError(f"{ref.file}: tensor {ref.name} belongs to {feature}, which is not supported yet.")
-    match = _FACTOR.fullmatch(ref.name) or _MAGNITUDE.fullmatch(ref.name)
-    if match is None:
-        raise AdapterError(
-            f"{ref.file}: tensor {ref.name} is no part of a LoRA or DoRA module "
-            "(expected ….lora_A.weight, ….lora_B.weight or ….lora_magnitude_vector)."
-        )
-    return match["path"].removeprefix(KEY_PREFIX), match["part"]
+    return tensors
 
 
 def _module(path: str, parts: dict[str, TensorRef], settings: LoraSettings) -> Module:
     known = next(iter(parts.values()))
-    wanted = ["lora_A", "lora_B"] + ["lora_magnitude_vector"] * settings.use_dora
+    embedding = any(part.startswith("lora_embedding") for part in parts)
+    name_A, name_B = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    wanted = [name_A, name_B] + ["lora_magnitude_vector"] * settings.use_dora
     for part in wanted:
         if part not in parts:
             raise AdapterError(f"{known.file}: module {path} has no {part}, although it has {known.name}.")
-    for part in parts.keys() - set(wanted):
-        raise AdapterError(f"{known.file}: tensor {parts[part].name} is there, but the configuration has no use_dora.")
-    a, b, magnitude = parts["lora_A"], parts["lora_B"], parts.get("lora_magnitude_vector")
-    for ref in (a, b):
-        if len(ref.shape) != 2:
-            raise UnsupportedError(
-                f"{ref.file}: {ref.name} has shape {list(ref.shape)}: LoRA on layers other than Linear is not "
-                "supported yet."
-            )
-    rank = settings.rank_of(path)
-    if a.shape[0] != rank or b.shape[1] != rank:
+    for part in parts.keys() - {*wanted, "bias"}:
+        raise AdapterError(f"{known.file}: tensor {parts[part].name} does not go with the configuration (use_dora).")
+    a, b, magnitude = parts[name_A], parts[name_B], parts.get("lora_magnitude_vector")
+    if len(a.shape) < 2 or len(b.shape) != len(a.shape) or any(size != 1 for size in b.shape[2:]):
         raise AdapterError(
-            f"{a.file}: {a.name} is {list(a.shape)} and {b.name} is {list(b.shape)}, expected rank {rank} as the "
-            "configuration says (r, rank_pattern)."
+            f"{a.file}: {a.name} is {list(a.shape)} and {b.name} is {list(b.shape)}: no factors of one weight."
         )
-    if magnitude is not None and magnitude.shape != (b.shape[0],):
-        raise AdapterError(f"{a.file}: {magnitude.name} has shape {list(magnitude.shape)}, expected [{b.shape[0]}].")
-    return Module(path, rank, settings.scaling_of(path), a, b, magnitude)
+    rank = a.shape[0]
+    if len(a.shape) > 2 and b.shape[1] != rank:
+        raise UnsupportedError(
+            f"{a.file}: {a.name} is {list(a.shape)} and {b.name} is {list(b.shape)}: a convolution with groups > 1, "
+            "which has no merge (PEFT refuses it as well)."
+        )
+    # A stack of experts has its factors side by side, and only the base says how many: checked when it is placed.
+    if b.shape[1] != rank or (rank != settings.rank_of(path) and not settings.target_parameters):
+        raise AdapterError(
+            f"{a.file}: {a.name} is {list(a.shape)} and {b.name} is {list(b.shape)}, expected rank "
+            f"{settings.rank_of(path)} as the configuration says (r, rank_pattern)."
+        )
+    kernel = a.shape[2:]
+    _check_shape(magnitude, (1, b.shape[0], *(1 for _ in kernel)) if kernel else (b.shape[0],))
+    _check_shape(parts.get("bias"), (b.shape[0],))
+    return Module(path, rank, settings.scaling_of(path), a, b, magnitude, parts.get("bias"), embedding)
+
+
+def _check_shape(ref: TensorRef | None, shape: tuple[int, ...]) -> None:
+    if ref is not None and ref.shape != shape:
+        raise AdapterError(f"{ref.file}: {ref.name} has shape {list(ref.shape)}, expected {list(shape)}.")
+
+
+def _whole_tensors(
+    refs: Sequence[TensorRef], settings: LoraSettings, adapter_names: set[str]
+) -> tuple[tuple[WholeTensor, ...], dict[str, TensorRef], tuple[str, ...]]:
+    """Whole tensors by the parameter that they replace, all of ``refs`` by PEFT's own key, and notes for the user."""
+    name = re.compile(_ADAPTER_NAME.format(names="|".join(map(re.escape, sorted(adapter_names)))))
+    named = {name.sub(r"\1", ref.name.removeprefix(KEY_PREFIX)): ref for ref in refs}
+    found: dict[str, WholeTensor] = {}
+    notes = []
+    # A saved module's tensor stands twice where its embedding was resized as well: the trained one comes last and wins.
+    for key, ref in sorted(named.items(), key=lambda item: ".modules_to_save." in item[0]):
+        if ".original_module." in key:
+            notes.append(f"{ref.name} is PEFT's copy of the untrained module, and has no effect")
+            continue
+        if ".lora_" in key or key.startswith("lora_"):
+            raise AdapterError(
+                f"{ref.file}: tensor {ref.name} is no part of a LoRA or DoRA module (expected ….lora_A.weight, "
+                "….lora_B.weight, ….lora_embedding_A, ….lora_embedding_B or ….lora_magnitude_vector)."
+            )
+        rows = _TOKEN_ROWS.fullmatch(key)
+        if rows is not None:
+            parameter = f"{rows['path']}.weight"
+            found[key] = WholeTensor(parameter, ref, False, _rows_of(rows["path"], ref, settings))
+            continue
+        parameter = _WRAPPED_BASE.sub("", key.replace(".modules_to_save.", "."))
+        # PEFT loads a tensor of a saved module into a copy of that module, any other into the base's own parameter.
+        module = parameter.rpartition(".")[0]
+        own_copy = any(f".{saved}." in f".{module}." for saved in settings.modules_to_save)
+        found[parameter] = WholeTensor(parameter, ref, in_place=not own_copy)
+    whole = tuple(found[key] for key in sorted(found, key=natural_order))
+    return whole, {_saved_key(key, named): ref for key, ref in named.items()}, tuple(notes)
+
+
+def _saved_key(key: str, keys: Container[str]) -> str:
+    """The key under which PEFT saves and finds a tensor: a wrapper's name shows only beside the plain key."""
+    plain = key.replace(".modules_to_save.", ".")
+    return KEY_PREFIX + (key if plain in keys else plain)
+
+
+def _rows_of(path: str, ref: TensorRef, settings: LoraSettings) -> tuple[int, ...]:
+    """The indices that go with a tensor of trained rows: those of the embedding's name, or of the bare list."""
+    named = [rows for name, rows in settings.token_rows.items() if name and f".{path}".endswith(f".{name}")]
+    rows = (named or [settings.token_rows.get("", ())])[0]
+    if len(ref.shape) != 2 or len(rows) != ref.shape[0]:
+        raise AdapterError(
+            f"{ref.file}: {ref.name} has shape {list(ref.shape)}, but trainable_token_indices names {len(rows)} tokens."
+        )
+    return rows

@@ -3,6 +3,6 @@
 ``huggingface_hub`` is imported where it is used, so that ``mapconv --help`` does not wait for it.
 """
 
-from mapconv.hub.locate import locate_adapter, locate_base, locate_result, open_base
+from mapconv.hub.locate import hub_reference, is_folder, locate_adapter, locate_base, locate_result, open_base
 
-__all__ = ["locate_adapter", "locate_base", "locate_result", "open_base"]
+__all__ = ["hub_reference", "is_folder", "locate_adapter", "locate_base", "locate_result", "open_base"]

@@ -20,28 +20,32 @@ from mapconv.sidecars import MODEL_CONFIG, MODEL_FILES, TOKENIZER_FILES
 
 CARD_FILE = "README.md"
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ADAPTER_PICKLE = "adapter_model.bin"
 _ADAPTER_FILES = (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS, "map_config.json", CARD_FILE, *TOKENIZER_FILES)
+_OR_BASE = "or give the base model's folder with --base"
 _SMALL_MODEL_FILES = (MODEL_CONFIG, INDEX_FILE, CARD_FILE, *MODEL_FILES, *TOKENIZER_FILES)
 
 
-def locate_adapter(source: str | Path) -> Path:
+def locate_adapter(source: str | Path, *, allow_pickle: bool = False) -> Path:
     """The folder of an adapter: a local one as it is, or fetched if ``source`` is a Hub reference with an owner.
 
     Raises:
         HubError: the Hub does not give it. AdapterError: the repository holds no adapter there.
     """
-    reference = _hub_reference(source)
+    reference = hub_reference(source)
     if reference is None:
         return Path(source)
-    folder = _snapshot(reference, _ADAPTER_FILES)
-    if not (folder / _ADAPTER_CONFIG).exists() or not (folder / _ADAPTER_WEIGHTS).exists():
+    pickles = [_ADAPTER_PICKLE] if allow_pickle else []
+    folder = _snapshot(reference, (*_ADAPTER_FILES, *pickles))
+    weights = [_ADAPTER_WEIGHTS, *pickles]
+    if not (folder / _ADAPTER_CONFIG).exists() or not any((folder / name).exists() for name in weights):
         _refuse_without_adapter(reference, folder)
     return folder
 
 
 def locate_result(result: str | Path) -> Path:
     """The folder of an adapter or of a merged model, local or from the Hub."""
-    reference = _hub_reference(result)
+    reference = hub_reference(result)
     if reference is None:
         return Path(result)
     folder = _snapshot(reference, (_ADAPTER_CONFIG, MODEL_CONFIG))
@@ -55,7 +59,7 @@ def locate_base(base: str | Path | None, recorded: str | None, revision: str | N
         CheckpointError: neither names a model that can be had. HubError: the Hub does not give it.
     """
     found = _base(base, recorded, revision, adapter)
-    return found if isinstance(found, Path) else _whole_model(found)
+    return found if isinstance(found, Path) else _whole_model(found, _OR_BASE)
 
 
 def open_base(
@@ -70,20 +74,20 @@ def open_base(
     if isinstance(found, Path):
         return read_checkpoint(found)
     if lean:
-        folder = _snapshot(found, _SMALL_MODEL_FILES)
+        folder = _snapshot(found, _SMALL_MODEL_FILES, _OR_BASE)
         if not _has_weights(folder):
             try:
                 return ranged_checkpoint(found, folder)
             except RangesUnsupportedError:
                 pass  # a mirror that knows no byte ranges: fetch the whole files, as a merge does
-    return read_checkpoint(_whole_model(found))
+    return read_checkpoint(_whole_model(found, _OR_BASE))
 
 
 def _base(base: str | Path | None, recorded: str | None, revision: str | None, adapter: Path) -> Path | HubReference:
     name = str(base) if base is not None else recorded
     if not name:
         raise CheckpointError(f"{adapter} does not say which model it adapts: give the base model with --base.")
-    if Path(name).is_dir():
+    if is_folder(name):
         return Path(name)
     reference = parse_reference(name)
     if reference is not None and base is None:
@@ -98,21 +102,36 @@ def _base(base: str | Path | None, recorded: str | None, revision: str | None, a
     raise CheckpointError(f"{name} is neither a folder nor a Hub id (owner/name): give the base model with --base.")
 
 
-def _hub_reference(source: str | Path) -> HubReference | None:
+def hub_reference(source: str | Path) -> HubReference | None:
     """The reference that ``source`` is, unless something local has that name; one bare word is a folder's name."""
     text = str(source)
-    if Path(text).exists():
+    if _exists(text):
         return None
     reference = parse_reference(text)
     return reference if reference is not None and "/" in reference.repo_id else None
 
 
-def _whole_model(reference: HubReference) -> Path:
+def is_folder(name: str) -> bool:
+    """Whether ``name`` is a folder on this machine; a text that can be no path at all is none."""
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):  # too long for a path, or with a zero byte in it
+        return False
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _whole_model(reference: HubReference, hint: str = "") -> Path:
     """All of a model that ``from_pretrained`` needs: one weights file, or the shards that the index lists."""
-    folder = _snapshot(reference, (*_SMALL_MODEL_FILES, SINGLE_FILE))
+    folder = _snapshot(reference, (*_SMALL_MODEL_FILES, SINGLE_FILE), hint)
     if not (folder / SINGLE_FILE).exists() and (folder / INDEX_FILE).exists():
         # Only these: a repository may hold the same weights in another layout as well (consolidated.safetensors).
-        return _snapshot(reference, (*_SMALL_MODEL_FILES, *_shards(folder)))
+        return _snapshot(reference, (*_SMALL_MODEL_FILES, *_shards(folder)), hint)
     return folder
 
 
@@ -132,8 +151,11 @@ def _shards(folder: Path) -> list[str]:
         return []
 
 
-def _snapshot(reference: HubReference, patterns: Iterable[str]) -> Path:
-    """Fetch the files that match, into the client's cache; the folder's name is the commit."""
+def _snapshot(reference: HubReference, patterns: Iterable[str], hint: str = "") -> Path:
+    """Fetch the files that match, into the client's cache; the folder's name is the commit.
+
+    ``hint`` ends the sentence of an error: what else the user may do.
+    """
     from huggingface_hub import snapshot_download
 
     from mapconv.hub.client import quiet_client
@@ -145,6 +167,7 @@ def _snapshot(reference: HubReference, patterns: Iterable[str]) -> Path:
             lambda: snapshot_download(reference.repo_id, revision=reference.revision, allow_patterns=wanted),
             str(reference),
             "read",
+            hint=lambda error: hint,
         )
     return Path(folder, reference.subfolder or "")
 
@@ -158,10 +181,10 @@ def _refuse_without_adapter(reference: HubReference, folder: Path) -> None:
     )
     prefix = f"{reference.subfolder}/" if reference.subfolder else ""
     if (folder / _ADAPTER_CONFIG).exists():
-        if f"{prefix}adapter_model.bin" in files:
+        if f"{prefix}{_ADAPTER_PICKLE}" in files:
             raise UnsupportedError(
-                f"{reference} has its weights as a pickle only (adapter_model.bin), which can run code when it is "
-                f"opened: convert it to {_ADAPTER_WEIGHTS} first."
+                f"{reference} has its weights as a pickle only ({_ADAPTER_PICKLE}), which can run code when it is "
+                "opened: pass --allow-pickle to read it with torch's weights-only loader."
             )
         raise AdapterError(f"{reference} has {_ADAPTER_CONFIG} but no {_ADAPTER_WEIGHTS} on the Hub.")
     places = [name.rpartition("/")[0] for name in files if name.endswith(f"/{_ADAPTER_CONFIG}")]

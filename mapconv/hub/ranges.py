@@ -23,7 +23,7 @@ from itertools import chain
 from pathlib import Path
 
 from mapconv.adapter import TensorRef
-from mapconv.checkpoint.index import INDEX_FILE, MAX_HEADER_BYTES, SINGLE_FILE, Checkpoint, read_checkpoint
+from mapconv.checkpoint.index import INDEX_FILE, MAX_HEADER_BYTES, SINGLE_FILE, ByteSource, Checkpoint, read_checkpoint
 from mapconv.errors import CheckpointError, HubError
 from mapconv.hub.client import limit_waits
 from mapconv.hub.faults import always, ask_hub, with_retries
@@ -67,11 +67,10 @@ def ranged_checkpoint(reference: HubReference, snapshot: Path) -> Checkpoint:
     return replace(read_checkpoint(folder), source=source)
 
 
-def prefetch(checkpoint: Checkpoint, refs: Iterable[TensorRef], *, quiet: bool) -> None:
+def prefetch(source: ByteSource | None, refs: Iterable[TensorRef], *, quiet: bool) -> None:
     """Fetch the tensors ``refs`` of a ranged checkpoint in as few requests as that takes; others need no fetching."""
-    source = checkpoint.source
     if isinstance(source, RangedSource):
-        source.fetch([(ref.file, ref.start, ref.stop) for ref in refs], quiet=quiet)
+        source.fetch([(ref.file, ref.start, ref.stop) for ref in refs if source.has(ref.file)], quiet=quiet)
 
 
 class RangedSource:
@@ -103,6 +102,9 @@ class RangedSource:
                 raise RangesUnsupportedError("no safetensors weights") from None
             for name in names:
                 self._open(name)
+
+    def has(self, file: Path) -> bool:
+        return file in self._files
 
     def require(self, file: Path, start: int, stop: int) -> None:
         remote = self._files.get(file)

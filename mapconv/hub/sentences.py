@@ -20,7 +20,7 @@ def explain(error: BaseException, name: str, doing: Doing) -> str:
     if is_offline(error):
         if doing == "write":
             return f"{name} cannot be pushed to while HF_HUB_OFFLINE is set: unset it and run the command again."
-        return f"{name} is not in the local cache, and HF_HUB_OFFLINE is set: unset it, or give a local folder."
+        return f"{name} is not in the local cache, and the Hub is not asked while HF_HUB_OFFLINE is set: unset it."
     if isinstance(error, errors.GatedRepoError):
         return f"{name} is gated: ask for access at {hub}/{repo}, then set HF_TOKEN to a token of that account."
     if isinstance(error, errors.RevisionNotFoundError):

@@ -11,11 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fake_hub import READ_TOKEN, WRITE_TOKEN, FakeHub
-from forked import ForkedPython
+
+from tests.fake_hub import READ_TOKEN, WRITE_TOKEN, FakeHub
+from tests.hub.forked import ForkedPython
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_ID = "lab/tiny-llama"
+#: A repository that a MAP adapter without a tokenizer was pushed to.
+ADAPTER_FILES = {
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "map_config.json", "scalars.png", ".gitattributes",
+}  # fmt: skip
 CARD = "---\nlicense: apache-2.0\nlanguage: [en]\ndatasets: [lab/words]\npipeline_tag: text-generation\n---\n# Tiny\n"
 
 

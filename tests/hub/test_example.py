@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from conftest import BASE_ID, ROOT, adapter_files, files_of
+from tests.hub.conftest import BASE_ID, ROOT, adapter_files, files_of
 
 
 def test_publish(models, python, hub, tmp_path):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import socket
 
 import pytest
-from conftest import BASE_ID, error_of, files_of
-from fake_hub import READ_TOKEN, WRITE_TOKEN
+
+from tests.fake_hub import READ_TOKEN, WRITE_TOKEN
+from tests.hub.conftest import BASE_ID, error_of, files_of
 
 RESULT = ("me/x", "--base-id", BASE_ID)
 PROXY = {"body": b"<html>Bad Gateway</html>", "headers": {"Content-Type": "text/html"}}
@@ -136,7 +137,7 @@ def test_a_failing_xet_store_is_named_and_the_next_run_finishes(models, run, xet
 
 
 def test_large_files_go_in_parts(models, run, tmp_path):
-    from fake_hub import FakeHub
+    from tests.fake_hub import FakeHub
 
     with FakeHub(tmp_path / "server", part_size=100_000) as hub:
         run(hub, "push", models.merged, *RESULT)

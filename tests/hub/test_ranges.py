@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-from conftest import error_of, files_of
-from fake_hub import FakeHub
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mapconv.checkpoint.index import read_checkpoint
 from mapconv.hub.ranges import join_spans
+from tests.fake_hub import FakeHub
+from tests.hub.conftest import error_of, files_of
 
 WIDE = "lab/wide"
 WEIGHTS = "adapter_model.safetensors"

@@ -6,10 +6,10 @@ import json
 import shutil
 
 import pytest
-from conftest import BASE_ID
 
 from mapconv.errors import AdapterError, OutputError
 from mapconv.report.saved import check_report_place, read_report, save_report
+from tests.hub.conftest import BASE_ID
 
 REPORT = {
     "result": "/home/me/result", "source": "/home/me/source", "base": "/home/me/base", "tokens": 100, "kl": 0.0123,

@@ -1,0 +1,43 @@
+"""Adapters saved as pickles (``adapter_model.bin``): opened with torch's weights-only loader, and only when allowed.
+
+The tensors are rewritten into a temporary safetensors file of this process, so that everything after reads them like
+any other adapter: by byte range, one at a time.
+"""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from mapconv.errors import AdapterError
+
+PICKLE_FILE = "adapter_model.bin"
+
+
+@cache
+def as_safetensors(path: Path) -> Path:
+    """A safetensors copy of a pickled state dict; it goes when the process ends.
+
+    Raises:
+        AdapterError: a file that the weights-only loader refuses, or that holds anything but tensors.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    try:
+        table = torch.load(path, map_location="cpu", weights_only=True, mmap=None)
+    except Exception as error:  # the unpickler raises whatever a broken or hostile file makes it raise
+        raise AdapterError(f"{path} is refused by torch's weights-only loader ({type(error).__name__}).") from error
+    if not isinstance(table, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in table.items()
+    ):
+        raise AdapterError(f"{path} holds more than a table of tensors: it is no adapter's weights.")
+    folder = Path(tempfile.mkdtemp(prefix="mapconv-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    target = folder / "adapter_model.safetensors"
+    # clone: tensors of a pickle may share memory, which safetensors refuses to write
+    save_file({key: value.clone().contiguous() for key, value in table.items()}, target)
+    return target

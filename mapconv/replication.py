@@ -1,0 +1,57 @@
+"""``layer_replication``: a model whose layers repeat, written out with every copy in its place.
+
+PEFT builds ``[[0, 4], [2, 5]]`` into layers 0 1 2 3 2 3 4 that share their base weights and have adapters of their own
+(``replicate_layers``). A merged checkpoint must hold each copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any
+
+from mapconv.adapter import TensorRef
+from mapconv.checkpoint.index import Checkpoint, TensorFile
+from mapconv.errors import PlacementError
+
+#: Where PEFT looks for the list of layers (Llama-, BERT- and Falcon-like models).
+_LAYER = re.compile(r"^((?:.*\.)?(?:layers|encoder\.layer|h)\.)(\d+)(\..+)$")
+
+
+def replicated_config(config: dict[str, Any], ranges: tuple[tuple[int, int], ...]) -> dict[str, Any]:
+    """The configuration of the longer model."""
+    order = _order(ranges)
+    longer = copy.deepcopy(config)
+    if max(order) >= config.get("num_hidden_layers", 0):
+        raise PlacementError(
+            f"layer_replication names layer {max(order)}, but the base has {config.get('num_hidden_layers')}."
+        )
+    longer["num_hidden_layers"] = len(order)
+    if isinstance(config.get("layer_types"), list):
+        longer["layer_types"] = [config["layer_types"][layer] for layer in order]
+    return longer
+
+
+def replicated_checkpoint(checkpoint: Checkpoint, ranges: tuple[tuple[int, int], ...]) -> Checkpoint:
+    """The checkpoint with every layer's tensors under each number that the layer has in the longer model."""
+    copies: dict[int, list[int]] = defaultdict(list)
+    for number, layer in enumerate(_order(ranges)):
+        copies[layer].append(number)
+
+    def expand(ref: TensorRef) -> list[TensorRef]:
+        match = _LAYER.match(ref.name)
+        if match is None:
+            return [ref]
+        return [replace(ref, name=f"{match[1]}{number}{match[3]}") for number in copies[int(match[2])]]
+
+    files = tuple(
+        TensorFile(file.path, tuple(new for ref in file.tensors for new in expand(ref)), file.metadata)
+        for file in checkpoint.files
+    )
+    return replace(checkpoint, files=files, tensors={ref.name: ref for file in files for ref in file.tensors})
+
+
+def _order(ranges: tuple[tuple[int, int], ...]) -> list[int]:
+    return [layer for start, stop in ranges for layer in range(start, stop)]

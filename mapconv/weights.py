@@ -1,0 +1,157 @@
+"""A weight as the mathematics sees it, one matrix (out, in), and where its rows lie in stored tensors.
+
+Checkpoints store a weight as it is, transposed (GPT-2's Conv1D, embeddings), as one of a stack (experts), fused with
+its neighbours, or in pieces of its own. A ``WeightView`` says which, and everything else works on rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from mapconv.adapter import MapModule, Module, TensorRef
+from mapconv.algebra.norms import BLOCK_ELEMENTS, row_blocks, squared_norm
+from mapconv.checkpoint.reader import TensorReader
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows ``start`` to ``stop`` of a weight, and the block of a stored tensor that holds them.
+
+    The tensor is a stack of matrices, mostly of one; ``index`` says which, and ``offset`` where in that matrix the rows
+    begin. In a ``transposed`` matrix the weight's rows are stored as columns.
+    """
+
+    tensor: TensorRef
+    start: int
+    stop: int
+    index: int = 0
+    stacked: bool = False
+    offset: int = 0
+    transposed: bool = False
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """The tensor as (matrices, stored rows, stored columns)."""
+        return grid(self.tensor.shape, stacked=self.stacked)
+
+    @property
+    def stored_rows(self) -> tuple[int, int]:
+        """Which rows of the stored matrix belong to this piece."""
+        return (0, self.grid[1]) if self.transposed else (self.offset, self.offset + self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class WeightView:
+    """A weight of ``shape`` (out, in), assembled from pieces in the order of its rows."""
+
+    shape: tuple[int, int]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        itemsizes = (piece.tensor.nbytes // max(1, piece.tensor.numel) for piece in self.pieces)
+        return sum(
+            (piece.stop - piece.start) * self.shape[1] * size
+            for piece, size in zip(self.pieces, itemsizes, strict=True)
+        )
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> str:
+        return self.pieces[0].tensor.dtype
+
+    @property
+    def name(self) -> str:
+        """The stored tensors' names, for messages."""
+        return " + ".join(dict.fromkeys(piece.tensor.name for piece in self.pieces))
+
+
+@dataclass(frozen=True)
+class PlacedModule:
+    """An adapted weight: its factors, the base weight they land on, and its scalars where the adapter is a MAP adapter.
+
+    ``expert`` counts the weights of a stacked parameter, whose factors lie side by side in the module's tensors.
+    ``parameter`` is the name in the live model.
+    """
+
+    module: Module
+    weight: WeightView
+    parameter: str
+    rank: int
+    scaling: float
+    expert: int | None = None
+    experts: int = 1
+    initialization: str | None = None
+    scalars: MapModule | None = None
+
+    @property
+    def key(self) -> tuple[str, int | None]:
+        """What tells this weight from the others of its adapter."""
+        return self.module.path, self.expert
+
+    @property
+    def identity(self) -> tuple[str, str, int | None]:
+        """What tells it from those of every adapter."""
+        return str(self.module.lora_A.file), *self.key
+
+    @property
+    def effective_rank(self) -> int:
+        """Rank of the whole update: an initialization that changed the base adds its own part to the factors'."""
+        return self.rank if self.initialization is None else 2 * self.rank
+
+    def with_scalars(self, scalars: MapModule) -> PlacedModule:
+        return replace(self, scalars=scalars)
+
+
+def grid(shape: tuple[int, ...], *, stacked: bool) -> tuple[int, int, int]:
+    """(matrices, rows, columns) of a stored tensor: a kernel's dimensions count as columns, a vector is one column."""
+    if stacked:
+        return shape[0], shape[1], math.prod(shape[2:])
+    return 1, (shape[0] if shape else 1), math.prod(shape[1:])
+
+
+def read_rows(reader: TensorReader, piece: Piece, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+    """Rows ``start`` to ``stop`` of the stored matrix that a piece lies in, (rows, columns); a view into ``buffer``."""
+    _, height, width = piece.grid
+    first = (piece.index * height + start) * width
+    return reader.read_range(piece.tensor, first, first + (stop - start) * width, buffer).view(stop - start, width)
+
+
+def stored_blocks(view: WeightView, reader: TensorReader) -> Iterator[tuple[Piece, int, int, torch.Tensor]]:
+    """Every block of a weight as it is stored: (piece, start, stop, values of the piece in those stored rows).
+
+    The values share memory with the next block's.
+    """
+    for piece in view.pieces:
+        _, _, width = piece.grid
+        buffer = torch.empty(8 * max(width, BLOCK_ELEMENTS), dtype=torch.uint8)
+        first, last = piece.stored_rows
+        for start, stop in row_blocks(last - first, width):
+            rows = read_rows(reader, piece, first + start, first + stop, buffer)
+            if piece.transposed:
+                rows = rows[:, piece.offset : piece.offset + piece.stop - piece.start]
+            yield piece, start, stop, rows
+
+
+def read_weight(view: WeightView, reader: TensorReader, out: torch.Tensor) -> torch.Tensor:
+    """The whole weight (out, in) in ``out``'s dtype, in the memory of ``out``, a flat tensor."""
+    matrix = out[: view.numel].view(view.shape)
+    for piece, start, stop, rows in stored_blocks(view, reader):
+        if piece.transposed:
+            matrix[piece.start : piece.stop, start:stop] = rows.T
+        else:
+            matrix[piece.start + start : piece.start + stop] = rows
+    return matrix
+
+
+def weight_norm(view: WeightView, reader: TensorReader) -> float:
+    """‖W0‖ in one pass over the stored bytes, accumulated in float64."""
+    wide = torch.empty(max(BLOCK_ELEMENTS, *(piece.grid[2] for piece in view.pieces)), dtype=torch.float64)
+    return sum(squared_norm(rows, wide) for *_, rows in stored_blocks(view, reader)) ** 0.5

@@ -1,0 +1,118 @@
+"""Tiny models and adapters, built once a session; the command line in this process; no network, one thread."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+# huggingface_hub reads this when it is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from hypothesis import settings
+from transformers.utils import logging
+
+from mapconv.cli import main
+from tests.files import copy
+from tests.models import save_adapter, save_base
+
+torch.set_num_threads(1)
+# The same examples in each run: a failure is one that anybody can repeat.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+logging.disable_progress_bar()
+logging.set_verbosity_error()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # transformers' own call of its own deprecated name.
+    config.addinivalue_line("filterwarnings", "ignore:.is_gradient_checkpointing:FutureWarning")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one command gave back."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """Run ``mapconv …`` in this process."""
+
+    def command(*arguments: object) -> Run:
+        monkeypatch.setattr(sys, "argv", ["mapconv", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return Run(status, captured.out, captured.err)
+
+    return command
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the session's models and adapters live in; tests must not write there."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def base(models: Path) -> Path:
+    """A Llama in float32, one file."""
+    return save_base(models / "base")
+
+
+@pytest.fixture(scope="session")
+def sharded(models: Path) -> Path:
+    """The same weights in several shards with an index."""
+    return save_base(models / "sharded", max_shard_size="30KB")
+
+
+@pytest.fixture(scope="session")
+def half_base(models: Path) -> Path:
+    """The same model in bfloat16."""
+    return save_base(models / "half-base", dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def other_base(models: Path) -> Path:
+    """Another model of the same shape."""
+    return save_base(models / "other-base", seed=5)
+
+
+@pytest.fixture(scope="session")
+def lora(models: Path, base: Path) -> Path:
+    return save_adapter(base, models / "lora")
+
+
+@pytest.fixture(scope="session")
+def dora(models: Path, base: Path) -> Path:
+    return save_adapter(base, models / "dora", use_dora=True)
+
+
+@pytest.fixture
+def own_lora(lora: Path, tmp_path: Path) -> Path:
+    """A LoRA adapter that the test may break."""
+    return copy(lora, tmp_path / "lora")
+
+
+@pytest.fixture
+def own_dora(dora: Path, tmp_path: Path) -> Path:
+    """A DoRA adapter that the test may break."""
+    return copy(dora, tmp_path / "dora")
+
+
+@pytest.fixture
+def own_base(base: Path, tmp_path: Path) -> Path:
+    """A base model that the test may break."""
+    return copy(base, tmp_path / "base")

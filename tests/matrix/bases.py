@@ -1,0 +1,53 @@
+"""The base checkpoints of the matrix, in the spellings that are found in the wild.
+
+``default``  what transformers 5 writes: the model's *original* names (per-expert tensors, version 4 prefixes).
+``fused``    the names of the live model (transformers 5): stacked experts, ``model.language_model.…``.
+``bare``     saved from the model without its head: no ``base_model_prefix``, no head, and two labels in its config.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from .models import MODELS
+from .tiny import Tiny
+
+
+class Bases:
+    """Writes each base once and hands out its folder."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.folder = cache(self._write)
+
+    def _write(self, name: str, spelling: str) -> Path:
+        model = MODELS[name].build()
+        folder = self._root / f"{name}-{spelling}"
+        if spelling == "bare":
+            model.config.num_labels = 2
+            model.base_model.save_pretrained(folder)
+        else:
+            model.save_pretrained(folder, save_original_format=spelling == "default")
+        return folder
+
+
+def load_base(tiny: Tiny, folder: Path, *, vocab: int | None = None, seed: int | None = None) -> torch.nn.Module:
+    """The base as a user of PEFT would load it for an adapter: with the number of labels and of rows that this needs.
+
+    The added rows are random with a ``seed`` (before training) and zero without: the adapter's file must bring them.
+    """
+    labels = {"num_labels": tiny.settings["num_labels"]} if "num_labels" in tiny.settings else {}
+    torch.manual_seed(11)  # a head that the base has not got is made anew
+    model = tiny.load(folder, **labels)
+    if vocab is not None:
+        old = model.config.vocab_size
+        model.resize_token_embeddings(vocab, mean_resizing=False)
+        for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+            rows = embedding.weight.data[old:]
+            rows.zero_()
+            if seed is not None:
+                rows.add_(0.3 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(seed)))
+    return model

@@ -1,0 +1,53 @@
+"""Every adapter of the matrix, merged and upgraded by mapconv, against stock PEFT's unmerged forward pass."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import mapconv
+
+from .options import combinations
+from .oracle import Case, Workshop, distance, load_adapter, tolerance
+
+CASES = combinations()
+parametrised = pytest.mark.parametrize(
+    ("tiny", "option"), CASES, ids=[f"{option.name}-{tiny.name}" for tiny, option in CASES]
+)
+
+
+@parametrised
+def test_merged_checkpoint_computes_what_the_adapter_does(tiny, option, workshop: Workshop, tmp_path):
+    case = workshop.case(tiny, option)
+    mapconv.merge(case.adapter, tmp_path / "merged", base=case.base, dtype="float32", **option.extra)
+    # No argument beside the folder: the merged configuration itself must name its labels, rows, layers and ties.
+    model, report = tiny.load(tmp_path / "merged", output_loading_info=True)
+    assert {name: entries for name, entries in report.items() if entries} == {}
+    assert distance(tiny.logits(model), case.trained) <= tolerance(case)
+    assert_config_follows(case, json.loads((tmp_path / "merged" / "config.json").read_text()))
+
+
+@parametrised
+def test_map_directory_computes_what_the_adapter_does(tiny, option, workshop: Workshop, tmp_path):
+    case = workshop.case(tiny, option)
+    direction = "dora" if case.uses_dora else "low-rank"
+    mapconv.upgrade(case.adapter, tmp_path / "map", base=case.base, direction=direction, **option.extra)
+    assert (tmp_path / "map" / "map_config.json").is_file()
+    if option.peft_reads:
+        model = load_adapter(case, tmp_path / "map")
+        if option.merge(tiny) == "live-wrong":
+            model = model.merge_and_unload()
+    else:  # PEFT cannot read the source either (test_oracle.py), so mapconv merges its own directory
+        mapconv.merge(tmp_path / "map", tmp_path / "merged", base=case.base, dtype="float32")
+        model = tiny.load(tmp_path / "merged")
+    assert distance(tiny.logits(model), case.trained) <= tolerance(case)
+
+
+def assert_config_follows(case: Case, config: dict) -> None:
+    """Fields of the merged configuration that must agree with its tensors, beyond what a reload notices."""
+    if case.option.vocab is not None:
+        assert config["vocab_size"] == case.option.vocab
+    if case.option.base == "bare" and "classifier" in case.tiny.roles:
+        assert len(config["id2label"]) == case.tiny.settings["num_labels"]
+        assert config["architectures"] == [case.tiny.model_class]
