@@ -8,6 +8,7 @@ import click
 
 from mapconv.cli import options
 from mapconv.cli.output import notes, print_json, size, small
+from mapconv.hub.reference import shown
 
 
 @click.command("merge", short_help="Merge an adapter into its base weights.")
@@ -80,7 +81,7 @@ def command(
         print_json(result.to_dict())
     else:
         verb = "would write" if dry_run else "wrote"
-        click.echo(f"{' + '.join(map(str, adapters))} ({result.method}) + {result.base}")
+        click.echo(f"{' + '.join(map(str, adapters))} ({result.method}) + {shown(result.base)}")
         click.echo(
             f"  {verb} {result.out}: {result.tensors} tensors in {len(result.files)} files, {size(result.nbytes)}"
         )

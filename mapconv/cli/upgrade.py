@@ -11,6 +11,7 @@ import click
 
 from mapconv.cli import options
 from mapconv.cli.output import notes, print_json, print_table, size, small, spread
+from mapconv.hub.reference import shown
 
 if TYPE_CHECKING:
     from mapconv.commands.upgrade import UpgradeResult
@@ -105,7 +106,7 @@ def command(
     if as_json:
         print_json(result.to_dict())
     elif dry_run:
-        click.echo(f"would convert {result.planned} {result.method} modules on {result.base}")
+        click.echo(f"would convert {result.planned} {result.method} modules on {shown(result.base)}")
         click.echo(f"would write {result.out} (about {size(result.nbytes)})")
     else:
         _report(result, tolerance)
@@ -116,7 +117,7 @@ def _report(result: UpgradeResult, tolerance: float | None) -> None:
     groups = defaultdict(list)
     for module in result.modules:
         groups[module.path.rpartition(".")[2]].append(module)
-    click.echo(f"{result.source} ({result.method}) → {result.out} (MAP)")
+    click.echo(f"{shown(result.source)} ({result.method}) → {result.out} (MAP)")
     click.echo()
     print_table(
         ["target", "modules", "rank", "α/‖W0‖", "β/α", "ε worst", "ε median"],

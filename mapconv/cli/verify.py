@@ -11,6 +11,7 @@ import click
 
 from mapconv.cli import options
 from mapconv.cli.output import print_json, print_table, small
+from mapconv.hub.reference import shown
 
 if TYPE_CHECKING:
     from mapconv.commands.verify import VerifyReport
@@ -90,7 +91,9 @@ def command(
 
 
 def _report(report: VerifyReport) -> None:
-    click.echo(f"{report.result} against {report.source}, {report.tokens:,} tokens, {report.seconds:.1f} s")
+    click.echo(
+        f"{shown(report.result)} against {shown(report.source)}, {report.tokens:,} tokens, {report.seconds:.1f} s"
+    )
     click.echo()
     print_table(
         ["model", "perplexity", "KL(source ‖ model)"],

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 _SYNTAX = re.compile(
@@ -55,6 +55,12 @@ def is_repo_id(name: str) -> bool:
     except HFValidationError:
         return False
     return not name.startswith((".", "~"))
+
+
+def shown(folder: Path) -> str:
+    """A folder as the user knows it: a copy in the Hub's cache by its name and commit, any other by its path."""
+    origin = origin_of(folder)
+    return str(folder) if origin is None else str(replace(origin, revision=origin.revision[:12]))
 
 
 def origin_of(folder: Path) -> HubReference | None:

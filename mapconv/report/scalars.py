@@ -14,8 +14,10 @@ _COLORS: tuple[Color, ...] = (
     (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (40, 40, 40),
 )  # fmt: skip
 _GREY, _RULE, _INK = (120, 120, 120), (225, 225, 225), (40, 40, 40)
-_WIDTH, _PANEL_HEIGHT, _TOP, _BOTTOM, _LEFT, _GAP = 1600, 430, 70, 80, 120, 150
+_WIDTH, _PANEL_HEIGHT, _TOP, _BOTTOM, _LEFT, _GAP = 1600, 430, 70, 80, 140, 160
 _LEGEND_ROW = 40
+#: Values that differ by less, relatively, are drawn as the one value that they are.
+_FLAT = 1e-4
 
 #: layer -> values, for each module type.
 Series = Mapping[str, Mapping[int, Sequence[float]]]
@@ -71,9 +73,9 @@ def _panel(canvas: Canvas, left: float, width: float, title: str, series: Series
 
 def nice_ticks(low: float, high: float, *, around: float) -> list[float]:
     """Four to seven round numbers that enclose the values; values that hardly differ are shown around ``around``."""
-    if high - low < 1e-3 * max(abs(high), abs(low), 1e-9):
+    if high - low < _FLAT * max(abs(high), abs(low), 1e-9):
         low, high = min(low, around), max(high, around)
-    if high - low < 1e-3 * max(abs(high), 1e-2):
+    if high - low < _FLAT * max(abs(high), 1e-2):
         spread = 0.1 * max(abs(high), 1e-2)
         low, high = low - spread, high + spread
     rough = (high - low) / 5
