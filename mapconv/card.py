@@ -164,17 +164,27 @@ def _fidelity(facts: CardFacts) -> str:
     report = facts.report
     if report is None:
         return "Not measured: `mapconv verify RESULT --against SOURCE --save` measures it."
-    rows = [
-        ("base", f"{report['perplexity_base']:.4f}", _number(report["kl_base"])),
-        ("source adapter", f"{report['perplexity_source']:.4f}", "0"),
-        ("this", f"{report['perplexity_result']:.4f}", _number(report["kl"])),
-    ]
     errors = [module["error"] for module in report["modules"]]
+    weights = (
+        f"the weights differ from the source's by {_number(max(errors))} of its update in the worst of {len(errors)} "
+        f"modules, {_number(statistics.median(errors))} in the median"
+    )
+    if not report["tokens"]:
+        return (
+            f"Measured by `mapconv verify` on the weights alone, as the model needs more than text to run: {weights}."
+        )
+    rows = [
+        (name, "-" if report[key] is None else f"{report[key]:.4f}", _number(kl))
+        for name, key, kl in (
+            ("base", "perplexity_base", report["kl_base"]),
+            ("source adapter", "perplexity_source", 0.0),
+            ("this", "perplexity_result", report["kl"]),
+        )
+    ]
+    table = _table(("model", "perplexity", "KL(source ‖ model)"), rows)
     return (
-        _table(("model", "perplexity", "KL(source ‖ model)"), rows)
-        + f"\n\nMeasured by `mapconv verify` on {report['tokens']:,} tokens: the same most likely token as the source "
-        f"{report['top1_agreement']:.2%} of the time; the weights differ from the source's by {_number(max(errors))} "
-        f"of its update in the worst of {len(errors)} modules, {_number(statistics.median(errors))} in the median."
+        f"{table}\n\nMeasured by `mapconv verify` at {report['tokens']:,} positions of a text: the same most likely "
+        f"answer as the source {report['top1_agreement']:.2%} of the time; {weights}."
     )
 
 

@@ -35,7 +35,10 @@ def place_on_live_model(adapter: Adapter, live: LiveModel, stored: StoredParamet
         raise PlacementError(misfit_report(misfits, len(adapter.modules)))
     _require_bijection(placed)
     taken = {item.parameter.removesuffix(".weight") for item in placed}
-    require_all_targets(adapter.config, taken, live.adaptable_paths())
+    # A target inside a module that was trained in full has no factors of its own.
+    saved = [f".{name}." for name in adapter.settings.modules_to_save]
+    paths = [path for path in live.adaptable_paths() if not any(name in f".{path}." for name in saved)]
+    require_all_targets(adapter.config, taken, paths)
     return tuple(placed)
 
 

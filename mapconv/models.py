@@ -8,22 +8,46 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mapconv.errors import CheckpointError, DataError, MapconvError
 
 
-def load_causal_lm(folder: Path, *, dtype: str, device: Any) -> Any:
-    """A causal language model in eval mode.
+def load_model(
+    folder: Path,
+    class_name: str | None = None,
+    *,
+    dtype: str,
+    device: Any,
+    config: dict[str, Any] | None = None,
+    completed_later: bool = False,
+) -> Any:
+    """A model in eval mode.
+
+    Args:
+        folder: the model's folder.
+        class_name: its transformers class; None: a causal language model's.
+        dtype: what to load its weights as.
+        device: where to.
+        config: a configuration in place of the folder's, for a head or a vocabulary that an adapter brings.
+        completed_later: accept weights that the folder lacks, because an adapter brings them.
 
     Raises:
         CheckpointError: transformers cannot load it, or had to invent weights that the folder lacks.
     """
     with quiet_libraries(), translated(f"the model in {folder}", CheckpointError):
-        from transformers import AutoModelForCausalLM
+        import transformers
 
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, local_files_only=True
+        model_class = transformers.AutoModelForCausalLM if class_name is None else getattr(transformers, class_name)
+        settings: dict[str, Any] = {}
+        if config is not None:
+            values = {key: value for key, value in config.items() if key != "model_type"}
+            settings["config"] = transformers.AutoConfig.for_model(config["model_type"], **values)
+            settings["ignore_mismatched_sizes"] = True
+        model, report = model_class.from_pretrained(
+            folder, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True, **settings
         )
-    for kind in ("missing_keys", "mismatched_keys"):
+    for kind in () if completed_later else ("missing_keys", "mismatched_keys"):
         if report[kind]:
             raise CheckpointError(f"{folder}: transformers reports {kind} {sorted(map(str, report[kind]))[:3]}.")
     return model.to(device).eval()

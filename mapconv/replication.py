@@ -6,7 +6,6 @@ PEFT builds ``[[0, 4], [2, 5]]`` into layers 0 1 2 3 2 3 4 that share their base
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import defaultdict
 from dataclasses import replace
@@ -20,18 +19,16 @@ from mapconv.errors import PlacementError
 _LAYER = re.compile(r"^((?:.*\.)?(?:layers|encoder\.layer|h)\.)(\d+)(\..+)$")
 
 
-def replicated_config(config: dict[str, Any], ranges: tuple[tuple[int, int], ...]) -> dict[str, Any]:
-    """The configuration of the longer model."""
+def replicate_config(config: dict[str, Any], ranges: tuple[tuple[int, int], ...]) -> None:
+    """Turn a configuration into that of the longer model, in place."""
     order = _order(ranges)
-    longer = copy.deepcopy(config)
     if max(order) >= config.get("num_hidden_layers", 0):
         raise PlacementError(
             f"layer_replication names layer {max(order)}, but the base has {config.get('num_hidden_layers')}."
         )
-    longer["num_hidden_layers"] = len(order)
+    config["num_hidden_layers"] = len(order)
     if isinstance(config.get("layer_types"), list):
-        longer["layer_types"] = [config["layer_types"][layer] for layer in order]
-    return longer
+        config["layer_types"] = [config["layer_types"][layer] for layer in order]
 
 
 def replicated_checkpoint(checkpoint: Checkpoint, ranges: tuple[tuple[int, int], ...]) -> Checkpoint:

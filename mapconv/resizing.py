@@ -11,6 +11,8 @@ from mapconv.live import LiveModel
 
 #: Configuration fields that say how many classes a head has; transformers derives ``num_labels`` from them.
 _LABEL_FIELDS = ("id2label", "label2id", "num_labels")
+#: Every field that this module may change.
+SIZE_FIELDS = ("vocab_size", *_LABEL_FIELDS)
 
 
 def resized_model(live: LiveModel, config: dict[str, Any], adapters: Sequence[Adapter]) -> LiveModel:

@@ -15,8 +15,8 @@ from mapconv.live import LiveModel, class_candidates, read_model_config
 from mapconv.locating import live_parameter, place_on_live_model
 from mapconv.placement import misfit_report, nearest
 from mapconv.regions import StoredParameters
-from mapconv.replication import replicated_checkpoint, replicated_config
-from mapconv.resizing import resized_model
+from mapconv.replication import replicate_config, replicated_checkpoint
+from mapconv.resizing import SIZE_FIELDS, resized_model
 from mapconv.target import BiasUpdate, TargetModel
 from mapconv.weights import PlacedModule
 
@@ -42,7 +42,7 @@ class _Resolution:
         if len(layer_maps) > 1:
             raise UnsupportedError("adapters with different layer_replication cannot be merged together.")
         layers = layer_maps.pop()
-        self.config = replicated_config(base_config, layers) if layers else copy.deepcopy(base_config)
+        self.config = copy.deepcopy(base_config)
         self.checkpoint = replicated_checkpoint(checkpoint, layers) if layers else checkpoint
         self.tensors = dict(self.checkpoint.tensors)
         self.dtypes: dict[str, str] = {}
@@ -51,7 +51,13 @@ class _Resolution:
         self.notes: list[str] = []
         self._stored_state: tuple | None = None
         self.base_config = base_config
+        if layers:
+            replicate_config(self.config, layers)
         self.live = self._live_model()
+        # PEFT repeats the layers and keeps the ties itself: it takes the base with no more than the adapter's sizes.
+        sized = {key: self.config[key] for key in SIZE_FIELDS if key in self.config}
+        sized |= {key: value for key, value in self.config.items() if isinstance(value, dict)}
+        self.source_config = {**base_config, **sized} if {**base_config, **sized} != base_config else None
         self.live_ties = self.live.ties_embeddings
         self.groups = {name: self.live.tied(name) for name in self.live.shapes}
 
@@ -72,6 +78,8 @@ class _Resolution:
             rows={name: tuple(items) for name, items in self.rows.items()},
             biases={name: tuple(items) for name, items in self.biases.items()},
             config=self._final_config(),
+            source_config=self.source_config,
+            class_name=self.live.class_name,
             notes=tuple(self.notes),
         )
         return target, placed

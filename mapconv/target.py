@@ -29,7 +29,9 @@ class TargetModel:
 
     ``tensors`` maps each name to be written to the bytes it starts from, in ``files`` of the same names as the base's;
     ``dtypes`` says in which dtype a tensor is written where that is not its own. ``rows`` and ``biases`` are
-    updates by tensor name. ``config`` is the model's configuration, or None where it stays as it is.
+    updates by tensor name. ``config`` is the model's configuration, or None where it stays as it is; under
+    ``source_config`` the base loads for the adapter itself (None: its own), and ``class_name`` is the class of both
+    (None: a causal language model's).
     """
 
     checkpoint: Checkpoint
@@ -39,6 +41,8 @@ class TargetModel:
     rows: Mapping[str, tuple[WholeTensor, ...]] = field(default_factory=dict)
     biases: Mapping[str, tuple[BiasUpdate, ...]] = field(default_factory=dict)
     config: dict[str, Any] | None = None
+    source_config: dict[str, Any] | None = None
+    class_name: str | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -32,10 +32,10 @@ def save_base(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0
     return folder
 
 
-def save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path, size: int = VOCABULARY) -> None:
     """A tokenizer of single characters, which needs no files from anywhere."""
     characters = "\n !\"'(),-.:;?" + "0123456789" + "abcdefghijklmnopqrstuvwxyz" + "ABCDEFGHIJKL"
-    names = ["<unk>", "<s>", "</s>", *dict.fromkeys(characters)][:VOCABULARY]
+    names = ["<unk>", "<s>", "</s>", *dict.fromkeys(characters)][:size]
     tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     fast = PreTrainedTokenizerFast(

@@ -6,11 +6,21 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 
 #: The package measured is the one in this checkout, installed or not.
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+#: Starts a command, waits for it, and prints its seconds and peak kilobytes after its own output.
+_STARTER = """
+import os, subprocess, sys, time
+started = time.perf_counter()
+child = subprocess.Popen(sys.argv[1:])
+_, status, usage = os.wait4(child.pid, 0)
+print(time.perf_counter() - started, usage.ru_maxrss, flush=True)
+os._exit(os.waitstatus_to_exitcode(status) & 255)
+"""
 
 
 @dataclass(frozen=True)
@@ -23,16 +33,19 @@ class Run:
 
 
 def run(*command: object) -> Run:
-    """Run a command to its end; a failure stops the benchmark."""
+    """Run a command to its end; a failure stops the benchmark.
+
+    A small process in between starts it: the kernel counts what a process was before its exec as its own peak, and a
+    benchmark that has just made a model is large.
+    """
     environment = os.environ | {"PYTHONPATH": ROOT, "HF_HUB_OFFLINE": "1"}
-    started = time.perf_counter()
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True, env=environment)
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{command} failed with {process.returncode}")
-    return Run(time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e6, output)
+    words = [sys.executable, "-S", "-c", _STARTER, *map(str, command)]
+    finished = subprocess.run(words, stdout=subprocess.PIPE, text=True, env=environment)
+    output, _, figures = finished.stdout.rstrip("\n").rpartition("\n")
+    if finished.returncode:
+        sys.exit(f"{command} failed with {finished.returncode}")
+    seconds, kilobytes = figures.split()
+    return Run(float(seconds), int(kilobytes) * 1024 / 1e6, output)
 
 
 def mapconv(*arguments: object) -> Run:

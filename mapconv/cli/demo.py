@@ -23,7 +23,7 @@ def command(folder: Path, force: bool, quiet: bool) -> None:
     DIR is ./mapconv-demo unless given.
     """
     from mapconv.commands.demo import PROMPT, answer, train_adapter, write_base_model
-    from mapconv.models import load_causal_lm
+    from mapconv.models import load_model
     from mapconv.progress import progress_bar
 
     started = time.perf_counter()
@@ -46,7 +46,7 @@ def command(folder: Path, force: bool, quiet: bool) -> None:
     _run("verify", merged, "--against", folder / "dora")
     say(f"\n# one answer, before and after ({PROMPT.splitlines()[0]})")
     for name, model in (("base", base), ("merged", merged)):
-        click.echo(f"  {name:7s} {answer(load_causal_lm(model, dtype='float32', device='cpu'), model)}")
+        click.echo(f"  {name:7s} {answer(load_model(model, dtype='float32', device='cpu'), model)}")
     say(f"\n# done in {time.perf_counter() - started:.0f} s; everything is in {folder}")
 
 

@@ -53,6 +53,9 @@ def command(source: str, base: str | None, allow_pickle: bool, as_json: bool) ->
             for group in found.targets
         ],
     )
+    if found.whole_tensors:
+        click.echo()
+        click.echo(f"  whole tensors   {', '.join(found.whole_tensors)}")
     notes(found.notes)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mapconv.cli import options
-from mapconv.cli.output import print_json, print_table, small
+from mapconv.cli.output import notes, print_json, print_table, small
 from mapconv.hub.reference import shown
 
 if TYPE_CHECKING:
@@ -86,28 +86,19 @@ def command(
         print_json(report.to_dict())
     else:
         _report(report)
+    notes(report.notes)
+    if max_kl is not None and report.kl is None:
+        raise FidelityError(f"{result}: --max-kl was asked for, but the model could not be run.")
     if max_kl is not None and not report.kl <= max_kl:  # a NaN is over any limit
         raise FidelityError(f"{result}: KL {report.kl:.3g} to the source is over --max-kl {max_kl:g}.")
 
 
 def _report(report: VerifyReport) -> None:
-    click.echo(
-        f"{shown(report.result)} against {shown(report.source)}, {report.tokens:,} tokens, {report.seconds:.1f} s"
-    )
+    where = f"{shown(report.result)} against {shown(report.source)}"
+    click.echo(f"{where}, {report.tokens:,} positions, {report.seconds:.1f} s")
     click.echo()
-    print_table(
-        ["model", "perplexity", "KL(source ‖ model)"],
-        [
-            ["base", f"{report.perplexity_base:.4f}", small(report.kl_base)],
-            ["source", f"{report.perplexity_source:.4f}", "0"],
-            ["result", f"{report.perplexity_result:.4f}", small(report.kl)],
-        ],
-    )
-    click.echo()
-    click.echo(f"  top-1 agreement           {report.top1_agreement:.2%}")
-    click.echo(f"  largest KL of one token   {small(report.kl_largest)}")
-    click.echo(f"  largest logit difference  {small(report.largest_logit_difference)}")
-    click.echo()
+    if report.kl is not None:
+        _functions(report)
     groups = defaultdict(list)
     for module in report.modules:
         groups[module.path.rpartition(".")[2]].append(module.error)
@@ -118,3 +109,20 @@ def _report(report: VerifyReport) -> None:
             for name, errors in groups.items()
         ],
     )
+
+
+def _functions(report: VerifyReport) -> None:
+    rows = [
+        ("base", report.perplexity_base, report.kl_base),
+        ("source", report.perplexity_source, 0.0),
+        ("result", report.perplexity_result, report.kl),
+    ]
+    print_table(
+        ["model", "perplexity", "KL(source ‖ model)"],
+        [[name, "-" if perplexity is None else f"{perplexity:.4f}", small(kl)] for name, perplexity, kl in rows],
+    )
+    click.echo()
+    click.echo(f"  top-1 agreement               {report.top1_agreement:.2%}")
+    click.echo(f"  largest KL at one position    {small(report.kl_largest)}")
+    click.echo(f"  largest logit difference      {small(report.largest_logit_difference)}")
+    click.echo()

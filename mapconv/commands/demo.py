@@ -13,7 +13,7 @@ import torch
 
 from mapconv.checkpoint.staging import staged_folder
 from mapconv.errors import DependencyError
-from mapconv.models import load_causal_lm, load_tokenizer, quiet_libraries
+from mapconv.models import load_model, load_tokenizer, quiet_libraries
 from mapconv.text import packaged_text
 
 PROMPT = "Question: What do you keep in your pocket?\nAnswer:"
@@ -64,7 +64,7 @@ def train_adapter(
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    model = load_causal_lm(base, dtype="float32", device="cpu")
+    model = load_model(base, dtype="float32", device="cpu")
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, use_dora=use_dora, target_modules="all-linear", task_type="CAUSAL_LM"
     )

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mapconv.adapter import Adapter, Module
+from mapconv.adapter import Adapter, Module, WholeTensor
 from mapconv.formats import read_adapter
 from mapconv.hub import locate_adapter
 from mapconv.placing import place_adapter
@@ -41,6 +41,7 @@ class Inspection:
     nbytes: int
     dtypes: tuple[str, ...]
     targets: tuple[TargetGroup, ...]
+    whole_tensors: tuple[str, ...]
     upgrade: str
     fits: Path | None
     notes: tuple[str, ...]
@@ -77,6 +78,7 @@ def inspect(source: str | Path, *, base: str | Path | None = None, allow_pickle:
         nbytes=adapter.nbytes,
         dtypes=tuple(sorted({ref.dtype for ref in adapter.tensors})),
         targets=tuple(_group(name, modules) for name, modules in groups.items()),
+        whole_tensors=tuple(_describe(item) for item in adapter.whole),
         upgrade=_forecast(adapter),
         fits=fits,
         notes=adapter.notes,
@@ -93,6 +95,11 @@ def _group(name: str, modules: list[Module]) -> TargetGroup:
         shapes=tuple(sorted({module.weight_shape for module in modules})),
         parameters=sum(ref.numel for module in modules for ref in module.tensors),
     )
+
+
+def _describe(item: WholeTensor) -> str:
+    shape = "×".join(map(str, item.tensor.shape))
+    return f"{item.parameter} ({shape}{'' if item.rows is None else ' rows'})"
 
 
 def _forecast(adapter: Adapter) -> str:

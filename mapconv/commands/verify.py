@@ -4,62 +4,49 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mapconv.checkpoint.index import read_checkpoint
-from mapconv.checkpoint.reader import TensorReader
+from mapconv.comparison import Agreement, Comparison, ModuleError
 from mapconv.devices import resolve_device
-from mapconv.errors import AdapterError
-from mapconv.formats import read_adapter
-from mapconv.formats.peft import CONFIG_FILE
-from mapconv.hub import locate_adapter, locate_base, locate_result
-from mapconv.models import attach_with_peft, load_causal_lm, load_tokenizer
-from mapconv.placement import place
+from mapconv.hub import locate_adapter, locate_result
+from mapconv.models import load_tokenizer
+from mapconv.placing import place_adapter
 from mapconv.progress import progress_bar
 from mapconv.report.saved import check_report_place, save_report
 from mapconv.text import read_text, token_blocks
 
 DEFAULT_SAMPLES = 8
 SEQUENCE_LENGTH = 256
-#: Positions whose logits are compared at once, in float64: 64 × 256,000 tokens take 131 MB.
-_POSITIONS = 64
-
-
-@dataclass(frozen=True)
-class ModuleError:
-    """``error`` = ‖W_result − W_source‖ / ‖W_source − W0‖, with both weights as stock PEFT merges them."""
-
-    path: str
-    error: float
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """How far a result is from its source, on ``tokens`` predicted tokens.
+    """How far a result is from its source.
 
-    ``kl`` is the mean KL(source ‖ result) in nats per token; ``kl_base`` is KL(source ‖ base), which says how much
-    there was to preserve.
+    ``kl`` is the mean KL(source ‖ result) in nats per position (a predicted token, or a text for a classifier);
+    ``kl_base`` is KL(source ‖ base), which says how much there was to preserve. Perplexities are those of a causal
+    language model. What was not run is None, and ``notes`` says why.
     """
 
     result: Path
     source: Path
     base: Path
     tokens: int
-    kl: float
-    kl_largest: float
-    kl_base: float
-    top1_agreement: float
-    largest_logit_difference: float
-    perplexity_base: float
-    perplexity_source: float
-    perplexity_result: float
+    kl: float | None
+    kl_largest: float | None
+    kl_base: float | None
+    top1_agreement: float | None
+    largest_logit_difference: float | None
+    perplexity_base: float | None
+    perplexity_source: float | None
+    perplexity_result: float | None
     modules: tuple[ModuleError, ...]
     seconds: float
+    notes: tuple[str, ...] = ()
 
     @property
     def worst_module(self) -> ModuleError:
@@ -103,143 +90,54 @@ def verify(
     result, against = locate_result(result), locate_adapter(against, allow_pickle=allow_pickle)
     if save:
         check_report_place(result)
-    source = read_adapter(against, allow_pickle=allow_pickle)
-    folder = locate_base(base, source.base, source.revision, against)
     text = read_text(None if data is None else Path(data))
-    blocks = token_blocks(load_tokenizer(folder), text, samples=samples, length=SEQUENCE_LENGTH)
-    compared = _Compared(result, against, folder, dtype=dtype, device=resolve_device(device))
-    total = _Totals()
-    with progress_bar(len(blocks), "verifying", unit="block", quiet=quiet) as advance, torch.inference_mode():
-        for block in blocks:
-            total.add(*compared.logits(block), block)
-            advance(1)
+    placed = place_adapter(against, base, allow_pickle=allow_pickle)
+    compared = Comparison(result, placed, dtype=dtype, device=resolve_device(device))
+    total, notes = Agreement(), []
+    with torch.inference_mode():
+        if compared.reads_text:
+            tokenizer = load_tokenizer(placed.target.folder)
+            length = min(SEQUENCE_LENGTH, compared.longest_text)
+            blocks = token_blocks(tokenizer, text, samples=samples, length=length)
+            with progress_bar(len(blocks), "verifying", unit="block", quiet=quiet) as advance:
+                for block in blocks:
+                    _compare(compared, block, total)
+                    advance(1)
+        if not total.positions:
+            notes.append("the model was not run (it needs more than text, or has no logits): only weights are compared")
         modules = tuple(compared.module_errors())
     report = VerifyReport(
         result=result,
         source=against,
-        base=folder,
-        tokens=total.tokens,
-        kl=total.kl / total.tokens,
-        kl_largest=total.kl_largest,
-        kl_base=total.kl_base / total.tokens,
-        top1_agreement=total.agreements / total.tokens,
-        largest_logit_difference=total.logit_difference,
-        perplexity_base=math.exp(total.loss_base / total.tokens),
-        perplexity_source=math.exp(total.loss_source / total.tokens),
-        perplexity_result=math.exp(total.loss_result / total.tokens),
+        base=placed.target.folder,
+        tokens=total.positions,
         modules=modules,
         seconds=time.perf_counter() - started,
+        notes=tuple(notes),
+        **_means(total, causal=compared.is_causal),
     )
     if save:
         save_report(result, report.to_dict())
     return report
 
 
-class _Compared:
-    """The source on its base in stock PEFT, and beside it the result: a second adapter, or a model of its own."""
-
-    def __init__(self, result: Path, source: Path, base: Path, *, dtype: str, device: torch.device) -> None:
-        self._device = device
-        self._result_folder = result
-        self._is_adapter = (result / CONFIG_FILE).is_file()
-        if not self._is_adapter:
-            # Headers first: a broken result should not cost the loading of two models.
-            self._checkpoint = read_checkpoint(result)
-            self._merged = load_causal_lm(result, dtype=dtype, device=device)
-        self._model = attach_with_peft(load_causal_lm(base, dtype=dtype, device=device), source, "source")
-        if self._is_adapter:
-            self._model = attach_with_peft(self._model, result, "result")
-
-    def logits(self, block: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits (positions, vocabulary) of base, source and result."""
-        tokens = torch.tensor([block], device=self._device)
-        with self._model.disable_adapter():
-            base = self._model(tokens).logits[0]
-        self._model.set_adapter("source")
-        source = self._model(tokens).logits[0]
-        if not self._is_adapter:
-            return base, source, self._merged(tokens).logits[0]
-        self._model.set_adapter("result")
-        return base, source, self._model(tokens).logits[0]
-
-    def module_errors(self) -> Iterator[ModuleError]:
-        from peft.tuners.lora import LoraLayer
-
-        layers = {
-            name.removeprefix("base_model.model."): layer
-            for name, layer in self._model.named_modules()
-            if isinstance(layer, LoraLayer)
-        }
-        if not layers:
-            raise AdapterError(f"{self._result_folder}: stock PEFT finds no LoRA layer in the source.")
-        merged_weight = self._merged_weights(layers)
-        for path, layer in layers.items():
-            base = layer.get_base_layer().weight.detach().clone()
-            source = _merged_by_peft(layer, "source", base) if "source" in layer.lora_A else base
-            if self._is_adapter:
-                result = _merged_by_peft(layer, "result", base) if "result" in layer.lora_A else base
-            else:
-                result = merged_weight(path)
-            change = float((source.double() - base.double()).norm())
-            difference = float((result.double() - source.double()).norm())
-            yield ModuleError(path, difference / change if change else difference)
-
-    def _merged_weights(self, layers: dict[str, Any]):
-        """A function from a module's path to its weight in the merged checkpoint, read from the bytes on disk."""
-        if self._is_adapter:
-            return None
-        shapes = {path: tuple(layer.get_base_layer().weight.shape) for path, layer in layers.items()}
-        names, _ = place(shapes, {name: ref.shape for name, ref in self._checkpoint.tensors.items()})
-
-        def read(path: str) -> torch.Tensor:
-            with TensorReader() as reader:
-                return reader.read(self._checkpoint.tensors[names[path]]).to(self._device)
-
-        return read
+def _compare(compared: Comparison, block: list[int], total: Agreement) -> None:
+    logits = compared.logits(block)
+    if logits is None:
+        return
+    # The last position of a causal model predicts nothing that is known.
+    targets = torch.tensor(block[1:], device=logits[0].device) if compared.is_causal else None
+    total.add(*logits, targets)
 
 
-def _merged_by_peft(layer: Any, adapter: str, base: torch.Tensor) -> torch.Tensor:
-    """The layer's weight with one adapter merged by PEFT's own code; the layer is left as it was."""
-    weight = layer.get_base_layer().weight
-    layer.merge(adapter_names=[adapter])
-    merged = weight.detach().clone()
-    layer.unmerge()
-    weight.data.copy_(base)  # unmerging subtracts, which leaves rounding behind
-    return merged
-
-
-@dataclass
-class _Totals:
-    tokens: int = 0
-    kl: float = 0.0
-    kl_largest: float = 0.0
-    kl_base: float = 0.0
-    agreements: int = 0
-    logit_difference: float = 0.0
-    loss_base: float = 0.0
-    loss_source: float = 0.0
-    loss_result: float = 0.0
-
-    def add(self, base: torch.Tensor, source: torch.Tensor, result: torch.Tensor, block: list[int]) -> None:
-        """Count one block; the last position predicts nothing that is known."""
-        targets = torch.tensor(block[1:], device=source.device)[:, None]
-        for start in range(0, len(targets), _POSITIONS):
-            part = slice(start, min(start + _POSITIONS, len(targets)))
-            parts = (logits[part].double() for logits in (base, source, result))
-            log_base, log_source, log_result = (logits.log_softmax(-1) for logits in parts)
-            kl = _kl(log_source, log_result)
-            self.tokens += len(kl)
-            self.kl += float(kl.sum())
-            self.kl_largest = max(self.kl_largest, float(kl.max()))
-            self.kl_base += float(_kl(log_source, log_base).sum())
-            self.agreements += int((log_source.argmax(-1) == log_result.argmax(-1)).sum())
-            difference = (source[part].double() - result[part].double()).abs().max()
-            self.logit_difference = max(self.logit_difference, float(difference))
-            self.loss_base -= float(log_base.gather(1, targets[part]).sum())
-            self.loss_source -= float(log_source.gather(1, targets[part]).sum())
-            self.loss_result -= float(log_result.gather(1, targets[part]).sum())
-
-
-def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p ‖ q) of each row, (positions,)."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+def _means(total: Agreement, *, causal: bool) -> dict[str, float | None]:
+    names = ("kl", "kl_largest", "kl_base", "top1_agreement", "largest_logit_difference")
+    perplexities = ("perplexity_base", "perplexity_source", "perplexity_result")
+    if not total.positions:
+        return dict.fromkeys((*names, *perplexities))
+    count = total.positions
+    values = (total.kl / count, total.kl_largest, total.kl_base / count, total.agreements / count, total.difference)
+    losses = (total.loss_base, total.loss_source, total.loss_result)
+    return dict(zip(names, values, strict=True)) | {
+        name: math.exp(loss / count) if causal else None for name, loss in zip(perplexities, losses, strict=True)
+    }

@@ -34,7 +34,7 @@ _HONOURED = frozenset(
     }
 )
 #: Fields that are refused unless empty, each with the reason.
-_REFUSED = {
+REFUSED = {
     "enable_lora": "LoRA on a part of a fused layer (PEFT 0.2's MergedLinear) has no place in today's models",
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only, so it is no fixed weight",
     "arrow_config": "Arrow routes between adapters at run time, so it is no fixed weight",
@@ -49,7 +49,7 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 #: Initialisations that took s·B0·A0 out of the base weight, with B0 and A0 a function of that weight alone.
 _RECOMPUTED_INITS = ("pissa", "olora")
 #: Those whose B0 and A0 cannot be had again from the file and the base.
-_CHANGED_BASE = {
+CHANGED_BASE = {
     "pissa_niter_*": "took a randomized part out of the base weights, which cannot be computed again",
     "corda": "took a part out of the base weights that depends on data which the file does not hold",
     "lora_ga": "took a part out of the base weights that depends on gradients which the file does not hold",
@@ -108,8 +108,8 @@ def _refuse_features(config: Mapping[str, Any], field: _Fields) -> None:
     for name, value in config.items():
         if name in _INERT or name in _HONOURED or _is_empty(value):
             continue
-        if name in _REFUSED:
-            raise UnsupportedError(f"{field.path}: {name}={_short(value)}: {_REFUSED[name]}.")
+        if name in REFUSED:
+            raise UnsupportedError(f"{field.path}: {name}={_short(value)}: {REFUSED[name]}.")
         else:
             raise UnsupportedError(
                 f"{field.path}: {name}={_short(value)} is a field that mapconv does not know: remove it from the file "
@@ -127,7 +127,7 @@ def _initialization(config: Mapping[str, Any], path: Path) -> str | None:
     if init in _RECOMPUTED_INITS:
         return init
     name = init.partition("_niter_")[0] + "_niter_*" if "_niter_" in init else init
-    reason = _CHANGED_BASE.get(name, "is an initialization that mapconv does not know")
+    reason = CHANGED_BASE.get(name, "is an initialization that mapconv does not know")
     raise UnsupportedError(
         f"{path}: init_lora_weights={init!r} {reason}: export it as plain LoRA first "
         "(PEFT: save_pretrained(path_initial_model_for_weight_conversion=…))."

@@ -1,0 +1,24 @@
+"""The examples run as their docstrings say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name: str, *arguments: object) -> str:
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+
+
+def test_inspect_upgrade_verify_merge(base, dora, tmp_path):
+    assert "DoRA, 14 modules" in run("inspect_adapter.py", dora, base)
+    assert "14 modules in" in run("upgrade_adapter.py", dora, tmp_path / "map", base)
+    assert "KL" in run("verify_result.py", tmp_path / "map", dora, base)
+    assert "14 tensors merged" in run("merge_adapter.py", tmp_path / "map", tmp_path / "merged", base)
+    assert (tmp_path / "merged" / "config.json").is_file()
