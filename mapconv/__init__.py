@@ -1,4 +1,4 @@
-"""mapconv: LoRA and DoRA adapters in MAP form (arXiv 2505.23094), checked and merged.
+"""mapconv: LoRA and DoRA adapters in MAP form (arXiv 2505.23094), checked, merged and published.
 
 The functions of this module are what the commands run; each returns a typed result::
 
@@ -16,17 +16,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mapconv.commands.inspect import inspect
     from mapconv.commands.merge import merge
+    from mapconv.commands.push import push
     from mapconv.commands.upgrade import upgrade
     from mapconv.commands.verify import verify
     from mapconv.errors import MapconvError
 
 __version__ = "0.1.0"
-__all__ = ["MapconvError", "inspect", "merge", "upgrade", "verify"]
+__all__ = ["MapconvError", "inspect", "merge", "push", "upgrade", "verify"]
 
 _HOMES = {
     "MapconvError": "mapconv.errors",
     "inspect": "mapconv.commands.inspect",
     "merge": "mapconv.commands.merge",
+    "push": "mapconv.commands.push",
     "upgrade": "mapconv.commands.upgrade",
     "verify": "mapconv.commands.verify",
 }

@@ -8,6 +8,7 @@
     ├── BaseMismatchError            a MAP adapter meets another base than the one it was made for
     ├── OutputError                  the place to write to is taken, full or forbidden
     ├── DataError                    a text file or a tokenizer that cannot be used
+    ├── HubError                     the Hub cannot be reached or refuses, or would be told what must stay here
     ├── FidelityError                a result is further from its source than the caller allows
     └── DependencyError              an optional package or a device is absent
 
@@ -46,6 +47,10 @@ class OutputError(MapconvError):
 
 class DataError(MapconvError):
     """A text file or a tokenizer cannot be used."""
+
+
+class HubError(MapconvError):
+    """The Hub cannot be reached or refuses, or a push would send what must stay here."""
 
 
 class FidelityError(MapconvError):

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mapconv.adapter import Adapter
-from mapconv.checkpoint.index import Checkpoint, read_checkpoint
+from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import AdapterError, CheckpointError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter
-from mapconv.hub import locate_base
+from mapconv.hub import open_base
 from mapconv.placement import linear_paths, place, require_all_targets
 from mapconv.resolution import resolve_target
 from mapconv.target import TargetModel, plain_target
@@ -32,22 +32,26 @@ class PlacedAdapter:
     modules: tuple[PlacedModule, ...]
 
 
-def place_adapter(source: Path, base: str | Path | None, *, allow_pickle: bool = False) -> PlacedAdapter:
+def place_adapter(
+    source: Path, base: str | Path | None, *, allow_pickle: bool = False, lean: bool = False
+) -> PlacedAdapter:
     """Read one adapter and the base's headers, and place every tensor; as ``place_adapters``."""
-    return place_adapters([source], base, allow_pickle=allow_pickle)[0]
+    return place_adapters([source], base, allow_pickle=allow_pickle, lean=lean)[0]
 
 
 def place_adapters(
-    sources: Sequence[Path], base: str | Path | None, *, allow_pickle: bool = False
+    sources: Sequence[Path], base: str | Path | None, *, allow_pickle: bool = False, lean: bool = False
 ) -> tuple[PlacedAdapter, ...]:
     """Read adapters and the base's headers, and place every tensor of each on one target model.
+
+    With ``lean`` a base on the Hub stays there, but for the bytes that are read (``mapconv.hub.ranges``).
 
     Raises:
         MapconvError: of the kind that fits; nothing has been computed or written.
     """
     adapters = [read_adapter(source, allow_pickle=allow_pickle) for source in sources]
     first = adapters[0]
-    checkpoint = read_checkpoint(locate_base(base, first.base, first.revision, sources[0]))
+    checkpoint = open_base(base, first.base, first.revision, sources[0], lean=lean)
     config = _read_config(checkpoint)
     plain = _place_plain(adapters, checkpoint, config)
     target, placed = plain or resolve_target(checkpoint, adapters)

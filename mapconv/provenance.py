@@ -1,28 +1,31 @@
-"""What a MAP directory records of where it came from: its base, its source, its options."""
+"""What a result records of where it came from: its base, its source, its options."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import mapconv
 from mapconv.adapter import MapModule
+from mapconv.card import card_facts
 from mapconv.convert import ConvertOptions
 from mapconv.formats.mapdir import FORMAT_VERSION
 from mapconv.formats.peft import CONFIG_FILE, weights_name
-from mapconv.hub import is_folder
+from mapconv.hub.reference import origin_of
 from mapconv.placing import PlacedAdapter
 
 
 def base_name(placed: PlacedAdapter) -> str:
     """What the result records as its base: the Hub id if the base came from the Hub's cache, else the folder."""
-    recorded, folder = placed.adapter.base, placed.target.folder
-    if recorded and not is_folder(recorded) and folder.parent.name == "snapshots":
-        return recorded
-    return str(folder.resolve())
+    return _recorded(placed.target.folder)[0]
+
+
+def base_revision(placed: PlacedAdapter) -> str | None:
+    """The commit of a base from the Hub; for a folder, what the source's configuration says of it."""
+    return _recorded(placed.target.folder)[1] or placed.adapter.revision
 
 
 def map_config(placed: PlacedAdapter, options: ConvertOptions, modules: Sequence[MapModule]) -> dict[str, Any]:
@@ -35,18 +38,27 @@ def map_config(placed: PlacedAdapter, options: ConvertOptions, modules: Sequence
     return {
         "format_version": FORMAT_VERSION,
         "mapconv_version": mapconv.__version__,
-        "base": {
-            "name": base_name(placed),
-            "revision": placed.adapter.revision,
-            "fingerprint": _base_fingerprint(entries),
-        },
-        "source": {
-            "name": str(placed.adapter.path.resolve()),
-            "method": placed.adapter.method,
-            "fingerprint": source_fingerprint(placed.adapter.path),
-        },
+        "base": _base_record(placed) | {"fingerprint": _base_fingerprint(entries)},
+        "source": _source_record(placed),
         "options": asdict(options),
         "modules": entries,
+    }
+
+
+def merge_record(placed: Sequence[PlacedAdapter], weights: Sequence[float] | None) -> dict[str, Any]:
+    """The content of ``map_merge.json``: what a merged model was made from, for its model card.
+
+    ``modules`` holds the scalars where one MAP adapter was merged.
+    """
+    first, *others = placed
+    return {
+        "format_version": FORMAT_VERSION,
+        "mapconv_version": mapconv.__version__,
+        "base": _base_record(first),
+        "source": _source_record(first),
+        "more_sources": [_source_record(other) for other in others],
+        "weights": None if weights is None else list(weights),
+        "modules": [] if others else [scalars.to_dict() for scalars in first.adapter.map_modules],
     }
 
 
@@ -58,6 +70,34 @@ def source_fingerprint(folder: Path) -> str:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return f"sha256:{digest.hexdigest()}"
+
+
+def _base_record(placed: PlacedAdapter) -> dict[str, Any]:
+    folder = placed.target.folder
+    return {"name": base_name(placed), "revision": base_revision(placed), "card": card_facts(folder)}
+
+
+def _source_record(placed: PlacedAdapter) -> dict[str, Any]:
+    """The adapter that was converted or merged; of a MAP adapter also what that was made from."""
+    folder = placed.adapter.path
+    name, revision = _recorded(folder)
+    record = {
+        "name": name,
+        "revision": revision,
+        "method": placed.adapter.method,
+        "fingerprint": source_fingerprint(folder),
+        "card": card_facts(folder),
+    }
+    earlier = (placed.adapter.map_config or {}).get("source")
+    return record | {"source": earlier} if isinstance(earlier, dict) else record
+
+
+def _recorded(folder: Path) -> tuple[str, str | None]:
+    """(name, commit) of a folder from the Hub's cache, (absolute path, None) of any other."""
+    origin = origin_of(folder)
+    if origin is None:
+        return str(folder.resolve()), None
+    return str(replace(origin, revision=None)), origin.revision
 
 
 def _base_fingerprint(entries: Sequence[dict[str, Any]]) -> str:

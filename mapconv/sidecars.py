@@ -14,12 +14,14 @@ from typing import Any
 from mapconv.checkpoint.staging import write_file
 
 MODEL_CONFIG = "config.json"
-_TOKENIZER = (
+#: Written into a merged model: what it was made from. transformers leaves a file of this name alone.
+MERGE_RECORD = "map_merge.json"
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json",
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
 )  # fmt: skip
-_MODEL = (
+MODEL_FILES = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "image_processor_config.json", "configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py",
     "LICENSE*", "NOTICE*",
@@ -28,7 +30,12 @@ _MODEL = (
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The tokenizer's files in ``folder``, relative to it."""
-    return _matching(folder, _TOKENIZER)
+    return _matching(folder, TOKENIZER_FILES)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The model's other small files in ``folder``, relative to it: all but ``config.json`` and the weights."""
+    return _matching(folder, MODEL_FILES)
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[Path]:
@@ -41,7 +48,7 @@ def copy_model_files(base: Path, adapter: Path, target: Path) -> list[str]:
 
     An adapter that brings a tokenizer was trained with it (a chat template, added tokens): it replaces the base's.
     """
-    _copy(base, target, _matching(base, _MODEL))
+    _copy(base, target, _matching(base, MODEL_FILES))
     own = tokenizer_files(adapter)
     if any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt") for path in own):
         _copy(adapter, target, own)

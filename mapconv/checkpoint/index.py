@@ -11,7 +11,7 @@ import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mapconv.adapter import ITEM_SIZES, TensorRef
 from mapconv.errors import CheckpointError
@@ -33,14 +33,22 @@ class TensorFile:
     metadata: dict[str, str]
 
 
+class ByteSource(Protocol):
+    """Where the bytes of a file come from that is not wholly on this disk (``mapconv.hub.ranges``)."""
+
+    def require(self, file: Path, start: int, stop: int) -> None:
+        """Return once the bytes [start, stop) of ``file`` are on the disk; other files than its own are there."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's weights: one safetensors file, or several with an index."""
+    """A model's weights: one safetensors file, or several with an index; ``source`` None is all on this disk."""
 
     folder: Path
     files: tuple[TensorFile, ...]
     index_metadata: dict[str, Any] | None = None
     tensors: dict[str, TensorRef] = field(default_factory=dict)
+    source: ByteSource | None = None
 
     @property
     def nbytes(self) -> int:

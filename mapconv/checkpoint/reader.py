@@ -13,6 +13,7 @@ from threading import Lock
 import torch
 
 from mapconv.adapter import TensorRef
+from mapconv.checkpoint.index import ByteSource
 from mapconv.errors import CheckpointError
 
 TORCH_DTYPES = {
@@ -23,9 +24,13 @@ SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class TensorReader:
-    """Open files, each once, and positioned reads from them. Use it as a context manager."""
+    """Open files, each once, and positioned reads from them. Use it as a context manager.
 
-    def __init__(self) -> None:
+    ``source`` is asked for the bytes of its files before each read: a checkpoint that is partly on the Hub has one.
+    """
+
+    def __init__(self, source: ByteSource | None = None) -> None:
+        self._source = source
         self._descriptors: dict[Path, int] = {}
         self._lock = Lock()
 
@@ -57,6 +62,8 @@ class TensorReader:
         dtype = TORCH_DTYPES[ref.dtype]
         target = buffer[: (stop - start) * dtype.itemsize]
         view, offset = memoryview(target.numpy()), ref.start + start * dtype.itemsize
+        if self._source is not None:
+            self._source.require(ref.file, offset, offset + len(view))
         descriptor = self.descriptor(ref.file)
         while view:
             count = os.preadv(descriptor, [view], offset)

@@ -10,7 +10,7 @@ from mapconv import __version__
 from mapconv.cli.errors import errors_as_sentences
 
 #: In the order of a user's day, which is the order of the help page.
-COMMANDS = ("inspect", "upgrade", "verify", "merge", "demo")
+COMMANDS = ("inspect", "upgrade", "verify", "merge", "push", "demo")
 
 
 class _Commands(click.Group):
@@ -30,7 +30,7 @@ class _Commands(click.Group):
 )
 @click.version_option(__version__, prog_name="mapconv")
 def cli() -> None:
-    """Convert LoRA and DoRA adapters to MAP form, check them, and merge them.
+    """Convert LoRA and DoRA adapters to MAP form, check, merge and publish them.
 
     MAP (arXiv 2505.23094) writes an adapted weight as W' = α·W0/‖W0‖ + β·Δ/‖Δ‖: a direction and two scalars.
     """

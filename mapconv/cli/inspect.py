@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from mapconv.cli import options
 from mapconv.cli.output import notes, print_json, print_table, size
+from mapconv.hub.reference import shown
 
 
 @click.command("inspect", short_help="Say what an adapter is, and what upgrade would do.")
-@click.argument("source", type=options.FOLDER)
+@click.argument("source", type=options.SOURCE)
 @options.base
 @options.allow_pickle
 @options.as_json
-def command(source: Path, base: str | None, allow_pickle: bool, as_json: bool) -> None:
+def command(source: str, base: str | None, allow_pickle: bool, as_json: bool) -> None:
     """Say what the adapter in SOURCE is, and what `mapconv upgrade` would do with it.
 
     With --base, every tensor is also placed on the base model, from names and shapes alone.
@@ -32,7 +31,7 @@ def command(source: Path, base: str | None, allow_pickle: bool, as_json: bool) -
     )
     click.echo(f"  base      {found.base or 'not recorded'}{f' @ {found.revision}' if found.revision else ''}")
     if found.fits is not None:
-        click.echo(f"  placed    every tensor fits {found.fits}")
+        click.echo(f"  placed    every tensor fits {shown(found.fits)}")
     if found.task_type:
         click.echo(f"  task      {found.task_type}")
     if found.peft_version:

@@ -8,10 +8,11 @@ import click
 
 from mapconv.cli import options
 from mapconv.cli.output import notes, print_json, size, small
+from mapconv.hub.reference import shown
 
 
 @click.command("merge", short_help="Merge an adapter into its base weights.")
-@click.argument("adapters", metavar="ADAPTER...", type=options.FOLDER, nargs=-1, required=True)
+@click.argument("adapters", metavar="ADAPTER...", type=options.SOURCE, nargs=-1, required=True)
 @options.base
 @click.option("--out", "-o", type=options.FOLDER, required=True, help="Folder to write the merged model to.")
 @click.option(
@@ -42,7 +43,7 @@ from mapconv.cli.output import notes, print_json, size, small
 )
 @options.quiet
 def command(
-    adapters: tuple[Path, ...],
+    adapters: tuple[str, ...],
     base: str | None,
     out: Path,
     dtype: str,
@@ -80,7 +81,7 @@ def command(
         print_json(result.to_dict())
     else:
         verb = "would write" if dry_run else "wrote"
-        click.echo(f"{' + '.join(map(str, adapters))} ({result.method}) + {result.base}")
+        click.echo(f"{' + '.join(map(str, adapters))} ({result.method}) + {shown(result.base)}")
         click.echo(
             f"  {verb} {result.out}: {result.tensors} tensors in {len(result.files)} files, {size(result.nbytes)}"
         )

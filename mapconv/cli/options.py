@@ -46,6 +46,8 @@ class Numbers(click.ParamType):
 
 
 FOLDER = click.Path(path_type=Path)
+#: A folder or a Hub reference, as it was typed: a Path would forget the ``./`` that tells the two apart.
+SOURCE = click.STRING
 
 base = click.option(
     "--base", metavar="BASE", help="Base model: a folder or a Hub id. Default: what the adapter's config names."

@@ -11,6 +11,7 @@ import click
 
 from mapconv.cli import options
 from mapconv.cli.output import notes, print_json, print_table, size, small, spread
+from mapconv.hub.reference import shown
 
 if TYPE_CHECKING:
     from mapconv.commands.upgrade import UpgradeResult
@@ -20,7 +21,7 @@ LARGE_ERROR = 0.1
 
 
 @click.command("upgrade", short_help="Convert a LoRA or DoRA adapter to MAP form.")
-@click.argument("source", type=options.FOLDER)
+@click.argument("source", type=options.SOURCE)
 @options.base
 @click.option("--out", "-o", type=options.FOLDER, help="Folder to write. Default: SOURCE-map beside SOURCE.")
 @click.option("--rank", type=click.IntRange(min=1), metavar="N", help="Rank of the result. Default: the source's own.")
@@ -57,7 +58,7 @@ LARGE_ERROR = 0.1
 @options.force
 @options.quiet
 def command(
-    source: Path,
+    source: str,
     base: str | None,
     out: Path | None,
     rank: int | None,
@@ -73,7 +74,7 @@ def command(
     force: bool,
     quiet: bool,
 ) -> None:
-    """Convert the LoRA or DoRA adapter in SOURCE to MAP form.
+    """Convert the LoRA or DoRA adapter in SOURCE, a folder or a Hub id (owner/name), to MAP form.
 
     A LoRA converts exactly. A DoRA is refitted: the closest MAP weight of the same rank, solved to the optimum, with
     its relative error ε for each module. The result is a folder that stock PEFT loads.
@@ -105,7 +106,7 @@ def command(
     if as_json:
         print_json(result.to_dict())
     elif dry_run:
-        click.echo(f"would convert {result.planned} {result.method} modules on {result.base}")
+        click.echo(f"would convert {result.planned} {result.method} modules on {shown(result.base)}")
         click.echo(f"would write {result.out} (about {size(result.nbytes)})")
     else:
         _report(result, tolerance)
@@ -116,7 +117,7 @@ def _report(result: UpgradeResult, tolerance: float | None) -> None:
     groups = defaultdict(list)
     for module in result.modules:
         groups[module.path.rpartition(".")[2]].append(module)
-    click.echo(f"{result.source} ({result.method}) → {result.out} (MAP)")
+    click.echo(f"{shown(result.source)} ({result.method}) → {result.out} (MAP)")
     click.echo()
     print_table(
         ["target", "modules", "rank", "α/‖W0‖", "β/α", "ε worst", "ε median"],

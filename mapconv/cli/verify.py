@@ -11,15 +11,16 @@ import click
 
 from mapconv.cli import options
 from mapconv.cli.output import notes, print_json, print_table, small
+from mapconv.hub.reference import shown
 
 if TYPE_CHECKING:
     from mapconv.commands.verify import VerifyReport
 
 
 @click.command("verify", short_help="Measure how far a result is from its source.")
-@click.argument("result", type=options.FOLDER)
+@click.argument("result", type=options.SOURCE)
 @click.option(
-    "--against", type=options.FOLDER, required=True, metavar="SOURCE", help="The LoRA or DoRA adapter it was made from."
+    "--against", type=options.SOURCE, required=True, metavar="SOURCE", help="The LoRA or DoRA adapter it was made from."
 )
 @options.base
 @click.option(
@@ -44,18 +45,20 @@ if TYPE_CHECKING:
     help="What the models compute in.",
 )
 @options.device
+@click.option("--save", is_flag=True, help="Store the report in RESULT, for the model card of `mapconv push`.")
 @options.allow_pickle
 @options.as_json
 @options.quiet
 def command(
-    result: Path,
-    against: Path,
+    result: str,
+    against: str,
     base: str | None,
     data: Path | None,
     samples: int,
     max_kl: float | None,
     dtype: str,
     device: str,
+    save: bool,
     allow_pickle: bool,
     as_json: bool,
     quiet: bool,
@@ -75,6 +78,7 @@ def command(
         samples=samples,
         device=device,
         dtype=dtype,
+        save=save,
         allow_pickle=allow_pickle,
         quiet=quiet,
     )
@@ -90,7 +94,8 @@ def command(
 
 
 def _report(report: VerifyReport) -> None:
-    click.echo(f"{report.result} against {report.source}, {report.tokens:,} positions, {report.seconds:.1f} s")
+    where = f"{shown(report.result)} against {shown(report.source)}"
+    click.echo(f"{where}, {report.tokens:,} positions, {report.seconds:.1f} s")
     click.echo()
     if report.kl is not None:
         _functions(report)

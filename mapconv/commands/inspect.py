@@ -9,6 +9,7 @@ from typing import Any
 
 from mapconv.adapter import Adapter, Module, WholeTensor
 from mapconv.formats import read_adapter
+from mapconv.hub import locate_adapter
 from mapconv.placing import place_adapter
 
 
@@ -55,12 +56,12 @@ def inspect(source: str | Path, *, base: str | Path | None = None, allow_pickle:
     Raises:
         MapconvError: the adapter is broken or refused, or does not fit the base.
     """
-    source = Path(source)
+    source = locate_adapter(source, allow_pickle=allow_pickle)
     fits = None
     if base is None:
         adapter = read_adapter(source, allow_pickle=allow_pickle)
     else:
-        placed = place_adapter(source, base, allow_pickle=allow_pickle)
+        placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=True)
         adapter, fits = placed.adapter, placed.target.folder
     groups: dict[str, list[Module]] = defaultdict(list)
     for module in adapter.modules:

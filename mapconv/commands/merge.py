@@ -16,12 +16,14 @@ from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
 from mapconv.checkpoint.writer import FixedFile
 from mapconv.errors import BaseMismatchError
+from mapconv.hub import locate_adapter
 from mapconv.merging import MergedTensor, Merger
 from mapconv.parallel import in_order, worker_count
 from mapconv.placing import PlacedAdapter, place_adapters
 from mapconv.plan import MergePlan, plan_merge
 from mapconv.progress import progress_bar
-from mapconv.sidecars import copy_model_files, write_model_config
+from mapconv.provenance import merge_record
+from mapconv.sidecars import MERGE_RECORD, copy_model_files, write_model_config
 
 #: Norms of the same bytes agree far better than this; those of another base do not (DESIGN.md, fingerprint).
 NORM_TOLERANCE = 1e-9
@@ -74,7 +76,8 @@ def merge(
     """Merge a MAP directory or a LoRA or DoRA adapter, or several, into the base model and write it to ``out``.
 
     Args:
-        adapters: the adapter's folder, or several: updates of LoRA and MAP adapters on one weight add up.
+        adapters: the adapter's folder or Hub reference (``owner/name[@revision][:subfolder]``), or several: updates of
+            LoRA and MAP adapters on one weight add up.
         out: the folder to write; it appears whole or not at all.
         base: the base model's folder or Hub id; None takes it from the first adapter's configuration.
         weights: a factor for each adapter's update; None: 1 for each.
@@ -90,9 +93,10 @@ def merge(
         ValueError: another number of weights than of adapters.
     """
     started = time.perf_counter()
-    sources = [Path(adapters)] if isinstance(adapters, str | Path) else [Path(adapter) for adapter in adapters]
-    if weights is not None and len(weights) != len(sources):
-        raise ValueError(f"{len(weights)} weights for {len(sources)} adapters")
+    named = [adapters] if isinstance(adapters, str | Path) else list(adapters)
+    if weights is not None and len(weights) != len(named):
+        raise ValueError(f"{len(weights)} weights for {len(named)} adapters")
+    sources = [locate_adapter(adapter, allow_pickle=allow_pickle) for adapter in named]
     out = Path(out)
     placed = place_adapters(sources, base, allow_pickle=allow_pickle)
     plan = plan_merge(placed, weights=weights, dtype=dtype, max_shard_size=max_shard_size)
@@ -109,6 +113,8 @@ def merge(
             if len(plan.files) > 1 or plan.target.checkpoint.index_metadata is not None:
                 write_file(staging / INDEX_FILE, _index(plan))
             notes += write_model_config(folder, staging, dtype, plan.target.config)
+            record = merge_record(placed, weights)
+            write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")
     return MergeResult(
         out=out,
         base=folder,

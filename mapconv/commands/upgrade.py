@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mapconv.adapter import Direction, MapModule
-from mapconv.card import adapter_card
+from mapconv.card import CARD_FILE, local_card
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
 from mapconv.checkpoint.writer import SpooledFile
@@ -18,10 +18,12 @@ from mapconv.convert import DEFAULT_MAX_RANK, Converted, Converter, ConvertOptio
 from mapconv.errors import UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude, peft_config, peft_factors, peft_magnitude, write_configs
 from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
+from mapconv.hub import hub_reference, locate_adapter
+from mapconv.hub.ranges import prefetch
 from mapconv.parallel import in_order, worker_count
 from mapconv.placing import PlacedAdapter, place_adapter
 from mapconv.progress import progress_bar
-from mapconv.provenance import base_name, map_config
+from mapconv.provenance import base_name, base_revision, map_config
 from mapconv.sidecars import copy_tokenizer
 
 
@@ -72,8 +74,8 @@ def upgrade(
     """Convert a LoRA or DoRA adapter to MAP form.
 
     Args:
-        source: the adapter's folder.
-        out: the MAP directory to write; None: ``<source>-map`` beside the source.
+        source: the adapter's folder, or a Hub reference (``owner/name[@revision][:subfolder]``).
+        out: the MAP directory to write; None: ``<source>-map`` beside the source, or here for one from the Hub.
         base: the base model's folder or Hub id; None takes it from the adapter's configuration.
         rank: rank of the result; None keeps each module's own.
         tolerance: instead of ``rank``: the smallest rank of each module whose ε is at most this, up to ``max_rank``.
@@ -95,10 +97,10 @@ def upgrade(
         raise ValueError("rank and tolerance exclude each other")
     if lora_compatible and direction == "dora":
         raise ValueError("a DoRA direction is no plain LoRA: lora_compatible needs the low-rank direction")
-    source = Path(source)
     out = default_output(source) if out is None else Path(out)
+    source = locate_adapter(source, allow_pickle=allow_pickle)
     options = ConvertOptions(rank, tolerance, max_rank, direction, lora_compatible, dtype, device)
-    placed = place_adapter(source, base, allow_pickle=allow_pickle)
+    placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=True)
     if placed.adapter.method == "MAP":
         raise UnsupportedError(f"{source} is a MAP adapter already: upgrade the adapter that it was made from.")
     nbytes = sum(options.stored_bytes(item) for item in placed.modules)
@@ -125,8 +127,12 @@ def upgrade(
     )
 
 
-def default_output(source: Path) -> Path:
-    """``<source>-map`` beside the source."""
+def default_output(source: str | Path) -> Path:
+    """``<source>-map`` beside the source; for one from the Hub, its name alone, in the current folder."""
+    reference = hub_reference(source)
+    if reference is not None:
+        return Path(f"{reference.name}-map")
+    source = Path(source)
     resolved = source.resolve()
     return resolved.parent / f"{resolved.name}-map" if source.name in ("", "..") else Path(f"{source}-map")
 
@@ -149,11 +155,13 @@ def _write(
     copy_tokenizer(placed.adapter.path, staging)
     base = base_name(placed)
     names = {item.module.path: item.parameter if item.experts > 1 else item.module.path for item in placed.modules}
-    write_file(staging / "README.md", adapter_card(placed.adapter, base, plain_lora=not needs_magnitude(modules)))
     own_paths = {module.path for module in placed.adapter.modules}
     respelled = any(item.module.path not in own_paths for item in placed.modules)
     config = peft_config(placed.adapter.config, modules, names, base=base, respelled=respelled)
-    write_configs(staging, config, map_config(placed, options, modules))
+    config["revision"] = base_revision(placed)
+    record = map_config(placed, options, modules)
+    write_file(staging / CARD_FILE, local_card(config, record))
+    write_configs(staging, config, record)
     return modules, parameters
 
 
@@ -164,7 +172,9 @@ def _convert(
     workers = worker_count(max(options.working_bytes(item) for item in placed.modules))
     total = sum(item.weight.nbytes for item in placed.modules)
     converted, stack, parameters = [], [], 0
-    with TensorReader() as reader, progress_bar(total, "upgrading", quiet=quiet) as advance:
+    source = placed.target.checkpoint.source
+    prefetch(source, [piece.tensor for item in placed.modules for piece in item.weight.pieces], quiet=quiet)
+    with TensorReader(source) as reader, progress_bar(total, "upgrading", quiet=quiet) as advance:
         results = in_order(Converter(reader, options).convert, placed.modules, workers)
         for item, result in zip(placed.modules, results, strict=True):
             stack.append(result)

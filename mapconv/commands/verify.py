@@ -12,9 +12,11 @@ import torch
 
 from mapconv.comparison import Agreement, Comparison, ModuleError
 from mapconv.devices import resolve_device
+from mapconv.hub import locate_adapter, locate_result
 from mapconv.models import load_tokenizer
 from mapconv.placing import place_adapter
 from mapconv.progress import progress_bar
+from mapconv.report.saved import check_report_place, save_report
 from mapconv.text import read_text, token_blocks
 
 DEFAULT_SAMPLES = 8
@@ -63,6 +65,7 @@ def verify(
     samples: int = DEFAULT_SAMPLES,
     device: str = "auto",
     dtype: str = "float32",
+    save: bool = False,
     allow_pickle: bool = False,
     quiet: bool = True,
 ) -> VerifyReport:
@@ -76,6 +79,7 @@ def verify(
         samples: blocks of 256 tokens to run.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: what the models compute in; float32 shows the conversion's error alone.
+        save: store the report as ``verify.json`` in the result's folder, for the model card that ``push`` writes.
         allow_pickle: read the source's weights from a ``.bin`` file.
         quiet: no progress bar.
 
@@ -83,7 +87,9 @@ def verify(
         MapconvError: a model, an adapter or the text cannot be used.
     """
     started = time.perf_counter()
-    result, against = Path(result), Path(against)
+    result, against = locate_result(result), locate_adapter(against, allow_pickle=allow_pickle)
+    if save:
+        check_report_place(result)
     text = read_text(None if data is None else Path(data))
     placed = place_adapter(against, base, allow_pickle=allow_pickle)
     compared = Comparison(result, placed, dtype=dtype, device=resolve_device(device))
@@ -100,7 +106,7 @@ def verify(
         if not total.positions:
             notes.append("the model was not run (it needs more than text, or has no logits): only weights are compared")
         modules = tuple(compared.module_errors())
-    return VerifyReport(
+    report = VerifyReport(
         result=result,
         source=against,
         base=placed.target.folder,
@@ -110,6 +116,9 @@ def verify(
         notes=tuple(notes),
         **_means(total, causal=compared.is_causal),
     )
+    if save:
+        save_report(result, report.to_dict())
+    return report
 
 
 def _compare(compared: Comparison, block: list[int], total: Agreement) -> None:

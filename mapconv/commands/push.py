@@ -1,0 +1,134 @@
+"""Publish a MAP adapter or a merged model on the Hub: pack, check, and send what changed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mapconv.card import CARD_FILE
+from mapconv.errors import HubError
+from mapconv.hub.client import Secret
+from mapconv.hub.reference import is_repo_id
+from mapconv.hub.upload import Destination, send
+from mapconv.publish import Kind, Parcel, pack
+
+
+@dataclass(frozen=True)
+class PushedFile:
+    """A file of the repository; ``note`` says where its bytes differ from the folder's."""
+
+    name: str
+    nbytes: int
+    note: str
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What was published, or with ``dry_run`` what would be (then without a commit).
+
+    ``changed`` is False where the Hub had the same files already: then ``commit`` is the one that it had.
+    """
+
+    path: Path
+    repo_id: str
+    kind: Kind
+    base: str
+    base_revision: str | None
+    source: str | None
+    license: str | None
+    files: tuple[PushedFile, ...]
+    left_behind: tuple[str, ...]
+    dry_run: bool
+    url: str | None = None
+    commit: str | None = None
+    commit_url: str | None = None
+    pull_request: str | None = None
+    created: bool = False
+    changed: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"path": str(self.path), "nbytes": self.nbytes}
+
+
+class Push:
+    """A push that is packed and checked, and not yet sent: what a user confirms."""
+
+    def __init__(self, path: str | Path, to: Destination, *, license: str | None, base_id: str | None) -> None:
+        if not is_repo_id(to.repo_id) or "/" not in to.repo_id:
+            raise HubError(f"{to.repo_id!r} is no name for a repository on the Hub: give it as owner/name.")
+        self.to = to
+        self.parcel: Parcel = pack(Path(path), base_id=base_id, license_=license)
+        self._card = self.parcel.card(to.repo_id)
+
+    def plan(self) -> PushResult:
+        """What would be sent; opens no connection."""
+        from huggingface_hub import ModelCard
+
+        parcel = self.parcel
+        card = PushedFile(CARD_FILE, len(self._card.encode()), "model card")
+        files = [PushedFile(file.name, file.nbytes, file.note) for file in parcel.files]
+        return PushResult(
+            path=parcel.folder,
+            repo_id=self.to.repo_id,
+            kind=parcel.kind,
+            base=parcel.base,
+            base_revision=parcel.facts.base_revision,
+            source=parcel.source,
+            license=ModelCard(self._card).data.license,
+            files=tuple(sorted([card, *files], key=lambda file: file.name)),
+            left_behind=parcel.left_behind,
+            dry_run=True,
+        )
+
+    def send(self, token: Secret, *, quiet: bool = True) -> PushResult:
+        """Send it; see :func:`push`."""
+        sent = send(self.parcel, self.to, token, bars=False if quiet else None)
+        return PushResult(**vars(self.plan()) | vars(sent) | {"dry_run": False})
+
+
+def push(
+    path: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    license: str | None = None,
+    base_id: str | None = None,
+    token: str | None = None,
+    dry_run: bool = False,
+    quiet: bool = True,
+) -> PushResult:
+    """Publish a MAP adapter or a merged model as a model repository on the Hub.
+
+    Only files that mapconv knows are sent, with a model card, in one commit; a repeated push of the same content makes
+    none. A README.md on the Hub keeps the text that is not mapconv's.
+
+    Args:
+        path: the folder that ``upgrade`` or ``merge`` wrote; it is not changed.
+        repo_id: ``owner/name``; created if it does not exist.
+        private: create it private; refused where it exists and is public.
+        revision: the branch to commit to, created from main if it does not exist; None is main.
+        create_pr: open a pull request instead of committing to the branch.
+        message: the commit's title.
+        license: for the card; None copies the source's or the base's.
+        base_id: the base model's Hub id; None takes what the result recorded.
+        token: of an account that may write; None: the one that the Hub's client finds (``HF_TOKEN``, a login).
+        dry_run: pack and check, open no connection.
+        quiet: no progress bar.
+
+    Raises:
+        HubError: the Hub refuses or cannot be reached, or a local path would be sent. AdapterError, CheckpointError:
+            the folder is broken. Nothing is visible on the Hub then, but for a repository that was just created.
+    """
+    secret = Secret(token)
+    token = None  # a traceback that prints local variables must not find it here
+    to = Destination(repo_id, private, revision, create_pr, message or "Upload with mapconv")
+    job = Push(path, to, license=license, base_id=base_id)
+    return job.plan() if dry_run else job.send(secret, quiet=quiet)

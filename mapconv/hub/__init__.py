@@ -1,0 +1,8 @@
+"""The Hugging Face Hub, both ways: what a command names is found there, and what it made is published there.
+
+``huggingface_hub`` is imported where it is used, so that ``mapconv --help`` does not wait for it.
+"""
+
+from mapconv.hub.locate import hub_reference, is_folder, locate_adapter, locate_base, locate_result, open_base
+
+__all__ = ["hub_reference", "is_folder", "locate_adapter", "locate_base", "locate_result", "open_base"]

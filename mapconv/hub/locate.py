@@ -1,0 +1,194 @@
+"""Find what a command names: a local folder as it is, or a Hub reference through the client's ordinary cache.
+
+A reference is pinned when it is fetched: the cache keeps a snapshot under its commit, and what is made from it records
+that commit (``origin_of``). Only the files that are needed are fetched.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from mapconv.checkpoint.index import INDEX_FILE, SINGLE_FILE, Checkpoint, read_checkpoint
+from mapconv.errors import AdapterError, CheckpointError, UnsupportedError
+from mapconv.hub.faults import ask_hub
+from mapconv.hub.ranges import RangesUnsupportedError, ranged_checkpoint
+from mapconv.hub.reference import HubReference, parse_reference
+from mapconv.sidecars import MODEL_CONFIG, MODEL_FILES, TOKENIZER_FILES
+
+CARD_FILE = "README.md"
+_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ADAPTER_PICKLE = "adapter_model.bin"
+_ADAPTER_FILES = (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS, "map_config.json", CARD_FILE, *TOKENIZER_FILES)
+_OR_BASE = "or give the base model's folder with --base"
+_SMALL_MODEL_FILES = (MODEL_CONFIG, INDEX_FILE, CARD_FILE, *MODEL_FILES, *TOKENIZER_FILES)
+
+
+def locate_adapter(source: str | Path, *, allow_pickle: bool = False) -> Path:
+    """The folder of an adapter: a local one as it is, or fetched if ``source`` is a Hub reference with an owner.
+
+    Raises:
+        HubError: the Hub does not give it. AdapterError: the repository holds no adapter there.
+    """
+    reference = hub_reference(source)
+    if reference is None:
+        return Path(source)
+    pickles = [_ADAPTER_PICKLE] if allow_pickle else []
+    folder = _snapshot(reference, (*_ADAPTER_FILES, *pickles))
+    weights = [_ADAPTER_WEIGHTS, *pickles]
+    if not (folder / _ADAPTER_CONFIG).exists() or not any((folder / name).exists() for name in weights):
+        _refuse_without_adapter(reference, folder)
+    return folder
+
+
+def locate_result(result: str | Path) -> Path:
+    """The folder of an adapter or of a merged model, local or from the Hub."""
+    reference = hub_reference(result)
+    if reference is None:
+        return Path(result)
+    folder = _snapshot(reference, (_ADAPTER_CONFIG, MODEL_CONFIG))
+    return locate_adapter(result) if (folder / _ADAPTER_CONFIG).exists() else _whole_model(reference)
+
+
+def locate_base(base: str | Path | None, recorded: str | None, revision: str | None, adapter: Path) -> Path:
+    """The folder of the base model: ``base`` if given, else what the adapter's configuration recorded.
+
+    Raises:
+        CheckpointError: neither names a model that can be had. HubError: the Hub does not give it.
+    """
+    found = _base(base, recorded, revision, adapter)
+    return found if isinstance(found, Path) else _whole_model(found, _OR_BASE)
+
+
+def open_base(
+    base: str | Path | None, recorded: str | None, revision: str | None, adapter: Path, *, lean: bool = False
+) -> Checkpoint:
+    """The base model's headers; with ``lean`` a base on the Hub stays there, but for the bytes that are asked for.
+
+    Raises:
+        CheckpointError: neither names a model that can be had. HubError: the Hub does not give it.
+    """
+    found = _base(base, recorded, revision, adapter)
+    if isinstance(found, Path):
+        return read_checkpoint(found)
+    if lean:
+        folder = _snapshot(found, _SMALL_MODEL_FILES, _OR_BASE)
+        if not _has_weights(folder):
+            try:
+                return ranged_checkpoint(found, folder)
+            except RangesUnsupportedError:
+                pass  # a mirror that knows no byte ranges: fetch the whole files, as a merge does
+    return read_checkpoint(_whole_model(found, _OR_BASE))
+
+
+def _base(base: str | Path | None, recorded: str | None, revision: str | None, adapter: Path) -> Path | HubReference:
+    name = str(base) if base is not None else recorded
+    if not name:
+        raise CheckpointError(f"{adapter} does not say which model it adapts: give the base model with --base.")
+    if is_folder(name):
+        return Path(name)
+    reference = parse_reference(name)
+    if reference is not None and base is None:
+        # The configuration has the revision in a field of its own.
+        reference = replace(reference, revision=reference.revision or revision)
+    if reference is not None:
+        return reference
+    if base is None:
+        raise CheckpointError(
+            f"{adapter} was trained on {name}, which is not on this machine: give the base model with --base."
+        )
+    raise CheckpointError(f"{name} is neither a folder nor a Hub id (owner/name): give the base model with --base.")
+
+
+def hub_reference(source: str | Path) -> HubReference | None:
+    """The reference that ``source`` is, unless something local has that name; one bare word is a folder's name."""
+    text = str(source)
+    if _exists(text):
+        return None
+    reference = parse_reference(text)
+    return reference if reference is not None and "/" in reference.repo_id else None
+
+
+def is_folder(name: str) -> bool:
+    """Whether ``name`` is a folder on this machine; a text that can be no path at all is none."""
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):  # too long for a path, or with a zero byte in it
+        return False
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _whole_model(reference: HubReference, hint: str = "") -> Path:
+    """All of a model that ``from_pretrained`` needs: one weights file, or the shards that the index lists."""
+    folder = _snapshot(reference, (*_SMALL_MODEL_FILES, SINGLE_FILE), hint)
+    if not (folder / SINGLE_FILE).exists() and (folder / INDEX_FILE).exists():
+        # Only these: a repository may hold the same weights in another layout as well (consolidated.safetensors).
+        return _snapshot(reference, (*_SMALL_MODEL_FILES, *_shards(folder)), hint)
+    return folder
+
+
+def _has_weights(folder: Path) -> bool:
+    if (folder / SINGLE_FILE).exists():
+        return True
+    shards = _shards(folder)
+    return bool(shards) and all((folder / name).exists() for name in shards)
+
+
+def _shards(folder: Path) -> list[str]:
+    """The files that the index lists; read_checkpoint reports what is wrong with an index."""
+    try:
+        weight_map = json.loads((folder / INDEX_FILE).read_bytes())["weight_map"]
+        return sorted({str(name) for name in weight_map.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def _snapshot(reference: HubReference, patterns: Iterable[str], hint: str = "") -> Path:
+    """Fetch the files that match, into the client's cache; the folder's name is the commit.
+
+    ``hint`` ends the sentence of an error: what else the user may do.
+    """
+    from huggingface_hub import snapshot_download
+
+    from mapconv.hub.client import quiet_client
+
+    prefix = f"{reference.subfolder}/" if reference.subfolder else ""
+    wanted = [prefix + pattern for pattern in patterns]
+    with quiet_client():
+        folder = ask_hub(
+            lambda: snapshot_download(reference.repo_id, revision=reference.revision, allow_patterns=wanted),
+            str(reference),
+            "read",
+            hint=lambda error: hint,
+        )
+    return Path(folder, reference.subfolder or "")
+
+
+def _refuse_without_adapter(reference: HubReference, folder: Path) -> None:
+    """Say what the repository holds instead of an adapter at that place."""
+    from huggingface_hub import HfApi
+
+    files = ask_hub(
+        lambda: HfApi().list_repo_files(reference.repo_id, revision=reference.revision), str(reference), "read"
+    )
+    prefix = f"{reference.subfolder}/" if reference.subfolder else ""
+    if (folder / _ADAPTER_CONFIG).exists():
+        if f"{prefix}{_ADAPTER_PICKLE}" in files:
+            raise UnsupportedError(
+                f"{reference} has its weights as a pickle only ({_ADAPTER_PICKLE}), which can run code when it is "
+                "opened: pass --allow-pickle to read it with torch's weights-only loader."
+            )
+        raise AdapterError(f"{reference} has {_ADAPTER_CONFIG} but no {_ADAPTER_WEIGHTS} on the Hub.")
+    places = [name.rpartition("/")[0] for name in files if name.endswith(f"/{_ADAPTER_CONFIG}")]
+    if places:
+        shown = ", ".join(f"{reference.repo_id}:{place}" for place in places[:5])
+        raise AdapterError(f"{reference} has no {_ADAPTER_CONFIG}, but its folders do: name one of them, as {shown}.")
+    raise AdapterError(f"{reference} has no {_ADAPTER_CONFIG} on the Hub: it is not an adapter's repository.")
