@@ -1,6 +1,6 @@
 """``python -m mapconv``."""
 
-from mapconv.cli import main
+from mapconv.cli import run
 
 if __name__ == "__main__":
-    main()
+    run()

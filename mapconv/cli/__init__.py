@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
+import os
+import sys
 from importlib import import_module
+from typing import NoReturn
 
 import click
 
@@ -37,6 +42,27 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the command line in this process; ends with SystemExit only where the status is not 0."""
     with errors_as_sentences():
         cli(standalone_mode=False)
+
+
+def run() -> NoReturn:
+    """Entry point of the console script: ``main``, without what a process that is about to end can spare.
+
+    A third of a second of a short command would go to looking for garbage while torch is imported and to taking
+    torch down again. Everything registered for exit still runs, and both streams are flushed.
+    """
+    gc.set_threshold(100_000, 50, 50)
+    status: object = 0
+    try:
+        main()
+    except SystemExit as request:
+        status = request.code
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        status = status or 1
+    os._exit(status if isinstance(status, int) else 0)
