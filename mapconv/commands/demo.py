@@ -91,6 +91,8 @@ def answer(model: Any, folder: Path, prompt: str = PROMPT) -> str:
     tokenizer = load_tokenizer(folder)
     inputs = tokenizer(prompt, return_tensors="pt")
     with quiet_libraries(), torch.inference_mode():
-        tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        tokens = model.generate(
+            **inputs, min_new_tokens=8, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        )
     text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text.strip().splitlines()[0] if text.strip() else ""
