@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from mapconv.errors import CheckpointError
+from mapconv.jsonfile import read_object
 from mapconv.models import quiet_libraries, translated
 
 Kind = Literal["linear", "transposed", "conv", "embedding", "parameters"]
@@ -196,16 +197,12 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: absent, or without a model_type.
     """
-    import json
-
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_bytes())
+        config = read_object(path, CheckpointError)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no config.json, which this adapter needs to be placed.") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): download it again.") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path} names no model_type, which this adapter needs to be placed.")
     return config
 

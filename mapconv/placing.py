@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import AdapterError, CheckpointError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter
 from mapconv.hub import open_base
+from mapconv.jsonfile import read_object
 from mapconv.placement import linear_paths, place, require_all_targets
 from mapconv.resolution import resolve_target
 from mapconv.target import TargetModel, plain_target
@@ -55,6 +55,7 @@ def place_adapters(
     config = _read_config(checkpoint)
     plain = _place_plain(adapters, checkpoint, config)
     target, placed = plain or resolve_target(checkpoint, adapters)
+    _refuse_other_dtypes(placed)
     _refuse_shared_dora(adapters, placed)
     return tuple(
         PlacedAdapter(adapter, target, _with_scalars(adapter, modules))
@@ -102,11 +103,6 @@ def _place_linears(adapter: Adapter, checkpoint: Checkpoint) -> tuple[PlacedModu
     placed = []
     for module in adapter.modules:
         ref = checkpoint.tensors[names[module.path]]
-        if ref.dtype not in FLOAT_DTYPES.values():
-            raise CheckpointError(
-                f"{ref.file}: {ref.name} has dtype {ref.dtype}: an adapter fits the plain weight, so give the 16-bit "
-                "or 32-bit model with --base."
-            )
         weight = WeightView((ref.shape[0], ref.shape[1]), (Piece(ref, 0, ref.shape[0]),))
         placed.append(PlacedModule(module, weight, ref.name, module.rank, module.scaling))
     return tuple(placed)
@@ -128,6 +124,16 @@ def _with_scalars(adapter: Adapter, modules: tuple[PlacedModule, ...]) -> tuple[
             "the files do not belong together."
         )
     return tuple(item.with_scalars(scalars[item.key]) for item in modules)
+
+
+def _refuse_other_dtypes(placed: Sequence[Sequence[PlacedModule]]) -> None:
+    """An 8-bit tensor is the code of a weight, not the weight."""
+    for ref in (piece.tensor for modules in placed for item in modules for piece in item.weight.pieces):
+        if ref.dtype not in FLOAT_DTYPES.values():
+            raise CheckpointError(
+                f"{ref.file}: {ref.name} has dtype {ref.dtype}: an adapter fits the plain weight, so give the 16-bit "
+                "or 32-bit model with --base."
+            )
 
 
 def _refuse_shared_dora(adapters: Sequence[Adapter], placed: Sequence[Sequence[PlacedModule]]) -> None:
@@ -157,12 +163,7 @@ def _read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     path = checkpoint.folder / "config.json"
     if not path.exists():
         return {}
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): download it again.") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds {type(config).__name__}, expected an object: download it again.")
+    config = read_object(path, CheckpointError)
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization

@@ -19,6 +19,7 @@ from mapconv.formats import read_adapter
 from mapconv.formats.mapdir import FORMAT_VERSION, MAP_CONFIG_FILE
 from mapconv.formats.peft import CONFIG_FILE, WEIGHTS_FILE
 from mapconv.hub.reference import is_repo_id
+from mapconv.jsonfile import read_object
 from mapconv.readme import Readme, check_card, is_local_path, merge_readmes, parse_readme, strings_in
 from mapconv.report.saved import read_report
 from mapconv.sidecars import MERGE_RECORD, MODEL_CONFIG, model_files, tokenizer_files
@@ -244,11 +245,6 @@ def _refuse_path(path: Path, place: str, value: str) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_bytes())
+        return read_object(path, AdapterError, advice="make the folder again")
     except FileNotFoundError:
         raise AdapterError(f"{path} is missing: make the folder again.") from None
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not JSON ({error}): make the folder again.") from None
-    if not isinstance(table, dict):
-        raise AdapterError(f"{path} holds {type(table).__name__}, expected an object: make the folder again.")
-    return table

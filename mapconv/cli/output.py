@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
+
+from mapconv.jsonfile import finite
 
 
 def say(message: str = "") -> None:
@@ -22,7 +23,7 @@ def notes(lines: Iterable[str]) -> None:
 
 def print_json(table: dict[str, Any]) -> None:
     """Strict JSON: a number that is not finite becomes null, for readers that know no NaN."""
-    click.echo(json.dumps(_finite(table), indent=2, default=str, allow_nan=False))
+    click.echo(json.dumps(finite(table), indent=2, default=str, allow_nan=False))
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -54,11 +55,3 @@ def small(value: float) -> str:
     if value == 0:
         return "0"
     return f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.1e}"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

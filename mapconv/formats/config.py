@@ -14,6 +14,7 @@ from typing import Any
 
 from mapconv.adapter import LoraSettings
 from mapconv.errors import AdapterError, UnsupportedError
+from mapconv.jsonfile import read_object
 
 #: Fields that do not change what the saved weights mean (training, bookkeeping, or settings of another field).
 _INERT = frozenset(
@@ -64,14 +65,9 @@ def read_config(path: Path) -> dict[str, Any]:
         AdapterError: unreadable, not JSON, or not an object.
     """
     try:
-        config = json.loads(path.read_bytes())
+        return read_object(path, AdapterError)
     except FileNotFoundError:
         raise AdapterError(f"{path.parent} has no {path.name}: it is not an adapter folder.") from None
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not JSON ({error}): download it again.") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path} holds {type(config).__name__}, expected an object: download it again.")
-    return config
 
 
 def parse_settings(config: Mapping[str, Any], path: Path) -> LoraSettings:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from mapconv.errors import AdapterError, OutputError
 from mapconv.formats.mapdir import FORMAT_VERSION
 from mapconv.formats.peft import WEIGHTS_FILE
 from mapconv.hub.reference import origin_of
+from mapconv.jsonfile import finite
 
 _LOCAL = ("result", "source", "base")
 
@@ -36,7 +36,7 @@ def check_report_place(folder: Path) -> None:
 def save_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Write the report without this machine's paths, whole or not at all."""
     table = {key: value for key, value in report.items() if key not in _LOCAL}
-    table = {"format_version": FORMAT_VERSION, "weights": weights_mark(folder)} | _finite(table)
+    table = {"format_version": FORMAT_VERSION, "weights": weights_mark(folder)} | finite(table)
     temporary = folder / f".{REPORT_FILE}.partial"
     write_file(temporary, json.dumps(table, indent=2, allow_nan=False) + "\n")
     temporary.replace(folder / REPORT_FILE)
@@ -79,12 +79,3 @@ def weights_mark(folder: Path) -> str:
         for ref in read_checkpoint(folder).tensors.values():
             digest.update(f"{ref.file.name} {ref.name} {ref.dtype} {ref.shape} {ref.start}\n".encode())
     return f"sha256:{digest.hexdigest()}"
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN: a number that is not finite is stored as null, and the card says so."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
