@@ -29,7 +29,7 @@ def with_reference(text: str) -> str:
 
 
 def _help(name: str) -> str:
-    with click.Context(cli, info_name="mapconv") as parent:
+    with click.Context(cli, info_name="mapconv", **cli.context_settings) as parent:
         command = cli.get_command(parent, name)
         with click.Context(
             command, info_name=name, parent=parent, terminal_width=100, max_content_width=100

@@ -153,5 +153,6 @@ def test_the_merged_folder_carries_what_from_pretrained_needs_and_no_more(own_ba
     mapconv.merge(lora, tmp_path / "merged", base=own_base)
     names = {path.name for path in Path(tmp_path / "merged").iterdir()}
     assert names == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "config.json", "generation_config.json", "map_merge.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
     }  # fmt: skip
