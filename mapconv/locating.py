@@ -122,6 +122,11 @@ def _experts(
 ) -> Iterator[PlacedModule]:
     experts = live.shapes[parameter][0]
     settings = adapter.settings
+    if settings.initialization is not None:
+        raise UnsupportedError(
+            f"{module.path}: init_lora_weights={settings.initialization!r} on a stack of experts has no defined base: "
+            "export the adapter as plain LoRA first."
+        )
     rank = settings.rank_of(parameter)
     if module.rank != rank * experts:
         raise PlacementError(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mapconv.adapter import TensorRef, WholeTensor
 from mapconv.checkpoint.writer import COPY_CHUNK, TensorSpec, lay_out
+from mapconv.errors import UnsupportedError
 from mapconv.placing import FLOAT_DTYPES, PlacedAdapter
 from mapconv.target import BiasUpdate, TargetModel
 from mapconv.weights import Piece, PlacedModule, grid
@@ -115,6 +116,7 @@ def plan_merge(
     target = adapters[0].target
     updates: dict[str, list[LowRankUpdate]] = defaultdict(list)
     for adapter, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True):
+        _refuse_weight(adapter, weight)
         for item in adapter.modules:
             for piece in item.weight.pieces:
                 updates[piece.tensor.name].append(LowRankUpdate(item, piece, weight))
@@ -138,6 +140,17 @@ def plan_merge(
             else:
                 _append_copy(jobs, source, output)
     return MergePlan(target, tuple(files), tuple(_split_copies(jobs)))
+
+
+def _refuse_weight(adapter: PlacedAdapter, weight: float) -> None:
+    """A weight scales updates; what an adapter brings whole (heads, rows, biases) has no part to scale."""
+    whole = [item.tensor for item in adapter.adapter.whole]
+    whole += [item.module.bias for item in adapter.modules if item.module.bias is not None]
+    if weight != 1.0 and whole:
+        raise UnsupportedError(
+            f"{adapter.adapter.path} brings {whole[0].name}, which is no low-rank update and cannot be scaled by "
+            f"--weights ({weight:g}): give this adapter the weight 1."
+        )
 
 
 def _shards(

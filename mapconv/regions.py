@@ -31,6 +31,15 @@ class StoredParameters:
         """The stored tensors that make up a parameter."""
         return [ref.name for _, ref in self._by_parameter.get(parameter, ())]
 
+    def is_whole(self, parameter: str) -> bool:
+        """Whether one stored tensor holds the parameter as it is."""
+        entries = self._by_parameter.get(parameter, [])
+        return len(entries) == 1 and entries[0][0].index is None and entries[0][0].plain
+
+    def is_plain(self, parameter: str) -> bool:
+        """Whether its stored tensors hold the parameter and nothing else, in the model's own order."""
+        return all(region.plain for region, _ in self._by_parameter.get(parameter, ()))
+
     def weight(self, parameter: str, kind: Kind) -> WeightView:
         """A parameter that is one weight."""
         ref = self._single(parameter)
@@ -65,10 +74,9 @@ class StoredParameters:
         )
 
     def _single(self, parameter: str) -> TensorRef:
-        entries = self._by_parameter.get(parameter, [])
-        if len(entries) != 1 or not entries[0][0].plain or entries[0][0].index is not None:
+        if not self.is_whole(parameter):
             raise PlacementError(f"the base stores {parameter} in a form that mapconv cannot place an adapter on.")
-        return entries[0][1]
+        return self._by_parameter[parameter][0][1]
 
     def _slice(self, ref: TensorRef, index: int, part: int, parts: int, *, transposed: bool) -> WeightView:
         if len(ref.shape) != 3 or index >= ref.shape[0]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from mapconv.adapter import Adapter, TensorRef, WholeTensor
-from mapconv.checkpoint.index import Checkpoint, TensorFile
+from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import CheckpointError, PlacementError, UnsupportedError
 from mapconv.live import LiveModel, class_candidates, read_model_config
 from mapconv.locating import live_parameter, place_on_live_model
@@ -17,7 +17,7 @@ from mapconv.placement import misfit_report, nearest
 from mapconv.regions import StoredParameters
 from mapconv.replication import replicate_config, replicated_checkpoint
 from mapconv.resizing import SIZE_FIELDS, resized_model
-from mapconv.target import BiasUpdate, TargetModel
+from mapconv.target import BiasUpdate, TargetModel, common_dtype, files_with
 from mapconv.weights import PlacedModule
 
 
@@ -72,7 +72,7 @@ class _Resolution:
         self._require_complete()
         target = TargetModel(
             checkpoint=self.checkpoint,
-            files=self._files(),
+            files=files_with(self.checkpoint, self.tensors),
             tensors=self.tensors,
             dtypes=self.dtypes,
             rows={name: tuple(items) for name, items in self.rows.items()},
@@ -145,37 +145,47 @@ class _Resolution:
         """Tensors that PEFT writes into the base's parameter: they show under every name tied to it."""
         for item in self._whole(rows=False):
             if item.in_place:
-                stored = self._stored()
                 parameter = self.live.parameter_name(item.parameter)
-                group = self.live.tied(parameter)
-                names = [name for member in group for name in stored.names(member)]
-                for name in names or [parameter]:
-                    self._put(name, item.tensor)
+                stored = self._stored()
+                held = [name for name in self.live.tied(parameter) if stored.holds(name)]
+                for name in held or [parameter]:
+                    self._replace(name, item.tensor)
 
     def _replace_modules(self) -> None:
         """Modules of ``modules_to_save``: they belong to one name alone."""
+        owners: dict[str, WholeTensor] = {}
         for item in self._whole(rows=False):
-            if not item.in_place:
-                parameter = self.live.parameter_name(item.parameter)
-                stored = self._stored()
-                names = stored.names(parameter) or [
-                    name for member in self.live.tied(parameter) for name in stored.names(member)
-                ]
-                for name in names or [parameter]:
-                    self._put(name, item.tensor)
+            if item.in_place:
+                continue
+            parameter = self.live.parameter_name(item.parameter)
+            if parameter in owners:
+                raise UnsupportedError(
+                    f"{item.tensor.file} and {owners[parameter].tensor.file} both bring {parameter} whole "
+                    "(modules_to_save), and only one can stand in the merged model: merge them one by one."
+                )
+            owners[parameter] = item
+            stored = self._stored()
+            held = [name for name in (parameter, *self.live.tied(parameter)) if stored.holds(name)]
+            self._replace(held[0] if held else parameter, item.tensor)
+
+    def _replace(self, parameter: str, source: TensorRef) -> None:
+        """Put a whole tensor in a parameter's place, under its stored name; pieces of it give way to the whole."""
+        stored = self._stored()
+        names = stored.names(parameter)
+        if names and not stored.is_whole(parameter):
+            if not stored.is_plain(parameter):
+                raise UnsupportedError(f"{source.name}: the base stores {parameter} in a form that cannot be replaced.")
+            self.dtypes[parameter] = self.tensors[names[0]].dtype
+            for name in names:
+                del self.tensors[name]
+            names = []
+        for name in names or [parameter]:
+            self._put(name, source)
 
     def _put(self, name: str, source: TensorRef) -> None:
         previous = self.tensors.get(name)
-        self.dtypes[name] = self.dtypes.get(name) or (previous.dtype if previous else self._common_dtype())
+        self.dtypes[name] = self.dtypes.get(name) or (previous.dtype if previous else common_dtype(self.checkpoint))
         self.tensors[name] = replace(source, name=name)
-
-    def _common_dtype(self) -> str:
-        """The floating-point dtype of most of the base's bytes, for tensors that the base has not got."""
-        sizes: dict[str, int] = defaultdict(int)
-        for ref in self.checkpoint.tensors.values():
-            if ref.dtype in ("F32", "F16", "BF16"):
-                sizes[ref.dtype] += ref.nbytes
-        return max(sizes, key=sizes.__getitem__, default="F32")
 
     def _whole(self, *, rows: bool) -> list[WholeTensor]:
         return [item for adapter in self.adapters for item in adapter.whole if (item.rows is not None) == rows]
@@ -282,16 +292,6 @@ class _Resolution:
                 f"a {self.live.class_name} needs {missing[0]} and {len(missing) - 1} more tensors that neither the "
                 "base nor the adapter has: give the model that the adapter was trained on with --base."
             )
-
-    def _files(self) -> tuple[TensorFile, ...]:
-        """The base's files with the tensors that remain; new ones go to the end of the last."""
-        old = [
-            replace(file, tensors=tuple(self.tensors[ref.name] for ref in file.tensors if ref.name in self.tensors))
-            for file in self.checkpoint.files
-        ]
-        held = {ref.name for file in old for ref in file.tensors}
-        new = tuple(ref for name, ref in self.tensors.items() if name not in held)
-        return (*old[:-1], replace(old[-1], tensors=old[-1].tensors + new))
 
     def _final_config(self) -> dict[str, Any] | None:
         if self.config.get("architectures") != [self.live.class_name]:

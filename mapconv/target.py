@@ -6,8 +6,9 @@ configuration. Resolved before (``resolution``), the merge itself only knows ten
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,23 @@ class TargetModel:
 def plain_target(checkpoint: Checkpoint) -> TargetModel:
     """The base as it is: all that an adapter of plain linear factors needs."""
     return TargetModel(checkpoint, checkpoint.files, checkpoint.tensors)
+
+
+def common_dtype(checkpoint: Checkpoint) -> str:
+    """The floating-point dtype of most of the base's bytes, for tensors that the base has not got."""
+    sizes: dict[str, int] = defaultdict(int)
+    for ref in checkpoint.tensors.values():
+        if ref.dtype in ("F32", "F16", "BF16"):
+            sizes[ref.dtype] += ref.nbytes
+    return max(sizes, key=sizes.__getitem__, default="F32")
+
+
+def files_with(checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) -> tuple[TensorFile, ...]:
+    """The base's files with those of ``tensors`` that remain; new ones go to the end of the last."""
+    old = [
+        replace(file, tensors=tuple(tensors[ref.name] for ref in file.tensors if ref.name in tensors))
+        for file in checkpoint.files
+    ]
+    held = {ref.name for file in old for ref in file.tensors}
+    new = tuple(ref for name, ref in tensors.items() if name not in held)
+    return (*old[:-1], replace(old[-1], tensors=old[-1].tensors + new))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from peft import PeftModel
@@ -68,4 +70,15 @@ def test_as_many_weights_as_adapters(workshop: Workshop, tmp_path):
     case = workshop.case(MODELS["llama"], BY_NAME["lora"])
     with pytest.raises((mapconv.MapconvError, ValueError), match="weights"):
         mapconv.merge([case.adapter, case.adapter], tmp_path / "out", base=case.base, weights=[1.0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_does_not_scale_what_comes_whole(workshop, tmp_path):
+    option = next(option for option in OPTIONS if option.name == "save-head")
+    case = workshop.case(MODELS["llama"], option)
+    with pytest.raises(mapconv.MapconvError, match="cannot be scaled"):
+        mapconv.merge(case.adapter, tmp_path / "out", base=case.base, weights=[0.5])
+    twin = shutil.copytree(case.adapter, tmp_path / "twin")
+    with pytest.raises(mapconv.MapconvError, match="both bring"):
+        mapconv.merge([case.adapter, twin], tmp_path / "out", base=case.base)
     assert not (tmp_path / "out").exists()
