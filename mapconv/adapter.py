@@ -102,6 +102,7 @@ class MapModule:
 
     Each expert of a stacked tensor is a weight of its own, counted by ``expert``.
     ``error`` is ε = ‖T − W'‖ / ‖T − W0‖, measured on the factors that were written; T is the source's weight.
+    ``output_error`` is the same of the layer's outputs, over the inputs that a refit with data saw; None without data.
     """
 
     path: str
@@ -113,6 +114,7 @@ class MapModule:
     direction_norm: float
     error: float
     expert: int | None = None
+    output_error: float | None = None
 
     @property
     def base_gain(self) -> float:

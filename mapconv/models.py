@@ -76,6 +76,19 @@ def attach_with_peft(model: Any, folder: Path, name: str) -> Any:
         return PeftModel.from_pretrained(model, str(folder), adapter_name=name).eval()
 
 
+def reads_text(model: Any) -> bool:
+    """Whether a model runs on token ids alone."""
+    return getattr(model, "main_input_name", "input_ids") == "input_ids"
+
+
+def longest_text(model: Any) -> int:
+    """Tokens that a model's positions allow, less the two that some models set aside for padding."""
+    parts = (model.config, getattr(model.config, "text_config", None))
+    names = ("max_position_embeddings", "n_positions", "max_target_positions")
+    limits = [getattr(part, name, None) for part in parts for name in names]
+    return min((limit - 2 for limit in limits if isinstance(limit, int)), default=1 << 30)
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silence the loading bars and notices of transformers; its errors still arrive."""

@@ -28,8 +28,14 @@ def base_revision(placed: PlacedAdapter) -> str | None:
     return _recorded(placed.target.folder)[1] or placed.adapter.revision
 
 
-def map_config(placed: PlacedAdapter, options: ConvertOptions, modules: Sequence[MapModule]) -> dict[str, Any]:
-    """The content of ``map_config.json`` (DESIGN.md)."""
+def map_config(
+    placed: PlacedAdapter,
+    options: ConvertOptions,
+    modules: Sequence[MapModule],
+    *,
+    data: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of ``map_config.json`` (DESIGN.md); ``data`` describes the text that refits weighed errors by."""
     entries = [
         scalars.to_dict()
         | {"base_tensor": item.weight.name, "base_dtype": item.weight.dtype, "base_shape": list(item.weight.shape)}
@@ -41,6 +47,7 @@ def map_config(placed: PlacedAdapter, options: ConvertOptions, modules: Sequence
         "base": _base_record(placed) | {"fingerprint": _base_fingerprint(entries)},
         "source": _source_record(placed),
         "options": asdict(options),
+        "data": data,
         "modules": entries,
     }
 

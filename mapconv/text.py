@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from mapconv.errors import DataError
+from mapconv.models import load_tokenizer
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """Blocks of token ids, all of one length, and what a result records of them."""
+
+    blocks: list[list[int]]
+    record: dict[str, Any]
+
+
+def read_sample(path: Path, tokenizer: Path, *, samples: int, length: int) -> TextSample:
+    """The first ``samples`` blocks of ``length`` tokens of a text file, by the tokenizer in a model's folder.
+
+    Raises:
+        DataError: as ``read_text`` and ``load_tokenizer``; or the text does not fill one block.
+    """
+    text = read_text(path)
+    blocks = token_blocks(load_tokenizer(tokenizer), text, samples=samples, length=length)
+    if len(blocks[0]) < length:
+        raise DataError(
+            f"{path} has {len(blocks[0])} tokens, fewer than one sequence of {length}: give a longer text, or "
+            f"--sequence-length {len(blocks[0])}."
+        )
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    record = {
+        "name": path.name,
+        "fingerprint": f"sha256:{digest}",
+        "samples": len(blocks),
+        "sequence_length": length,
+    }
+    return TextSample(blocks, record)
 
 
 def read_text(path: Path | None) -> str:

@@ -14,10 +14,10 @@ import math
 import re
 import time
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 from peft import LoraConfig, get_peft_model
-from pydoc_data.topics import topics
 
 from mapconv.commands.demo import write_base_model
 from mapconv.models import load_model, load_tokenizer

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mapconv.activations import input_roots
 from mapconv.adapter import Direction, MapModule
+from mapconv.algebra.moments import InputRoot, Statistics
 from mapconv.card import CARD_FILE, local_card
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
 from mapconv.checkpoint.writer import SpooledFile
 from mapconv.convert import DEFAULT_MAX_RANK, Converted, Converter, ConvertOptions
+from mapconv.devices import resolve_device
 from mapconv.errors import UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude, peft_config, peft_factors, peft_magnitude, write_configs
 from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
@@ -25,6 +29,11 @@ from mapconv.placing import PlacedAdapter, place_adapter
 from mapconv.progress import progress_bar
 from mapconv.provenance import base_name, base_revision, map_config
 from mapconv.sidecars import copy_tokenizer
+from mapconv.text import TextSample, read_sample
+from mapconv.weights import PlacedModule
+
+DEFAULT_SAMPLES = 32
+DEFAULT_SEQUENCE_LENGTH = 256
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,10 @@ def upgrade(
     direction: Direction = "low-rank",
     lora_compatible: bool = False,
     dtype: str = "float32",
+    data: str | Path | None = None,
+    samples: int = DEFAULT_SAMPLES,
+    sequence_length: int = DEFAULT_SEQUENCE_LENGTH,
+    statistics: Statistics = "full",
     device: str = "auto",
     allow_pickle: bool = False,
     force: bool = False,
@@ -82,6 +95,10 @@ def upgrade(
         direction: ``low-rank``: Δ = BA, refitted if the source is DoRA. ``dora``: DoRA's own update, exact.
         lora_compatible: hold a = 1, so that the result is a plain LoRA adapter as well.
         dtype: of the stored factors: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the source's own.
+        data: text that the adapter is for. Refits then weigh errors by the layers' inputs on it, which makes the
+            outputs closest instead of the weights; ``tolerance`` is then of the outputs as well.
+        samples: sequences of ``data`` to run, each of ``sequence_length`` tokens.
+        statistics: of a layer's inputs: ``full`` second moments, or their ``diagonal``, which takes less memory.
         device: ``auto``, ``cpu`` or ``cuda``: where refits run.
         allow_pickle: read weights from a ``.bin`` file (with torch's weights-only loader).
         force: replace ``out``.
@@ -99,17 +116,23 @@ def upgrade(
         raise ValueError("a DoRA direction is no plain LoRA: lora_compatible needs the low-rank direction")
     out = default_output(source) if out is None else Path(out)
     source = locate_adapter(source, allow_pickle=allow_pickle)
-    options = ConvertOptions(rank, tolerance, max_rank, direction, lora_compatible, dtype, device)
-    placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=True)
+    options = ConvertOptions(
+        rank, tolerance, max_rank, direction, lora_compatible, dtype, device, None if data is None else statistics
+    )
+    # To run the model takes all of it; else a base on the Hub stays there but for what is read.
+    placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=data is None)
     if placed.adapter.method == "MAP":
         raise UnsupportedError(f"{source} is a MAP adapter already: upgrade the adapter that it was made from.")
     nbytes = sum(options.stored_bytes(item) for item in placed.modules)
     check_output(out, force=force, inputs=[source, placed.target.folder], nbytes=nbytes)
+    text = None
+    if data is not None and not all(options.keeps_factors(item) for item in placed.modules):
+        text = read_sample(Path(data), placed.target.folder, samples=samples, length=sequence_length)
     modules: tuple[MapModule, ...] = ()
     parameters = 0
     if not dry_run:
         with staged_folder(out, force=force) as staging:
-            modules, parameters = _write(placed, options, staging, quiet=quiet)
+            modules, parameters = _write(placed, options, text, staging, quiet=quiet)
             nbytes = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
     return UpgradeResult(
         out=out,
@@ -123,7 +146,7 @@ def upgrade(
         seconds=time.perf_counter() - started,
         dry_run=dry_run,
         plain_lora=not needs_magnitude(modules),
-        notes=tuple(_notes(placed, options)),
+        notes=(*_notes(placed, options), *_data_notes(placed, options, modules)),
     )
 
 
@@ -138,12 +161,12 @@ def default_output(source: str | Path) -> Path:
 
 
 def _write(
-    placed: PlacedAdapter, options: ConvertOptions, staging: Path, *, quiet: bool
+    placed: PlacedAdapter, options: ConvertOptions, text: TextSample | None, staging: Path, *, quiet: bool
 ) -> tuple[tuple[MapModule, ...], int]:
     """Convert every module into ``staging``; returns their scalars and the number of parameters."""
     spool = SpooledFile(staging / WEIGHTS_FILE)
     try:
-        converted, parameters = _convert(placed, options, spool, quiet=quiet)
+        converted, parameters = _convert(placed, options, text, spool, quiet=quiet)
         modules = tuple(result.scalars for result in converted)
         if needs_magnitude(modules):
             for item, result in zip(placed.modules, converted, strict=True):
@@ -159,36 +182,49 @@ def _write(
     respelled = any(item.module.path not in own_paths for item in placed.modules)
     config = peft_config(placed.adapter.config, modules, names, base=base, respelled=respelled)
     config["revision"] = base_revision(placed)
-    record = map_config(placed, options, modules)
+    record = map_config(placed, options, modules, data=None if text is None else text.record)
     write_file(staging / CARD_FILE, local_card(config, record))
     write_configs(staging, config, record)
     return modules, parameters
 
 
 def _convert(
-    placed: PlacedAdapter, options: ConvertOptions, spool: SpooledFile, *, quiet: bool
+    placed: PlacedAdapter, options: ConvertOptions, text: TextSample | None, spool: SpooledFile, *, quiet: bool
 ) -> tuple[list[Converted], int]:
     """Spool the factors of every module; returns what is left of each, and the number of MAP's parameters."""
     workers = worker_count(max(options.working_bytes(item) for item in placed.modules))
     total = sum(item.weight.nbytes for item in placed.modules)
-    converted, stack, parameters = [], [], 0
+    converted, parameters = {}, 0
     source = placed.target.checkpoint.source
     prefetch(source, [piece.tensor for item in placed.modules for piece in item.weight.pieces], quiet=quiet)
     with TensorReader(source) as reader, progress_bar(total, "upgrading", quiet=quiet) as advance:
-        results = in_order(Converter(reader, options).convert, placed.modules, workers)
-        for item, result in zip(placed.modules, results, strict=True):
-            stack.append(result)
-            if len(stack) == item.experts:
-                # Experts follow one another: A has them in turn, B side by side, with the expert counting fastest.
-                A = torch.cat([expert.A for expert in stack])
-                B = torch.stack([expert.B for expert in stack], dim=2).flatten(1)
-                for name, tensor in peft_factors(item.module, A, B):
-                    spool.append(name, tensor)
-                stack.clear()
-            parameters += result.A.numel() + result.B.numel() + 2  # α and β
-            converted.append(result.without_factors())
-            advance(item.weight.nbytes)
-    return converted, parameters
+        converter = Converter(reader, options)
+        for modules, roots in _groups(placed, options, text):
+            stack: list[Converted] = []
+            jobs = [(item, roots.get(item.module.path)) for item in modules]
+            results = in_order(lambda job: converter.convert(*job), jobs, workers)
+            for item, result in zip(modules, results, strict=True):
+                stack.append(result)
+                if len(stack) == item.experts:
+                    # Experts follow one another: A has them in turn, B side by side, with the expert counting fastest.
+                    A = torch.cat([expert.A for expert in stack])
+                    B = torch.stack([expert.B for expert in stack], dim=2).flatten(1)
+                    for name, tensor in peft_factors(item.module, A, B):
+                        spool.append(name, tensor)
+                    stack.clear()
+                parameters += result.A.numel() + result.B.numel() + 2  # α and β
+                converted[item.key] = result.without_factors()
+                advance(item.weight.nbytes)
+    return [converted[item.key] for item in placed.modules], parameters
+
+
+def _groups(
+    placed: PlacedAdapter, options: ConvertOptions, text: TextSample | None
+) -> Iterable[tuple[Sequence[PlacedModule], Mapping[str, InputRoot | None]]]:
+    """The modules that are converted together, and what is known of their inputs."""
+    if text is None or options.statistics is None:
+        return [(placed.modules, {})]
+    return input_roots(placed, text.blocks, statistics=options.statistics, device=resolve_device(options.device))
 
 
 def _keep_the_rest(placed: PlacedAdapter, spool: SpooledFile) -> None:
@@ -213,3 +249,20 @@ def _notes(placed: PlacedAdapter, options: ConvertOptions) -> list[str]:
     if adapter.method == "LoRA" and options.rank is not None and options.rank > highest:
         notes.append(f"the source is a LoRA adapter of rank {highest}: a higher rank would add nothing, so it is kept")
     return notes
+
+
+def _data_notes(placed: PlacedAdapter, options: ConvertOptions, modules: Sequence[MapModule]) -> list[str]:
+    """What --data could not serve."""
+    if options.statistics is None:
+        return []
+    if all(options.keeps_factors(item) for item in placed.modules):
+        return ["every module keeps its own factors, which is exact: --data changes nothing"]
+    unseen = [
+        scalars.path
+        for item, scalars in zip(placed.modules, modules, strict=True)
+        if scalars.output_error is None and scalars.error > 0 and not options.keeps_factors(item)
+    ]
+    if not unseen:
+        return []
+    shown = ", ".join(unseen[:3]) + (", …" if len(unseen) > 3 else "")
+    return [f"{len(unseen)} modules got no input vectors from --data and are refitted by their weights alone: {shown}"]
