@@ -76,6 +76,13 @@ def attach_with_peft(model: Any, folder: Path, name: str) -> Any:
         return PeftModel.from_pretrained(model, str(folder), adapter_name=name).eval()
 
 
+def text_classes(model: Any) -> dict[str, int] | None:
+    """The classes of a model that sorts whole texts, numbers by name; None for any other model."""
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return None
+    return {str(name): int(number) for number, name in model.config.id2label.items()}
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silence the loading bars and notices of transformers; its errors still arrive."""
