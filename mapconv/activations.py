@@ -11,6 +11,7 @@ import torch
 
 from mapconv.adapter import Module
 from mapconv.algebra.moments import InputMoment, InputRoot, Statistics
+from mapconv.data import Dataset
 from mapconv.errors import CheckpointError, DataError, UnsupportedError
 from mapconv.lockstep import in_lockstep
 from mapconv.models import attach_with_peft, load_model, longest_text, reads_text
@@ -23,19 +24,19 @@ _DTYPES = {stored: name for name, stored in FLOAT_DTYPES.items()}
 
 
 def input_roots(
-    placed: PlacedAdapter, blocks: Sequence[Sequence[int]], *, statistics: Statistics, device: torch.device
+    placed: PlacedAdapter, data: Dataset, *, statistics: Statistics, device: torch.device
 ) -> Iterator[tuple[list[PlacedModule], Mapping[str, InputRoot | None]]]:
     """Yield the modules of each block of the model with the roots of their inputs' second moments, by module path.
 
     The model is the base with the source adapter, whose layers' inputs are the ones that the result will see. It runs
-    on the token ids of ``blocks`` (all of one length) in float32, one block of it at a time in that precision, and only
-    that block's statistics are in memory. Layers with the same input share one moment. A path is absent, or its root
+    on the sequences of ``data`` in float32, one block of it at a time in that precision, and only that block's statistics
+    are in memory. Layers with the same input share one moment. A path is absent, or its root
     None, where nothing was seen: a layer that no input reached, or one whose inputs are no vectors (stacked experts,
     convolutions).
 
     Raises:
         CheckpointError: the model or the adapter cannot be loaded, or overflows on these inputs.
-        DataError: the blocks are longer than the model's positions allow.
+        DataError: the sequences are longer than the model's positions allow.
         UnsupportedError: the model needs more than text.
     """
     groups = _by_block(placed.modules)
@@ -43,17 +44,15 @@ def input_roots(
     model = _source_model(placed, device)
     if not reads_text(model):
         raise UnsupportedError(f"{placed.target.folder} needs more than text to run: convert it without --data.")
-    if len(blocks[0]) > longest_text(model):
+    length = max(len(row) for row in data.rows())
+    if length > longest_text(model):
         raise DataError(
-            f"{placed.target.folder} takes {longest_text(model)} tokens at most, and --sequence-length asks for "
-            f"{len(blocks[0])}: choose a smaller one."
+            f"{placed.target.folder} takes {longest_text(model)} tokens at most, and the data's sequences have up to "
+            f"{length}: choose a smaller --sequence-length."
         )
     observer = _Observer(model, placed.modules, statistics, units=list(groups))
-    batch = 1 if rest else BATCH
-    passes = [
-        _forward(model, torch.tensor(blocks[start : start + batch], device=device))
-        for start in range(0, len(blocks), batch)
-    ]
+    batches = _batches(data.rows(), 1 if rest else BATCH)
+    passes = [_forward(model, torch.tensor(batch, device=device)) for batch in batches]
     waiting = dict(groups)
     # Closed at once when the last wanted block is done: what comes behind it need not run.
     with closing(in_lockstep(observer.units, passes, observer.enter)) as steps:
@@ -133,6 +132,16 @@ class _Observer:
     def _new_moment(self, module: Module) -> InputMoment:
         # The inputs of an embedding are one-hot, so that their second moment is diagonal.
         return InputMoment(module.weight_shape[1], "diagonal" if module.embedding else self._statistics)
+
+
+def _batches(rows: Sequence[list[int]], size: int) -> list[list[list[int]]]:
+    """Sequences of equal length together, so that no batch needs padding, which would count as inputs."""
+    by_length: dict[int, list[list[int]]] = defaultdict(list)
+    for row in rows:
+        by_length[len(row)].append(row)
+    return [
+        group[start : start + size] for _, group in sorted(by_length.items()) for start in range(0, len(group), size)
+    ]
 
 
 def _by_block(modules: Sequence[PlacedModule]) -> dict[str | None, list[PlacedModule]]:

@@ -11,7 +11,7 @@ import torch
 
 from mapconv.errors import AdapterError
 from mapconv.formats.peft import CONFIG_FILE, KEY_PREFIX
-from mapconv.models import attach_with_peft, load_model, longest_text, reads_text
+from mapconv.models import attach_with_peft, load_model, longest_text, reads_text, text_classes
 from mapconv.placing import PlacedAdapter
 
 #: Positions whose outputs are compared at once, in float64: 64 × 256,000 tokens take 131 MB.
@@ -99,6 +99,11 @@ class Comparison:
     @property
     def longest_text(self) -> int:
         return longest_text(self._model.get_base_model())
+
+    @property
+    def classes(self) -> dict[str, int] | None:
+        """A text classifier's classes by name; None for any other model."""
+        return text_classes(self._model.get_base_model())
 
     def logits(self, block: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Logits (positions, classes) of base, source and result on one block; None where the model has none."""

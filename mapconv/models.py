@@ -89,6 +89,27 @@ def longest_text(model: Any) -> int:
     return min((limit - 2 for limit in limits if isinstance(limit, int)), default=1 << 30)
 
 
+def text_classes(model: Any) -> dict[str, int] | None:
+    """The classes of a model that sorts whole texts, numbers by name; None for any other model."""
+    return _classes(type(model).__name__, model.config)
+
+
+def stored_text_classes(folder: Path, class_name: str | None, config: dict[str, Any] | None) -> dict[str, int] | None:
+    """The same of a model that is not loaded yet; the arguments are those of ``load_model``."""
+    if class_name is None:
+        return None
+    with quiet_libraries(), translated(f"the configuration in {folder}", CheckpointError):
+        from transformers import AutoConfig
+
+        return _classes(class_name, AutoConfig.from_pretrained(folder, local_files_only=True, **(config or {})))
+
+
+def _classes(class_name: str, config: Any) -> dict[str, int] | None:
+    if not class_name.endswith("ForSequenceClassification"):
+        return None
+    return {str(name): int(number) for number, name in config.id2label.items()}
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silence the loading bars and notices of transformers; its errors still arrive."""

@@ -18,18 +18,20 @@ from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
 from mapconv.checkpoint.writer import SpooledFile
 from mapconv.convert import DEFAULT_MAX_RANK, Converted, Converter, ConvertOptions
+from mapconv.data import Dataset, read_dataset, read_rows
 from mapconv.devices import resolve_device
 from mapconv.errors import UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude, peft_config, peft_factors, peft_magnitude, write_configs
 from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
 from mapconv.hub import hub_reference, locate_adapter
 from mapconv.hub.ranges import prefetch
+from mapconv.models import load_tokenizer, stored_text_classes
 from mapconv.parallel import in_order, worker_count
 from mapconv.placing import PlacedAdapter, place_adapter
 from mapconv.progress import progress_bar
 from mapconv.provenance import base_name, base_revision, map_config
 from mapconv.sidecars import copy_tokenizer
-from mapconv.text import TextSample, read_sample
+from mapconv.target import TargetModel
 from mapconv.weights import PlacedModule
 
 DEFAULT_SAMPLES = 32
@@ -125,14 +127,14 @@ def upgrade(
         raise UnsupportedError(f"{source} is a MAP adapter already: upgrade the adapter that it was made from.")
     nbytes = sum(options.stored_bytes(item) for item in placed.modules)
     check_output(out, force=force, inputs=[source, placed.target.folder], nbytes=nbytes)
-    text = None
+    sample = None
     if data is not None and not all(options.keeps_factors(item) for item in placed.modules):
-        text = read_sample(Path(data), placed.target.folder, samples=samples, length=sequence_length)
+        sample = _read_data(Path(data), placed.target, samples=samples, length=sequence_length)
     modules: tuple[MapModule, ...] = ()
     parameters = 0
     if not dry_run:
         with staged_folder(out, force=force) as staging:
-            modules, parameters = _write(placed, options, text, staging, quiet=quiet)
+            modules, parameters = _write(placed, options, sample, staging, quiet=quiet)
             nbytes = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
     return UpgradeResult(
         out=out,
@@ -146,7 +148,11 @@ def upgrade(
         seconds=time.perf_counter() - started,
         dry_run=dry_run,
         plain_lora=not needs_magnitude(modules),
-        notes=(*_notes(placed, options), *_data_notes(placed, options, modules)),
+        notes=(
+            *_notes(placed, options),
+            *(() if sample is None else sample.sequences.notes),
+            *_data_notes(placed, options, modules),
+        ),
     )
 
 
@@ -160,13 +166,30 @@ def default_output(source: str | Path) -> Path:
     return resolved.parent / f"{resolved.name}-map" if source.name in ("", "..") else Path(f"{source}-map")
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """The sequences that refits look at, and what the result records of them."""
+
+    sequences: Dataset
+    record: dict[str, Any]
+
+
+def _read_data(path: Path, target: TargetModel, *, samples: int, length: int) -> _Sample:
+    """The first sequences of the training part: what a calibration holds out of the same file stays unseen."""
+    rows = read_rows(path)
+    classes = stored_text_classes(target.folder, target.class_name, target.source_config)
+    train, _ = read_dataset(rows, load_tokenizer(target.folder), length=length, samples=samples, classes=classes)
+    record = {"name": path.name, "fingerprint": train.fingerprint, "sequences": len(train), "tokens": train.tokens}
+    return _Sample(train, record)
+
+
 def _write(
-    placed: PlacedAdapter, options: ConvertOptions, text: TextSample | None, staging: Path, *, quiet: bool
+    placed: PlacedAdapter, options: ConvertOptions, sample: _Sample | None, staging: Path, *, quiet: bool
 ) -> tuple[tuple[MapModule, ...], int]:
     """Convert every module into ``staging``; returns their scalars and the number of parameters."""
     spool = SpooledFile(staging / WEIGHTS_FILE)
     try:
-        converted, parameters = _convert(placed, options, text, spool, quiet=quiet)
+        converted, parameters = _convert(placed, options, sample, spool, quiet=quiet)
         modules = tuple(result.scalars for result in converted)
         if needs_magnitude(modules):
             for item, result in zip(placed.modules, converted, strict=True):
@@ -182,14 +205,14 @@ def _write(
     respelled = any(item.module.path not in own_paths for item in placed.modules)
     config = peft_config(placed.adapter.config, modules, names, base=base, respelled=respelled)
     config["revision"] = base_revision(placed)
-    record = map_config(placed, options, modules, data=None if text is None else text.record)
+    record = map_config(placed, options, modules, data=None if sample is None else sample.record)
     write_file(staging / CARD_FILE, local_card(config, record))
     write_configs(staging, config, record)
     return modules, parameters
 
 
 def _convert(
-    placed: PlacedAdapter, options: ConvertOptions, text: TextSample | None, spool: SpooledFile, *, quiet: bool
+    placed: PlacedAdapter, options: ConvertOptions, sample: _Sample | None, spool: SpooledFile, *, quiet: bool
 ) -> tuple[list[Converted], int]:
     """Spool the factors of every module; returns what is left of each, and the number of MAP's parameters."""
     workers = worker_count(max(options.working_bytes(item) for item in placed.modules))
@@ -199,7 +222,7 @@ def _convert(
     prefetch(source, [piece.tensor for item in placed.modules for piece in item.weight.pieces], quiet=quiet)
     with TensorReader(source) as reader, progress_bar(total, "upgrading", quiet=quiet) as advance:
         converter = Converter(reader, options)
-        for modules, roots in _groups(placed, options, text):
+        for modules, roots in _groups(placed, options, sample):
             stack: list[Converted] = []
             jobs = [(item, roots.get(item.module.path)) for item in modules]
             results = in_order(lambda job: converter.convert(*job), jobs, workers)
@@ -219,12 +242,12 @@ def _convert(
 
 
 def _groups(
-    placed: PlacedAdapter, options: ConvertOptions, text: TextSample | None
+    placed: PlacedAdapter, options: ConvertOptions, sample: _Sample | None
 ) -> Iterable[tuple[Sequence[PlacedModule], Mapping[str, InputRoot | None]]]:
     """The modules that are converted together, and what is known of their inputs."""
-    if text is None or options.statistics is None:
+    if sample is None or options.statistics is None:
         return [(placed.modules, {})]
-    return input_roots(placed, text.blocks, statistics=options.statistics, device=resolve_device(options.device))
+    return input_roots(placed, sample.sequences, statistics=options.statistics, device=resolve_device(options.device))
 
 
 def _keep_the_rest(placed: PlacedAdapter, spool: SpooledFile) -> None:
