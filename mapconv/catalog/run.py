@@ -58,10 +58,12 @@ class Run:
         watch: Callable[[Tally], Callable[[], None]],
         *,
         catalog: Path,
+        total: int,
         retry_failed: bool,
         limit: int | None,
     ) -> tuple[Pending, Tally, int]:
-        """Convert what is due; ``watch`` is told what the run is going to count, and returns what to call after each.
+        """Convert what is due; ``watch`` is told what the run is going to count, and returns what to call after each;
+        ``total`` counts the catalog's entries, of which this run may have only some.
 
         Returns what was found at the start, what became of it, and how many lines of the ledger could not be read.
         """
@@ -70,7 +72,8 @@ class Run:
             base_mark.cache_clear()
             pending = find_pending(self._entries, ledger.seen, self._out, retry_failed=retry_failed, limit=limit)
             tally = Tally(len(pending.due))
-            self._write_facts(own / RUN_FILE, catalog, pending)
+            if pending.due:
+                self._write_facts(own / RUN_FILE, catalog, total, len(pending.due))
             advance = watch(tally)
             if pending.due:
                 engine = make_engine(
@@ -120,12 +123,12 @@ class Run:
                 stages=entry.options.stages,
             )
 
-    def _write_facts(self, path: Path, catalog: Path, pending: Pending) -> None:
+    def _write_facts(self, path: Path, catalog: Path, total: int, due: int) -> None:
         """What ``mapconv catalog status`` cannot see in the ledger."""
         facts = {
             "catalog": str(catalog),
-            "entries": len(self._entries),
-            "due": len(pending.due),
+            "entries": total,
+            "due": due,
             "engine": self._engine,
             "workers": self._workers,
             "started": datetime.now(timezone.utc).isoformat(),

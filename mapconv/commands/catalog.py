@@ -120,8 +120,8 @@ def convert_catalog(
         )
     _check(engine, workers, ray_address, limit)
     workers = workers or (1 if engine == "serial" else len(os.sched_getaffinity(0)))
-    entries = read_catalog(catalog)
-    entries = [entry for entry in entries if only is None or fnmatchcase(entry.name, only)]
+    catalogued = read_catalog(catalog)
+    entries = [entry for entry in catalogued if only is None or fnmatchcase(entry.name, only)]
     if not entries:
         raise CatalogError(f"{catalog} has no entry that matches {only!r}: nothing was converted.")
     if verify or push_to is not None:
@@ -132,7 +132,9 @@ def convert_catalog(
         def watch(tally: Tally):
             return bar(tally.due, lambda: (tally.converted + tally.failed, {"failed": tally.failed}))
 
-        pending, tally, broken = run.work(watch, catalog=catalog, retry_failed=retry_failed, limit=limit)
+        pending, tally, broken = run.work(
+            watch, catalog=catalog, total=len(catalogued), retry_failed=retry_failed, limit=limit
+        )
     notes = [f"{broken} lines of the ledger cannot be read and are passed over"] if broken else []
     failures = [Failure(name, seen.kind or "unknown", seen.error or "") for name, seen in pending.failed.items()]
     failures += [Failure(name, kind, error) for name, (kind, error) in tally.failures.items()]

@@ -11,15 +11,16 @@ import torch
 
 from mapconv.adapter import Direction, MapModule
 from mapconv.card import CARD_FILE, local_card
-from mapconv.checkpoint.reader import TensorReader
+from mapconv.checkpoint.reader import SAFETENSORS_DTYPES, TensorReader
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
-from mapconv.checkpoint.writer import SpooledFile
+from mapconv.checkpoint.writer import SpooledFile, TensorSpec
 from mapconv.convert import DEFAULT_MAX_RANK, Converted, Converter, ConvertOptions
 from mapconv.errors import UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude, peft_config, peft_factors, peft_magnitude, write_configs
 from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
 from mapconv.hub import hub_reference, locate_adapter
 from mapconv.hub.ranges import prefetch
+from mapconv.norms import BaseNorms
 from mapconv.parallel import in_order, worker_count
 from mapconv.placing import PlacedAdapter, place_adapter
 from mapconv.progress import progress_bar
@@ -141,7 +142,7 @@ def _write(
     placed: PlacedAdapter, options: ConvertOptions, staging: Path, *, quiet: bool
 ) -> tuple[tuple[MapModule, ...], int]:
     """Convert every module into ``staging``; returns their scalars and the number of parameters."""
-    spool = SpooledFile(staging / WEIGHTS_FILE)
+    spool = SpooledFile(staging / WEIGHTS_FILE, _expected(placed, options))
     try:
         converted, parameters = _convert(placed, options, spool, quiet=quiet)
         modules = tuple(result.scalars for result in converted)
@@ -149,7 +150,7 @@ def _write(
             for item, result in zip(placed.modules, converted, strict=True):
                 spool.append(*peft_magnitude(item.module, result.magnitude))
         _keep_the_rest(placed, spool)
-        spool.finish({"format": "pt"})
+        spool.finish()
     finally:
         spool.close()
     copy_tokenizer(placed.adapter.path, staging)
@@ -172,10 +173,13 @@ def _convert(
     workers = worker_count(max(options.working_bytes(item) for item in placed.modules))
     total = sum(item.weight.nbytes for item in placed.modules)
     converted, stack, parameters = [], [], 0
-    source = placed.target.checkpoint.source
-    prefetch(source, [piece.tensor for item in placed.modules for piece in item.weight.pieces], quiet=quiet)
+    source, norms = placed.target.checkpoint.source, BaseNorms(placed.target.checkpoint)
+    light = [item.weight for item in placed.modules if options.keeps_lora(item)]
+    needed = [item.weight for item in placed.modules if not options.keeps_lora(item) or item.initialization]
+    prefetch(source, [piece.tensor for w in (*needed, *norms.missing(light)) for piece in w.pieces], quiet=quiet)
     with TensorReader(source) as reader, progress_bar(total, "upgrading", quiet=quiet) as advance:
-        results = in_order(Converter(reader, options).convert, placed.modules, workers)
+        norms.load(light, reader)
+        results = in_order(Converter(reader, options, norms).convert, placed.modules, workers)
         for item, result in zip(placed.modules, results, strict=True):
             stack.append(result)
             if len(stack) == item.experts:
@@ -189,6 +193,24 @@ def _convert(
             converted.append(result.without_factors())
             advance(item.weight.nbytes)
     return converted, parameters
+
+
+def _expected(placed: PlacedAdapter, options: ConvertOptions) -> list[TensorSpec]:
+    """The tensors of the result in their order, where that is known before any is computed: a LoRA of linear layers."""
+    simple = all(options.keeps_lora(m) and m.experts == 1 and m.module.bias is None for m in placed.modules)
+    if not simple or placed.adapter.others:
+        return []
+    specs = []
+    for item in placed.modules:
+        dtype, (height, width) = options.stored_dtype(item), item.weight.shape
+        A, B = (
+            torch.empty(shape, dtype=dtype, device="meta")
+            for shape in ((item.effective_rank, width), (height, item.effective_rank))
+        )
+        specs += [
+            TensorSpec(name, SAFETENSORS_DTYPES[dtype], tuple(t.shape)) for name, t in peft_factors(item.module, A, B)
+        ]
+    return specs
 
 
 def _keep_the_rest(placed: PlacedAdapter, spool: SpooledFile) -> None:
