@@ -29,10 +29,9 @@ def input_roots(
     """Yield the modules of each block of the model with the roots of their inputs' second moments, by module path.
 
     The model is the base with the source adapter, whose layers' inputs are the ones that the result will see. It runs
-    on the sequences of ``data`` in float32, one block of it at a time in that precision, and only that block's statistics
-    are in memory. Layers with the same input share one moment. A path is absent, or its root
-    None, where nothing was seen: a layer that no input reached, or one whose inputs are no vectors (stacked experts,
-    convolutions).
+    on the sequences of ``data`` in float32, one block of it at a time in that precision, and only that block's
+    statistics are in memory. Layers with the same input share one moment. A path is absent, or its root None, where
+    nothing was seen: a layer that no input reached, or whose inputs are no vectors (stacked experts, convolutions).
 
     Raises:
         CheckpointError: the model or the adapter cannot be loaded, or overflows on these inputs.

@@ -17,6 +17,7 @@ from mapconv.algebra.dora import AdaptedWeight, merge_rows_
 from mapconv.algebra.moments import InputRoot, Statistics
 from mapconv.algebra.norms import (
     BLOCK_ELEMENTS,
+    all_finite,
     product_difference_norm,
     product_norm,
     row_blocks,
@@ -27,7 +28,8 @@ from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
 from mapconv.devices import resolve_device
 from mapconv.errors import CheckpointError, OutputError
 from mapconv.factors import FactorLoader, Factors
-from mapconv.weights import PlacedModule, read_weight, weight_norm
+from mapconv.norms import BaseNorms
+from mapconv.weights import PlacedModule, read_weight
 
 DEFAULT_MAX_RANK = 256
 #: Below this gain, D = (b/a)·Δ would be too long for its dtype, and a = 1 is solved for instead.
@@ -58,14 +60,17 @@ class ConvertOptions:
             return self.direction == "dora"
         return self.tolerance is None and (self.rank is None or self.rank >= placed.effective_rank)
 
+    def keeps_lora(self, placed: PlacedModule) -> bool:
+        """Whether the module needs no more of its base weight than the norm."""
+        return placed.module.magnitude is None and self.keeps_factors(placed)
+
     def stored_dtype(self, placed: PlacedModule) -> torch.dtype:
         """The dtype that this module's factors are written in."""
         return TORCH_DTYPES[placed.module.lora_A.dtype] if self.dtype == "auto" else getattr(torch, self.dtype)
 
     def working_bytes(self, placed: PlacedModule) -> int:
         """Memory that converting this module takes: all but a plain LoRA hold W0 in float32, and with data W0·P too."""
-        streams = placed.module.magnitude is None and self.keeps_factors(placed) and not placed.initialization
-        if streams:
+        if self.keeps_lora(placed) and not placed.initialization:
             return 16 * BLOCK_ELEMENTS
         return (4 if self.statistics is None else 8) * placed.weight.numel
 
@@ -96,8 +101,8 @@ class Converted:
 class Converter:
     """Turns placed modules into MAP form, one at a time; safe to call from several threads."""
 
-    def __init__(self, reader: TensorReader, options: ConvertOptions) -> None:
-        self._reader, self._options = reader, options
+    def __init__(self, reader: TensorReader, options: ConvertOptions, norms: BaseNorms) -> None:
+        self._reader, self._options, self._norms = reader, options, norms
         self._device = resolve_device(options.device)
         self._factors = FactorLoader(reader)
         self._local = threading.local()
@@ -105,7 +110,7 @@ class Converter:
     def convert(self, placed: PlacedModule, root: InputRoot | None = None) -> Converted:
         """One module in MAP form; a refit weighs errors by ``root``, the root of its inputs' second moment."""
         factors = self._factors.load(placed)
-        if placed.module.magnitude is None and self._options.keeps_factors(placed):
+        if self._options.keeps_lora(placed):
             return self._keep_lora(placed, factors)
         if self._options.keeps_factors(placed):
             return self._keep_dora(placed, factors)
@@ -115,11 +120,14 @@ class Converter:
         """W0 + s·BA is MAP already: α = ‖W0‖, β = ‖s·BA‖ (MATH.md section 2)."""
         scaling = placed.scaling
         A, B = self._stored(factors.A, placed), self._stored(factors.B * scaling, placed)
-        base_norm = _finite(weight_norm(placed.weight, self._reader), placed)
-        norm = product_norm(B, A)
-        source_norm = abs(scaling) * product_norm(factors.B, factors.A)
-        difference = product_difference_norm(factors.B.double() * scaling, factors.A, B, A)
-        error = difference / source_norm if source_norm else 0.0
+        base_norm = _finite(self._norms[placed.weight], placed)
+        norm, error = product_norm(B, A), 0.0
+        wanted = factors.B.double() * scaling
+        # Mostly no bit is lost (float32, scaled by a power of two), which is cheaper to see than to measure.
+        if not (torch.equal(A.to(factors.A.dtype), factors.A) and torch.equal(B.double(), wanted)):
+            source_norm = abs(scaling) * product_norm(factors.B, factors.A)
+            difference = product_difference_norm(wanted, factors.A, B, A)
+            error = difference / source_norm if source_norm else 0.0
         return _converted(placed, "low-rank", 1.0, base_norm, norm, error, A, B, None)
 
     def _keep_dora(self, placed: PlacedModule, factors: Factors) -> Converted:
@@ -190,7 +198,7 @@ class Converter:
         """
         dtype = self._options.stored_dtype(placed)
         stored = factor.to(dtype).cpu()
-        if not torch.isfinite(stored).all():
+        if not all_finite(stored):
             raise OutputError(
                 f"the factors of {placed.module.path} do not fit in {str(dtype).removeprefix('torch.')}: some values "
                 "overflow there, so choose another --dtype."

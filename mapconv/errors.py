@@ -7,6 +7,9 @@
     ├── PlacementError               adapter tensors that fit no base tensor
     ├── BaseMismatchError            a MAP adapter meets another base than the one it was made for
     ├── OutputError                  the place to write to is taken, full or forbidden
+    │   └── DiskFullError            there is no room for what would be written
+    ├── CatalogError                 a catalog or its ledger cannot be used
+    ├── WorkerDiedError              a worker process ended in the midst of an entry
     ├── DataError                    a text file or a tokenizer that cannot be used
     ├── HubError                     the Hub cannot be reached or refuses, or would be told what must stay here
     ├── FidelityError                a result is further from its source than the caller allows
@@ -45,12 +48,29 @@ class OutputError(MapconvError):
     """The output cannot be written where it was asked for."""
 
 
+class DiskFullError(OutputError):
+    """There is no room for what would be written."""
+
+
+class CatalogError(MapconvError):
+    """A catalog or its ledger cannot be used."""
+
+
+class WorkerDiedError(MapconvError):
+    """A worker process ended in the midst of an entry."""
+
+
 class DataError(MapconvError):
     """A text file or a tokenizer cannot be used."""
 
 
 class HubError(MapconvError):
-    """The Hub cannot be reached or refuses, or a push would send what must stay here."""
+    """The Hub cannot be reached or refuses, or a push would send what must stay here.
+
+    ``transient``: the same call may succeed a moment later.
+    """
+
+    transient = False
 
 
 class FidelityError(MapconvError):

@@ -10,6 +10,7 @@ import torch
 
 from mapconv.adapter import Module, TensorRef
 from mapconv.algebra.initializations import initial_factors
+from mapconv.algebra.norms import all_finite
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.errors import AdapterError
 from mapconv.weights import PlacedModule, read_weight
@@ -76,6 +77,6 @@ class FactorLoader:
 
     def _finite(self, ref: TensorRef) -> torch.Tensor:
         tensor = self._reader.read(ref).float()
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise AdapterError(f"{ref.file}: tensor {ref.name} holds NaN or infinity: the training run diverged.")
         return tensor

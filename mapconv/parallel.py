@@ -17,9 +17,19 @@ Result = TypeVar("Result")
 MAX_WORKERS = 8
 
 
+_cores: int | None = None
+
+
+def limit_cores(count: int) -> None:
+    """Use at most ``count`` cores in this process, which shares the machine with others of its kind."""
+    global _cores
+    _cores = count
+    torch.set_num_threads(count)
+
+
 def worker_count(bytes_per_worker: int, budget: int = 256 << 20) -> int:
     """As many workers as there are cores, as long as their buffers fit in ``budget``; at least one."""
-    cores = len(os.sched_getaffinity(0))
+    cores = _cores or len(os.sched_getaffinity(0))
     return max(1, min(cores, MAX_WORKERS, budget // max(1, bytes_per_worker)))
 
 

@@ -29,3 +29,36 @@ def progress_bar(total: int, label: str, *, unit: str = "B", quiet: bool = True)
         dynamic_ncols=True,
     ) as bar:
         yield bar.update
+
+
+@contextmanager
+def tally_bar(label: str, *, unit: str, quiet: bool = True) -> Iterator[Callable]:
+    """Yield a function that starts a bar once its total is known: (total, state) → a function to call after changes.
+
+    ``state()`` gives the count so far and a table of further figures to show.
+    """
+    bars: list[tqdm] = []
+
+    def start(total: int, state: Callable[[], tuple[int, dict[str, object]]]) -> Callable[[], None]:
+        bar = tqdm(
+            total=total,
+            desc=label,
+            unit=f" {unit}s",
+            disable=True if quiet else None,
+            leave=False,
+            dynamic_ncols=True,
+        )
+        bars.append(bar)
+
+        def advance() -> None:
+            count, figures = state()
+            bar.set_postfix(figures, refresh=False)
+            bar.update(count - bar.n)
+
+        return advance
+
+    try:
+        yield start
+    finally:
+        for bar in bars:
+            bar.close()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mapconv.errors import OutputError
+from mapconv.errors import DiskFullError, OutputError
 
 #: A folder that holds one of these is a model or an adapter, which --force may replace; any other is left alone.
 _OUR_MARKS = ("map_config.json", "adapter_config.json", "config.json")
@@ -39,7 +39,7 @@ def check_output(out: Path, *, force: bool, inputs: Iterable[Path], nbytes: int 
         raise OutputError(f"no permission to write in {parent}: choose another output folder.")
     free = shutil.disk_usage(parent).free
     if nbytes > free:
-        raise OutputError(f"{out} needs {nbytes:,} bytes but only {free:,} are free in {parent}: make room first.")
+        raise DiskFullError(f"{out} needs {nbytes:,} bytes but only {free:,} are free in {parent}: make room first.")
 
 
 @contextmanager

@@ -20,6 +20,8 @@ import torch
 from mapconv.adapter import ITEM_SIZES, TensorRef
 from mapconv.checkpoint.reader import SAFETENSORS_DTYPES
 
+#: What PEFT and transformers write into a file's header.
+METADATA = {"format": "pt"}
 #: One copy call moves at most this much, so that a progress bar keeps moving.
 COPY_CHUNK = 64 << 20
 #: What the kernel answers where two file systems share no way to copy between them.
@@ -79,12 +81,14 @@ class FixedFile:
 class SpooledFile:
     """A safetensors file whose tensors arrive one by one; ``finish`` puts the header before them.
 
-    Memory does not grow with the file: tensors go to ``<path>.spool`` as they come, and the kernel moves them behind
-    the header at the end.
+    Memory does not grow with the file: tensors go to ``<path>.spool`` as they come. Where they are the ``expected``
+    ones, room was left for just their header; otherwise the kernel moves them behind it at the end.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, expected: Sequence[TensorSpec] = ()) -> None:
         self.path = path
+        self._expected = list(expected)
+        self._room = 0 if not expected else len(lay_out(path, expected, METADATA)[0])
         self._spool_path = path.with_name(path.name + ".spool")
         self._spool = os.open(self._spool_path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._size = 0
@@ -93,16 +97,22 @@ class SpooledFile:
     def append(self, name: str, tensor: torch.Tensor) -> None:
         data = tensor.detach().cpu().contiguous()
         spec = TensorSpec(name, SAFETENSORS_DTYPES[data.dtype], tuple(data.shape))
-        write_at(self._spool, memoryview(data.view(-1).view(torch.uint8).numpy()), self._size)
+        write_at(self._spool, memoryview(data.view(-1).view(torch.uint8).numpy()), self._room + self._size)
         self._specs.append(spec)
         self._size += spec.nbytes
 
-    def finish(self, metadata: dict[str, str]) -> None:
-        header, _ = lay_out(self.path, self._specs, metadata)
+    def finish(self) -> None:
+        header, _ = lay_out(self.path, self._specs, METADATA)
+        if self._specs == self._expected:
+            write_at(self._spool, memoryview(header), 0)
+            os.fsync(self._spool)
+            self._spool_path.rename(self.path)
+            self.close()
+            return
         final = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             write_at(final, memoryview(header), 0)
-            copy_range(self._spool, final, 0, len(header), self._size)
+            copy_range(self._spool, final, self._room, len(header), self._size)
             os.fsync(final)
         finally:
             os.close(final)

@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mapconv.activations import input_roots
 from mapconv.adapter import Direction, MapModule
-from mapconv.algebra.moments import InputRoot, Statistics
-from mapconv.card import CARD_FILE, local_card
-from mapconv.checkpoint.reader import TensorReader
-from mapconv.checkpoint.staging import check_output, staged_folder, write_file
-from mapconv.checkpoint.writer import SpooledFile
-from mapconv.convert import DEFAULT_MAX_RANK, Converted, Converter, ConvertOptions
-from mapconv.data import Dataset, read_dataset, read_rows
-from mapconv.devices import resolve_device
+from mapconv.algebra.moments import Statistics
+from mapconv.checkpoint.staging import check_output, staged_folder
+from mapconv.conversion import read_data, write_map_directory
+from mapconv.convert import DEFAULT_MAX_RANK, ConvertOptions
 from mapconv.errors import UnsupportedError
-from mapconv.formats.mapdir import needs_magnitude, peft_config, peft_factors, peft_magnitude, write_configs
-from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
+from mapconv.formats.mapdir import needs_magnitude
 from mapconv.hub import hub_reference, locate_adapter
-from mapconv.hub.ranges import prefetch
-from mapconv.models import load_tokenizer, stored_text_classes
-from mapconv.parallel import in_order, worker_count
 from mapconv.placing import PlacedAdapter, place_adapter
-from mapconv.progress import progress_bar
-from mapconv.provenance import base_name, base_revision, map_config
-from mapconv.sidecars import copy_tokenizer
-from mapconv.target import TargetModel
-from mapconv.weights import PlacedModule
 
 DEFAULT_SAMPLES = 32
 DEFAULT_SEQUENCE_LENGTH = 256
@@ -129,12 +113,12 @@ def upgrade(
     check_output(out, force=force, inputs=[source, placed.target.folder], nbytes=nbytes)
     sample = None
     if data is not None and not all(options.keeps_factors(item) for item in placed.modules):
-        sample = _read_data(Path(data), placed.target, samples=samples, length=sequence_length)
+        sample = read_data(Path(data), placed.target, samples=samples, length=sequence_length)
     modules: tuple[MapModule, ...] = ()
     parameters = 0
     if not dry_run:
         with staged_folder(out, force=force) as staging:
-            modules, parameters = _write(placed, options, sample, staging, quiet=quiet)
+            modules, parameters = write_map_directory(placed, options, sample, staging, quiet=quiet)
             nbytes = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
     return UpgradeResult(
         out=out,
@@ -164,101 +148,6 @@ def default_output(source: str | Path) -> Path:
     source = Path(source)
     resolved = source.resolve()
     return resolved.parent / f"{resolved.name}-map" if source.name in ("", "..") else Path(f"{source}-map")
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """The sequences that refits look at, and what the result records of them."""
-
-    sequences: Dataset
-    record: dict[str, Any]
-
-
-def _read_data(path: Path, target: TargetModel, *, samples: int, length: int) -> _Sample:
-    """The first sequences of the training part: what a calibration holds out of the same file stays unseen."""
-    rows = read_rows(path)
-    classes = stored_text_classes(target.folder, target.class_name, target.source_config)
-    train, _ = read_dataset(rows, load_tokenizer(target.folder), length=length, samples=samples, classes=classes)
-    record = {"name": path.name, "fingerprint": train.fingerprint, "sequences": len(train), "tokens": train.tokens}
-    return _Sample(train, record)
-
-
-def _write(
-    placed: PlacedAdapter, options: ConvertOptions, sample: _Sample | None, staging: Path, *, quiet: bool
-) -> tuple[tuple[MapModule, ...], int]:
-    """Convert every module into ``staging``; returns their scalars and the number of parameters."""
-    spool = SpooledFile(staging / WEIGHTS_FILE)
-    try:
-        converted, parameters = _convert(placed, options, sample, spool, quiet=quiet)
-        modules = tuple(result.scalars for result in converted)
-        if needs_magnitude(modules):
-            for item, result in zip(placed.modules, converted, strict=True):
-                spool.append(*peft_magnitude(item.module, result.magnitude))
-        _keep_the_rest(placed, spool)
-        spool.finish({"format": "pt"})
-    finally:
-        spool.close()
-    copy_tokenizer(placed.adapter.path, staging)
-    base = base_name(placed)
-    names = {item.module.path: item.parameter if item.experts > 1 else item.module.path for item in placed.modules}
-    own_paths = {module.path for module in placed.adapter.modules}
-    respelled = any(item.module.path not in own_paths for item in placed.modules)
-    config = peft_config(placed.adapter.config, modules, names, base=base, respelled=respelled)
-    config["revision"] = base_revision(placed)
-    record = map_config(placed, options, modules, data=None if sample is None else sample.record)
-    write_file(staging / CARD_FILE, local_card(config, record))
-    write_configs(staging, config, record)
-    return modules, parameters
-
-
-def _convert(
-    placed: PlacedAdapter, options: ConvertOptions, sample: _Sample | None, spool: SpooledFile, *, quiet: bool
-) -> tuple[list[Converted], int]:
-    """Spool the factors of every module; returns what is left of each, and the number of MAP's parameters."""
-    workers = worker_count(max(options.working_bytes(item) for item in placed.modules))
-    total = sum(item.weight.nbytes for item in placed.modules)
-    converted, parameters = {}, 0
-    source = placed.target.checkpoint.source
-    prefetch(source, [piece.tensor for item in placed.modules for piece in item.weight.pieces], quiet=quiet)
-    with TensorReader(source) as reader, progress_bar(total, "upgrading", quiet=quiet) as advance:
-        converter = Converter(reader, options)
-        for modules, roots in _groups(placed, options, sample):
-            stack: list[Converted] = []
-            jobs = [(item, roots.get(item.module.path)) for item in modules]
-            results = in_order(lambda job: converter.convert(*job), jobs, workers)
-            for item, result in zip(modules, results, strict=True):
-                stack.append(result)
-                if len(stack) == item.experts:
-                    # Experts follow one another: A has them in turn, B side by side, with the expert counting fastest.
-                    A = torch.cat([expert.A for expert in stack])
-                    B = torch.stack([expert.B for expert in stack], dim=2).flatten(1)
-                    for name, tensor in peft_factors(item.module, A, B):
-                        spool.append(name, tensor)
-                    stack.clear()
-                parameters += result.A.numel() + result.B.numel() + 2  # α and β
-                converted[item.key] = result.without_factors()
-                advance(item.weight.nbytes)
-    return [converted[item.key] for item in placed.modules], parameters
-
-
-def _groups(
-    placed: PlacedAdapter, options: ConvertOptions, sample: _Sample | None
-) -> Iterable[tuple[Sequence[PlacedModule], Mapping[str, InputRoot | None]]]:
-    """The modules that are converted together, and what is known of their inputs."""
-    if sample is None or options.statistics is None:
-        return [(placed.modules, {})]
-    return input_roots(placed, sample.sequences, statistics=options.statistics, device=resolve_device(options.device))
-
-
-def _keep_the_rest(placed: PlacedAdapter, spool: SpooledFile) -> None:
-    """Carry over what is no low-rank update: heads, rows and biases as they are, LoRA biases with their scaling."""
-    with TensorReader() as reader:
-        for item in {item.module.path: item for item in placed.modules}.values():
-            if item.module.bias is not None:
-                bias = reader.read(item.module.bias).float() * item.scaling
-                spool.append(f"{KEY_PREFIX}{item.module.path}.lora_B.bias", bias)
-        for name, ref in placed.adapter.others.items():
-            spool.append(name, reader.read(ref))
 
 
 def _notes(placed: PlacedAdapter, options: ConvertOptions) -> list[str]:

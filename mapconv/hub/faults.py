@@ -58,6 +58,7 @@ def ask_hub(
         more = hint(error)
         sentence = explain(deepest(error), name, doing)
         failure = HubError(f"{sentence.removesuffix('.')}, {more}." if more else sentence)
+        failure.transient = is_transient(error)
     raise failure
 
 

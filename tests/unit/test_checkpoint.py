@@ -92,7 +92,7 @@ def test_a_spooled_file_is_what_the_library_would_read(tensors, tmp_path):
     for name, tensor in tensors.items():
         spool.append(name, tensor)
     spool.append("transposed", tensors["torch.float32"].T)
-    spool.finish({"format": "pt"})
+    spool.finish()
     loaded = load_file(path)
     assert loaded.keys() == tensors.keys() | {"transposed"}
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())

@@ -1,0 +1,168 @@
+"""Check the entries of a catalog against what the public functions take, and turn them into records."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from mapconv.catalog.entries import STAGES, Entry, Options
+from mapconv.catalog.signatures import options_of
+
+if TYPE_CHECKING:
+    from mapconv.catalog.reading import Faults, Record
+
+#: Parameters that the run itself sets.
+_GIVEN = {
+    "upgrade": {"source", "out", "base", "force", "dry_run", "quiet"},
+    "verify": {"result", "against", "base", "quiet"},
+    "merge": {"adapters", "out", "base", "weights", "force", "dry_run", "quiet"},
+    "push": {"path", "token", "dry_run", "quiet"},
+}
+_KEYS = ("source", "base", "output", *STAGES)
+
+
+class Checker:
+    """Turns records into entries; what is wrong with one is added to ``faults``."""
+
+    def __init__(self, folder: Path, faults: Faults) -> None:
+        self._folder, self._faults = folder, faults
+        self._defaults: dict[str, Any] = {"upgrade": {}}
+        self._taken: dict[str, int] = {}
+        self._repositories: dict[str, int] = {}
+        self._interned: dict[str, Options] = {}
+
+    def set_defaults(self, record: Record) -> None:
+        if not isinstance(record.table, dict):
+            self._faults.add(record.line, "defaults must be a table")
+            return
+        for key in ("source", "output"):
+            if key in record.table:
+                self._faults.add(record.line_of(key), f"{key} belongs to an entry, not to defaults")
+        self._known_keys(record)
+        self._defaults |= {"base": self._base(record)} | self._stages(record)
+
+    def entry(self, record: Record) -> Entry | None:
+        """The entry, or None if it is broken."""
+        if not isinstance(record.table, dict):
+            self._faults.add(record.line, f"expected a table with a source, found {_shown(record.table)}")
+            return None
+        self._known_keys(record)
+        source = record.table.get("source")
+        if not isinstance(source, str) or not source.strip() or "\0" in source:
+            found = "source is missing" if "source" not in record.table else f"source is {_shown(source)}"
+            self._faults.add(record.line_of("source"), f"{found}: name an adapter's folder or Hub reference")
+            return None
+        base = self._base(record) if "base" in record.table else self._defaults.get("base")
+        own = self._stages(record)
+        stages = {name: own.get(name, self._defaults.get(name)) for name in STAGES}
+        options = self._intern({n: (self._defaults.get(n) or {}) | v for n, v in stages.items() if v is not None})
+        name = self._name(record, source)
+        if name is None:
+            return None
+        entry = Entry(name, self._resolved(source), base, options, record.line)
+        self._claim(self._taken, record.line_of("output"), name, f"the output {name!r}")
+        if entry.merged:
+            self._claim(self._taken, record.line_of("output"), entry.merged, f"the output {entry.merged!r}")
+        repository = options.stages.get("push", {}).get("repo_id")
+        if repository is not None:
+            self._claim(
+                self._repositories, record.line_of("push", "repo_id"), repository, f"the repository {repository}"
+            )
+        return entry
+
+    def _known_keys(self, record: Record) -> None:
+        for key in record.table.keys() - set(_KEYS):
+            stage = next((stage for stage in STAGES if _takes(stage, key)), None)
+            hint = f": an option of {stage} belongs below {stage}" if stage else f", expected {', '.join(_KEYS)}"
+            self._faults.add(record.line_of(key), f"unknown key {key!r}{hint}")
+
+    def _base(self, record: Record) -> str | None:
+        base = record.table.get("base")
+        if base is not None and (not isinstance(base, str) or not base.strip() or "\0" in base):
+            self._faults.add(record.line_of("base"), f"base is {_shown(base)}: name a model's folder or Hub id")
+            return None
+        return None if base is None else self._resolved(base)
+
+    def _stages(self, record: Record) -> dict[str, dict[str, Any] | None]:
+        """The options of the stages that the record names; None for one that it switches off."""
+        stages: dict[str, dict[str, Any] | None] = {}
+        for stage in STAGES:
+            if stage not in record.table:
+                continue
+            value = record.table[stage]
+            if isinstance(value, bool) and (value or stage != "upgrade"):
+                stages[stage] = {} if value else None
+            elif isinstance(value, dict):
+                stages[stage] = self._options(stage, value, record)
+            else:
+                self._faults.add(record.line_of(stage), f"{stage} is {_shown(value)}: expected a table of its options")
+        return stages
+
+    def _options(self, stage: str, table: Mapping[str, Any], record: Record) -> dict[str, Any]:
+        known, checked = options_of(stage), {}
+        for name, value in table.items():
+            line = record.line_of(stage, name)
+            if not _takes(stage, name):
+                reason = "the run sets it" if name in _GIVEN[stage] else f"mapconv {stage} has no such option"
+                reason = "set HF_TOKEN instead, a file is no place for it" if name == "token" else reason
+                self._faults.add(line, f"{stage}: unknown option {name!r}: {reason}")
+            elif fault := known[name].fault(value):
+                self._faults.add(line, f"{stage}: {name} is {_shown(value)}: expected {fault}")
+            else:
+                checked[name] = self._resolved(value) if known[name].is_path and value is not None else value
+        return checked
+
+    def _name(self, record: Record, source: str) -> str | None:
+        name, line = record.table.get("output"), record.line_of("output")
+        if name is None:
+            name = _last_name(source)
+        fault = output_fault(name)
+        if fault:
+            self._faults.add(line, f"output {_shown(name)} {fault}")
+        return None if fault else name
+
+    def _claim(self, taken: dict[str, int], line: int, key: str, what: str) -> None:
+        first = taken.setdefault(key, line)
+        if first != line:
+            self._faults.add(line, f"{what} is taken by line {first}: give this entry another with `output`")
+
+    def _resolved(self, name: str) -> str:
+        """A path from the catalog's folder where that exists, else as it is: a Hub reference, or a path from here."""
+        path = os.path.join(self._folder, os.path.expanduser(name))
+        return os.path.abspath(path) if os.path.exists(path) else name
+
+    def _intern(self, stages: Mapping[str, Mapping[str, Any]]) -> Options:
+        options = Options(stages)
+        return self._interned.setdefault(options.digest, options)
+
+
+def output_fault(name: Any) -> str | None:
+    """Why a name cannot be a folder below OUT, or None."""
+    if not isinstance(name, str) or not name.strip():
+        return "is no name for a folder"
+    parts = PurePosixPath(name).parts
+    if name.startswith("/") or "\\" in name or any(part in ("..", ".") for part in name.split("/")):
+        return "leads out of the output folder: give a plain name or a path below it"
+    if any(part.startswith(".") for part in parts) or parts[0] == "ledger.jsonl":
+        return "is reserved: a name that begins with a dot, and ledger.jsonl, belong to the run"
+    if "/".join(parts) != name or any(len(os.fsencode(part)) > 200 for part in parts) or not name.isprintable():
+        return "is no name for a folder"
+    return None
+
+
+def _last_name(source: str) -> str:
+    """``poems`` of ``adapters/poems/`` and of ``artist/poems@main``."""
+    plain = source if os.path.exists(source) else source.partition("@")[0].replace(":", "/")
+    return os.path.basename(os.path.normpath(plain))
+
+
+def _takes(stage: str, name: str) -> bool:
+    return name in options_of(stage) and name not in _GIVEN[stage]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,158 @@
+"""The ledger of a run, ``OUT/ledger.jsonl``: one line an attempt at an entry, of which the last counts.
+
+Only the coordinating process writes it. Lines are appended and flushed to the disk after the output that they speak of
+was renamed into place, so that whatever is killed, a line that says done is right when it is written. A last line that
+a kill cut short is removed by the next run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from sys import intern
+from typing import Any
+
+import mapconv
+from mapconv.errors import CatalogError
+from mapconv.jsonfile import finite
+
+LEDGER_FILE = "ledger.jsonl"
+LEDGER_VERSION = 1
+_LONGEST_LINE = 1 << 20
+#: The fields of every line, null where an entry did not come so far.
+FIELDS = (
+    "entry", "fingerprint", "status", "kind", "error", "source", "base", "output", "method", "rank", "modules",
+    "worst_error", "median_error", "parameters", "nbytes", "kl", "seconds", "attempts", "finished", "stat", "content",
+    "merged", "pushed", "stage",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a resumed run needs to know of an entry's last line."""
+
+    done: bool
+    fingerprint: str
+    stat: str
+    content: str | None
+    base: str | None
+    kind: str | None
+    error: str | None
+
+
+class Ledger:
+    """An open ledger, to append to. Use it as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seen: dict[str, Seen] = {}
+        self.broken = 0
+        for line in read_lines(path):
+            self.broken += line is None
+            if line is not None:
+                self.seen[line["entry"]] = _seen(line)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        _repair(self._descriptor)
+        if os.fstat(self._descriptor).st_size == 0:
+            self._write([{"ledger": LEDGER_VERSION, "mapconv_version": mapconv.__version__}])
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._descriptor)
+
+    def append(self, tables: Sequence[dict[str, Any]]) -> None:
+        """Write lines and flush them to the disk; one flush serves all of them."""
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        lines = [dict.fromkeys(FIELDS) | table | {"finished": now} for table in tables]
+        self._write(lines)
+        for line in lines:
+            self.seen[line["entry"]] = _seen(line)
+
+    def _write(self, tables: Sequence[dict[str, Any]]) -> None:
+        data = memoryview("".join(f"{json.dumps(finite(table), allow_nan=False)}\n" for table in tables).encode())
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+        os.fsync(self._descriptor)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Each line that speaks of an entry; None for one that cannot be read. The unfinished last one is passed over.
+
+    Raises:
+        CatalogError: not a ledger, or one of another version.
+    """
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        first = file.readline(_LONGEST_LINE)
+        if not first.endswith(b"\n") and len(first) < _LONGEST_LINE:
+            return  # killed while it was begun
+        header = _parse(first)
+        if header is None or header.get("ledger") != LEDGER_VERSION:
+            raise CatalogError(f"{path} is no ledger of this version of mapconv: choose another output folder.")
+        while line := file.readline(_LONGEST_LINE):
+            if line.endswith(b"\n"):
+                table = _parse(line)
+                yield table if table is not None and _is_entry(table) else None
+            elif len(line) == _LONGEST_LINE:
+                yield None
+                while (rest := file.readline(_LONGEST_LINE)) and not rest.endswith(b"\n"):
+                    pass
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        table = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return table if isinstance(table, dict) else None
+
+
+_TEXTS = ("entry", "fingerprint", "status")
+_TEXTS_OR_NULL = ("kind", "error", "source", "base", "output", "method", "stat", "content", "finished", "stage")
+_NUMBERS = ("rank", "modules", "worst_error", "median_error", "parameters", "nbytes", "kl", "seconds", "attempts")
+
+
+def _is_entry(table: dict[str, Any]) -> bool:
+    """Whether every field that is used has its type."""
+    return (
+        all(isinstance(table.get(name), str) for name in _TEXTS)
+        and table["status"] in ("done", "failed")
+        and all(isinstance(table.get(name), str | None) for name in _TEXTS_OR_NULL)
+        and all(type(table.get(name)) in (int, float, type(None)) for name in _NUMBERS)
+    )
+
+
+def _seen(line: dict[str, Any]) -> Seen:
+    done = line["status"] == "done"
+    base, kind = line.get("base"), line.get("kind")
+    return Seen(
+        done=done,
+        fingerprint=line["fingerprint"],
+        stat=line.get("stat") or "",
+        content=line.get("content"),
+        base=None if base is None else intern(base),  # a handful of bases, and thousands of lines
+        kind=None if kind is None else intern(kind),
+        error=None if done else line.get("error"),
+    )
+
+
+def _repair(descriptor: int) -> None:
+    """Cut off what follows the last line's end: a line that a kill tore."""
+    size = position = os.fstat(descriptor).st_size
+    while position > 0:
+        start = max(0, position - (1 << 16))
+        found = os.pread(descriptor, position - start, start).rfind(b"\n")
+        if found >= 0:
+            position = start + found + 1
+            break
+        position = start
+    if position < size:
+        os.ftruncate(descriptor, position)
+        os.fsync(descriptor)

@@ -1,0 +1,212 @@
+"""Read a catalog: a YAML or JSONL file, or a folder of adapters; all of its faults at once, with their lines.
+
+    defaults: {base: BASE, upgrade: {OPTION: VALUE}, …}     what every entry takes over, option by option
+    adapters:                                               a list; in JSONL, one object a line after the defaults
+      - source: FOLDER or Hub reference                     needed
+        base: FOLDER or Hub id                              default: what the adapter's configuration names
+        output: NAME                                        folder below OUT; default: the source's last name
+        upgrade: {…}  verify: {…}  merge: {…}  push: {…}    options of these functions; `true` for none, `false` for off
+
+A path is taken from the catalog's own folder if it exists there. Entries without the last three are only upgraded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mapconv.catalog.entries import Entry
+from mapconv.errors import CatalogError
+
+#: A folder that holds one of these is meant as an adapter, even if the others are missing.
+_ADAPTER_MARKS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_LONGEST_LINE = 1 << 20
+_MOST_NESTING = 16
+
+
+@dataclass(frozen=True)
+class Record:
+    """One entry as the file has it, and the lines of its keys: ``lines["upgrade", "rank"]``."""
+
+    table: Any
+    line: int
+    lines: Mapping[tuple[str, ...], int] = field(default_factory=dict)
+
+    def line_of(self, *keys: str) -> int:
+        return next((self.lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.lines), self.line)
+
+
+class Faults:
+    """What is wrong with a catalog, in the order of its lines; ``check`` raises all of it as one error."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._found: list[tuple[int, str]] = []
+
+    def add(self, line: int, text: str) -> None:
+        self._found.append((line, text))
+
+    def check(self) -> None:
+        if not self._found:
+            return
+        lines = "\n".join(f"  line {line}: {text}" for line, text in sorted(self._found, key=lambda item: item[0]))
+        count = len(self._found)
+        raise CatalogError(f"{self._path} has {count} fault{'s' if count > 1 else ''}, nothing was converted:\n{lines}")
+
+
+def read_catalog(path: Path) -> list[Entry]:
+    """Every entry of a catalog, checked; adapters' files are not opened.
+
+    Raises:
+        CatalogError: with every fault of the file and its line.
+    """
+    from mapconv.catalog.checking import Checker
+
+    if path.is_dir():
+        return list(_folder_entries(path))
+    if not path.exists():
+        raise CatalogError(f"{path} does not exist: give a catalog (.yaml or .jsonl), or a folder of adapters.")
+    faults = Faults(path)
+    checker = Checker(path.parent, faults)
+    records = _yaml_records if path.suffix.lower() in (".yaml", ".yml") else _jsonl_records
+    entries = []
+    for kind, record in records(path, faults):
+        if kind == "defaults":
+            checker.set_defaults(record)
+        else:
+            entry = checker.entry(record)
+            if entry is not None:
+                entries.append(entry)
+    faults.check()
+    if not entries:
+        raise CatalogError(f"{path} lists no adapters: add one with a source.")
+    return entries
+
+
+def _folder_entries(folder: Path) -> Iterator[Entry]:
+    """Each adapter folder below ``folder``, by its path from there; what lies inside an adapter is part of it."""
+    from mapconv.catalog.entries import Options
+
+    options, found = Options({"upgrade": {}}), False
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if root != str(folder) and any(mark in files for mark in _ADAPTER_MARKS):
+            folders.clear()
+            found = True
+            yield Entry(Path(root).relative_to(folder).as_posix(), os.path.abspath(root), None, options)
+    if not found:
+        raise CatalogError(f"{folder} holds no folders with an adapter_config.json: it is no folder of adapters.")
+
+
+def _jsonl_records(path: Path, faults: Faults) -> Iterator[tuple[str, Record]]:
+    """One line at a time, so that a long file takes no memory."""
+    with open(path, "rb") as file:
+        number = 0
+        while line := file.readline(_LONGEST_LINE + 1):
+            number += 1
+            if len(line) > _LONGEST_LINE:
+                faults.add(number, f"longer than {_LONGEST_LINE:,} bytes: it is no entry, and nothing after it is read")
+                return
+            if not line.strip():
+                continue
+            try:
+                table = json.loads(line, object_pairs_hook=_no_duplicates)
+            except (ValueError, RecursionError) as error:
+                faults.add(number, f"not JSON ({_short(error)})")
+                continue
+            if isinstance(table, dict) and "defaults" in table:
+                if number > 1 or len(table) > 1:
+                    faults.add(number, "defaults stand alone in the first line")
+                else:
+                    yield "defaults", Record(table["defaults"], number)
+            else:
+                yield "entry", Record(table, number)
+
+
+def _yaml_records(path: Path, faults: Faults) -> Iterator[tuple[str, Record]]:
+    import yaml
+
+    loader_class = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    text = path.read_bytes()
+    try:
+        line = _refused_line(yaml, loader_class(text))
+        if line is not None:
+            faults.add(line, "anchors, aliases and deep nesting have no place in a catalog: use defaults")
+            return
+        loader = loader_class(text)
+        node = loader.get_single_node()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        faults.add(mark.line + 1 if mark else 1, f"not YAML ({_short(getattr(error, 'problem', None) or error)})")
+        return
+    if isinstance(node, yaml.MappingNode):
+        top = {}
+        for key, value in node.value:
+            if key.value not in ("defaults", "adapters") or key.value in top:
+                faults.add(
+                    key.start_mark.line + 1, f"unexpected key {_short(key.value)!r}: expected defaults, adapters"
+                )
+            else:
+                top[key.value] = value
+        if "defaults" in top:
+            yield "defaults", _located(yaml, loader, top["defaults"], faults)
+        node = top.get("adapters")
+    if not isinstance(node, yaml.SequenceNode):
+        faults.add(node.start_mark.line + 1 if node else 1, "expected a list of adapters")
+        return
+    for item in node.value:
+        yield "entry", _located(yaml, loader, item, faults)
+
+
+def _located(yaml: Any, loader: Any, node: Any, faults: Faults) -> Record:
+    """A node as a value, with the lines of its keys."""
+    lines: dict[tuple[str, ...], int] = {}
+
+    def value_of(node: Any, place: tuple[str, ...]) -> Any:
+        if not isinstance(node, yaml.MappingNode):
+            try:
+                return loader.construct_object(node, deep=True)
+            except (yaml.YAMLError, ValueError, OverflowError, TypeError) as error:
+                faults.add(
+                    node.start_mark.line + 1, f"not a value ({_short(getattr(error, 'problem', None) or error)})"
+                )
+                return None
+        table = {}
+        for key, item in node.value:
+            name, line = key.value, key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                faults.add(line, "a key must be a word")
+            elif name in table:
+                faults.add(line, f"the key {name!r} stands twice")
+            else:
+                lines[(*place, name)] = line
+                table[name] = value_of(item, (*place, name))
+        return table
+
+    return Record(value_of(node, ()), node.start_mark.line + 1, lines)
+
+
+def _refused_line(yaml: Any, loader: Any) -> int | None:
+    """The line of the first alias, or of nesting that no entry has; before anything is built from either."""
+    depth = 0
+    while loader.check_event():
+        event = loader.get_event()
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > _MOST_NESTING:
+            return event.start_mark.line + 1
+    return None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a key stands twice")
+    return table
+
+
+def _short(error: object) -> str:
+    return " ".join(str(error).split())[:160]

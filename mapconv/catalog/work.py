@@ -1,0 +1,93 @@
+"""One entry's work, in whichever process it runs: convert, and verify, merge and push where the entry asks for it.
+
+What comes back is a table of the ledger's fields, never an exception: one broken adapter fails alone.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from mapconv.catalog import faults
+from mapconv.catalog.entries import Job
+from mapconv.errors import AdapterError
+from mapconv.sentence import sentence
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: fields of its line in the ledger; ``stop`` where no other job can succeed either."""
+
+    table: dict[str, Any]
+    stop: bool = False
+
+    @property
+    def done(self) -> bool:
+        return self.table["status"] == "done"
+
+
+def prepare(cores: int) -> None:
+    """Load what the work needs, and let it use ``cores`` cores of this machine."""
+    import_module("mapconv.commands.upgrade")  # the second that torch takes
+    import_module("mapconv.parallel").limit_cores(cores)
+
+
+def run_job(job: Job) -> Outcome:
+    """Do everything that the job asks for; what may pass is tried again after a wait."""
+    started = time.perf_counter()
+    for attempt in range(1, faults.ATTEMPTS + 1):
+        table: dict[str, Any] = {"stage": "upgrade"}
+        try:
+            _convert(job, table)
+        except Exception as error:
+            if faults.is_transient(error) and attempt < faults.ATTEMPTS:
+                time.sleep(faults.FIRST_WAIT * 2 ** (attempt - 1))
+                continue
+            table |= {"status": "failed", "kind": type(error).__name__, "error": sentence(error)}
+            return Outcome(_finished(table, attempt, started), faults.stops_the_run(error))
+        table |= {"status": "done", "stage": None}
+        return Outcome(_finished(table, attempt, started))
+    raise AssertionError("the last attempt returns")
+
+
+def _finished(table: dict[str, Any], attempts: int, started: float) -> dict[str, Any]:
+    return table | {"attempts": attempts, "seconds": round(time.perf_counter() - started, 4)}
+
+
+def _convert(job: Job, table: dict[str, Any]) -> None:
+    """Run the stages in turn; ``table`` tells at any time how far it came."""
+    import mapconv
+    from mapconv.hub.reference import shown
+    from mapconv.jsonfile import read_object
+
+    stages = job.stages
+    result = mapconv.upgrade(job.source, job.output, base=job.base, force=True, **stages["upgrade"])
+    errors = [module.error for module in result.modules]
+    record = read_object(result.out / "map_config.json", AdapterError)
+    table |= {
+        "base": shown(result.base),
+        "method": result.method,
+        "rank": max(module.rank for module in result.modules),
+        "modules": len(errors),
+        "worst_error": max(errors),
+        "median_error": statistics.median(errors),
+        "parameters": result.parameters,
+        "nbytes": result.nbytes,
+        "content": record["source"]["fingerprint"],
+    }
+    if "verify" in stages:
+        table["stage"] = "verify"
+        report = mapconv.verify(job.output, job.source, base=result.base, **stages["verify"])
+        table["kl"] = report.kl
+    if "merge" in stages:
+        table["stage"] = "merge"
+        merged = mapconv.merge(job.output, job.merged, base=result.base, force=True, **stages["merge"])
+        table["nbytes"] += merged.nbytes
+    if "push" in stages:
+        table["stage"] = "push"
+        pushed = mapconv.push(Path(job.merged or job.output), **stages["push"])
+        table["pushed"] = pushed.pull_request or pushed.commit_url or pushed.url
