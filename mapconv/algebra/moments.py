@@ -15,8 +15,11 @@ import torch
 Statistics = Literal["full", "diagonal"]
 
 #: λ as a part of C's mean diagonal. It keeps P invertible, and holds directions that few inputs showed near the
-#: solution of P = I. Chosen on held-out text: see examples/benchmarks/fidelity.py.
+#: solution of P = I. The choice matters little: on SmolLM2 (examples/benchmarks/fidelity.py) the KL on held-out text
+#: differs by less than 1 % between 1e-4 and 1e-1.
 DAMPING = 1e-2
+#: Columns of C that are computed at once.
+_STRIP = 192
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,10 @@ class InputRoot:
 
 
 class InputMoment:
-    """Accumulates Σ x xᵀ, or its diagonal: products in the inputs' precision (float32), sums in float64."""
+    """Accumulates Σ x xᵀ, or its diagonal: products in the inputs' precision (float32), sums in float64.
+
+    Of the symmetric matrix only the strips up to the diagonal are computed, which is all that Cholesky reads.
+    """
 
     def __init__(self, width: int, statistics: Statistics) -> None:
         self._statistics, self.count = statistics, 0
@@ -50,9 +56,13 @@ class InputMoment:
     def add(self, inputs: torch.Tensor) -> None:
         """Count inputs of shape (…, m)."""
         rows = inputs.reshape(-1, inputs.shape[-1])
-        part = rows.T @ rows if self._statistics == "full" else rows.square().sum(0)
-        self._sum += part.to(self._sum)
         self.count += len(rows)
+        if self._statistics == "diagonal":
+            self._sum += rows.square().sum(0).to(self._sum)
+            return
+        for start in range(0, rows.shape[1], _STRIP):
+            stop = start + _STRIP
+            self._sum[start:stop, :stop] += (rows[:, start:stop].T @ rows[:, :stop]).to(self._sum)
 
     def add_indices(self, indices: torch.Tensor) -> None:
         """Count one-hot inputs, as an embedding has them; needs diagonal statistics."""
