@@ -13,6 +13,7 @@ from torch import nn
 
 from mapconv.adapter import Direction
 from mapconv.errors import PlacementError, UnsupportedError
+from mapconv.formats.peft import natural_order
 from mapconv.nn.attaching import Attached, adaptable, attach, check_name
 from mapconv.nn.bases import base_norm, kind_of, matrix_shape, row_squares, values_of
 from mapconv.nn.updates import DoraUpdate, Update
@@ -147,7 +148,8 @@ def _targets(model: nn.Module, config: MapConfig) -> Mapping[str, nn.Module]:
         idle = [target for target in config.targets if not any(_matches((target,), path) for path in candidates)]
         if idle:
             raise PlacementError(f"targets names {', '.join(map(repr, idle))}, which no layer's path ends in.")
-    return found
+    # In the order in which a file of them is read.
+    return dict(sorted(found.items(), key=lambda item: natural_order(item[0])))
 
 
 def _matches(names: str | tuple[str, ...], path: str) -> bool:

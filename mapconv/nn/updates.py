@@ -116,9 +116,8 @@ class Update(nn.Module):
 
     def exact(self, name: str) -> float:
         """A scalar in float64: as it was given where the parameter still rounds to the same value."""
-        parameter = getattr(self, name).detach()
-        rounded = torch.tensor([self._exact[name]], dtype=parameter.dtype)
-        return self._exact[name] if torch.equal(parameter.cpu(), rounded) else float(parameter)
+        value, given = float(getattr(self, name).detach()), self._exact[name]
+        return given if value in (given, float(torch.tensor(given, dtype=torch.float32))) else value
 
     def alpha(self) -> float:
         recorded = self.origin.scalars if self.origin else None
