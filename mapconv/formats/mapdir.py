@@ -150,22 +150,21 @@ def _read_map_modules(map_config: Mapping[str, Any], path: Path) -> tuple[MapMod
                 direction=entry["direction"],
                 rank=int(entry["rank"]),
                 expert=None if entry.get("expert") is None else int(entry["expert"]),
-                output_error=None if entry.get("output_error") is None else float(entry["output_error"]),
-                **{name: float(entry[name]) for name in ("alpha", "beta", "base_norm", "direction_norm", "error")},
+                **{name: _optional(entry, name) for name in ("error", "output_error")},
+                **{name: float(entry[name]) for name in ("alpha", "beta", "base_norm", "direction_norm")},
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise AdapterError(f"{path} has a module entry that cannot be read ({error!r}).") from None
-        numbers = (
-            module.alpha,
-            module.beta,
-            module.base_gain,
-            module.update_gain,
-            module.error,
-            module.output_error or 0,
-        )
-        if not all(map(math.isfinite, numbers)):
+        numbers = (module.alpha, module.beta, module.base_gain, module.update_gain)
+        measured = (value for value in (module.error, module.output_error) if value is not None)
+        if not all(map(math.isfinite, (*numbers, *measured))):
             raise AdapterError(f"{path}: module {module.path} has a scalar that is not finite.")
         if module.direction not in ("low-rank", "dora"):
             raise AdapterError(f"{path}: module {module.path} has direction {module.direction!r}.")
         modules.append(module)
     return tuple(modules)
+
+
+def _optional(entry: Mapping[str, Any], name: str) -> float | None:
+    """A number that need not have been measured."""
+    return None if entry.get(name) is None else float(entry[name])
