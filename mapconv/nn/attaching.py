@@ -80,8 +80,13 @@ def named(model: nn.Module, name: str) -> Attached:
     return adapters[name]
 
 
-def check_name(model: nn.Module, name: str) -> None:
-    """Refuse a name that is taken, or that cannot be a part of a parameter's name."""
+def check_model(model: nn.Module, name: str) -> None:
+    """Refuse a model that PEFT has wrapped, and a name that is taken or cannot be a part of a parameter's name."""
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise UnsupportedError(
+            f"this {type(model).__name__} has PEFT's layers in it, whose weights are not the base's: load the base "
+            "model itself, or take PEFT's adapter off with its unload()."
+        )
     state = getattr(model, _STATE, None)
     if state is not None and name in state.adapters:
         raise AdapterError(f"the model has an adapter named {name!r} already: detach it, or choose another name.")
@@ -193,9 +198,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     for each in names:
         named(model, each)
         if state.active == each:
-            from mapconv.nn.merging import unmerge_adapter
-
-            unmerge_adapter(model)
+            for layer in map_layers(model).values():
+                layer.unmerge()
             set_adapter(model, None)
         for path, layer in map_layers(model).items():
             if each in layer.updates:

@@ -13,7 +13,8 @@ scalars only if the scalars are of the size of 1. They are held relative to a no
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,12 +96,10 @@ class Update(nn.Module):
         """‖W0‖/‖BA‖, 0-d float64; 0 where BA = 0. Computed once while the factors are frozen."""
         if self._is_training():
             self._cache = None
-            if self.detach_norm:
-                with torch.no_grad():
-                    return self._unit_norm * InverseNorm.apply(self.A, self.B)
-            return self._unit_norm * InverseNorm.apply(self.A, self.B)
+            factors = [factor.detach() if self.detach_norm else factor for factor in self.factors]
+            return self._unit_norm * InverseNorm.apply(*factors)
         if self._cache is None:
-            with torch.no_grad():
+            with _lasting():
                 self._cache = self._unit_norm * InverseNorm.apply(self.A, self.B)
         return self._cache
 
@@ -187,14 +186,14 @@ class DoraUpdate(Update):
         if self._is_training() or self._cache is None:
             # A frozen direction is exact; one in training can do with float32 products.
             dtype = torch.promote_types(self.A.dtype, torch.float32) if self._is_training() else torch.float64
-            norms = self.row_norms(base, path, dtype)
-            inverse = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+            with _lasting():
+                norms = self.row_norms(base, path, dtype)
+                inverse = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
             self._cache = None if self._is_training() else inverse
         else:
             inverse = self._cache
         return (self.magnitude * inverse).to(self.magnitude.dtype)
 
-    @torch.no_grad()
     def row_norms(self, base: nn.Module, path: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         with values_of(base, path) as weight:
             if self._base_squares is None:
@@ -215,6 +214,13 @@ class DoraUpdate(Update):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self._base_squares = None
         return super()._apply(fn, recurse)
+
+
+@contextmanager
+def _lasting() -> Iterator[None]:
+    """For what is kept from one pass to the next: no graph, and no inference tensor, which cannot train later."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def direction_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor) -> float:
