@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from mapconv.adapter import MapModule
-from mapconv.report.raster import Canvas, Color, text_width
+from mapconv.reporting.raster import Canvas, Color, text_width
 
 #: Okabe and Ito's colours, which colour-blind readers tell apart; the palest is left out.
 _COLORS: tuple[Color, ...] = (
