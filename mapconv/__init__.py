@@ -17,18 +17,20 @@ if TYPE_CHECKING:
     from mapconv.commands.inspect import inspect
     from mapconv.commands.merge import merge
     from mapconv.commands.push import push
+    from mapconv.commands.report import report
     from mapconv.commands.upgrade import upgrade
     from mapconv.commands.verify import verify
     from mapconv.errors import MapconvError
 
 __version__ = "0.1.0"
-__all__ = ["MapconvError", "inspect", "merge", "push", "upgrade", "verify"]
+__all__ = ["MapconvError", "inspect", "merge", "push", "report", "upgrade", "verify"]
 
 _HOMES = {
     "MapconvError": "mapconv.errors",
     "inspect": "mapconv.commands.inspect",
     "merge": "mapconv.commands.merge",
     "push": "mapconv.commands.push",
+    "report": "mapconv.commands.report",
     "upgrade": "mapconv.commands.upgrade",
     "verify": "mapconv.commands.verify",
 }

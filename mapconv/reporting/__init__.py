@@ -1,1 +1,1 @@
-"""Pictures of a result, drawn without a plotting library."""
+"""What people look at: the HTML report, the pictures of a result, and the stored report of ``verify``."""

@@ -1,0 +1,130 @@
+"""The ledger of a catalog run, read with patience: what a line lacks or spells otherwise is absent, not an error."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mapconv.errors import DataError
+from mapconv.reporting.numbers import number, text
+
+LEDGER_FILE = "ledger.jsonl"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The last line of one entry of the catalog; numbers may be absent or not finite."""
+
+    name: str
+    status: str
+    kind: str
+    error: str
+    source: str
+    base: str
+    output: str
+    method: str
+    finished: str
+    fingerprint: str
+    rank: float | None
+    modules: float | None
+    worst_error: float | None
+    median_error: float | None
+    parameters: float | None
+    nbytes: float | None
+    kl: float | None
+    seconds: float | None
+    attempts: float | None
+
+    @property
+    def done(self) -> bool:
+        return self.status == "done"
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """``unreadable`` counts lines that are no entry; the last one of a run that was killed may be torn."""
+
+    folder: Path
+    mapconv_version: str
+    entries: tuple[Entry, ...]
+    unreadable: int
+
+    @property
+    def done(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.done)
+
+    @property
+    def failed(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if not entry.done)
+
+    def inside(self, entry: Entry) -> Path | None:
+        """The entry's output folder if it exists within the ledger's own; a path that leads out of it is none."""
+        if not entry.output or "\0" in entry.output:
+            return None
+        folder = self.folder.resolve()
+        try:
+            path = (folder / entry.output).resolve()
+            return path if path.is_relative_to(folder) and path != folder and path.is_dir() else None
+        except (OSError, RuntimeError, ValueError):
+            return None
+
+
+def read_ledger(folder: Path) -> Ledger:
+    """The entries of ``folder``'s ledger, in the order in which they first appear.
+
+    Raises:
+        DataError: the first line is not a ledger's, or another version's.
+    """
+    path = folder / LEDGER_FILE
+    with open(path, encoding="utf-8", errors="replace") as file:
+        head, *lines = file.read().split("\n")
+    first = _table(head)
+    if first is None or first.get("ledger") != _VERSION:
+        raise DataError(
+            f'{path} begins with {head[:60]!r}, expected {{"ledger": {_VERSION}, …}}: give the folder that '
+            "`mapconv catalog run` wrote."
+        )
+    entries: dict[str, Entry] = {}
+    unreadable = 0
+    for line in lines:
+        if not line.strip():
+            continue
+        found = _table(line)
+        if found is None or not isinstance(found.get("entry"), str):
+            unreadable += 1
+        else:
+            entries[found["entry"]] = _entry(found)
+    return Ledger(folder, text(first.get("mapconv_version")), tuple(entries.values()), unreadable)
+
+
+def href(path: Path, page: Path) -> str:
+    """A relative link from the page at ``page`` to a file or folder, percent-encoded."""
+    from urllib.parse import quote
+
+    way = os.path.relpath(path.resolve(), page.resolve().parent)
+    return quote(way if way.startswith("..") else f"./{way}", errors="surrogateescape")
+
+
+def _entry(found: Mapping[str, Any]) -> Entry:
+    words = ("status", "kind", "error", "source", "base", "output", "method", "finished", "fingerprint")
+    counts = (
+        "rank", "modules", "worst_error", "median_error", "parameters", "nbytes", "kl", "seconds", "attempts",
+    )  # fmt: skip
+    return Entry(
+        name=found["entry"],
+        **{word: text(found.get(word)) for word in words},
+        **{name: number(found.get(name)) for name in counts},
+    )
+
+
+def _table(line: str) -> dict[str, Any] | None:
+    try:
+        table = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return table if isinstance(table, dict) else None
