@@ -30,7 +30,8 @@ DISTRIBUTIONS: tuple[tuple[str, str, str, Callable[[Entry], float | None], Calla
 
 def catalog_page(ledger: Ledger, out: Path) -> str:
     """``out`` is where the page will stand: its links are relative to that."""
-    links = {entry.name: _link(ledger, entry, out) for entry in ledger.done}
+    here = out.resolve().parent
+    links = {entry.name: _link(ledger, entry, here) for entry in ledger.done}
     entries = _entry_table(ledger, links)
     lead = element("p", f"A catalog of {len(ledger.entries):,} adapters, upgraded to MAP form by mapconv.")
     sections = [
@@ -44,12 +45,12 @@ def catalog_page(ledger: Ledger, out: Path) -> str:
     return build_page(ledger.folder.resolve().name, lead, sections, [entries])
 
 
-def _link(ledger: Ledger, entry: Entry, out: Path) -> str | None:
+def _link(ledger: Ledger, entry: Entry, here: Path) -> str | None:
     folder = ledger.inside(entry)
     if folder is None:
         return None
     page = folder / _REPORT_FILE
-    return href(page if page.is_file() and not page.is_symlink() else folder, out)
+    return href(page if page.is_file() and not page.is_symlink() else folder, here)
 
 
 def _tiles(ledger: Ledger) -> Iterable[tuple[str, str, str]]:
@@ -78,9 +79,7 @@ def _unreadable(ledger: Ledger) -> Html | None:
     if not ledger.unreadable:
         return None
     lines = "1 line of the ledger is" if ledger.unreadable == 1 else f"{ledger.unreadable:,} lines of the ledger are"
-    return element(
-        "p", f"{lines} no entry and not counted: a run that was killed leaves a torn last line.", class_="note"
-    )
+    return element("p", f"{lines} no entry and not counted.", class_="note")
 
 
 def _groups(ledger: Ledger) -> Iterable[Html]:
@@ -149,51 +148,30 @@ def _anchor(name: str, link: str | None) -> object:
 
 def _entry_table(ledger: Ledger, links: dict[str, str | None]) -> DataTable:
     columns = [
-        Column("entry", "entry", width=28),
-        Column("status", "status", "choice", 9),
-        Column("method", "method", "choice", 9),
-        Column("base", "base", "choice", 25),
-        Column("rank", "rank", "number", 7),
-        Column("worst", "worst ε", "number", 10),
-        Column("kl", "KL", "number", 10),
-        Column("seconds", "time", "number", 11),
-        Column("nbytes", "size", "number", 12),
-        Column("kind", "error", "choice", 17),
-        Column("output", "output", width=24),
-        *(
-            Column(key, label, kind, hidden=True)
-            for key, label, kind in (
-                ("error", "error sentence", "text"), ("median", "median ε", "number"), ("modules", "modules", "number"),
-                ("parameters", "parameters", "number"), ("attempts", "attempts", "number"),
-                ("source", "source", "text"), ("finished", "finished", "text"), ("fingerprint", "fingerprint", "text"),
-            )
-        ),
-    ]  # fmt: skip
-    rows = [
-        [
-            entry.name,
-            entry.status,
-            entry.method,
-            entry.base,
-            numeric(entry.rank, count),
-            numeric(entry.worst_error, small),
-            numeric(entry.kl, small),
-            numeric(entry.seconds, seconds),
-            numeric(entry.nbytes, size),
-            entry.kind,
-            linked(entry.output, links.get(entry.name)),
-            entry.error,
-            numeric(entry.median_error, small),
-            numeric(entry.modules, count),
-            numeric(entry.parameters, count),
-            numeric(entry.attempts, count),
-            entry.source,
-            entry.finished,
-            entry.fingerprint,
-        ]
-        for entry in ledger.entries
+        Column("entry", "entry", lambda e: e.name, width=28),
+        Column("status", "status", lambda e: e.status, "choice", 9),
+        Column("method", "method", lambda e: e.method, "choice", 9),
+        Column("base", "base", lambda e: e.base, "choice", 25),
+        Column("rank", "rank", lambda e: numeric(e.rank, count), "number", 7),
+        Column("worst_error", "worst ε", lambda e: numeric(e.worst_error, small), "number", 10),
+        Column("kl", "KL", lambda e: numeric(e.kl, small), "number", 10),
+        Column("seconds", "time", lambda e: numeric(e.seconds, seconds), "number", 11),
+        Column("nbytes", "size", lambda e: numeric(e.nbytes, size), "number", 12),
+        Column("kind", "error", lambda e: e.kind, "choice", 17),
+        Column("output", "output", lambda e: linked(e.output, links.get(e.name)), width=24),
+        Column("sentence", "error sentence", lambda e: e.error, hidden=True),
+        Column("stage", "failed while", lambda e: e.stage, hidden=True),
+        Column("median_error", "median ε", lambda e: numeric(e.median_error, small), "number", hidden=True),
+        Column("modules", "modules", lambda e: numeric(e.modules, count), "number", hidden=True),
+        Column("parameters", "parameters", lambda e: numeric(e.parameters, count), "number", hidden=True),
+        Column("attempts", "attempts", lambda e: numeric(e.attempts, count), "number", hidden=True),
+        Column("source", "source", lambda e: e.source, hidden=True),
+        Column("merged", "merged model", lambda e: e.merged, hidden=True),
+        Column("pushed", "pushed to", lambda e: e.pushed, hidden=True),
+        Column("finished", "finished", lambda e: e.finished, hidden=True),
+        Column("fingerprint", "fingerprint", lambda e: e.fingerprint, hidden=True),
     ]
-    return DataTable("entries", "entries", columns, rows)
+    return DataTable("entries", "entries", columns, ledger.entries)
 
 
 def _known(entries: Sequence[Entry], value: Callable[[Entry], float | None]) -> list[float]:

@@ -14,11 +14,12 @@ from mapconv.reporting.numbers import finite_or_none
 class Column:
     """``choice`` columns have few different texts, to choose one from; hidden ones are seen in a row's details.
 
-    ``width`` is in characters.
+    ``cell`` makes a text, a ``numeric`` or a ``linked`` cell of what a row is about; ``width`` is in characters.
     """
 
     key: str
     label: str
+    cell: Callable[[Any], Any]
     kind: Literal["text", "choice", "number"] = "text"
     width: int = 10
     hidden: bool = False
@@ -26,22 +27,23 @@ class Column:
 
 @dataclass(frozen=True)
 class DataTable:
-    """``rows`` hold a cell for each column: a text, a ``numeric`` or a ``linked`` cell."""
+    """A row for each of ``items``."""
 
     key: str
     noun: str
     columns: Sequence[Column]
-    rows: Sequence[Sequence[Any]]
+    items: Sequence[Any]
 
     def to_json(self) -> dict[str, Any]:
         columns = [
             {"key": c.key, "label": c.label, "kind": c.kind, "width": c.width, "hidden": c.hidden} for c in self.columns
         ]
-        return {"key": self.key, "noun": self.noun, "columns": columns, "rows": self.rows}
+        rows = [[column.cell(item) for column in self.columns] for item in self.items]
+        return {"key": self.key, "noun": self.noun, "columns": columns, "rows": rows}
 
     def place(self) -> Html:
         """Where the page's script puts the table."""
-        without = element("noscript", f"This table of {len(self.rows):,} {self.noun} needs JavaScript.")
+        without = element("noscript", f"This table of {len(self.items):,} {self.noun} needs JavaScript.")
         return element("div", without, class_="data", data_table=self.key)
 
 

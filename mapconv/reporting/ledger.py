@@ -6,8 +6,10 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from mapconv.errors import DataError
 from mapconv.reporting.numbers import number, text
@@ -18,7 +20,10 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Entry:
-    """The last line of one entry of the catalog; numbers may be absent or not finite."""
+    """The last line of one entry of the catalog; numbers may be absent or not finite.
+
+    ``stage`` is where an entry failed (upgrade, verify, merge, push); ``merged`` and ``pushed`` say what else was made.
+    """
 
     name: str
     status: str
@@ -30,6 +35,9 @@ class Entry:
     method: str
     finished: str
     fingerprint: str
+    stage: str
+    merged: str
+    pushed: str
     rank: float | None
     modules: float | None
     worst_error: float | None
@@ -47,7 +55,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """``unreadable`` counts lines that are no entry; the last one of a run that was killed may be torn."""
+    """``unreadable`` counts whole lines that are no entry; the torn last one of a killed run is passed over."""
 
     folder: Path
     mapconv_version: str
@@ -62,14 +70,17 @@ class Ledger:
     def failed(self) -> tuple[Entry, ...]:
         return tuple(entry for entry in self.entries if not entry.done)
 
+    @cached_property
+    def _root(self) -> Path:
+        return self.folder.resolve()
+
     def inside(self, entry: Entry) -> Path | None:
         """The entry's output folder if it exists within the ledger's own; a path that leads out of it is none."""
         if not entry.output or "\0" in entry.output:
             return None
-        folder = self.folder.resolve()
         try:
-            path = (folder / entry.output).resolve()
-            return path if path.is_relative_to(folder) and path != folder and path.is_dir() else None
+            path = (self._root / entry.output).resolve()
+            return path if path.is_relative_to(self._root) and path != self._root and path.is_dir() else None
         except (OSError, RuntimeError, ValueError):
             return None
 
@@ -82,7 +93,8 @@ def read_ledger(folder: Path) -> Ledger:
     """
     path = folder / LEDGER_FILE
     with open(path, encoding="utf-8", errors="replace") as file:
-        head, *lines = file.read().split("\n")
+        # What follows the last line's end is a line that was torn while it was written.
+        head, *lines = file.read().split("\n")[:-1] or [""]
     first = _table(head)
     if first is None or first.get("ledger") != _VERSION:
         raise DataError(
@@ -102,16 +114,17 @@ def read_ledger(folder: Path) -> Ledger:
     return Ledger(folder, text(first.get("mapconv_version")), tuple(entries.values()), unreadable)
 
 
-def href(path: Path, page: Path) -> str:
-    """A relative link from the page at ``page`` to a file or folder, percent-encoded."""
-    from urllib.parse import quote
-
-    way = os.path.relpath(path.resolve(), page.resolve().parent)
+def href(path: Path, folder: Path) -> str:
+    """A relative link, percent-encoded, from a page in ``folder`` to a file or folder; both are resolved already."""
+    way = os.path.relpath(path, folder)
     return quote(way if way.startswith("..") else f"./{way}", errors="surrogateescape")
 
 
 def _entry(found: Mapping[str, Any]) -> Entry:
-    words = ("status", "kind", "error", "source", "base", "output", "method", "finished", "fingerprint")
+    words = (
+        "status", "kind", "error", "source", "base", "output", "method", "finished", "fingerprint", "stage", "merged",
+        "pushed",
+    )  # fmt: skip
     counts = (
         "rank", "modules", "worst_error", "median_error", "parameters", "nbytes", "kl", "seconds", "attempts",
     )  # fmt: skip

@@ -16,7 +16,7 @@ from mapconv.reporting.scales import palette_css
 
 def build_page(title: str, lead: Html, sections: Sequence[Html], tables: Sequence[DataTable]) -> str:
     """The whole page: ``lead`` stands below the title, and ``tables`` are the data of those that sections hold."""
-    script = _asset("report.js")
+    script = _asset("report.js") + _asset("tables.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = {
         # Nothing is loaded from anywhere, and no script runs but this page's own.

@@ -5,8 +5,15 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from mapconv.adapter import MapModule
 
 BASES = ("HuggingFaceTB/SmolLM2-135M", "meta-llama/Llama-3.2-1B", "Qwen/Qwen2.5-7B", "mistralai/Mistral-7B-v0.3")
 FAULTS = {
@@ -66,7 +73,50 @@ def calibrate_records(folder: Path, seed: int = 0) -> None:
         module["error_before"] = module["error"]
         module["error"] *= chance.uniform(0.75, 1.02)
         module["output_error"] = module["error"] * chance.uniform(0.3, 0.7)
+    kl = {"base": 0.6171, "source": 0.0, "closed form": 2.0e-4, "calibrated": 1.1e-4}
     config["calibration"] = {
-        "mode": "distill", "steps": 200, "kl_base": 0.6171, "kl_before": 2.0e-4, "kl_after": 1.1e-4,
+        "objective": "distill", "train": "scalars", "steps": 200, "best_step": 160, "held_out_positions": 4096,
+        "history": [[0, 2.0e-4], [40, 1.5e-4], [160, 1.1e-4], [200, 1.2e-4]],
+        "models": {name: {"kl": value, "loss": 3.5, "perplexity": 33.1} for name, value in kl.items()},
     }  # fmt: skip
     path.write_text(json.dumps(config))
+
+
+def save_adapter(folder: Path, paths: Sequence[str] | None = None, *, calibrated: bool = True) -> Path:
+    """A MAP directory of modules with 3 inputs and 5 outputs, whose scalars are all different."""
+    chance = random.Random(1)
+    if paths is None:
+        paths = [f"model.layers.{n}.self_attn.{name}" for n in (0, 1, 2, 4, 5) for name in ("q_proj", "v_proj")]
+        paths += ["model.layers.0.mlp.up_proj", "lm_head"]
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, modules = {}, []
+    for number, path in enumerate(paths):
+        rank = 2 + number % 2
+        tensors[f"base_model.model.{path}.lora_A.weight"] = torch.ones(rank, 3)
+        tensors[f"base_model.model.{path}.lora_B.weight"] = torch.ones(5, rank)
+        scalars = MapModule(
+            path, "low-rank", rank, alpha=chance.uniform(1.8, 2.2), beta=chance.uniform(0, 0.4), base_norm=2.0,
+            direction_norm=chance.uniform(0.5, 1), error=chance.uniform(0.05, 0.3),
+        )  # fmt: skip
+        base = {"base_tensor": f"{path}.weight", "base_dtype": "BF16", "base_shape": [5, 3]}
+        modules.append(scalars.to_dict() | base)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ".*", "use_dora": False}
+    config["rank_pattern"] = {path: 2 + number % 2 for number, path in enumerate(paths)}
+    config["alpha_pattern"] = dict(config["rank_pattern"])
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    record = {
+        "format_version": 1, "mapconv_version": "0.1.0", "options": {"rank": None, "dtype": "float32"},
+        "base": {"name": "owner/base", "revision": "c0ffee", "card": {}, "fingerprint": "sha256:ba5e"},
+        "source": {"name": "owner/dora", "revision": None, "method": "DoRA", "fingerprint": "sha256:50c3", "card": {}},
+        "modules": modules,
+    }  # fmt: skip
+    (folder / "map_config.json").write_text(json.dumps(record))
+    if calibrated:
+        calibrate_records(folder)
+    return folder
+
+
+def data_of(page: str) -> Any:
+    """The tables that a page carries as data."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
