@@ -80,8 +80,10 @@ def _measures(modules: Sequence[MapModule], records: Sequence[Mapping[str, Any]]
     scale = diverging(found, 0.0) if any(ratio < 0 for ratio in found) else sequential(found)
     yield Measure("ratio", "β/α", "The update's size beside the base's part.", ratios, scale, small)
     yield from _errors(modules, records)
-    ranks = [float(module.rank) for module in modules]
-    yield Measure("rank", "rank", "Of the stored factors.", ranks, sequential(ranks), count)
+    ranks = [number(module.rank) for module in modules]
+    yield Measure(
+        "rank", "rank", "Of the stored factors.", ranks, sequential(filter(None, map(finite_or_none, ranks))), count
+    )
 
 
 def _errors(modules: Sequence[MapModule], records: Sequence[Mapping[str, Any]]) -> Iterable[Measure]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -69,10 +68,10 @@ def _tiles(ledger: Ledger) -> Iterable[tuple[str, str, str]]:
         yield "KL, median", small(statistics.median(divergences)), f"largest {small(max(divergences))}"
     yield (
         "written",
-        size(math.fsum(_known(done, lambda e: e.nbytes))),
-        (f"{count(math.fsum(_known(done, lambda e: e.parameters)))} parameters"),
+        size(sum(_known(done, lambda e: e.nbytes))),
+        (f"{count(sum(_known(done, lambda e: e.parameters)))} parameters"),
     )
-    yield "work", seconds(math.fsum(_known(ledger.entries, lambda e: e.seconds))), "summed over the entries"
+    yield "work", seconds(sum(_known(ledger.entries, lambda e: e.seconds))), "summed over the entries"
 
 
 def _unreadable(ledger: Ledger) -> Html | None:

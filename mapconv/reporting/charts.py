@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 from mapconv.reporting.markup import Html, element, table
 from mapconv.reporting.numbers import NONE, finite_or_none, tick
@@ -62,15 +61,15 @@ def _log_edges(low: float, high: float) -> list[float]:
 
 def _power(step: int, per_decade: int) -> float:
     """10^(step/per_decade), whole decades exactly as they are written."""
-    part = Fraction(step, per_decade)
-    return float(f"1e{part.numerator}") if part.denominator == 1 else 10.0 ** float(part)
+    decade, rest = divmod(step, per_decade)
+    return float(f"1e{decade}") * 10.0 ** (rest / per_decade)
 
 
 def _linear_edges(low: float, high: float) -> list[float]:
-    if high <= low:
+    if high / 16 - low / 16 < 1e-300:  # one value, or so close that no float lies between
         spread = max(abs(low) * 0.05, 0.5)
         low, high = low - spread, high + spread
-    rough = (high - low) / 16
+    rough = high / 16 - low / 16
     magnitude = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -126,7 +125,7 @@ def _axis(found: Histogram, spell: Callable[[float | None], str]) -> Html:
     edges = [found.bins[0].low, *(bar.high for bar in found.bins)]
     wanted = range(len(edges))
     if found.logarithmic:
-        decades = [n for n in wanted if abs(math.log10(edges[n]) - round(math.log10(edges[n]))) < 1e-9]
+        decades = [n for n in wanted if f"{edges[n]:.6e}".startswith("1.000000e")]
         wanted = decades if len(decades) > 1 else [0, len(edges) - 1]
     every = max(1, math.ceil(len(wanted) / 5))
     marks = [
@@ -147,18 +146,20 @@ def dots_figure(
     first = math.floor(math.log10(min(values))) if values else 0
     last = max(math.ceil(math.log10(max(values))), first + 1) if values else 1
 
-    def place(value: float) -> str:
-        return f"{100 * (math.log10(value) - first) / (last - first):.2f}%"
+    def part(power: float) -> str:
+        return f"{100 * (power - first) / (last - first):.2f}%"
 
     lines = []
     for number, (name, value, what) in enumerate(rows):
         on_axis = finite_or_none(value) is not None and value > 0
-        dot = element("u", style=f"left:{place(value)}") if on_axis else None
+        dot = element("u", style=f"left:{part(math.log10(value))}") if on_axis else None
         track = element("i", dot, data_at=f"{number},0", data_tip=f"{name}: {spell(value)}. {what}")
         lines += [element("b", name), track, element("span", spell(value), class_="said")]
     every = max(1, math.ceil((last - first) / 6))
-    decades = [10.0**power for power in range(first, last + 1, every)]
-    marks = [element("span", f"{value:.4g}", style=f"left:{place(value)}") for value in decades]
+    marks = [
+        element("span", f"1e{power:+03d}" if abs(power) > 4 else f"{10.0**power:g}", style=f"left:{part(power)}")
+        for power in range(first, last + 1, every)
+    ]
     lines += [element("b", class_="axis"), element("div", *marks, class_="axis", aria_hidden="true")]
     lines.append(element("span"))
     plot = element(

@@ -16,7 +16,7 @@ def number(value: Any) -> float | None:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def finite_or_none(value: float | None) -> float | None:
@@ -53,6 +53,8 @@ def size(value: float | None) -> str:
     """Bytes: ``1.2 MB``."""
     if special := _special(value):
         return special
+    if abs(value) >= 1e18:
+        return f"{value:.2e} B"
     units = iter(("B", "KB", "MB", "GB", "TB"))
     unit = next(units)
     while abs(value) >= 1000 and unit != "TB":
@@ -66,6 +68,8 @@ def seconds(value: float | None) -> str:
         return special
     if abs(value) < 60:
         return f"{value:.2f} s" if abs(value) < 10 else f"{value:.1f} s"
+    if abs(value) >= 1e9:
+        return f"{value:.2e} s"
     minutes, rest = divmod(round(value), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
 

@@ -35,7 +35,7 @@ class Scale:
     def level(self, value: float) -> int:
         if self.high <= self.low:
             return LEVELS // 2 if self.kind == "d" else 0
-        part = (value - self.low) / (self.high - self.low)
+        part = (value / 2 - self.low / 2) / (self.high / 2 - self.low / 2)  # no overflow, whatever a file says
         return round(min(max(part, 0.0), 1.0) * (LEVELS - 1))
 
     def variable(self, value: float) -> str:
@@ -49,7 +49,7 @@ class Scale:
     def ticks(self) -> Sequence[float]:
         if self.high <= self.low:
             return (self.low,)
-        return (self.low, (self.low + self.high) / 2 if self.middle is None else self.middle, self.high)
+        return (self.low, self.low / 2 + self.high / 2 if self.middle is None else self.middle, self.high)
 
 
 def diverging(values: Iterable[float], middle: float, least: float = 0.0) -> Scale:

@@ -102,7 +102,7 @@ def save_adapter(folder: Path, paths: Sequence[str] | None = None, *, calibrated
         modules.append(scalars.to_dict() | base)
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ".*", "use_dora": False}
-    config["rank_pattern"] = {path: 2 + number % 2 for number, path in enumerate(paths)}
+    config["rank_pattern"] = {re.escape(path): 2 + number % 2 for number, path in enumerate(paths)}
     config["alpha_pattern"] = dict(config["rank_pattern"])
     (folder / "adapter_config.json").write_text(json.dumps(config))
     record = {

@@ -70,7 +70,7 @@ def test_names_are_text_in_an_adapter(tmp_path, visit):
     assert "<img src=x>, layer 0" in page.locator("#tip").inner_text()
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.lists(st.dictionaries(st.sampled_from(FIELDS), values) | values, max_size=6))
 def test_any_line_of_json_is_read_or_counted(tmp_path_factory, lines):
     folder = save_ledger(tmp_path_factory.mktemp("any"), lines)
