@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mapconv.commands.inspect import inspect
     from mapconv.commands.merge import merge
     from mapconv.commands.push import push
+    from mapconv.commands.report import report
     from mapconv.commands.upgrade import upgrade
     from mapconv.commands.verify import verify
     from mapconv.errors import MapconvError
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "MapConfig", "MapconvError", "convert_catalog", "detach", "disabled", "get_map_model", "inspect", "load_adapter",
-    "map_layers", "merge", "push", "save_adapter", "set_adapter", "upgrade", "verify",
+    "map_layers", "merge", "push", "report", "save_adapter", "set_adapter", "upgrade", "verify",
 ]  # fmt: skip
 
 _HOMES = {
@@ -44,6 +45,7 @@ _HOMES = {
     "map_layers": "mapconv.nn.attaching",
     "merge": "mapconv.commands.merge",
     "push": "mapconv.commands.push",
+    "report": "mapconv.commands.report",
     "save_adapter": "mapconv.nn.saving",
     "set_adapter": "mapconv.nn.attaching",
     "upgrade": "mapconv.commands.upgrade",

@@ -21,6 +21,11 @@ ITEM_SIZES = {
 _LAYER = re.compile("[0-9]{1,6}")
 
 
+def layer_of(path: str) -> int | None:
+    """The first number in a module's path, or None: 0 in ``model.layers.0.self_attn.q_proj``."""
+    return next((int(part) for part in path.split(".") if _LAYER.fullmatch(part)), None)
+
+
 @dataclass(frozen=True)
 class TensorRef:
     """Where one tensor lies on disk: a file and a byte range, never the values."""
@@ -78,8 +83,7 @@ class Module:
 
     @property
     def layer(self) -> int | None:
-        """The first number in the path, or None: 0 in ``model.layers.0.self_attn.q_proj``."""
-        return next((int(part) for part in self.path.split(".") if _LAYER.fullmatch(part)), None)
+        return layer_of(self.path)
 
 
 @dataclass(frozen=True)

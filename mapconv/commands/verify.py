@@ -17,7 +17,7 @@ from mapconv.hub import locate_adapter, locate_result
 from mapconv.models import load_tokenizer
 from mapconv.placing import place_adapter
 from mapconv.progress import progress_bar
-from mapconv.report.saved import check_report_place, save_report
+from mapconv.reporting.saved import check_report_place, save_report
 
 DEFAULT_SAMPLES = 8
 SEQUENCE_LENGTH = 256
