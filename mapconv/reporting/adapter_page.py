@@ -56,13 +56,13 @@ def _fidelity(facts: AdapterFacts) -> Iterable[Html]:
         rows.append(("this adapter", verified.get("kl"), "as stored"))
         positions = count(number(verified.get("tokens")))
         about = f"Mean KL(source ‖ model) in nats at {positions} positions, by mapconv verify."
-        figures.append(_kl_figure("verified", about, rows))
+        figures.append(_kl_figure("verified", "KL to the source, verified", about, rows))
     models = _named_tables(calibration.get("models"))
     if models:
         rows = [(name, models[name].get("kl"), _perplexity(models[name])) for name in _CALIBRATED if name in models]
         positions = count(number(calibration.get("held_out_positions")))
         about = f"Mean KL(source ‖ model) in nats at {positions} held-out positions, by mapconv calibrate."
-        figures.append(_kl_figure("calibration", about, rows))
+        figures.append(_kl_figure("calibration", "KL to the source, held-out text", about, rows))
     if figures:
         more = [*_verify_rows(verified)]
         pair = element("div", *figures, class_="pair")
@@ -87,9 +87,9 @@ def _perplexity(model: Mapping[str, Any]) -> str:
     return "" if value is None else f"perplexity {small(value)}"
 
 
-def _kl_figure(key: str, about: str, rows: list[tuple[str, Any, str]]) -> Html:
+def _kl_figure(key: str, title: str, about: str, rows: list[tuple[str, Any, str]]) -> Html:
     found = [(name, number(value), what) for name, value, what in rows]
-    return dots_figure(key, "KL to the source", f"{about} Logarithmic axis.", found, small)
+    return dots_figure(key, title, f"{about} Logarithmic axis.", found, small)
 
 
 def _verify_rows(verified: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

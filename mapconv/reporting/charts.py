@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -68,7 +69,7 @@ def _power(step: int, per_decade: int) -> float:
 def _linear_edges(low: float, high: float) -> list[float]:
     if high / 16 - low / 16 < 1e-300:  # one value, or so close that no float lies between
         spread = max(abs(low) * 0.05, 0.5)
-        low, high = low - spread, high + spread
+        low, high = max(low - spread, -sys.float_info.max), min(high + spread, sys.float_info.max)
     rough = high / 16 - low / 16
     magnitude = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= rough * 0.999)

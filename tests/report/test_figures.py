@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mapconv
-from mapconv.reporting.charts import histogram
+from mapconv.reporting.charts import dots_figure, histogram, histogram_figure
 from mapconv.reporting.heatmap import Measure
 from mapconv.reporting.layout import lay_out
 from mapconv.reporting.numbers import count, gain, number, seconds, size, small, tick
@@ -153,6 +153,17 @@ def test_every_number_is_in_one_bin(values):
         inside = [value for value in finite if bar.low <= value < bar.high]
         assert bar is found.bins[-1] or bar is found.bins[0] or bar.count == len(inside)
     assert len(found.bins) < 700  # one a decade, from the smallest float to the largest
+
+
+@settings(max_examples=40)
+@given(st.lists(floats, max_size=6))
+def test_any_numbers_can_be_drawn_within_the_figure(values):
+    drawn = histogram_figure("k", "t", "", values, small, "entries")
+    drawn += dots_figure("k", "t", "", [(str(n), value, "") for n, value in enumerate(values)], small)
+    places = [float(place) for place in re.findall(r"(?:left|height):([^%;\"]+)%", drawn)]
+    assert all(0 <= place <= 100 for place in places)
+    scale = diverging([value for value in values if value is not None and math.isfinite(value)], 1.0)
+    assert all(0 <= scale.level(value) < LEVELS for value in values if value is not None and math.isfinite(value))
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

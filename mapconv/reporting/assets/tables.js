@@ -11,7 +11,7 @@ function compare(a, b, descending) {
 
 class LongTable {
   constructor(place, { noun, columns, rows }) {
-    Object.assign(this, { noun, columns, rows, filters: new Map(), sorted: null, descending: false });
+    Object.assign(this, { noun, columns, rows, filters: new Map(), sorted: null, descending: false, onPaper: false });
     this.shown = columns.map((column, index) => ({ ...column, index })).filter((column) => !column.hidden);
     this.words = rows.map((row) => row.map(textOf).join("\n").toLowerCase());
     this.body = make("tbody");
@@ -110,8 +110,9 @@ class LongTable {
     });
   }
 
-  /** Rows in view and a few beyond; two empty rows stand for all others. Everything, where it is printed. */
-  render(everything = false) {
+  /** Rows in view and a few beyond; two empty rows stand for all others. On paper all of them. */
+  render() {
+    const everything = this.onPaper;
     const height = this.rowHeight ?? 34;
     const spare = 12;
     const from = everything ? 0 : Math.max(0, Math.floor(this.box.scrollTop / height) - spare);
@@ -148,7 +149,7 @@ class LongTable {
       if (textOf(cell) === "") return;
       list.append(make("div", {}, make("dt", {}, label), make("dd", {}, linkOf(cell), allDigits(cell))));
     });
-    const title = make("h2", { id: "details-title" }, textOf(this.rows[index][0]));
+    const title = make("h2", { id: "details-title", tabIndex: -1, autofocus: true }, textOf(this.rows[index][0]));
     const close = make("form", { method: "dialog" }, make("button", {}, "Close"));
     const dialog = find("#details");
     dialog.replaceChildren(title, list, close);
@@ -176,7 +177,10 @@ function startTables() {
     button.addEventListener("click", () => tables[button.dataset.find].choose(button.dataset.column, button.dataset.value));
   }
   matchMedia("print").addEventListener("change", ({ matches }) => {
-    for (const table of Object.values(tables)) table.render(matches);
+    for (const table of Object.values(tables)) {
+      table.onPaper = matches;
+      table.render();
+    }
     if (matches) for (const failure of document.querySelectorAll(".failure")) failure.open = true;
   });
 }
