@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mapconv.commands.calibrate import calibrate
     from mapconv.commands.inspect import inspect
     from mapconv.commands.merge import merge
     from mapconv.commands.push import push
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
     from mapconv.errors import MapconvError
 
 __version__ = "0.1.0"
-__all__ = ["MapconvError", "inspect", "merge", "push", "upgrade", "verify"]
+__all__ = ["MapconvError", "calibrate", "inspect", "merge", "push", "upgrade", "verify"]
 
 _HOMES = {
     "MapconvError": "mapconv.errors",
+    "calibrate": "mapconv.commands.calibrate",
     "inspect": "mapconv.commands.inspect",
     "merge": "mapconv.commands.merge",
     "push": "mapconv.commands.push",

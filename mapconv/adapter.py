@@ -102,6 +102,7 @@ class MapModule:
 
     Each expert of a stacked tensor is a weight of its own, counted by ``expert``.
     ``error`` is ε = ‖T − W'‖ / ‖T − W0‖, measured on the factors that were written; T is the source's weight.
+    ``alpha_before``, ``beta_before`` and ``error_before`` are those of the closed form that a calibration began with.
     """
 
     path: str
@@ -113,6 +114,9 @@ class MapModule:
     direction_norm: float
     error: float
     expert: int | None = None
+    alpha_before: float | None = None
+    beta_before: float | None = None
+    error_before: float | None = None
 
     @property
     def base_gain(self) -> float:
@@ -125,7 +129,9 @@ class MapModule:
         return self.beta / self.direction_norm if self.direction_norm else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"base_gain": self.base_gain, "update_gain": self.update_gain}
+        table = asdict(self) | {"base_gain": self.base_gain, "update_gain": self.update_gain}
+        absent = [name for name, value in table.items() if value is None and name.endswith("_before")]
+        return {name: value for name, value in table.items() if name not in absent}
 
 
 @dataclass(frozen=True)

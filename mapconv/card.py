@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mapconv.adapter import MapModule
-from mapconv.errors import HubError
 from mapconv.hub.reference import is_repo_id
-from mapconv.readme import Readme, compose, parse_readme
+from mapconv.readme import Readme, compose, read_readme
 
 CARD_FILE, PLOT_FILE, REPORT_FILE = "README.md", "scalars.png", "verify.json"
 #: What is taken over from the cards of the source and the base, and may be the user's own in README.md.
@@ -62,15 +61,12 @@ class CardFacts:
 
 def card_facts(folder: Path) -> dict[str, Any]:
     """What a result takes over from the README.md of its base or source; a card that is no YAML says nothing."""
-    try:
-        metadata = parse_readme((folder / CARD_FILE).read_text(encoding="utf-8"), str(folder)).metadata
-    except (OSError, UnicodeDecodeError, HubError):
-        return {}
+    metadata = read_readme(folder / CARD_FILE).metadata
     return {key: metadata[key] for key in _COPIED if _is_plain(metadata.get(key))}
 
 
-def local_card(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    """The README.md of a MAP directory as ``upgrade`` writes it, before anybody publishes it."""
+def local_card(config: Mapping[str, Any], record: Mapping[str, Any], own: Readme | None = None) -> str:
+    """The README.md of a MAP directory as it is first written, before anybody publishes it."""
     name = record["base"]["name"]
     facts = CardFacts(
         kind="adapter",
@@ -81,7 +77,7 @@ def local_card(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         task=config.get("task_type"),
         plain_lora=not config.get("use_dora"),
     )
-    return write_card(facts, Readme(), title="MAP adapter", repo_id=None, license_=None)
+    return write_card(facts, own or Readme(), title="MAP adapter", repo_id=None, license_=None)
 
 
 def write_card(facts: CardFacts, own: Readme, *, title: str, repo_id: str | None, license_: str | None) -> str:
@@ -92,7 +88,10 @@ def write_card(facts: CardFacts, own: Readme, *, title: str, repo_id: str | None
 def read_scalars(record: Mapping[str, Any]) -> tuple[MapModule, ...]:
     """The modules of a ``map_config.json`` or a ``map_merge.json``."""
     names = MapModule.__dataclass_fields__
-    return tuple(MapModule(**{name: entry[name] for name in names}) for entry in record["modules"])
+    return tuple(
+        MapModule(**{name: entry.get(name) if name.endswith("_before") else entry[name] for name in names})
+        for entry in record["modules"]
+    )
 
 
 def _metadata(facts: CardFacts, own: Mapping[str, Any], license_: str | None) -> dict[str, Any]:
@@ -121,6 +120,8 @@ def _metadata(facts: CardFacts, own: Mapping[str, Any], license_: str | None) ->
 def _block(facts: CardFacts, title: str, repo_id: str | None) -> str:
     sections = [f"# {title}", _summary(facts), f"## What MAP is\n\n{_ABOUT}", _loading(facts, repo_id)]
     sections.append("## Fidelity\n\n" + _fidelity(facts))
+    if facts.record.get("calibration"):
+        sections.append("## Calibration\n\n" + _calibration(facts.record["calibration"]))
     if facts.modules:
         sections.append("## Scalars\n\n" + _scalars(facts))
     sections.append("## Made from\n\n" + _origins(facts))
@@ -185,6 +186,26 @@ def _fidelity(facts: CardFacts) -> str:
     return (
         f"{table}\n\nMeasured by `mapconv verify` at {report['tokens']:,} positions of a text: the same most likely "
         f"answer as the source {report['top1_agreement']:.2%} of the time; {weights}."
+    )
+
+
+def _calibration(record: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            name,
+            "-" if numbers["perplexity"] is None else f"{numbers['perplexity']:.4f}",
+            _number(numbers["kl"]),
+            f"{numbers['top1_agreement']:.2%}",
+        )
+        for name, numbers in record["models"].items()
+    ]
+    what = "α and β" if record["train"] == "scalars" else "α, β and the factors"
+    goal = "the source's distribution" if record["objective"] == "distill" else "the data's own labels"
+    return (
+        f"{_table(('model', 'perplexity', 'KL(source ‖ model)', 'top-1 as the source'), rows)}\n\n"
+        f"`mapconv calibrate` trained {what} ({record['trained_parameters']:,} numbers) towards {goal} for "
+        f"{record['steps']} steps, and kept step {record['best_step']}. Measured in float32 on the files as they are, "
+        f"at {record['held_out_positions']:,} positions of text that was held out."
     )
 
 

@@ -7,9 +7,10 @@
     ├── PlacementError               adapter tensors that fit no base tensor
     ├── BaseMismatchError            a MAP adapter meets another base than the one it was made for
     ├── OutputError                  the place to write to is taken, full or forbidden
-    ├── DataError                    a text file or a tokenizer that cannot be used
+    ├── DataError                    a data file, a tokenizer or a checkpoint that cannot be used
     ├── HubError                     the Hub cannot be reached or refuses, or would be told what must stay here
     ├── FidelityError                a result is further from its source than the caller allows
+    ├── ResourceError                the memory does not suffice
     └── DependencyError              an optional package or a device is absent
 
 Each message is one sentence that a user can act on: what is wrong, in which file or tensor, what was
@@ -46,7 +47,7 @@ class OutputError(MapconvError):
 
 
 class DataError(MapconvError):
-    """A text file or a tokenizer cannot be used."""
+    """A data file, a tokenizer or a training checkpoint cannot be used."""
 
 
 class HubError(MapconvError):
@@ -55,6 +56,10 @@ class HubError(MapconvError):
 
 class FidelityError(MapconvError):
     """A result is further from its source than the caller allows."""
+
+
+class ResourceError(MapconvError):
+    """The memory of this machine or its GPU does not suffice."""
 
 
 class DependencyError(MapconvError):

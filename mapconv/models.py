@@ -76,11 +76,11 @@ def attach_with_peft(model: Any, folder: Path, name: str) -> Any:
         return PeftModel.from_pretrained(model, str(folder), adapter_name=name).eval()
 
 
-def text_classes(model: Any) -> dict[str, int] | None:
+def text_classes(class_name: str, config: Any) -> dict[str, int] | None:
     """The classes of a model that sorts whole texts, numbers by name; None for any other model."""
-    if not type(model).__name__.endswith("ForSequenceClassification"):
+    if not class_name.endswith("ForSequenceClassification"):
         return None
-    return {str(name): int(number) for number, name in model.config.id2label.items()}
+    return {str(name): int(number) for number, name in config.id2label.items()}
 
 
 @contextmanager

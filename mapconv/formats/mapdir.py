@@ -25,6 +25,8 @@ from mapconv.formats.peft import CONFIG_FILE, KEY_PREFIX, read_tensors
 
 MAP_CONFIG_FILE = "map_config.json"
 FORMAT_VERSION = 1
+#: What a calibration adds to a module's entry.
+_BEFORE = ("alpha_before", "beta_before", "error_before")
 
 
 class MapDirectory:
@@ -151,6 +153,7 @@ def _read_map_modules(map_config: Mapping[str, Any], path: Path) -> tuple[MapMod
                 rank=int(entry["rank"]),
                 expert=None if entry.get("expert") is None else int(entry["expert"]),
                 **{name: float(entry[name]) for name in ("alpha", "beta", "base_norm", "direction_norm", "error")},
+                **{name: float(entry[name]) for name in _BEFORE if entry.get(name) is not None},
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise AdapterError(f"{path} has a module entry that cannot be read ({error!r}).") from None

@@ -1,0 +1,148 @@
+"""The base, the source and the MAP adapter as three models on one copy of the base's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mapconv.data import IGNORED
+from mapconv.errors import UnsupportedError
+from mapconv.live import read_model_config
+from mapconv.models import load_model, text_classes
+from mapconv.nn import detach, factor_parameters, load_adapter, scalar_parameters, set_adapter
+from mapconv.placing import PlacedAdapter
+from mapconv.target import TargetModel
+
+#: What is trained: α and β of every weight alone, or its factors as well.
+Train = Literal["scalars", "all"]
+SOURCE, MAP, WRITTEN = "source", "map", "written"
+
+
+def target_classes(target: TargetModel) -> dict[str, int] | None:
+    """The classes of a model that sorts texts; None for a causal language model.
+
+    Raises:
+        UnsupportedError: a model of another kind, whose outputs calibration cannot compare.
+    """
+    from transformers import AutoConfig
+
+    table = target.source_config or read_model_config(target.folder)
+    names = [target.class_name] if target.class_name else table.get("architectures") or ["CausalLM"]
+    name = str(names[0])
+    settings = {key: value for key, value in table.items() if key != "model_type"}
+    classes = text_classes(name, AutoConfig.for_model(table["model_type"], **settings))
+    if classes is None and not name.endswith(("CausalLM", "LMHeadModel")):
+        raise UnsupportedError(
+            f"{target.folder} is a {name}: calibration trains causal language models and sequence classifiers. "
+            "`mapconv upgrade` needs no training."
+        )
+    if classes is not None and len(classes) < 2:
+        raise UnsupportedError(f"{target.folder} has one output and no classes: calibration compares distributions.")
+    return classes
+
+
+class CalibrationModels:
+    """The models of one run; which of them computes is switched, no weight moves."""
+
+    def __init__(
+        self,
+        source: PlacedAdapter,
+        folder: Path,
+        *,
+        train: Train,
+        device: torch.device,
+        classes: dict[str, int] | None,
+        padding: int | None,
+        check_base: bool,
+        allow_pickle: bool,
+    ) -> None:
+        """Load the base in float32, and attach the source and the MAP folder.
+
+        Raises:
+            MapconvError: of the kind that fits, where an adapter does not fit the base.
+        """
+        self._model = load_model(
+            source.target.folder,
+            source.target.class_name,
+            dtype="float32",
+            device=device,
+            config=source.target.source_config,
+            completed_later=bool(source.adapter.whole),
+        )
+        self._device, self._classes = device, classes
+        if classes is not None and self._model.config.pad_token_id is None:
+            # By it such a model finds a text's last token.
+            self._model.config.pad_token_id = padding
+        load_adapter(self._model, source.adapter.path, name=SOURCE, allow_pickle=allow_pickle)
+        load_adapter(self._model, folder, name=MAP, trainable=train, check_base=check_base)
+        self._check_base = check_base
+        self.scalars = scalar_parameters(self._model, MAP)
+        self.factors = factor_parameters(self._model, MAP) if train == "all" else []
+
+    @property
+    def model(self) -> Any:
+        return self._model
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        return [*self.scalars, *self.factors]
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens that the model's positions allow."""
+        limit = getattr(self._model.config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) else 1 << 30
+
+    def logits(self, name: str | None, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(positions, vocabulary or classes) of the base (None) or an adapter; a classifier's positions are texts."""
+        set_adapter(self._model, name)
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        settings = {} if self._classes is not None else {"use_cache": False}
+        return self._model(**inputs, **settings).logits.flatten(0, -2)
+
+    def targets(self, batch: dict[str, torch.Tensor], *, by_label: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(known answer, whether the position counts), both (positions,); an unknown answer is 0.
+
+        A classifier's texts all count, unless ``by_label`` asks for those with a known class alone.
+        """
+        labels = batch["labels"]
+        if self._classes is None:
+            # A position predicts the next token; the last one predicts nothing that is known.
+            labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1).flatten()
+        known = labels != IGNORED
+        counts = known if self._classes is None or by_label else torch.ones_like(known)
+        return labels.clamp_min(0), counts
+
+    @contextmanager
+    def attached(self, folder: Path) -> Iterator[None]:
+        """A folder that was written, as the adapter ``WRITTEN`` inside the block."""
+        load_adapter(self._model, folder, name=WRITTEN, check_base=self._check_base)
+        try:
+            yield
+        finally:
+            detach(self._model, WRITTEN)
+
+    def autocast(self) -> Any:
+        """What training computes in: bfloat16 on a GPU, float32 on a CPU. Measuring is always in float32."""
+        return torch.autocast("cuda", torch.bfloat16) if self._device.type == "cuda" else nullcontext()
+
+    def save_memory(self) -> None:
+        """Keep each layer's input alone for the backward pass, and compute its inside again there.
+
+        transformers does so in training mode, which would also switch dropout on: the source and the MAP adapter must
+        be the same functions at every step, so dropout is set to nothing first.
+        """
+        if not getattr(self._model, "supports_gradient_checkpointing", False):
+            return
+        for module in self._model.modules():
+            for name, value in vars(module).items():
+                if "drop" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._model.train()
