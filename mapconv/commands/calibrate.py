@@ -13,9 +13,10 @@ from mapconv.card import CARD_FILE, PLOT_FILE, REPORT_FILE
 from mapconv.checkpoint.staging import check_output, staged_folder
 from mapconv.data import Objective, read_rows
 from mapconv.errors import AdapterError, OutputError
+from mapconv.formats import read_adapter
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
 from mapconv.hub import hub_reference, locate_adapter
-from mapconv.placing import place_adapters
+from mapconv.placing import place_adapter
 from mapconv.provenance import source_fingerprint
 from mapconv.sidecars import copy_tokenizer
 from mapconv.training.checkpoints import checkpoint_path
@@ -108,11 +109,12 @@ def calibrate(
     adapter_path, source_path = locate_adapter(adapter), locate_adapter(against, allow_pickle=allow_pickle)
     out = default_output(adapter) if out is None else Path(out)
     rows = read_rows(data)
-    placed, source = place_adapters([adapter_path, source_path], base, allow_pickle=allow_pickle)
-    _check_pair(placed.adapter, source.adapter, force=force)
+    map_adapter = read_adapter(adapter_path)
+    source = place_adapter(source_path, base, allow_pickle=allow_pickle)
+    _check_pair(map_adapter, source.adapter, force=force)
     in_place = out.resolve() == adapter_path.resolve()
     inputs = [source_path, source.target.folder] + ([] if in_place else [adapter_path])
-    check_output(out, force=force, inputs=inputs, nbytes=2 * placed.adapter.nbytes)
+    check_output(out, force=force, inputs=inputs, nbytes=2 * map_adapter.nbytes)
     checkpoint = checkpoint_path(out)
     if checkpoint.exists() and not (resume or force):
         raise OutputError(
