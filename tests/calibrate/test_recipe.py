@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mapconv.training.loop import Recipe
@@ -15,6 +15,7 @@ from mapconv.training.loop import Recipe
 RECIPE = Recipe("distill", "scalars", 40, 1e-3, 4, 32, 0)
 
 
+@settings(max_examples=30)
 @given(sequences=st.integers(1, 30), batch_size=st.integers(1, 9), seed=st.integers(0, 99))
 def test_every_pass_reads_each_sequence_once(sequences, batch_size, seed):
     recipe = replace(RECIPE, batch_size=batch_size, seed=seed)
