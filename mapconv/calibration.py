@@ -117,6 +117,8 @@ def calibrate_folder(
                 f"--sequence-length {recipe.sequence_length} is more than the {models.longest_text} positions of the "
                 "model: give a smaller one."
             )
+        if processes.device.type == "cuda":
+            models.save_memory()
         closed_form = [parameter.detach().clone() for parameter in models.trained]
         evaluator = Evaluator(models, held_out, recipe.objective, recipe.batch_size, causal=classes is None)
         trainer = Trainer(recipe, models, train, evaluator, processes)

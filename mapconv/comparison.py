@@ -11,7 +11,7 @@ import torch
 
 from mapconv.errors import AdapterError
 from mapconv.formats.peft import CONFIG_FILE, KEY_PREFIX
-from mapconv.models import attach_with_peft, load_model, text_classes
+from mapconv.models import attach_with_peft, load_model, longest_text, text_classes
 from mapconv.placing import PlacedAdapter
 
 #: Positions whose outputs are compared at once, in float64: 64 × 256,000 tokens take 131 MB.
@@ -99,12 +99,8 @@ class Comparison:
 
     @property
     def longest_text(self) -> int:
-        """Tokens that the model's positions allow, less the two that some models set aside for padding."""
-        config = self._model.get_base_model().config
-        parts = (config, getattr(config, "text_config", None))
-        names = ("max_position_embeddings", "n_positions", "max_target_positions")
-        limits = [getattr(part, name, None) for part in parts for name in names]
-        return min((limit - 2 for limit in limits if isinstance(limit, int)), default=1 << 30)
+        """Tokens that the model's positions allow."""
+        return longest_text(self._model.get_base_model())
 
     @property
     def classes(self) -> dict[str, int] | None:

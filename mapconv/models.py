@@ -83,6 +83,20 @@ def text_classes(class_name: str, config: Any) -> dict[str, int] | None:
     return {str(name): int(number) for number, name in config.id2label.items()}
 
 
+def longest_text(model: Any) -> int:
+    """Tokens that the model's positions allow."""
+    parts = (model.config, getattr(model.config, "text_config", None))
+    names = ("max_position_embeddings", "n_positions", "max_target_positions")
+    limits = [getattr(part, name, None) for part in parts for name in names]
+    # RoBERTa and its kin count positions from behind the padding's own.
+    set_aside = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    return min((limit for limit in limits if isinstance(limit, int)), default=1 << 30) - max(set_aside, default=0)
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silence the loading bars and notices of transformers; its errors still arrive."""

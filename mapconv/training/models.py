@@ -12,7 +12,7 @@ import torch
 from mapconv.data import IGNORED
 from mapconv.errors import UnsupportedError
 from mapconv.live import read_model_config
-from mapconv.models import load_model, text_classes
+from mapconv.models import load_model, longest_text, quiet_libraries, text_classes
 from mapconv.nn import detach, factor_parameters, load_adapter, scalar_parameters, set_adapter
 from mapconv.placing import PlacedAdapter
 from mapconv.target import TargetModel
@@ -94,8 +94,7 @@ class CalibrationModels:
     @property
     def longest_text(self) -> int:
         """Tokens that the model's positions allow."""
-        limit = getattr(self._model.config, "max_position_embeddings", None)
-        return limit if isinstance(limit, int) else 1 << 30
+        return longest_text(self._model)
 
     def logits(self, name: str | None, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """(positions, vocabulary or classes) of the base (None) or an adapter; a classifier's positions are texts."""
@@ -144,5 +143,6 @@ class CalibrationModels:
                     setattr(module, name, 0.0)
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with quiet_libraries():
+            self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._model.train()
