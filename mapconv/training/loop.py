@@ -94,9 +94,9 @@ class Trainer:
     ) -> None:
         self.recipe, self.progress = recipe, Progress()
         self._models, self._data, self._evaluator, self._processes = models, data, evaluator, processes
-        # Stated for each parameter: factors in units of their own size, scalars are of the size of 1 already.
-        groups = [{"params": models.scalars, "size": 1.0}]
-        groups += [{"params": [factor], "size": _size(factor)} for factor in models.factors]
+        groups = [
+            {"params": [parameter], "size": size} for parameter, size in zip(models.trained, models.sizes, strict=True)
+        ]
         self._optimizer = torch.optim.Adam(groups, lr=0.0, eps=ADAM_EPSILON)
 
     def state(self) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class Trainer:
             batch = self._data.batch(own, device)
             targets, counts = self._models.targets(batch, by_label=by_label)
             weights = counts / max(1, positions)
-            with self._models.autocast():
+            with self._models.autocast(self.recipe.objective):
                 loss = self._loss(batch, targets, weights)
             loss.backward()
             total += loss.detach()
@@ -197,8 +197,3 @@ class Trainer:
     def _put(self, values: list[torch.Tensor]) -> None:
         for parameter, value in zip(self._models.trained, values, strict=True):
             parameter.copy_(value)
-
-
-def _size(factor: torch.Tensor) -> float:
-    """Root mean square of the entries: a factor's unit."""
-    return float(factor.detach().double().square().mean().sqrt()) or 1.0

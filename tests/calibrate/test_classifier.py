@@ -45,7 +45,7 @@ def classifier(tmp_path_factory):
 def test_a_classifier_gains(objective, classifier, tmp_path):
     result = mapconv.calibrate(
         classifier / "map", against=classifier / "dora", data=classifier / "data.jsonl", out=tmp_path / "out",
-        objective=objective, train="all", steps=8, batch_size=16, held_out=12, sequence_length=32, learning_rate=0.02,
+        objective=objective, train="all", steps=8, batch_size=16, held_out=12, sequence_length=32, learning_rate=5e-3,
     )  # fmt: skip
     assert result.report.held_out_positions == 12
     measure = "kl" if objective == "distill" else "loss"
