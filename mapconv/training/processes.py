@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -32,11 +32,14 @@ class Processes:
     def share(self, indices: list[int]) -> list[int]:
         return indices[self.rank :: self.size]
 
-    def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Replace each tensor by its sum over all processes."""
-        if self.size > 1:
-            for tensor in tensors:
-                distributed.all_reduce(tensor)
+    def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace each tensor by its sum over all processes, in one exchange; they share a dtype."""
+        if self.size == 1:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        distributed.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view(tensor.shape))
 
 
 @contextmanager
@@ -59,8 +62,3 @@ def joined(device: str) -> Iterator[Processes]:
         yield Processes(chosen, distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()
-
-
-def is_first_process() -> bool:
-    """Whether this process is the only one, or the one of the launcher's that speaks; known before torch is loaded."""
-    return os.environ.get("RANK", "0") == "0"

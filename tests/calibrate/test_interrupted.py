@@ -18,7 +18,7 @@ from tests.calibrate.conftest import SETTINGS
 from tests.cli.refusals import assert_refused
 from tests.files import copy
 
-STEPS = 12
+STEPS = 6
 FILES = ("adapter_model.safetensors", "adapter_config.json", "map_config.json", "README.md")
 
 
