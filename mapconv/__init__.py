@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mapconv.commands.calibrate import calibrate
     from mapconv.commands.catalog import convert_catalog
     from mapconv.commands.inspect import inspect
     from mapconv.commands.merge import merge
@@ -29,13 +30,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "MapConfig", "MapconvError", "convert_catalog", "detach", "disabled", "get_map_model", "inspect", "load_adapter",
-    "map_layers", "merge", "push", "report", "save_adapter", "set_adapter", "upgrade", "verify",
+    "MapConfig", "MapconvError", "calibrate", "convert_catalog", "detach", "disabled", "get_map_model", "inspect",
+    "load_adapter", "map_layers", "merge", "push", "report", "save_adapter", "set_adapter", "upgrade", "verify",
 ]  # fmt: skip
 
 _HOMES = {
     "MapConfig": "mapconv.nn.training",
     "MapconvError": "mapconv.errors",
+    "calibrate": "mapconv.commands.calibrate",
     "convert_catalog": "mapconv.commands.catalog",
     "detach": "mapconv.nn.attaching",
     "disabled": "mapconv.nn.attaching",

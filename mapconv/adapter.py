@@ -107,7 +107,8 @@ class MapModule:
     Each expert of a stacked tensor is a weight of its own, counted by ``expert``.
     ``error`` is ε = ‖T − W'‖ / ‖T − W0‖, measured on the factors that were written; T is the source's weight. It is
     None where it was not measured: after training, the distance from a source says nothing. ``output_error`` is the
-    same of the layer's outputs, over the inputs that a refit with data saw; None without data.
+    same of the layer's outputs, over the inputs that a refit with data saw; None without data. ``alpha_before``,
+    ``beta_before`` and ``error_before`` are those of the closed form that a calibration began with.
     """
 
     path: str
@@ -120,6 +121,9 @@ class MapModule:
     error: float | None
     expert: int | None = None
     output_error: float | None = None
+    alpha_before: float | None = None
+    beta_before: float | None = None
+    error_before: float | None = None
 
     @property
     def base_gain(self) -> float:
@@ -132,7 +136,9 @@ class MapModule:
         return self.beta / self.direction_norm if self.direction_norm else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"base_gain": self.base_gain, "update_gain": self.update_gain}
+        table = asdict(self) | {"base_gain": self.base_gain, "update_gain": self.update_gain}
+        absent = [name for name, value in table.items() if value is None and name.endswith("_before")]
+        return {name: value for name, value in table.items() if name not in absent}
 
 
 @dataclass(frozen=True)

@@ -98,12 +98,14 @@ class Comparison:
 
     @property
     def longest_text(self) -> int:
+        """Tokens that the model's positions allow."""
         return longest_text(self._model.get_base_model())
 
     @property
     def classes(self) -> dict[str, int] | None:
         """A text classifier's classes by name; None for any other model."""
-        return text_classes(self._model.get_base_model())
+        model = self._model.get_base_model()
+        return text_classes(type(model).__name__, model.config)
 
     def logits(self, block: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Logits (positions, classes) of base, source and result on one block; None where the model has none."""

@@ -22,6 +22,7 @@ from mapconv.devices import resolve_device
 from mapconv.formats.mapdir import needs_magnitude, peft_config, peft_factors, peft_magnitude, write_configs
 from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
 from mapconv.hub.ranges import prefetch
+from mapconv.live import read_model_config
 from mapconv.models import load_tokenizer, stored_text_classes
 from mapconv.norms import BaseNorms
 from mapconv.parallel import in_order, worker_count
@@ -44,7 +45,8 @@ class Sample:
 def read_data(path: Path, target: TargetModel, *, samples: int, length: int) -> Sample:
     """The first sequences of the training part: what a calibration holds out of the same file stays unseen."""
     rows = read_rows(path)
-    classes = stored_text_classes(target.folder, target.class_name, target.source_config)
+    config = target.source_config or read_model_config(target.folder)
+    classes = stored_text_classes(target.class_name or "", config)
     train, _ = read_dataset(rows, load_tokenizer(target.folder), length=length, samples=samples, classes=classes)
     record = {"name": path.name, "fingerprint": train.fingerprint, "sequences": len(train), "tokens": train.tokens}
     return Sample(train, record)

@@ -82,32 +82,33 @@ def reads_text(model: Any) -> bool:
 
 
 def longest_text(model: Any) -> int:
-    """Tokens that a model's positions allow, less the two that some models set aside for padding."""
+    """Tokens that the model's positions allow."""
     parts = (model.config, getattr(model.config, "text_config", None))
     names = ("max_position_embeddings", "n_positions", "max_target_positions")
     limits = [getattr(part, name, None) for part in parts for name in names]
-    return min((limit - 2 for limit in limits if isinstance(limit, int)), default=1 << 30)
+    # RoBERTa and its kin count positions from behind the padding's own.
+    set_aside = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    return min((limit for limit in limits if isinstance(limit, int)), default=1 << 30) - max(set_aside, default=0)
 
 
-def text_classes(model: Any) -> dict[str, int] | None:
+def text_classes(class_name: str, config: Any) -> dict[str, int] | None:
     """The classes of a model that sorts whole texts, numbers by name; None for any other model."""
-    return _classes(type(model).__name__, model.config)
-
-
-def stored_text_classes(folder: Path, class_name: str | None, config: dict[str, Any] | None) -> dict[str, int] | None:
-    """The same of a model that is not loaded yet; the arguments are those of ``load_model``."""
-    if class_name is None:
-        return None
-    with quiet_libraries(), translated(f"the configuration in {folder}", CheckpointError):
-        from transformers import AutoConfig
-
-        return _classes(class_name, AutoConfig.from_pretrained(folder, local_files_only=True, **(config or {})))
-
-
-def _classes(class_name: str, config: Any) -> dict[str, int] | None:
     if not class_name.endswith("ForSequenceClassification"):
         return None
     return {str(name): int(number) for number, name in config.id2label.items()}
+
+
+def stored_text_classes(class_name: str, table: dict[str, Any]) -> dict[str, int] | None:
+    """The same of a model that is not loaded, from its class's name and its ``config.json``."""
+    with quiet_libraries(), translated("the model's configuration", CheckpointError):
+        from transformers import AutoConfig
+
+        settings = {key: value for key, value in table.items() if key != "model_type"}
+        return text_classes(class_name, AutoConfig.for_model(table["model_type"], **settings))
 
 
 @contextmanager

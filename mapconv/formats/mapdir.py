@@ -25,6 +25,8 @@ from mapconv.formats.peft import CONFIG_FILE, KEY_PREFIX, read_tensors
 
 MAP_CONFIG_FILE = "map_config.json"
 FORMAT_VERSION = 1
+#: Numbers of a module's entry that need not have been measured.
+_MEASURED = ("error", "output_error", "alpha_before", "beta_before", "error_before")
 
 
 class MapDirectory:
@@ -150,21 +152,16 @@ def _read_map_modules(map_config: Mapping[str, Any], path: Path) -> tuple[MapMod
                 direction=entry["direction"],
                 rank=int(entry["rank"]),
                 expert=None if entry.get("expert") is None else int(entry["expert"]),
-                **{name: _optional(entry, name) for name in ("error", "output_error")},
                 **{name: float(entry[name]) for name in ("alpha", "beta", "base_norm", "direction_norm")},
+                **{name: None if entry.get(name) is None else float(entry[name]) for name in _MEASURED},
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise AdapterError(f"{path} has a module entry that cannot be read ({error!r}).") from None
         numbers = (module.alpha, module.beta, module.base_gain, module.update_gain)
-        measured = (value for value in (module.error, module.output_error) if value is not None)
+        measured = (value for name in _MEASURED if (value := getattr(module, name)) is not None)
         if not all(map(math.isfinite, (*numbers, *measured))):
             raise AdapterError(f"{path}: module {module.path} has a scalar that is not finite.")
         if module.direction not in ("low-rank", "dora"):
             raise AdapterError(f"{path}: module {module.path} has direction {module.direction!r}.")
         modules.append(module)
     return tuple(modules)
-
-
-def _optional(entry: Mapping[str, Any], name: str) -> float | None:
-    """A number that need not have been measured."""
-    return None if entry.get(name) is None else float(entry[name])

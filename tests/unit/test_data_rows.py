@@ -143,7 +143,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.lists(json_values.map(json.dumps) | st.text(max_size=20) | st.binary(max_size=12), max_size=6))
 def test_hostile_lines_end_in_rows_or_in_one_sentence(tmp_path_factory, lines):
     path = tmp_path_factory.getbasetemp() / "hostile.jsonl"
