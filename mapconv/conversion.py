@@ -17,7 +17,7 @@ from mapconv.checkpoint.reader import SAFETENSORS_DTYPES, TensorReader
 from mapconv.checkpoint.staging import write_file
 from mapconv.checkpoint.writer import SpooledFile, TensorSpec
 from mapconv.convert import Converted, Converter, ConvertOptions
-from mapconv.data import Dataset, read_dataset, read_rows
+from mapconv.data import Dataset, Rows, read_dataset, read_rows
 from mapconv.devices import resolve_device
 from mapconv.formats.mapdir import needs_magnitude, peft_config, peft_factors, peft_magnitude, write_configs
 from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
@@ -36,9 +36,10 @@ from mapconv.weights import PlacedModule
 
 @dataclass(frozen=True)
 class Sample:
-    """The sequences that refits look at, and what the result records of them."""
+    """The sequences that refits look at, the data that they are from, and what the result records of them."""
 
     sequences: Dataset
+    rows: Rows
     record: dict[str, Any]
 
 
@@ -49,7 +50,7 @@ def read_data(path: Path, target: TargetModel, *, samples: int, length: int) -> 
     classes = stored_text_classes(target.class_name or "", config)
     train, _ = read_dataset(rows, load_tokenizer(target.folder), length=length, samples=samples, classes=classes)
     record = {"name": path.name, "fingerprint": train.fingerprint, "sequences": len(train), "tokens": train.tokens}
-    return Sample(train, record)
+    return Sample(train, rows, record)
 
 
 def write_map_directory(

@@ -16,10 +16,10 @@ from mapconv.cli.output import notes, print_json, print_table, small, spread
 from mapconv.hub.reference import shown
 
 if TYPE_CHECKING:
-    from mapconv.commands.calibrate import CalibrateResult
+    from mapconv.calibration import CalibrationReport
 
 #: The exit status of a run that Ctrl-C ended, as shells have it.
-_INTERRUPTED = 130
+INTERRUPTED = 130
 
 
 @click.command("calibrate", short_help="Train a MAP adapter towards its source, or on a task.")
@@ -147,16 +147,16 @@ def command(
     if as_json:
         print_json(result.to_dict())
     else:
-        _report(result)
+        click.echo(f"{shown(result.adapter)} → {result.out}, against {shown(result.source)}")
+        click.echo()
+        print_calibration(result.report)
     notes(result.report.notes)
     if result.report.interrupted:
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
 
 
-def _report(result: CalibrateResult) -> None:
-    report = result.report
-    click.echo(f"{shown(result.adapter)} → {result.out}, against {shown(result.source)}")
-    click.echo()
+def print_calibration(report: CalibrationReport) -> None:
+    """The whole model's numbers, the modules' by type, and what was trained."""
     print_table(
         ["model", "perplexity", "KL(source ‖ model)", "top-1 as the source"],
         [

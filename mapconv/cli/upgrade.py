@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mapconv.cli import options
+from mapconv.cli.calibrate import INTERRUPTED, print_calibration
 from mapconv.cli.output import notes, print_json, print_table, size, small, spread
 from mapconv.hub.reference import shown
 
@@ -67,6 +68,12 @@ LARGE_ERROR = 0.1
     type=click.Choice(["full", "diagonal"]),
     help="Of a layer's inputs; diagonal takes less memory.  [default: full]",
 )
+@click.option(
+    "--calibrate",
+    type=click.IntRange(min=1),
+    metavar="STEPS",
+    help="Then train α and β towards the source on --data, as `mapconv calibrate` does.",
+)
 @options.device
 @options.dry_run
 @options.allow_pickle
@@ -87,6 +94,7 @@ def command(
     samples: int | None,
     sequence_length: int | None,
     statistics: str | None,
+    calibrate: int | None,
     device: str,
     dry_run: bool,
     allow_pickle: bool,
@@ -105,7 +113,14 @@ def command(
         raise click.UsageError("--max-rank goes with --tolerance.")
     if lora_compatible and direction == "dora":
         raise click.UsageError("--lora-compatible needs --direction low-rank: a DoRA direction is no plain LoRA.")
-    about_data = {"samples": samples, "sequence_length": sequence_length, "statistics": statistics}
+    if calibrate and lora_compatible:
+        raise click.UsageError("--calibrate trains the α that --lora-compatible holds: leave one of them out.")
+    about_data = {
+        "samples": samples,
+        "sequence_length": sequence_length,
+        "statistics": statistics,
+        "calibrate": calibrate,
+    }
     about_data = {name: value for name, value in about_data.items() if value is not None}
     if data is None and about_data:
         raise click.UsageError(f"--{min(about_data).replace('_', '-')} goes with --data.")
@@ -137,6 +152,8 @@ def command(
     else:
         _report(result, tolerance)
     notes(result.notes)
+    if result.calibration is not None and result.calibration.interrupted:
+        raise click.exceptions.Exit(INTERRUPTED)
 
 
 def _report(result: UpgradeResult, tolerance: float | None) -> None:
@@ -157,6 +174,9 @@ def _report(result: UpgradeResult, tolerance: float | None) -> None:
         f"  {len(errors)} modules, {result.parameters:,} parameters, {size(result.nbytes)}, {result.seconds:.1f} s; "
         f"ε worst {small(max(errors))}, median {small(statistics.median(errors))}"
     )
+    if result.calibration is not None:
+        click.echo()
+        print_calibration(result.calibration)
     also = "a plain LoRA" if result.plain_lora else "a DoRA"
     click.echo(f"  stock PEFT loads it as {also} adapter: PeftModel.from_pretrained(base, {str(result.out)!r})")
     advice = _advice(result, tolerance)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.moments import Statistics
 from mapconv.checkpoint.staging import check_output, staged_folder
-from mapconv.conversion import read_data, write_map_directory
+from mapconv.conversion import Sample, read_data, write_map_directory
 from mapconv.convert import DEFAULT_MAX_RANK, ConvertOptions
+from mapconv.devices import resolve_device
 from mapconv.errors import UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude
 from mapconv.hub import hub_reference, locate_adapter
 from mapconv.placing import PlacedAdapter, place_adapter
+
+if TYPE_CHECKING:
+    from mapconv.calibration import CalibrationReport
 
 DEFAULT_SAMPLES = 32
 DEFAULT_SEQUENCE_LENGTH = 256
@@ -37,6 +41,7 @@ class UpgradeResult:
     seconds: float
     dry_run: bool
     plain_lora: bool
+    calibration: CalibrationReport | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -44,7 +49,9 @@ class UpgradeResult:
         return max((module.error for module in self.modules), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        table = asdict(self) | {name: str(getattr(self, name)) for name in ("out", "source", "base")}
+        table = {field.name: getattr(self, field.name) for field in fields(self)}
+        table |= {name: str(getattr(self, name)) for name in ("out", "source", "base")}
+        table["calibration"] = None if self.calibration is None else self.calibration.record()
         table["modules"] = [module.to_dict() for module in self.modules]
         return table | {"worst_error": self.worst_error}
 
@@ -64,6 +71,7 @@ def upgrade(
     samples: int = DEFAULT_SAMPLES,
     sequence_length: int = DEFAULT_SEQUENCE_LENGTH,
     statistics: Statistics = "full",
+    calibrate: int = 0,
     device: str = "auto",
     allow_pickle: bool = False,
     force: bool = False,
@@ -85,7 +93,9 @@ def upgrade(
             outputs closest instead of the weights; ``tolerance`` is then of the outputs as well.
         samples: sequences of ``data`` to run, each of ``sequence_length`` tokens.
         statistics: of a layer's inputs: ``full`` second moments, or their ``diagonal``, which takes less memory.
-        device: ``auto``, ``cpu`` or ``cuda``: where refits run.
+        calibrate: steps to train the scalars towards the source on ``data`` afterwards (``mapconv.calibrate`` has
+            all its options); 0: none.
+        device: ``auto``, ``cpu`` or ``cuda``: where refits and training run.
         allow_pickle: read weights from a ``.bin`` file (with torch's weights-only loader).
         force: replace ``out``.
         dry_run: plan and check, write nothing.
@@ -100,6 +110,10 @@ def upgrade(
         raise ValueError("rank and tolerance exclude each other")
     if lora_compatible and direction == "dora":
         raise ValueError("a DoRA direction is no plain LoRA: lora_compatible needs the low-rank direction")
+    if calibrate and data is None:
+        raise ValueError("calibrate needs data")
+    if calibrate and lora_compatible:
+        raise ValueError("calibration trains the gain that lora_compatible holds at 1")
     out = default_output(source) if out is None else Path(out)
     source = locate_adapter(source, allow_pickle=allow_pickle)
     options = ConvertOptions(
@@ -112,13 +126,18 @@ def upgrade(
     nbytes = sum(options.stored_bytes(item) for item in placed.modules)
     check_output(out, force=force, inputs=[source, placed.target.folder], nbytes=nbytes)
     sample = None
-    if data is not None and not all(options.keeps_factors(item) for item in placed.modules):
+    if data is not None and not _is_exact(placed, options):
         sample = read_data(Path(data), placed.target, samples=samples, length=sequence_length)
     modules: tuple[MapModule, ...] = ()
-    parameters = 0
+    refitted: tuple[MapModule, ...] = ()
+    parameters, calibration = 0, None
     if not dry_run:
         with staged_folder(out, force=force) as staging:
             modules, parameters = write_map_directory(placed, options, sample, staging, quiet=quiet)
+            if calibrate and sample is not None:
+                training = {"steps": calibrate, "sequence_length": sequence_length}
+                calibration = _calibrate(placed, sample, staging, training, device, allow_pickle, quiet=quiet)
+                modules, refitted = calibration.modules, modules
             nbytes = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
     return UpgradeResult(
         out=out,
@@ -132,10 +151,12 @@ def upgrade(
         seconds=time.perf_counter() - started,
         dry_run=dry_run,
         plain_lora=not needs_magnitude(modules),
+        calibration=calibration,
         notes=(
             *_notes(placed, options),
             *(() if sample is None else sample.sequences.notes),
-            *_data_notes(placed, options, modules),
+            *(() if calibration is None else calibration.notes),
+            *_data_notes(placed, options, refitted or modules),
         ),
     )
 
@@ -148,6 +169,27 @@ def default_output(source: str | Path) -> Path:
     source = Path(source)
     resolved = source.resolve()
     return resolved.parent / f"{resolved.name}-map" if source.name in ("", "..") else Path(f"{source}-map")
+
+
+def _calibrate(
+    placed: PlacedAdapter,
+    sample: Sample,
+    staging: Path,
+    training: dict[str, int],
+    device: str,
+    allow_pickle: bool,
+    *,
+    quiet: bool,
+) -> CalibrationReport:
+    """Train the staged result in place."""
+    # Imported here: a conversion without training must not wait for what trains.
+    from mapconv.calibration import CalibrationOptions, calibrate_folder
+    from mapconv.training.processes import Processes
+
+    options, processes = CalibrationOptions(**training), Processes(resolve_device(device))
+    return calibrate_folder(
+        staging, placed, sample.rows, options, processes, into=staging, allow_pickle=allow_pickle, quiet=quiet
+    )
 
 
 def _notes(placed: PlacedAdapter, options: ConvertOptions) -> list[str]:
@@ -163,12 +205,17 @@ def _notes(placed: PlacedAdapter, options: ConvertOptions) -> list[str]:
     return notes
 
 
+def _is_exact(placed: PlacedAdapter, options: ConvertOptions) -> bool:
+    """Whether nothing is refitted, so that neither data nor training has anything to improve."""
+    return all(options.keeps_factors(item) for item in placed.modules)
+
+
 def _data_notes(placed: PlacedAdapter, options: ConvertOptions, modules: Sequence[MapModule]) -> list[str]:
     """What --data could not serve."""
     if options.statistics is None:
         return []
-    if all(options.keeps_factors(item) for item in placed.modules):
-        return ["every module keeps its own factors, which is exact: --data changes nothing"]
+    if _is_exact(placed, options):
+        return ["every module keeps its own factors, which is exact: --data and --calibrate change nothing"]
     unseen = [
         scalars.path
         for item, scalars in zip(placed.modules, modules, strict=True)

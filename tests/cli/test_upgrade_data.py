@@ -92,7 +92,7 @@ def test_where_all_is_exact_data_changes_nothing_and_that_is_said(words, run, lo
     source = dora if words else lora
     result = run("upgrade", source, "-o", tmp_path / "map", "--data", text, *LENGTH, *words)
     assert result.status == 0
-    assert "--data changes nothing" in result.out + result.err
+    assert "--data and --calibrate change nothing" in result.out + result.err
 
 
 def test_a_lora_below_its_rank_is_fitted_too(run, lora, text, tmp_path):
@@ -121,7 +121,7 @@ def test_data_that_cannot_be_used(content, said, run, dora, tmp_path):
 def test_sequences_longer_than_the_model_takes(run, dora, text, tmp_path):
     with nothing_written(tmp_path):
         words = ["--data", text, "--sequence-length", 600]
-        assert_refused(run("upgrade", dora, "-o", tmp_path / "map", *words), "510 tokens at most", "600")
+        assert_refused(run("upgrade", dora, "-o", tmp_path / "map", *words), "512 tokens at most", "600")
 
 
 def test_a_base_without_a_tokenizer(run, own_base, dora, text, tmp_path):
@@ -132,7 +132,32 @@ def test_a_base_without_a_tokenizer(run, own_base, dora, text, tmp_path):
         assert_refused(run("upgrade", dora, "-o", tmp_path / "map", *words), "tokenizer", own_base)
 
 
-@pytest.mark.parametrize("word", [["--samples", 4], ["--sequence-length", 8], ["--statistics", "full"]])
+def test_calibration_follows_the_refit(run, dora, text, fitted, tmp_path):
+    words = ["--data", text, *LENGTH, "--calibrate", 4]
+    result = run("upgrade", dora, "-o", tmp_path / "map", *words)
+    assert result.status == 0, result.err
+    config = json.loads((tmp_path / "map" / "map_config.json").read_text())
+    refit = json.loads((fitted[0] / "map_config.json").read_text())
+    assert config["calibration"]["steps"] == 4
+    assert config["data"] == refit["data"]
+    before = {module["path"]: module["error"] for module in refit["modules"]}
+    assert {module["path"]: module["error_before"] for module in config["modules"]} == pytest.approx(before)
+    models = config["calibration"]["models"]
+    assert models["calibrated"]["kl"] <= models["closed form"]["kl"] < models["base"]["kl"]
+    assert f"{models['closed form']['kl']:.4f}" in result.out
+    assert "got no input vectors" not in result.err
+    mapconv.merge(tmp_path / "map", tmp_path / "merged")
+
+
+def test_calibration_trains_what_lora_compatible_holds(run, dora, text, tmp_path):
+    result = run("upgrade", dora, "-o", tmp_path / "map", "--data", text, "--calibrate", 4, "--lora-compatible")
+    assert result.status == 2
+    assert "--lora-compatible" in result.err
+
+
+@pytest.mark.parametrize(
+    "word", [["--samples", 4], ["--sequence-length", 8], ["--statistics", "full"], ["--calibrate", 4]]
+)
 def test_options_about_data_need_data(word, run, dora, tmp_path):
     result = run("upgrade", dora, "-o", tmp_path / "map", *word)
     assert result.status == 2
