@@ -13,7 +13,8 @@ from torch import nn
 
 from mapconv.adapter import Direction
 from mapconv.errors import PlacementError, UnsupportedError
-from mapconv.nn.attaching import Attached, adaptable, attach, check_name
+from mapconv.formats.peft import natural_order
+from mapconv.nn.attaching import Attached, adaptable, attach, check_model
 from mapconv.nn.bases import base_norm, kind_of, matrix_shape, row_squares, values_of
 from mapconv.nn.updates import DoraUpdate, Update
 
@@ -60,11 +61,11 @@ class MapConfig:
         if not self.targets:
             raise ValueError("targets names no layer")
         for name in ("targets", "exclude"):
-            self._check_names(name)
+            self._check_models(name)
         if self.layers is not None and not all(type(layer) is int and layer >= 0 for layer in self.layers):
             raise ValueError(f"layers is {self.layers!r}, expected layer numbers")
 
-    def _check_names(self, name: str) -> None:
+    def _check_models(self, name: str) -> None:
         value = getattr(self, name)
         if isinstance(value, str):
             try:
@@ -99,7 +100,7 @@ def get_map_model(model: nn.Module, config: MapConfig, *, name: str = "default")
     Raises:
         MapconvError: no layer matches, or one that does cannot be adapted; the model is then as it was.
     """
-    check_name(model, name)
+    check_model(model, name)
     layers = _targets(model, config)
     updates = {}
     generator = torch.Generator().manual_seed(config.seed)
@@ -147,7 +148,8 @@ def _targets(model: nn.Module, config: MapConfig) -> Mapping[str, nn.Module]:
         idle = [target for target in config.targets if not any(_matches((target,), path) for path in candidates)]
         if idle:
             raise PlacementError(f"targets names {', '.join(map(repr, idle))}, which no layer's path ends in.")
-    return found
+    # In the order in which a file of them is read.
+    return dict(sorted(found.items(), key=lambda item: natural_order(item[0])))
 
 
 def _matches(names: str | tuple[str, ...], path: str) -> bool:
