@@ -53,6 +53,10 @@ class State:
     trained: list[nn.Parameter] = field(default_factory=list)
 
 
+def has_adapters(model: nn.Module) -> bool:
+    return hasattr(model, _STATE)
+
+
 def state_of(model: nn.Module) -> State:
     """The model's record.
 
@@ -113,7 +117,7 @@ def attach(
     model: nn.Module, name: str, updates: Mapping[str, Update], attached: Attached, trainable: Trainable
 ) -> None:
     """Put updates on the layers at their paths and run with them; the base is frozen."""
-    if not hasattr(model, _STATE):
+    if not has_adapters(model):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)

@@ -20,7 +20,7 @@ from mapconv.formats import read_adapter
 from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
 from mapconv.hub import locate_adapter
 from mapconv.merging import DIRECTION_TOLERANCE
-from mapconv.nn.attaching import _STATE, Attached, Trainable, adaptable, attach, check_model, disabled
+from mapconv.nn.attaching import Attached, Trainable, adaptable, attach, check_model, disabled, has_adapters
 from mapconv.nn.bases import base_norm, kind_of, values_of
 from mapconv.nn.placing import place_on_layers
 from mapconv.nn.updates import DoraUpdate, Origin, Update
@@ -69,7 +69,7 @@ def load_adapter(
     _refuse_features(adapter)
     layers = adaptable(model)
     placed, rename = place_on_layers(model, adapter, layers)
-    with disabled(model) if hasattr(model, _STATE) else nullcontext(), _Loader(adapter) as loader:
+    with disabled(model) if has_adapters(model) else nullcontext(), _Loader(adapter) as loader:
         updates = {live: loader.update(module, live, layers[live], check_base) for module, live in placed}
         biases = {live: loader.bias(module) for module, live in placed if module.bias is not None}
         others = {key: loader.finite(ref) for key, ref in adapter.others.items()}
@@ -193,7 +193,7 @@ class _Loader:
     def _factor(self, ref: TensorRef) -> torch.Tensor:
         """A factor as a matrix in float32 of its own: a kernel counts as inputs."""
         tensor = self.finite(ref).float()
-        return tensor.flatten(1) if tensor.dim() > 2 and ref.name.find("magnitude") < 0 else tensor
+        return tensor.flatten(1) if tensor.dim() > 2 else tensor
 
 
 def _check_base(scalars: MapModule, norm: float, layer: nn.Module, live: str, recorded: str | None) -> None:

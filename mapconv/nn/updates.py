@@ -74,6 +74,7 @@ class Update(nn.Module):
         self.origin: Origin | None = None
         self._exact = {"relative_alpha": relative_alpha, "relative_beta": relative_beta}
         self._cache: torch.Tensor | None = None
+        self._versions: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -98,10 +99,22 @@ class Update(nn.Module):
             self._cache = None
             factors = [factor.detach() if self.detach_norm else factor for factor in self.factors]
             return self._unit_norm * InverseNorm.apply(*factors)
-        if self._cache is None:
+        if self._is_stale():
             with _lasting():
-                self._cache = self._unit_norm * InverseNorm.apply(self.A, self.B)
+                self._keep(self._unit_norm * InverseNorm.apply(self.A, self.B))
         return self._cache
+
+    def _keep(self, value: torch.Tensor) -> None:
+        self._cache, self._versions = value, self._factor_versions()
+
+    def _is_stale(self) -> bool:
+        """Whether there is nothing kept, or the factors were written to since (a graph is compiled for frozen ones)."""
+        return self._cache is None or not (torch.compiler.is_compiling() or self._versions == self._factor_versions())
+
+    def _factor_versions(self) -> tuple[int, ...]:
+        if torch.compiler.is_compiling():
+            return ()
+        return tuple(0 if factor.is_inference() else factor._version for factor in self.factors)
 
     def _is_training(self) -> bool:
         return any(factor.requires_grad for factor in self.factors)
@@ -183,16 +196,14 @@ class DoraUpdate(Update):
 
     def scales(self, base: nn.Module, path: str) -> torch.Tensor:
         """d, (out,), in the parameters' dtype; 0 for a row of zeros, as row_scales has it."""
-        if self._is_training() or self._cache is None:
+        if self._is_training() or self._is_stale():
             # A frozen direction is exact; one in training can do with float32 products.
             dtype = torch.promote_types(self.A.dtype, torch.float32) if self._is_training() else torch.float64
             with _lasting():
                 norms = self.row_norms(base, path, dtype)
                 inverse = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
-            self._cache = None if self._is_training() else inverse
-        else:
-            inverse = self._cache
-        return (self.magnitude * inverse).to(self.magnitude.dtype)
+            self._keep(inverse)
+        return (self.magnitude * self._cache).to(self.magnitude.dtype)
 
     def row_norms(self, base: nn.Module, path: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         with values_of(base, path) as weight:
