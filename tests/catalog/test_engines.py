@@ -95,3 +95,43 @@ def test_workers_that_cannot_start_stop_the_run(fake_work, tmp_path):
     (tmp_path / "fake" / "sitecustomize.py").write_text("import os; os._exit(9)")
     with pytest.raises(mapconv.MapconvError, match="cannot start"):
         list(make_engine("process", workers=2).run([job("a", "fine", fake_work)]))
+
+
+#: Ray's workers run this when they start: a conversion that is killed in its midst, once or always.
+_DEADLY = """
+import os, signal
+from mapconv.catalog import work
+honest = work.run_job
+def run_job(job):
+    mark = os.path.join(os.environ["MARKS"], job.entry)
+    if job.entry == "a001" and not os.path.exists(mark):
+        open(mark, "w").close()
+        os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+    if job.entry == "a004":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return honest(job)
+work.run_job = run_job
+"""
+
+
+def test_ray_writes_the_same_bytes_and_survives_workers_that_die(fake_work, expected, adapters, tmp_path, monkeypatch):
+    """One local cluster for everything, as starting it is what takes the time."""
+    import ray
+
+    from mapconv.catalog.engines.ray import start
+
+    (tmp_path / "fake" / "sitecustomize.py").write_text(_DEADLY)
+    monkeypatch.setenv("MARKS", str(fake_work))
+    assert start(2, None)[1]
+    try:
+        result = mapconv.convert_catalog(adapters, tmp_path / "out", engine="ray", workers=2)
+        assert ray.is_initialized(), "a connection that the caller made is left to it"
+    finally:
+        ray.shutdown()
+    assert (fake_work / "a001").exists()
+    assert {failure.entry: failure.kind for failure in result.failures} == {
+        "a003": "AdapterError",
+        "a004": "WorkerDiedError",
+    }
+    found = contents(tmp_path / "out")
+    assert found == {name: data for name, data in expected.items() if not name.startswith("a004/")}
