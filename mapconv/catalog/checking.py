@@ -51,7 +51,7 @@ class Checker:
             return None
         self._known_keys(record)
         source = record.table.get("source")
-        if not isinstance(source, str) or not source.strip() or "\0" in source:
+        if not _is_name(source):
             found = "source is missing" if "source" not in record.table else f"source is {_shown(source)}"
             self._faults.add(record.line_of("source"), f"{found}: name an adapter's folder or Hub reference")
             return None
@@ -81,7 +81,7 @@ class Checker:
 
     def _base(self, record: Record) -> str | None:
         base = record.table.get("base")
-        if base is not None and (not isinstance(base, str) or not base.strip() or "\0" in base):
+        if base is not None and not _is_name(base):
             self._faults.add(record.line_of("base"), f"base is {_shown(base)}: name a model's folder or Hub id")
             return None
         return None if base is None else self._resolved(base)
@@ -141,7 +141,7 @@ class Checker:
 
 def output_fault(name: Any) -> str | None:
     """Why a name cannot be a folder below OUT, or None."""
-    if not isinstance(name, str) or not name.strip():
+    if not _is_name(name):
         return "is no name for a folder"
     parts = PurePosixPath(name).parts
     if name.startswith("/") or "\\" in name or any(part in ("..", ".") for part in name.split("/")):
@@ -151,6 +151,17 @@ def output_fault(name: Any) -> str | None:
     if "/".join(parts) != name or any(len(os.fsencode(part)) > 200 for part in parts) or not name.isprintable():
         return "is no name for a folder"
     return None
+
+
+def _is_name(value: Any) -> bool:
+    """Whether this is a text that can name a file: JSON's escapes can spell half a character."""
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        return False
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _last_name(source: str) -> str:

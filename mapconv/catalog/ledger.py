@@ -68,7 +68,7 @@ class Ledger:
 
     def append(self, tables: Sequence[dict[str, Any]]) -> None:
         """Write lines and flush them to the disk; one flush serves all of them."""
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         lines = [dict.fromkeys(FIELDS) | table | {"finished": now} for table in tables]
         self._write(lines)
         for line in lines:

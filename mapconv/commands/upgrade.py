@@ -106,11 +106,12 @@ def upgrade(
         raise UnsupportedError(f"{source} is a MAP adapter already: upgrade the adapter that it was made from.")
     nbytes = sum(options.stored_bytes(item) for item in placed.modules)
     check_output(out, force=force, inputs=[source, placed.target.folder], nbytes=nbytes)
+    norms = BaseNorms(placed.target.checkpoint)
     modules: tuple[MapModule, ...] = ()
     parameters = 0
     if not dry_run:
         with staged_folder(out, force=force) as staging:
-            modules, parameters = _write(placed, options, staging, quiet=quiet)
+            modules, parameters = _write(placed, options, norms, staging, quiet=quiet)
             nbytes = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
     return UpgradeResult(
         out=out,
@@ -124,7 +125,7 @@ def upgrade(
         seconds=time.perf_counter() - started,
         dry_run=dry_run,
         plain_lora=not needs_magnitude(modules),
-        notes=tuple(_notes(placed, options)),
+        notes=(*_notes(placed, options), *norms.notes),
     )
 
 
@@ -139,12 +140,12 @@ def default_output(source: str | Path) -> Path:
 
 
 def _write(
-    placed: PlacedAdapter, options: ConvertOptions, staging: Path, *, quiet: bool
+    placed: PlacedAdapter, options: ConvertOptions, norms: BaseNorms, staging: Path, *, quiet: bool
 ) -> tuple[tuple[MapModule, ...], int]:
     """Convert every module into ``staging``; returns their scalars and the number of parameters."""
     spool = SpooledFile(staging / WEIGHTS_FILE, _expected(placed, options))
     try:
-        converted, parameters = _convert(placed, options, spool, quiet=quiet)
+        converted, parameters = _convert(placed, options, norms, spool, quiet=quiet)
         modules = tuple(result.scalars for result in converted)
         if needs_magnitude(modules):
             for item, result in zip(placed.modules, converted, strict=True):
@@ -167,13 +168,13 @@ def _write(
 
 
 def _convert(
-    placed: PlacedAdapter, options: ConvertOptions, spool: SpooledFile, *, quiet: bool
+    placed: PlacedAdapter, options: ConvertOptions, norms: BaseNorms, spool: SpooledFile, *, quiet: bool
 ) -> tuple[list[Converted], int]:
     """Spool the factors of every module; returns what is left of each, and the number of MAP's parameters."""
     workers = worker_count(max(options.working_bytes(item) for item in placed.modules))
     total = sum(item.weight.nbytes for item in placed.modules)
     converted, stack, parameters = [], [], 0
-    source, norms = placed.target.checkpoint.source, BaseNorms(placed.target.checkpoint)
+    source = placed.target.checkpoint.source
     light = [item.weight for item in placed.modules if options.keeps_lora(item)]
     needed = [item.weight for item in placed.modules if not options.keeps_lora(item) or item.initialization]
     prefetch(source, [piece.tensor for w in (*needed, *norms.missing(light)) for piece in w.pieces], quiet=quiet)
