@@ -21,6 +21,11 @@ ITEM_SIZES = {
 _LAYER = re.compile("[0-9]{1,6}")
 
 
+def layer_of(path: str) -> int | None:
+    """The first number in a module's path, or None: 0 in ``model.layers.0.self_attn.q_proj``."""
+    return next((int(part) for part in path.split(".") if _LAYER.fullmatch(part)), None)
+
+
 @dataclass(frozen=True)
 class TensorRef:
     """Where one tensor lies on disk: a file and a byte range, never the values."""
@@ -78,8 +83,7 @@ class Module:
 
     @property
     def layer(self) -> int | None:
-        """The first number in the path, or None: 0 in ``model.layers.0.self_attn.q_proj``."""
-        return next((int(part) for part in self.path.split(".") if _LAYER.fullmatch(part)), None)
+        return layer_of(self.path)
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,10 @@ class MapModule:
     """The scalars of one weight in MAP form, ``W' = α·W0/‖W0‖ + β·Δ/‖Δ‖`` (MATH.md equation 1, arXiv 2505.23094).
 
     Each expert of a stacked tensor is a weight of its own, counted by ``expert``.
-    ``error`` is ε = ‖T − W'‖ / ‖T − W0‖, measured on the factors that were written; T is the source's weight.
+    ``error`` is ε = ‖T − W'‖ / ‖T − W0‖, measured on the factors that were written; T is the source's weight. It is
+    None where it was not measured: after training, the distance from a source says nothing. ``output_error`` is the
+    same of the layer's outputs, over the inputs that a refit with data saw; None without data. ``alpha_before``,
+    ``beta_before`` and ``error_before`` are those of the closed form that a calibration began with.
     """
 
     path: str
@@ -111,8 +118,12 @@ class MapModule:
     beta: float
     base_norm: float
     direction_norm: float
-    error: float
+    error: float | None
     expert: int | None = None
+    output_error: float | None = None
+    alpha_before: float | None = None
+    beta_before: float | None = None
+    error_before: float | None = None
 
     @property
     def base_gain(self) -> float:
@@ -125,7 +136,9 @@ class MapModule:
         return self.beta / self.direction_norm if self.direction_norm else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"base_gain": self.base_gain, "update_gain": self.update_gain}
+        table = asdict(self) | {"base_gain": self.base_gain, "update_gain": self.update_gain}
+        absent = [name for name, value in table.items() if value is None and name.endswith("_before")]
+        return {name: value for name, value in table.items() if name not in absent}
 
 
 @dataclass(frozen=True)

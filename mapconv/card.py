@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mapconv.adapter import MapModule
-from mapconv.errors import HubError
 from mapconv.hub.reference import is_repo_id
-from mapconv.readme import Readme, compose, parse_readme
+from mapconv.markdown import calibration_table, number, python_code, table, value_range, worst
+from mapconv.readme import Readme, compose, read_readme
 
 CARD_FILE, PLOT_FILE, REPORT_FILE = "README.md", "scalars.png", "verify.json"
 #: What is taken over from the cards of the source and the base, and may be the user's own in README.md.
@@ -62,26 +62,23 @@ class CardFacts:
 
 def card_facts(folder: Path) -> dict[str, Any]:
     """What a result takes over from the README.md of its base or source; a card that is no YAML says nothing."""
-    try:
-        metadata = parse_readme((folder / CARD_FILE).read_text(encoding="utf-8"), str(folder)).metadata
-    except (OSError, UnicodeDecodeError, HubError):
-        return {}
+    metadata = read_readme(folder / CARD_FILE).metadata
     return {key: metadata[key] for key in _COPIED if _is_plain(metadata.get(key))}
 
 
-def local_card(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    """The README.md of a MAP directory as ``upgrade`` writes it, before anybody publishes it."""
+def local_card(config: Mapping[str, Any], record: Mapping[str, Any], own: Readme | None = None) -> str:
+    """The README.md of a MAP directory as it is first written, before anybody publishes it."""
     name = record["base"]["name"]
     facts = CardFacts(
         kind="adapter",
-        base=name if is_repo_id(name) else None,
+        base=name if name and is_repo_id(name) else None,
         base_revision=record["base"]["revision"],
         record=record,
         modules=read_scalars(record),
         task=config.get("task_type"),
         plain_lora=not config.get("use_dora"),
     )
-    return write_card(facts, Readme(), title="MAP adapter", repo_id=None, license_=None)
+    return write_card(facts, own or Readme(), title="MAP adapter", repo_id=None, license_=None)
 
 
 def write_card(facts: CardFacts, own: Readme, *, title: str, repo_id: str | None, license_: str | None) -> str:
@@ -92,7 +89,10 @@ def write_card(facts: CardFacts, own: Readme, *, title: str, repo_id: str | None
 def read_scalars(record: Mapping[str, Any]) -> tuple[MapModule, ...]:
     """The modules of a ``map_config.json`` or a ``map_merge.json``."""
     names = MapModule.__dataclass_fields__
-    return tuple(MapModule(**{name: entry[name] for name in names}) for entry in record["modules"])
+    return tuple(
+        MapModule(**{name: entry.get(name) if name.endswith("_before") else entry[name] for name in names})
+        for entry in record["modules"]
+    )
 
 
 def _metadata(facts: CardFacts, own: Mapping[str, Any], license_: str | None) -> dict[str, Any]:
@@ -121,6 +121,8 @@ def _metadata(facts: CardFacts, own: Mapping[str, Any], license_: str | None) ->
 def _block(facts: CardFacts, title: str, repo_id: str | None) -> str:
     sections = [f"# {title}", _summary(facts), f"## What MAP is\n\n{_ABOUT}", _loading(facts, repo_id)]
     sections.append("## Fidelity\n\n" + _fidelity(facts))
+    if facts.record.get("calibration"):
+        sections.append("## Calibration\n\n" + calibration_table(facts.record["calibration"]))
     if facts.modules:
         sections.append("## Scalars\n\n" + _scalars(facts))
     sections.append("## Made from\n\n" + _origins(facts))
@@ -132,18 +134,22 @@ def _summary(facts: CardFacts) -> str:
     method = _method(facts.source)
     if facts.kind == "merged":
         return f"{base} with an adapter ({method}) merged into its weights by mapconv."
-    also = "plain LoRA" if facts.plain_lora else "DoRA"
-    return f"A {method} adapter of {base}, converted to MAP form by mapconv. Stock PEFT loads it as a {also} adapter."
+    made = f"A {method} adapter of {base}, converted to MAP form by mapconv."
+    if not facts.source:
+        made = f"A MAP adapter of {base}, trained with mapconv."
+    elif facts.source.get("method") == "MAP":
+        made = f"A MAP adapter of {base}, trained further with mapconv."
+    return f"{made} Stock PEFT loads it as a {'plain LoRA' if facts.plain_lora else 'DoRA'} adapter."
 
 
 def _loading(facts: CardFacts, repo_id: str | None) -> str:
     auto = _TASKS.get(facts.task or "", ("", "AutoModelForCausalLM"))[1]
     name, base = repo_id or "path/to/this/folder", facts.base or "path/to/the/base"
     if facts.kind == "merged":
-        return _python(
+        return python_code(
             "## How to load it", f"from transformers import {auto}", f'model = {auto}.from_pretrained("{name}")'
         )
-    peft = _python(
+    peft = python_code(
         "## How to load it\n\nWith PEFT:",
         f"from peft import PeftModel\nfrom transformers import {auto}",
         f'base = {auto}.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, "{name}")',
@@ -152,7 +158,7 @@ def _loading(facts: CardFacts, repo_id: str | None) -> str:
         "With mapconv, which shows its scalars and checks that it fits:\n\n"
         f"```\nmapconv inspect {name} --base {base}\n```"
     )
-    merged = _python(
+    merged = python_code(
         f"Merged into the base, with no adapter left to run:\n\n```\nmapconv merge {name} -o merged\n```",
         f"from transformers import {auto}",
         f'model = {auto}.from_pretrained("merged")',
@@ -162,29 +168,31 @@ def _loading(facts: CardFacts, repo_id: str | None) -> str:
 
 def _fidelity(facts: CardFacts) -> str:
     report = facts.report
+    if report is None and not facts.source:
+        return "It was trained in MAP form, so there is no source to compare it with."
     if report is None:
         return "Not measured: `mapconv verify RESULT --against SOURCE --save` measures it."
     errors = [module["error"] for module in report["modules"]]
     weights = (
-        f"the weights differ from the source's by {_number(max(errors))} of its update in the worst of {len(errors)} "
-        f"modules, {_number(statistics.median(errors))} in the median"
+        f"the weights differ from the source's by {number(max(errors))} of its update in the worst of {len(errors)} "
+        f"modules, {number(statistics.median(errors))} in the median"
     )
     if not report["tokens"]:
         return (
             f"Measured by `mapconv verify` on the weights alone, as the model needs more than text to run: {weights}."
         )
     rows = [
-        (name, "-" if report[key] is None else f"{report[key]:.4f}", _number(kl))
+        (name, "-" if report[key] is None else f"{report[key]:.4f}", number(kl))
         for name, key, kl in (
             ("base", "perplexity_base", report["kl_base"]),
             ("source adapter", "perplexity_source", 0.0),
             ("this", "perplexity_result", report["kl"]),
         )
     ]
-    table = _table(("model", "perplexity", "KL(source ‖ model)"), rows)
+    head = ("model", "perplexity", "KL(source ‖ model)")
     return (
-        f"{table}\n\nMeasured by `mapconv verify` at {report['tokens']:,} positions of a text: the same most likely "
-        f"answer as the source {report['top1_agreement']:.2%} of the time; {weights}."
+        f"{table(head, rows)}\n\nMeasured by `mapconv verify` at {report['tokens']:,} positions of a text: the same "
+        f"most likely answer as the source {report['top1_agreement']:.2%} of the time; {weights}."
     )
 
 
@@ -196,15 +204,16 @@ def _scalars(facts: CardFacts) -> str:
         (
             name,
             str(len(modules)),
-            _range([module.rank for module in modules], "{}"),
-            _range([module.base_gain for module in modules], "{:.4f}"),
-            _range([module.beta / module.alpha if module.alpha else 0.0 for module in modules], "{:.4f}"),
-            _number(max(module.error for module in modules)),
+            value_range([module.rank for module in modules], "{}"),
+            value_range([module.base_gain for module in modules], "{:.4f}"),
+            value_range([module.beta / module.alpha if module.alpha else 0.0 for module in modules], "{:.4f}"),
+            worst([module.error for module in modules if module.error is not None]),
         )
         for name, modules in groups.items()
     ]
-    table = _table(("target", "modules", "rank", "α/‖W0‖", "β/α", "ε worst"), rows)
-    text = f"{table}\n\nε is the part of the source's update that the refit loses in a weight; 0 is exact."
+    text = table(("target", "modules", "rank", "α/‖W0‖", "β/α", "ε worst"), rows)
+    if any(module.error is not None for module in facts.modules):
+        text += "\n\nε is the part of the source's update that the refit loses in a weight; 0 is exact."
     return f"{text}\n\n![α/‖W0‖ and β/α over the layers, by module type]({PLOT_FILE})" if facts.has_plot else text
 
 
@@ -213,7 +222,7 @@ def _origins(facts: CardFacts) -> str:
     for source in (facts.source, *(facts.record.get("more_sources") or ())):
         rows += _lineage(source)
     rows.append(("mapconv", str(facts.record.get("mapconv_version"))))
-    return _table(("what", "which"), rows)
+    return table(("what", "which"), rows)
 
 
 def _lineage(source: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -243,29 +252,6 @@ def _pinned(name: str, revision: str | None) -> str:
 def _link(name: str) -> str:
     repo = "/".join(name.split("/")[:2])
     return f"[{name}](https://huggingface.co/{repo})"
-
-
-def _python(head: str, *parts: str) -> str:
-    code = "\n\n".join(parts)
-    return f"{head}\n\n```python\n{code}\n```"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _range(values: Sequence[float], form: str) -> str:
-    low, high = form.format(min(values)), form.format(max(values))
-    return low if low == high else f"{low} … {high}"
-
-
-def _number(value: float | None) -> str:
-    if value is None:  # JSON has no NaN
-        return "not finite"
-    if value == 0:
-        return "0"
-    return f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.1e}"
 
 
 def _is_plain(value: Any) -> bool:

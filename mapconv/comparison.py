@@ -11,7 +11,7 @@ import torch
 
 from mapconv.errors import AdapterError
 from mapconv.formats.peft import CONFIG_FILE, KEY_PREFIX
-from mapconv.models import attach_with_peft, load_model
+from mapconv.models import attach_with_peft, load_model, longest_text, reads_text, text_classes
 from mapconv.placing import PlacedAdapter
 
 #: Positions whose outputs are compared at once, in float64: 64 × 256,000 tokens take 131 MB.
@@ -94,17 +94,18 @@ class Comparison:
 
     @property
     def reads_text(self) -> bool:
-        """Whether the model runs on token ids alone."""
-        return getattr(self._model.get_base_model(), "main_input_name", "input_ids") == "input_ids"
+        return reads_text(self._model.get_base_model())
 
     @property
     def longest_text(self) -> int:
-        """Tokens that the model's positions allow, less the two that some models set aside for padding."""
-        config = self._model.get_base_model().config
-        parts = (config, getattr(config, "text_config", None))
-        names = ("max_position_embeddings", "n_positions", "max_target_positions")
-        limits = [getattr(part, name, None) for part in parts for name in names]
-        return min((limit - 2 for limit in limits if isinstance(limit, int)), default=1 << 30)
+        """Tokens that the model's positions allow."""
+        return longest_text(self._model.get_base_model())
+
+    @property
+    def classes(self) -> dict[str, int] | None:
+        """A text classifier's classes by name; None for any other model."""
+        model = self._model.get_base_model()
+        return text_classes(type(model).__name__, model.config)
 
     def logits(self, block: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Logits (positions, classes) of base, source and result on one block; None where the model has none."""

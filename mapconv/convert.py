@@ -14,6 +14,7 @@ import torch
 
 from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.dora import AdaptedWeight, merge_rows_
+from mapconv.algebra.moments import InputRoot, Statistics
 from mapconv.algebra.norms import (
     BLOCK_ELEMENTS,
     all_finite,
@@ -39,7 +40,10 @@ UNTRAINED = 1e-6
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What the caller asked for. ``rank`` and ``tolerance`` exclude each other; None for both: the source's rank."""
+    """What the caller asked for. ``rank`` and ``tolerance`` exclude each other; None for both: the source's rank.
+
+    ``statistics`` of the layers' inputs that refits weigh errors by; None: all weights alike.
+    """
 
     rank: int | None = None
     tolerance: float | None = None
@@ -48,6 +52,7 @@ class ConvertOptions:
     lora_compatible: bool = False
     dtype: str = "float32"
     device: str = "auto"
+    statistics: Statistics | None = None
 
     def keeps_factors(self, placed: PlacedModule) -> bool:
         """Whether the source's own factors serve as they are: always exact, and cheap."""
@@ -64,9 +69,10 @@ class ConvertOptions:
         return TORCH_DTYPES[placed.module.lora_A.dtype] if self.dtype == "auto" else getattr(torch, self.dtype)
 
     def working_bytes(self, placed: PlacedModule) -> int:
-        """Memory that converting this module takes: all but a plain LoRA hold the base weight in float32."""
-        streams = self.keeps_lora(placed) and not placed.initialization
-        return 16 * BLOCK_ELEMENTS if streams else 4 * placed.weight.numel
+        """Memory that converting this module takes: all but a plain LoRA hold W0 in float32, and with data W0·P too."""
+        if self.keeps_lora(placed) and not placed.initialization:
+            return 16 * BLOCK_ELEMENTS
+        return (4 if self.statistics is None else 8) * placed.weight.numel
 
     def stored_bytes(self, placed: PlacedModule) -> int:
         """Bytes of this module's factors as written; with a tolerance, at the source's rank."""
@@ -101,13 +107,14 @@ class Converter:
         self._factors = FactorLoader(reader)
         self._local = threading.local()
 
-    def convert(self, placed: PlacedModule) -> Converted:
+    def convert(self, placed: PlacedModule, root: InputRoot | None = None) -> Converted:
+        """One module in MAP form; a refit weighs errors by ``root``, the root of its inputs' second moment."""
         factors = self._factors.load(placed)
         if self._options.keeps_lora(placed):
             return self._keep_lora(placed, factors)
         if self._options.keeps_factors(placed):
             return self._keep_dora(placed, factors)
-        return self._refit(placed, factors)
+        return self._refit(placed, factors, root)
 
     def _keep_lora(self, placed: PlacedModule, factors: Factors) -> Converted:
         """W0 + s·BA is MAP already: α = ‖W0‖, β = ‖s·BA‖ (MATH.md section 2)."""
@@ -142,7 +149,7 @@ class Converter:
         base_norm = _finite(base_square**0.5, placed)
         return _converted(placed, "dora", 1.0, base_norm, norm, error, A, B, factors.magnitude)
 
-    def _refit(self, placed: PlacedModule, factors: Factors) -> Converted:
+    def _refit(self, placed: PlacedModule, factors: Factors, root: InputRoot | None) -> Converted:
         """The optimum of MATH.md (2); ε and the magnitude are then measured on the factors as stored."""
         device = self._device
         base = self._base_matrix(placed).to(device)
@@ -152,13 +159,20 @@ class Converter:
         base_norm = _finite(target.base_norm, placed)
         if not factors.B.any() and target.update_norm <= UNTRAINED * base_norm:
             return self._keep_base(placed, factors, target, base_norm)
-        solution = self._solve(target, placed)
+        if root is None:
+            seen, solution = None, self._solve(target, placed)
+        else:
+            root = root.to(device)
+            seen = target.seen_through(root)
+            solution = self._solve(seen, placed).divided_by(root)
         gain = solution.gain
         A, B = self._stored(solution.A, placed), self._stored(solution.B / gain, placed)
         stored_A, stored_B = A.to(device, torch.float32), B.to(device, torch.float32)
         error = relative_error(target, gain, gain * stored_B, stored_A)
+        output_error = None if seen is None else relative_error(seen, gain, gain * stored_B, root.multiply(stored_A))
         magnitude = gain * target.approximation_row_norms(stored_B, stored_A)
-        return _converted(placed, "low-rank", gain, base_norm, product_norm(B, A), error, A, B, magnitude)
+        norm = product_norm(B, A)
+        return _converted(placed, "low-rank", gain, base_norm, norm, error, A, B, magnitude, output_error)
 
     def _keep_base(self, placed: PlacedModule, factors: Factors, target: AdaptedWeight, base_norm: float) -> Converted:
         """An untrained DoRA has no direction: what its magnitudes' rounding does to W0 is noise, and not refitted."""
@@ -209,6 +223,7 @@ def _converted(
     A: torch.Tensor,
     B: torch.Tensor,
     magnitude: torch.Tensor | None,
+    output_error: float | None = None,
 ) -> Converted:
     # The stored direction is scaled so that b = a: what PEFT computes is a·(W0 + D).
     scalars = MapModule(
@@ -221,6 +236,7 @@ def _converted(
         base_norm=base_norm,
         direction_norm=direction_norm,
         error=error,
+        output_error=output_error,
     )
     return Converted(scalars, A, B, None if magnitude is None else magnitude.float().cpu())
 

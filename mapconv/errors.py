@@ -10,9 +10,10 @@
     │   └── DiskFullError            there is no room for what would be written
     ├── CatalogError                 a catalog or its ledger cannot be used
     ├── WorkerDiedError              a worker process ended in the midst of an entry
-    ├── DataError                    a text file or a tokenizer that cannot be used
+    ├── DataError                    a data file, a tokenizer or a checkpoint that cannot be used
     ├── HubError                     the Hub cannot be reached or refuses, or would be told what must stay here
     ├── FidelityError                a result is further from its source than the caller allows
+    ├── ResourceError                the memory does not suffice
     └── DependencyError              an optional package or a device is absent
 
 Each message is one sentence that a user can act on: what is wrong, in which file or tensor, what was
@@ -61,7 +62,7 @@ class WorkerDiedError(MapconvError):
 
 
 class DataError(MapconvError):
-    """A text file or a tokenizer cannot be used."""
+    """A data file, a tokenizer or a training checkpoint cannot be used."""
 
 
 class HubError(MapconvError):
@@ -75,6 +76,10 @@ class HubError(MapconvError):
 
 class FidelityError(MapconvError):
     """A result is further from its source than the caller allows."""
+
+
+class ResourceError(MapconvError):
+    """The memory of this machine or its GPU does not suffice."""
 
 
 class DependencyError(MapconvError):

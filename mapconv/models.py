@@ -76,6 +76,41 @@ def attach_with_peft(model: Any, folder: Path, name: str) -> Any:
         return PeftModel.from_pretrained(model, str(folder), adapter_name=name).eval()
 
 
+def reads_text(model: Any) -> bool:
+    """Whether a model runs on token ids alone."""
+    return getattr(model, "main_input_name", "input_ids") == "input_ids"
+
+
+def longest_text(model: Any) -> int:
+    """Tokens that the model's positions allow."""
+    parts = (model.config, getattr(model.config, "text_config", None))
+    names = ("max_position_embeddings", "n_positions", "max_target_positions")
+    limits = [getattr(part, name, None) for part in parts for name in names]
+    # RoBERTa and its kin count positions from behind the padding's own.
+    set_aside = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    return min((limit for limit in limits if isinstance(limit, int)), default=1 << 30) - max(set_aside, default=0)
+
+
+def text_classes(class_name: str, config: Any) -> dict[str, int] | None:
+    """The classes of a model that sorts whole texts, numbers by name; None for any other model."""
+    if not class_name.endswith("ForSequenceClassification"):
+        return None
+    return {str(name): int(number) for number, name in config.id2label.items()}
+
+
+def stored_text_classes(class_name: str, table: dict[str, Any]) -> dict[str, int] | None:
+    """The same of a model that is not loaded, from its class's name and its ``config.json``."""
+    with quiet_libraries(), translated("the model's configuration", CheckpointError):
+        from transformers import AutoConfig
+
+        settings = {key: value for key, value in table.items() if key != "model_type"}
+        return text_classes(class_name, AutoConfig.for_model(table["model_type"], **settings))
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silence the loading bars and notices of transformers; its errors still arrive."""

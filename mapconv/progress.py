@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import RLock
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,19 +17,36 @@ tqdm.set_lock(RLock())
 Advance = Callable[[int], object]
 
 
+class StepBar:
+    """A bar of training steps, with the losses and the speed beside it."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
+        self._figures: dict[str, str] = {}
+
+    def advance(self, *, train: float, rate: float) -> None:
+        """One step done, at its training loss and tokens a second."""
+        self._figures |= {"loss": f"{train:.3g}", "tokens/s": f"{rate:.0f}"}
+        self._bar.set_postfix(self._figures, refresh=False)
+        self._bar.update()
+
+    def show(self, *, held_out: float) -> None:
+        self._figures["held out"] = f"{held_out:.3g}"
+        self._bar.set_postfix(self._figures)
+
+
 @contextmanager
 def progress_bar(total: int, label: str, *, unit: str = "B", quiet: bool = True) -> Iterator[Advance]:
     """Yield a function that advances a bar of ``total`` units; ``quiet`` or a stderr that is no terminal hides it."""
-    with tqdm(
-        total=total,
-        desc=label,
-        unit=unit,
-        unit_scale=unit == "B",
-        disable=True if quiet else None,  # None: tqdm's own word for "unless stderr is a terminal"
-        leave=False,
-        dynamic_ncols=True,
-    ) as bar:
+    with _bar(total, label, unit=unit, unit_scale=unit == "B", quiet=quiet) as bar:
         yield bar.update
+
+
+@contextmanager
+def step_bar(total: int, label: str, *, done: int = 0, quiet: bool = True) -> Iterator[StepBar]:
+    """Yield a bar of ``total`` steps of which ``done`` were made before."""
+    with _bar(total, label, unit="step", unit_scale=False, quiet=quiet, initial=done) as bar:
+        yield StepBar(bar)
 
 
 @contextmanager
@@ -40,14 +58,7 @@ def tally_bar(label: str, *, unit: str, quiet: bool = True) -> Iterator[Callable
     bars: list[tqdm] = []
 
     def start(total: int, state: Callable[[], tuple[int, dict[str, object]]]) -> Callable[[], None]:
-        bar = tqdm(
-            total=total,
-            desc=label,
-            unit=f" {unit}s",
-            disable=True if quiet else None,
-            leave=False,
-            dynamic_ncols=True,
-        )
+        bar = _bar(total, label, unit=f" {unit}s", quiet=quiet)
         bars.append(bar)
 
         def advance() -> None:
@@ -62,3 +73,14 @@ def tally_bar(label: str, *, unit: str, quiet: bool = True) -> Iterator[Callable
     finally:
         for bar in bars:
             bar.close()
+
+
+def _bar(total: int, label: str, *, quiet: bool, **settings: Any) -> tqdm:
+    return tqdm(
+        total=total,
+        desc=label,
+        disable=True if quiet else None,  # None: tqdm's own word for "unless stderr is a terminal"
+        leave=False,
+        dynamic_ncols=True,
+        **settings,
+    )

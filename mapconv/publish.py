@@ -21,7 +21,7 @@ from mapconv.formats.peft import CONFIG_FILE, WEIGHTS_FILE
 from mapconv.hub.reference import is_repo_id
 from mapconv.jsonfile import read_object
 from mapconv.readme import Readme, check_card, is_local_path, merge_readmes, parse_readme, strings_in
-from mapconv.report.saved import read_report
+from mapconv.reporting.saved import read_report
 from mapconv.sidecars import MERGE_RECORD, MODEL_CONFIG, model_files, tokenizer_files
 
 Kind = Literal["adapter", "merged"]
@@ -213,7 +213,7 @@ def _public_source(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plot(folder: Path, modules: tuple) -> Outgoing | None:
-    from mapconv.report.scalars import scalars_png
+    from mapconv.reporting.scalars import scalars_png
 
     content = scalars_png(modules) if modules else None
     return None if content is None else Outgoing(PLOT_FILE, folder / PLOT_FILE, len(content), content, "drawn")

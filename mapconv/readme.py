@@ -18,6 +18,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mapconv.errors import HubError
@@ -46,6 +47,14 @@ class Readme:
     def own_hash(self) -> str:
         text = "\0".join(self.own)
         return hashlib.sha256(text.encode()).hexdigest()[:12] if text != "\0" else "none"
+
+
+def read_readme(path: Path) -> Readme:
+    """The parts of a file; an empty one where there is none that can be read."""
+    try:
+        return parse_readme(path.read_text(encoding="utf-8"), str(path.parent))
+    except (OSError, UnicodeDecodeError, HubError):
+        return Readme()
 
 
 def parse_readme(text: str, where: str) -> Readme:

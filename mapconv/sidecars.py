@@ -33,6 +33,14 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return _matching(folder, TOKENIZER_FILES)
 
 
+def brings_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer can be loaded from the folder, not just a setting or a template for another's."""
+    return any(
+        path.name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+        for path in tokenizer_files(folder)
+    )
+
+
 def model_files(folder: Path) -> list[Path]:
     """The model's other small files in ``folder``, relative to it: all but ``config.json`` and the weights."""
     return _matching(folder, MODEL_FILES)
@@ -49,9 +57,8 @@ def copy_model_files(base: Path, adapter: Path, target: Path) -> list[str]:
     An adapter that brings a tokenizer was trained with it (a chat template, added tokens): it replaces the base's.
     """
     _copy(base, target, _matching(base, MODEL_FILES))
-    own = tokenizer_files(adapter)
-    if any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt") for path in own):
-        _copy(adapter, target, own)
+    if brings_tokenizer(adapter):
+        copy_tokenizer(adapter, target)
         return [f"tokenizer taken from the adapter ({adapter})"]
     _copy(base, target, tokenizer_files(base))
     return []

@@ -1,48 +1,10 @@
-"""Text for measuring and for training: a user's file, or one that ships with the package, as blocks of tokens."""
+"""Texts that ship with the package."""
 
 from __future__ import annotations
 
 from importlib.resources import files
-from pathlib import Path
-from typing import Any
-
-from mapconv.errors import DataError
-
-
-def read_text(path: Path | None) -> str:
-    """The text of a UTF-8 file, or the package's own sample.
-
-    Raises:
-        DataError: absent, empty, or not UTF-8.
-    """
-    if path is None:
-        return packaged_text("sample.txt")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}): convert it, or give another file.") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): give a text file with --data.") from None
-    if not text.strip():
-        raise DataError(f"{path} is empty: give a file with text.")
-    return text
 
 
 def packaged_text(name: str) -> str:
     """A text that ships with mapconv."""
     return files("mapconv").joinpath("texts", name).read_text(encoding="utf-8")
-
-
-def token_blocks(tokenizer: Any, text: str, *, samples: int, length: int) -> list[list[int]]:
-    """The first ``samples`` blocks of ``length`` tokens; one shorter block if the text does not fill even one.
-
-    Raises:
-        DataError: fewer than two tokens, so that nothing can be predicted.
-    """
-    # One call over the whole text; the tokenizer's warning about its model's length does not apply to blocks.
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(tokens) < 2:
-        raise DataError(f"the text has {len(tokens)} tokens, expected at least 2: give a longer one with --data.")
-    blocks = [tokens[start : start + length] for start in range(0, len(tokens), length)]
-    full = [block for block in blocks if len(block) == length]
-    return full[:samples] or [tokens]

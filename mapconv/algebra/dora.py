@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from mapconv.algebra.moments import InputRoot
 from mapconv.algebra.norms import row_blocks, row_squares
 
 
@@ -22,10 +23,17 @@ class AdaptedWeight:
         A: (r, m) and
         B: (n, r), float32, scaling included.
         magnitude: (n,) for DoRA, None for LoRA.
+        scales: (n,) float64: d itself, instead of a magnitude.
     """
 
     def __init__(
-        self, base: torch.Tensor, A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor | None = None
+        self,
+        base: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        magnitude: torch.Tensor | None = None,
+        *,
+        scales: torch.Tensor | None = None,
     ) -> None:
         self.base, self.A, self.B = base, A, B
         self.shape = (base.shape[0], base.shape[1])
@@ -34,12 +42,19 @@ class AdaptedWeight:
         wide_B = B.double()
         self._update_squares = _product_row_squares(wide_B, A)
         if magnitude is None:
-            self.scales = torch.ones_like(self._base_squares)
+            self.scales = torch.ones_like(self._base_squares) if scales is None else scales
             self._inner = ((base @ A.T).double() * wide_B).sum(1)
         else:
             merged_squares = _merged_row_squares(base, A, B)
             self.scales = row_scales(magnitude, merged_squares.sqrt())
             self._inner = (merged_squares - self._base_squares - self._update_squares) / 2
+
+    def seen_through(self, root: InputRoot) -> AdaptedWeight:
+        """T·P, an adapted weight of its own: W0·P and A·P in place of W0 and A, with the row scales of T."""
+        base = torch.empty_like(self.base)
+        for start, stop in row_blocks(*self.shape):
+            base[start:stop] = root.multiply(self.base[start:stop])
+        return AdaptedWeight(base, root.multiply(self.A), self.B, scales=self.scales)
 
     @property
     def base_norm(self) -> float:

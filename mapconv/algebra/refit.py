@@ -1,18 +1,21 @@
 """Problem (2) of MATH.md: the closest MAP weight to an adapted weight, and the certificate that says how close.
 
-    minimise over a ∈ R, rank(R) ≤ k :   ‖T − a·W0 − R‖²
+    minimise over a ∈ R, rank(R) ≤ k :   ‖(T − a·W0 − R)·P‖²
 
+Where P is not the identity, ``AdaptedWeight.seen_through(P)`` is the weight to solve for, and ``Refit.divided_by(P)``
+takes its solution back.
 LoRA is the special case d = 1, for which k ≥ r gives a = 1 and no error.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mapconv.algebra.dora import AdaptedWeight
 from mapconv.algebra.lowrank import LowRank, best_low_rank
+from mapconv.algebra.moments import InputRoot
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,13 @@ class Refit:
     @property
     def rank(self) -> int:
         return self.A.shape[0]
+
+    def divided_by(self, root: InputRoot) -> Refit:
+        """The solution for T of one that was found for T·P: A·P⁻¹ in place of A, with the factors balanced again."""
+        A = root.divide(self.A)
+        ratio = torch.linalg.vector_norm(A, dim=1) / torch.linalg.vector_norm(self.B, dim=0)
+        roots = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0).sqrt()
+        return replace(self, A=A / roots[:, None], B=self.B * roots)
 
 
 def refit(target: AdaptedWeight, rank: int, *, gain: float | None = None, seed: int = 0) -> Refit:

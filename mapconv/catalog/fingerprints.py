@@ -6,7 +6,8 @@ differs (touched, copied, another clock) is hashed, and only other content makes
 beside them (a tokenizer, a card's licence) is not watched: delete the output to have it made again.
 
 A base is known by the stat mark of all of its files: its gigabytes are not hashed, so a touched base makes its entries
-due again. What comes from the Hub is known by its name and commit; a branch that moved since is not seen.
+due again. What comes from the Hub is known by its name and commit, and a text given as `data` by its
+path: a branch that moved since, or a text that was edited, is not seen.
 """
 
 from __future__ import annotations

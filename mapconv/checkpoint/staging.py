@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import shutil
 import uuid
@@ -40,6 +41,42 @@ def check_output(out: Path, *, force: bool, inputs: Iterable[Path], nbytes: int 
     free = shutil.disk_usage(parent).free
     if nbytes > free:
         raise DiskFullError(f"{out} needs {nbytes:,} bytes but only {free:,} are free in {parent}: make room first.")
+
+
+def check_output_file(out: Path, *, force: bool, suffix: str) -> None:
+    """Refuse a file to write that is taken, is a folder, or whose name says that it is something else.
+
+    Only the suffix keeps ``--force`` from the files of a model or an adapter, so it is held to.
+
+    Raises:
+        OutputError: with the sentence that says which, before anything was computed.
+    """
+    if out.suffix.lower() != suffix:
+        raise OutputError(f"{out} does not end with {suffix}: give the file that name.")
+    if os.path.lexists(out):
+        if not out.is_file() or out.is_symlink():
+            raise OutputError(f"{out} is not a file, so it will not be replaced: choose another output file.")
+        if not force:
+            raise OutputError(f"{out} exists already: pass --force to replace it, or choose another output file.")
+    parent = _existing_parent(out.resolve())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{parent} is no folder that can be written in: choose another output file.")
+
+
+def replace_file(out: Path, content: bytes) -> None:
+    """Write a file of any size that is whole or as it was: into a hidden sibling, to the disk, then by its name."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+        leftover.unlink(missing_ok=True)
+    temporary = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from mapconv import __version__
 from mapconv.cli.errors import errors_as_sentences
 
 #: In the order of a user's day, which is the order of the help page.
-COMMANDS = ("inspect", "upgrade", "verify", "merge", "push", "catalog", "demo")
+COMMANDS = ("inspect", "upgrade", "calibrate", "verify", "report", "merge", "push", "catalog", "demo")
 
 
 class _Commands(click.Group):

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 from mapconv.cli import options
+from mapconv.cli.calibrate import INTERRUPTED, print_calibration
 from mapconv.cli.output import notes, print_json, print_table, size, small, spread
 from mapconv.hub.reference import shown
 
 if TYPE_CHECKING:
+    from mapconv.adapter import MapModule
     from mapconv.commands.upgrade import UpgradeResult
 
 #: Above this ε, half of what the adapter does to a weight's direction is lost there: worth a word of advice.
@@ -51,6 +53,27 @@ LARGE_ERROR = 0.1
     show_default=True,
     help="Of the stored factors; auto keeps the source's.",
 )
+@click.option(
+    "--data",
+    type=options.FOLDER,
+    metavar="FILE",
+    help="Text that the adapter is for: refit its outputs on it, instead of its weights.",
+)
+@click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Sequences of --data to run.  [default: 32]")
+@click.option(
+    "--sequence-length", type=click.IntRange(min=2), metavar="L", help="Tokens in a sequence.  [default: 256]"
+)
+@click.option(
+    "--statistics",
+    type=click.Choice(["full", "diagonal"]),
+    help="Of a layer's inputs; diagonal takes less memory.  [default: full]",
+)
+@click.option(
+    "--calibrate",
+    type=click.IntRange(min=1),
+    metavar="STEPS",
+    help="Then train α and β towards the source on --data, as `mapconv calibrate` does.",
+)
 @options.device
 @options.dry_run
 @options.allow_pickle
@@ -67,6 +90,11 @@ def command(
     direction: str,
     lora_compatible: bool,
     dtype: str,
+    data: Path | None,
+    samples: int | None,
+    sequence_length: int | None,
+    statistics: str | None,
+    calibrate: int | None,
     device: str,
     dry_run: bool,
     allow_pickle: bool,
@@ -85,6 +113,17 @@ def command(
         raise click.UsageError("--max-rank goes with --tolerance.")
     if lora_compatible and direction == "dora":
         raise click.UsageError("--lora-compatible needs --direction low-rank: a DoRA direction is no plain LoRA.")
+    if calibrate and lora_compatible:
+        raise click.UsageError("--calibrate trains the α that --lora-compatible holds: leave one of them out.")
+    about_data = {
+        "samples": samples,
+        "sequence_length": sequence_length,
+        "statistics": statistics,
+        "calibrate": calibrate,
+    }
+    about_data = {name: value for name, value in about_data.items() if value is not None}
+    if data is None and about_data:
+        raise click.UsageError(f"--{min(about_data).replace('_', '-')} goes with --data.")
     from mapconv.commands.upgrade import DEFAULT_MAX_RANK, upgrade
 
     result = upgrade(
@@ -97,6 +136,8 @@ def command(
         direction=direction,
         lora_compatible=lora_compatible,
         dtype=dtype,
+        data=data,
+        **about_data,
         device=device,
         allow_pickle=allow_pickle,
         force=force,
@@ -111,6 +152,8 @@ def command(
     else:
         _report(result, tolerance)
     notes(result.notes)
+    if result.calibration is not None and result.calibration.interrupted:
+        raise click.exceptions.Exit(INTERRUPTED)
 
 
 def _report(result: UpgradeResult, tolerance: float | None) -> None:
@@ -119,9 +162,11 @@ def _report(result: UpgradeResult, tolerance: float | None) -> None:
         groups[module.path.rpartition(".")[2]].append(module)
     click.echo(f"{shown(result.source)} ({result.method}) → {result.out} (MAP)")
     click.echo()
+    with_data = any(module.output_error is not None for module in result.modules)
     print_table(
-        ["target", "modules", "rank", "α/‖W0‖", "β/α", "ε worst", "ε median"],
-        [_row(name, modules) for name, modules in groups.items()],
+        ["target", "modules", "rank", "α/‖W0‖", "β/α", "ε worst", "ε median"]
+        + (["of outputs: worst", "median"] if with_data else []),
+        [_row(name, modules, with_data=with_data) for name, modules in groups.items()],
     )
     errors = [module.error for module in result.modules]
     click.echo()
@@ -129,6 +174,9 @@ def _report(result: UpgradeResult, tolerance: float | None) -> None:
         f"  {len(errors)} modules, {result.parameters:,} parameters, {size(result.nbytes)}, {result.seconds:.1f} s; "
         f"ε worst {small(max(errors))}, median {small(statistics.median(errors))}"
     )
+    if result.calibration is not None:
+        click.echo()
+        print_calibration(result.calibration)
     also = "a plain LoRA" if result.plain_lora else "a DoRA"
     click.echo(f"  stock PEFT loads it as {also} adapter: PeftModel.from_pretrained(base, {str(result.out)!r})")
     advice = _advice(result, tolerance)
@@ -136,8 +184,10 @@ def _report(result: UpgradeResult, tolerance: float | None) -> None:
         click.echo(f"  advice: {advice}")
 
 
-def _row(name: str, modules: list) -> list[str]:
+def _row(name: str, modules: list[MapModule], *, with_data: bool) -> list[str]:
     ranks = sorted({module.rank for module in modules})
+    seen = [module.output_error for module in modules if module.output_error is not None]
+    of_outputs = [small(max(seen)), small(statistics.median(seen))] if seen else ["-", "-"]
     return [
         name,
         str(len(modules)),
@@ -146,18 +196,20 @@ def _row(name: str, modules: list) -> list[str]:
         spread([module.beta / module.alpha if module.alpha else 0.0 for module in modules]),
         small(max(module.error for module in modules)),
         small(statistics.median(module.error for module in modules)),
+        *(of_outputs if with_data else []),
     ]
 
 
 def _advice(result: UpgradeResult, tolerance: float | None) -> str | None:
     if tolerance is not None:
-        over = sum(module.error > tolerance for module in result.modules)
+        over = sum(_felt_error(module) > tolerance for module in result.modules)
         return (
             f"{over} modules stay above ε = {tolerance:g} at --max-rank: raise it, or use --direction dora"
             if over
             else None
         )
-    if result.worst_error <= LARGE_ERROR:
+    worst = max((_felt_error(module) for module in result.modules), default=0.0)
+    if worst <= LARGE_ERROR:
         return None
     if result.method == "LoRA":
         return "ε is large because --rank is below the source's own rank: without --rank the result is exact"
@@ -165,3 +217,8 @@ def _advice(result: UpgradeResult, tolerance: float | None) -> str | None:
         "ε is large where DoRA's magnitudes do not fit in this rank: --direction dora is exact, --tolerance 0.1 "
         "chooses ranks, and `mapconv verify` shows what it means for the outputs"
     )
+
+
+def _felt_error(module: MapModule) -> float:
+    """ε of the outputs where data was seen, which is what was minimised there; else of the weights."""
+    return module.error if module.output_error is None else module.output_error

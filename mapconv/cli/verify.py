@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 )
 @options.base
 @click.option(
-    "--data", type=options.FOLDER, metavar="FILE", help="Text to run on. Default: a text that ships with mapconv."
+    "--data",
+    type=options.FOLDER,
+    metavar="FILE",
+    help="Text, .jsonl or .parquet to run on. Default: a text that ships with mapconv.",
 )
 @click.option(
     "--samples",
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     default=8,
     show_default=True,
     metavar="N",
-    help="Blocks of 256 tokens to run.",
+    help="Sequences of 256 tokens to run.",
 )
 @click.option(
     "--max-kl", type=click.FloatRange(min=0), metavar="X", help="Exit 1 if the mean KL divergence is above X."

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mapconv.adapter import Direction, MapModule
-from mapconv.card import CARD_FILE, local_card
-from mapconv.checkpoint.reader import SAFETENSORS_DTYPES, TensorReader
-from mapconv.checkpoint.staging import check_output, staged_folder, write_file
-from mapconv.checkpoint.writer import SpooledFile, TensorSpec
-from mapconv.convert import DEFAULT_MAX_RANK, Converted, Converter, ConvertOptions
+from mapconv.algebra.moments import Statistics
+from mapconv.checkpoint.staging import check_output, staged_folder
+from mapconv.conversion import Sample, read_data, write_map_directory
+from mapconv.convert import DEFAULT_MAX_RANK, ConvertOptions
+from mapconv.devices import resolve_device
 from mapconv.errors import UnsupportedError
-from mapconv.formats.mapdir import needs_magnitude, peft_config, peft_factors, peft_magnitude, write_configs
-from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
+from mapconv.formats.mapdir import needs_magnitude
 from mapconv.hub import hub_reference, locate_adapter
-from mapconv.hub.ranges import prefetch
 from mapconv.norms import BaseNorms
-from mapconv.parallel import in_order, worker_count
 from mapconv.placing import PlacedAdapter, place_adapter
-from mapconv.progress import progress_bar
-from mapconv.provenance import base_name, base_revision, map_config
-from mapconv.sidecars import copy_tokenizer
+
+if TYPE_CHECKING:
+    from mapconv.calibration import CalibrationReport
+
+DEFAULT_SAMPLES = 32
+DEFAULT_SEQUENCE_LENGTH = 256
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class UpgradeResult:
     seconds: float
     dry_run: bool
     plain_lora: bool
+    calibration: CalibrationReport | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -50,7 +50,9 @@ class UpgradeResult:
         return max((module.error for module in self.modules), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        table = asdict(self) | {name: str(getattr(self, name)) for name in ("out", "source", "base")}
+        table = {field.name: getattr(self, field.name) for field in fields(self)}
+        table |= {name: str(getattr(self, name)) for name in ("out", "source", "base")}
+        table["calibration"] = None if self.calibration is None else self.calibration.record()
         table["modules"] = [module.to_dict() for module in self.modules]
         return table | {"worst_error": self.worst_error}
 
@@ -66,6 +68,11 @@ def upgrade(
     direction: Direction = "low-rank",
     lora_compatible: bool = False,
     dtype: str = "float32",
+    data: str | Path | None = None,
+    samples: int = DEFAULT_SAMPLES,
+    sequence_length: int = DEFAULT_SEQUENCE_LENGTH,
+    statistics: Statistics = "full",
+    calibrate: int = 0,
     device: str = "auto",
     allow_pickle: bool = False,
     force: bool = False,
@@ -83,7 +90,13 @@ def upgrade(
         direction: ``low-rank``: Δ = BA, refitted if the source is DoRA. ``dora``: DoRA's own update, exact.
         lora_compatible: hold a = 1, so that the result is a plain LoRA adapter as well.
         dtype: of the stored factors: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the source's own.
-        device: ``auto``, ``cpu`` or ``cuda``: where refits run.
+        data: text that the adapter is for. Refits then weigh errors by the layers' inputs on it, which makes the
+            outputs closest instead of the weights; ``tolerance`` is then of the outputs as well.
+        samples: sequences of ``data`` to run, each of ``sequence_length`` tokens.
+        statistics: of a layer's inputs: ``full`` second moments, or their ``diagonal``, which takes less memory.
+        calibrate: steps to train the scalars towards the source on ``data`` afterwards (``mapconv.calibrate`` has
+            all its options); 0: none.
+        device: ``auto``, ``cpu`` or ``cuda``: where refits and training run.
         allow_pickle: read weights from a ``.bin`` file (with torch's weights-only loader).
         force: replace ``out``.
         dry_run: plan and check, write nothing.
@@ -98,20 +111,35 @@ def upgrade(
         raise ValueError("rank and tolerance exclude each other")
     if lora_compatible and direction == "dora":
         raise ValueError("a DoRA direction is no plain LoRA: lora_compatible needs the low-rank direction")
+    if calibrate and data is None:
+        raise ValueError("calibrate needs data")
+    if calibrate and lora_compatible:
+        raise ValueError("calibration trains the gain that lora_compatible holds at 1")
     out = default_output(source) if out is None else Path(out)
     source = locate_adapter(source, allow_pickle=allow_pickle)
-    options = ConvertOptions(rank, tolerance, max_rank, direction, lora_compatible, dtype, device)
-    placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=True)
+    options = ConvertOptions(
+        rank, tolerance, max_rank, direction, lora_compatible, dtype, device, None if data is None else statistics
+    )
+    # To run the model takes all of it; else a base on the Hub stays there but for what is read.
+    placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=data is None)
     if placed.adapter.method == "MAP":
         raise UnsupportedError(f"{source} is a MAP adapter already: upgrade the adapter that it was made from.")
     nbytes = sum(options.stored_bytes(item) for item in placed.modules)
     check_output(out, force=force, inputs=[source, placed.target.folder], nbytes=nbytes)
-    norms = BaseNorms(placed.target.checkpoint)
+    sample = None
+    if data is not None and not _is_exact(placed, options):
+        sample = read_data(Path(data), placed.target, samples=samples, length=sequence_length)
     modules: tuple[MapModule, ...] = ()
-    parameters = 0
+    refitted: tuple[MapModule, ...] = ()
+    parameters, calibration = 0, None
+    norms = BaseNorms(placed.target.checkpoint)
     if not dry_run:
         with staged_folder(out, force=force) as staging:
-            modules, parameters = _write(placed, options, norms, staging, quiet=quiet)
+            modules, parameters = write_map_directory(placed, options, norms, sample, staging, quiet=quiet)
+            if calibrate and sample is not None:
+                training = {"steps": calibrate, "sequence_length": sequence_length}
+                calibration = _calibrate(placed, sample, staging, training, device, allow_pickle, quiet=quiet)
+                modules, refitted = calibration.modules, modules
             nbytes = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
     return UpgradeResult(
         out=out,
@@ -125,7 +153,14 @@ def upgrade(
         seconds=time.perf_counter() - started,
         dry_run=dry_run,
         plain_lora=not needs_magnitude(modules),
-        notes=(*_notes(placed, options), *norms.notes),
+        calibration=calibration,
+        notes=(
+            *_notes(placed, options),
+            *norms.notes,
+            *(() if sample is None else sample.sequences.notes),
+            *(() if calibration is None else calibration.notes),
+            *_data_notes(placed, options, refitted or modules),
+        ),
     )
 
 
@@ -139,90 +174,25 @@ def default_output(source: str | Path) -> Path:
     return resolved.parent / f"{resolved.name}-map" if source.name in ("", "..") else Path(f"{source}-map")
 
 
-def _write(
-    placed: PlacedAdapter, options: ConvertOptions, norms: BaseNorms, staging: Path, *, quiet: bool
-) -> tuple[tuple[MapModule, ...], int]:
-    """Convert every module into ``staging``; returns their scalars and the number of parameters."""
-    spool = SpooledFile(staging / WEIGHTS_FILE, _expected(placed, options))
-    try:
-        converted, parameters = _convert(placed, options, norms, spool, quiet=quiet)
-        modules = tuple(result.scalars for result in converted)
-        if needs_magnitude(modules):
-            for item, result in zip(placed.modules, converted, strict=True):
-                spool.append(*peft_magnitude(item.module, result.magnitude))
-        _keep_the_rest(placed, spool)
-        spool.finish()
-    finally:
-        spool.close()
-    copy_tokenizer(placed.adapter.path, staging)
-    base = base_name(placed)
-    names = {item.module.path: item.parameter if item.experts > 1 else item.module.path for item in placed.modules}
-    own_paths = {module.path for module in placed.adapter.modules}
-    respelled = any(item.module.path not in own_paths for item in placed.modules)
-    config = peft_config(placed.adapter.config, modules, names, base=base, respelled=respelled)
-    config["revision"] = base_revision(placed)
-    record = map_config(placed, options, modules)
-    write_file(staging / CARD_FILE, local_card(config, record))
-    write_configs(staging, config, record)
-    return modules, parameters
+def _calibrate(
+    placed: PlacedAdapter,
+    sample: Sample,
+    staging: Path,
+    training: dict[str, int],
+    device: str,
+    allow_pickle: bool,
+    *,
+    quiet: bool,
+) -> CalibrationReport:
+    """Train the staged result in place."""
+    # Imported here: a conversion without training must not wait for what trains.
+    from mapconv.calibration import CalibrationOptions, calibrate_folder
+    from mapconv.training.processes import Processes
 
-
-def _convert(
-    placed: PlacedAdapter, options: ConvertOptions, norms: BaseNorms, spool: SpooledFile, *, quiet: bool
-) -> tuple[list[Converted], int]:
-    """Spool the factors of every module; returns what is left of each, and the number of MAP's parameters."""
-    workers = worker_count(max(options.working_bytes(item) for item in placed.modules))
-    total = sum(item.weight.nbytes for item in placed.modules)
-    converted, stack, parameters = [], [], 0
-    source = placed.target.checkpoint.source
-    light = [item.weight for item in placed.modules if options.keeps_lora(item)]
-    needed = [item.weight for item in placed.modules if not options.keeps_lora(item) or item.initialization]
-    prefetch(source, [piece.tensor for w in (*needed, *norms.missing(light)) for piece in w.pieces], quiet=quiet)
-    with TensorReader(source) as reader, progress_bar(total, "upgrading", quiet=quiet) as advance:
-        norms.load(light, reader)
-        results = in_order(Converter(reader, options, norms).convert, placed.modules, workers)
-        for item, result in zip(placed.modules, results, strict=True):
-            stack.append(result)
-            if len(stack) == item.experts:
-                # Experts follow one another: A has them in turn, B side by side, with the expert counting fastest.
-                A = torch.cat([expert.A for expert in stack])
-                B = torch.stack([expert.B for expert in stack], dim=2).flatten(1)
-                for name, tensor in peft_factors(item.module, A, B):
-                    spool.append(name, tensor)
-                stack.clear()
-            parameters += result.A.numel() + result.B.numel() + 2  # α and β
-            converted.append(result.without_factors())
-            advance(item.weight.nbytes)
-    return converted, parameters
-
-
-def _expected(placed: PlacedAdapter, options: ConvertOptions) -> list[TensorSpec]:
-    """The tensors of the result in their order, where that is known before any is computed: a LoRA of linear layers."""
-    simple = all(options.keeps_lora(m) and m.experts == 1 and m.module.bias is None for m in placed.modules)
-    if not simple or placed.adapter.others:
-        return []
-    specs = []
-    for item in placed.modules:
-        dtype, (height, width) = options.stored_dtype(item), item.weight.shape
-        A, B = (
-            torch.empty(shape, dtype=dtype, device="meta")
-            for shape in ((item.effective_rank, width), (height, item.effective_rank))
-        )
-        specs += [
-            TensorSpec(name, SAFETENSORS_DTYPES[dtype], tuple(t.shape)) for name, t in peft_factors(item.module, A, B)
-        ]
-    return specs
-
-
-def _keep_the_rest(placed: PlacedAdapter, spool: SpooledFile) -> None:
-    """Carry over what is no low-rank update: heads, rows and biases as they are, LoRA biases with their scaling."""
-    with TensorReader() as reader:
-        for item in {item.module.path: item for item in placed.modules}.values():
-            if item.module.bias is not None:
-                bias = reader.read(item.module.bias).float() * item.scaling
-                spool.append(f"{KEY_PREFIX}{item.module.path}.lora_B.bias", bias)
-        for name, ref in placed.adapter.others.items():
-            spool.append(name, reader.read(ref))
+    options, processes = CalibrationOptions(**training), Processes(resolve_device(device))
+    return calibrate_folder(
+        staging, placed, sample.rows, options, processes, into=staging, allow_pickle=allow_pickle, quiet=quiet
+    )
 
 
 def _notes(placed: PlacedAdapter, options: ConvertOptions) -> list[str]:
@@ -236,3 +206,25 @@ def _notes(placed: PlacedAdapter, options: ConvertOptions) -> list[str]:
     if adapter.method == "LoRA" and options.rank is not None and options.rank > highest:
         notes.append(f"the source is a LoRA adapter of rank {highest}: a higher rank would add nothing, so it is kept")
     return notes
+
+
+def _is_exact(placed: PlacedAdapter, options: ConvertOptions) -> bool:
+    """Whether nothing is refitted, so that neither data nor training has anything to improve."""
+    return all(options.keeps_factors(item) for item in placed.modules)
+
+
+def _data_notes(placed: PlacedAdapter, options: ConvertOptions, modules: Sequence[MapModule]) -> list[str]:
+    """What --data could not serve."""
+    if options.statistics is None:
+        return []
+    if _is_exact(placed, options):
+        return ["every module keeps its own factors, which is exact: --data and --calibrate change nothing"]
+    unseen = [
+        scalars.path
+        for item, scalars in zip(placed.modules, modules, strict=True)
+        if scalars.output_error is None and scalars.error > 0 and not options.keeps_factors(item)
+    ]
+    if not unseen:
+        return []
+    shown = ", ".join(unseen[:3]) + (", …" if len(unseen) > 3 else "")
+    return [f"{len(unseen)} modules got no input vectors from --data and are refitted by their weights alone: {shown}"]

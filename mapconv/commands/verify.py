@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from mapconv.comparison import Agreement, Comparison, ModuleError
+from mapconv.data import read_blocks, read_rows
 from mapconv.devices import resolve_device
 from mapconv.hub import locate_adapter, locate_result
 from mapconv.models import load_tokenizer
 from mapconv.placing import place_adapter
 from mapconv.progress import progress_bar
-from mapconv.report.saved import check_report_place, save_report
-from mapconv.text import read_text, token_blocks
+from mapconv.reporting.saved import check_report_place, save_report
 
 DEFAULT_SAMPLES = 8
 SEQUENCE_LENGTH = 256
@@ -75,8 +75,9 @@ def verify(
         result: a MAP directory (or any PEFT adapter), or a merged model.
         against: the LoRA or DoRA adapter that it was made from.
         base: the base model's folder or Hub id; None takes it from the source's configuration.
-        data: a text file; None uses the text that ships with mapconv.
-        samples: blocks of 256 tokens to run.
+        data: a text file, or a ``.jsonl`` or ``.parquet`` file with text, chats or labelled texts (``mapconv.data``);
+            None uses the text that ships with mapconv.
+        samples: sequences of 256 tokens to run.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: what the models compute in; float32 shows the conversion's error alone.
         save: store the report as ``verify.json`` in the result's folder, for the model card that ``push`` writes.
@@ -90,7 +91,7 @@ def verify(
     result, against = locate_result(result), locate_adapter(against, allow_pickle=allow_pickle)
     if save:
         check_report_place(result)
-    text = read_text(None if data is None else Path(data))
+    rows = read_rows(data)
     placed = place_adapter(against, base, allow_pickle=allow_pickle)
     compared = Comparison(result, placed, dtype=dtype, device=resolve_device(device))
     total, notes = Agreement(), []
@@ -98,9 +99,10 @@ def verify(
         if compared.reads_text:
             tokenizer = load_tokenizer(placed.target.folder)
             length = min(SEQUENCE_LENGTH, compared.longest_text)
-            blocks = token_blocks(tokenizer, text, samples=samples, length=length)
+            blocks = read_blocks(rows, tokenizer, samples=samples, length=length, classes=compared.classes)
+            notes += blocks.notes
             with progress_bar(len(blocks), "verifying", unit="block", quiet=quiet) as advance:
-                for block in blocks:
+                for block in blocks.rows():
                     _compare(compared, block, total)
                     advance(1)
         if not total.positions:

@@ -25,6 +25,8 @@ from mapconv.formats.peft import CONFIG_FILE, KEY_PREFIX, read_tensors
 
 MAP_CONFIG_FILE = "map_config.json"
 FORMAT_VERSION = 1
+#: Numbers of a module's entry that need not have been measured.
+_MEASURED = ("error", "output_error", "alpha_before", "beta_before", "error_before")
 
 
 class MapDirectory:
@@ -150,12 +152,14 @@ def _read_map_modules(map_config: Mapping[str, Any], path: Path) -> tuple[MapMod
                 direction=entry["direction"],
                 rank=int(entry["rank"]),
                 expert=None if entry.get("expert") is None else int(entry["expert"]),
-                **{name: float(entry[name]) for name in ("alpha", "beta", "base_norm", "direction_norm", "error")},
+                **{name: float(entry[name]) for name in ("alpha", "beta", "base_norm", "direction_norm")},
+                **{name: None if entry.get(name) is None else float(entry[name]) for name in _MEASURED},
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise AdapterError(f"{path} has a module entry that cannot be read ({error!r}).") from None
-        numbers = (module.alpha, module.beta, module.base_gain, module.update_gain, module.error)
-        if not all(map(math.isfinite, numbers)):
+        numbers = (module.alpha, module.beta, module.base_gain, module.update_gain)
+        measured = (value for name in _MEASURED if (value := getattr(module, name)) is not None)
+        if not all(map(math.isfinite, (*numbers, *measured))):
             raise AdapterError(f"{path}: module {module.path} has a scalar that is not finite.")
         if module.direction not in ("low-rank", "dora"):
             raise AdapterError(f"{path}: module {module.path} has direction {module.direction!r}.")

@@ -81,7 +81,7 @@ adapters:
         17: ["sideways", "low-rank or dora"],
         18: ["lora_compatible is 1", "true or false"],
         19: ["tolerance", "a number"],
-        20: ["max_rank is 0", "above 0"],
+        20: ["max_rank is 0", "at least 1"],
         21: ["'a' is taken by line 6"],
         23: ["/etc", "leads out"],
         27: ["merge is 3", "a table"],

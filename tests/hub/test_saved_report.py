@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from mapconv.errors import AdapterError, OutputError
-from mapconv.report.saved import check_report_place, read_report, save_report
+from mapconv.reporting.saved import check_report_place, read_report, save_report
 from tests.hub.conftest import BASE_ID
 
 REPORT = {

@@ -79,6 +79,9 @@ FORBIDDEN = [
     ("mapconv.placement", ("mapconv.commands", "mapconv.cli", "mapconv.plan", "mapconv.formats", "mapconv.checkpoint")),
     ("mapconv.plan", ("mapconv.commands", "mapconv.cli", "mapconv.convert")),
     ("mapconv.convert", ("mapconv.commands", "mapconv.cli")),
+    ("mapconv.data", ("mapconv.commands", "mapconv.cli", "mapconv.training", "mapconv.calibration", "mapconv.nn")),
+    ("mapconv.training", ("mapconv.commands", "mapconv.cli", "mapconv.calibration")),
+    ("mapconv.calibration", ("mapconv.commands", "mapconv.cli")),
     (
         "mapconv.adapter",
         ("mapconv.commands", "mapconv.cli", "mapconv.formats", "mapconv.checkpoint", "mapconv.algebra"),

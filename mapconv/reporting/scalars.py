@@ -6,8 +6,8 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from mapconv.adapter import MapModule
-from mapconv.report.raster import Canvas, Color, text_width
+from mapconv.adapter import MapModule, layer_of
+from mapconv.reporting.raster import Canvas, Color, text_width
 
 #: Okabe and Ito's colours, which colour-blind readers tell apart; the palest is left out.
 _COLORS: tuple[Color, ...] = (
@@ -88,7 +88,7 @@ def nice_ticks(low: float, high: float, *, around: float) -> list[float]:
 def _series(modules: Sequence[MapModule], value) -> dict[str, dict[int, list[float]]]:
     series: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for module in modules:
-        layer = next((int(part) for part in module.path.split(".") if part.isdigit()), None)
+        layer = layer_of(module.path)
         if layer is not None and math.isfinite(value(module)):
             series[module.path.rpartition(".")[2]][layer].append(value(module))
     return {name: dict(layers) for name, layers in series.items()}

@@ -11,7 +11,7 @@ from typing import Any
 
 from mapconv.card import REPORT_FILE
 from mapconv.checkpoint.index import read_checkpoint
-from mapconv.checkpoint.staging import write_file
+from mapconv.checkpoint.staging import replace_file
 from mapconv.errors import AdapterError, OutputError
 from mapconv.formats.mapdir import FORMAT_VERSION
 from mapconv.formats.peft import WEIGHTS_FILE
@@ -37,9 +37,7 @@ def save_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Write the report without this machine's paths, whole or not at all."""
     table = {key: value for key, value in report.items() if key not in _LOCAL}
     table = {"format_version": FORMAT_VERSION, "weights": weights_mark(folder)} | finite(table)
-    temporary = folder / f".{REPORT_FILE}.partial"
-    write_file(temporary, json.dumps(table, indent=2, allow_nan=False) + "\n")
-    temporary.replace(folder / REPORT_FILE)
+    replace_file(folder / REPORT_FILE, (json.dumps(table, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:

@@ -1,0 +1,193 @@
+"""Train a MAP adapter towards its source, or on a task, and write the best state that held-out data shows."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mapconv.adapter import Adapter, MapModule
+from mapconv.calibration import WEIGHT_FILES, CalibrationOptions, CalibrationReport, calibrate_folder
+from mapconv.card import CARD_FILE, PLOT_FILE, REPORT_FILE
+from mapconv.checkpoint.staging import check_output, staged_folder
+from mapconv.data import Objective, read_rows
+from mapconv.errors import AdapterError, OutputError
+from mapconv.formats import read_adapter
+from mapconv.formats.mapdir import MAP_CONFIG_FILE
+from mapconv.hub import hub_reference, locate_adapter
+from mapconv.placing import place_adapter
+from mapconv.provenance import source_fingerprint
+from mapconv.sidecars import copy_tokenizer
+from mapconv.training.checkpoints import checkpoint_path
+from mapconv.training.evaluation import ModelNumbers
+from mapconv.training.models import Train
+from mapconv.training.processes import joined
+
+
+@dataclass(frozen=True)
+class CalibrateResult:
+    """What a calibration wrote. ``report`` has its numbers, all measured on files as they were read or written."""
+
+    out: Path
+    adapter: Path
+    source: Path
+    base: Path
+    report: CalibrationReport
+
+    @property
+    def models(self) -> dict[str, ModelNumbers]:
+        return self.report.models
+
+    @property
+    def modules(self) -> tuple[MapModule, ...]:
+        return self.report.modules
+
+    def to_dict(self) -> dict[str, Any]:
+        table = {name: str(getattr(self, name)) for name in ("out", "adapter", "source", "base")}
+        report = self.report.record() | {
+            name: getattr(self.report, name) for name in ("seconds", "interrupted", "notes")
+        }
+        return table | report | {"modules": [module.to_dict() for module in self.modules]}
+
+
+def calibrate(
+    adapter: str | Path,
+    *,
+    against: str | Path,
+    data: str | Path,
+    base: str | Path | None = None,
+    out: str | Path | None = None,
+    steps: int = CalibrationOptions.steps,
+    train: Train = CalibrationOptions.train,
+    objective: Objective = CalibrationOptions.objective,
+    learning_rate: float | None = None,
+    batch_size: int = CalibrationOptions.batch_size,
+    sequence_length: int = CalibrationOptions.sequence_length,
+    held_out: int | float | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    resume: bool = False,
+    allow_pickle: bool = False,
+    force: bool = False,
+    quiet: bool = True,
+) -> CalibrateResult | None:
+    """Train the scalars of a MAP directory, or all of it, and write the state that is best on held-out data.
+
+    The closed form that the run starts from takes part: the result is never worse than it, on the held-out data.
+
+    Args:
+        adapter: the MAP directory.
+        against: the LoRA or DoRA adapter that it was made from.
+        data: a text file, or ``.jsonl`` or ``.parquet`` with text, chats or labelled texts (``mapconv.data``).
+        base: the base model's folder or Hub id; None takes it from the source's configuration.
+        out: the folder to write; None: ``<adapter>-calibrated`` beside the adapter.
+        steps: optimizer steps.
+        train: ``scalars``: α and β of every weight; ``all``: its factors as well.
+        objective: ``distill``: KL(source ‖ MAP), which needs no labels; ``task``: the data's own loss.
+        learning_rate: the highest; None: the default for what is trained.
+        batch_size: sequences in a step.
+        sequence_length: tokens in a sequence.
+        held_out: a number of sequences, or below 1 a share of the data; None: a tenth, at most 32 sequences.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        seed: of the held-out choice and of the order of the data.
+        resume: go on from the checkpoint of a run of the same settings that was cut off.
+        allow_pickle: read the source's weights from a ``.bin`` file.
+        force: replace ``out``, which may be ``adapter`` itself; start again where a checkpoint was left; and accept
+            another source or base than the MAP directory records.
+        quiet: no progress bar.
+
+    Returns:
+        The result. Of several processes (``accelerate launch``) the first one's; None in the others.
+
+    Raises:
+        MapconvError: of the kind that fits; ``out`` is then as it was.
+        ValueError: an option out of its range.
+    """
+    options = CalibrationOptions(steps, train, objective, learning_rate, batch_size, sequence_length, held_out, seed)
+    _check(options)
+    adapter_path, source_path = locate_adapter(adapter), locate_adapter(against, allow_pickle=allow_pickle)
+    out = default_output(adapter) if out is None else Path(out)
+    rows = read_rows(data)
+    map_adapter = read_adapter(adapter_path)
+    source = place_adapter(source_path, base, allow_pickle=allow_pickle)
+    _check_pair(map_adapter, source.adapter, force=force)
+    in_place = out.resolve() == adapter_path.resolve()
+    inputs = [source_path, source.target.folder] + ([] if in_place else [adapter_path])
+    check_output(out, force=force, inputs=inputs, nbytes=2 * map_adapter.nbytes)
+    checkpoint = checkpoint_path(out)
+    if checkpoint.exists() and not (resume or force):
+        raise OutputError(
+            f"{checkpoint} is the state of a run that was cut off: pass --resume to go on, or --force to start again."
+        )
+    arguments = {
+        "check_base": not force,
+        "allow_pickle": allow_pickle,
+        "checkpoint": checkpoint,
+        "resume": resume,
+        "quiet": quiet,
+    }
+    with joined(device) as processes:
+        if not processes.is_first:
+            calibrate_folder(adapter_path, source, rows, options, processes, into=None, **arguments)
+            return None
+        with staged_folder(out, force=force) as staging:
+            _copy_sidecars(adapter_path, staging, all_files=in_place)
+            report = calibrate_folder(adapter_path, source, rows, options, processes, into=staging, **arguments)
+    for path in (checkpoint, checkpoint.with_name(f"{checkpoint.name}.partial")):
+        path.unlink(missing_ok=True)
+    return CalibrateResult(out, adapter_path, source_path, source.target.folder, report)
+
+
+def default_output(adapter: str | Path) -> Path:
+    """``<adapter>-calibrated`` beside the adapter; for one from the Hub, its name alone, in the current folder."""
+    reference = hub_reference(adapter)
+    if reference is not None:
+        return Path(f"{reference.name}-calibrated")
+    resolved = Path(adapter).resolve()
+    return resolved.parent / f"{resolved.name}-calibrated"
+
+
+def _copy_sidecars(adapter: Path, staging: Path, *, all_files: bool) -> None:
+    """Copy the tokenizer and the card; in place, all that lies there, but for what was made of the old weights."""
+    if all_files:
+        old = shutil.ignore_patterns(*WEIGHT_FILES, REPORT_FILE, PLOT_FILE)
+        shutil.copytree(adapter, staging, dirs_exist_ok=True, ignore=old)
+        return
+    copy_tokenizer(adapter, staging)
+    if (adapter / CARD_FILE).is_file():
+        shutil.copyfile(adapter / CARD_FILE, staging / CARD_FILE)
+
+
+def _check(options: CalibrationOptions) -> None:
+    """Refuse numbers that mean nothing."""
+    recipe = options.recipe
+    for name, least in (("steps", 1), ("batch_size", 1), ("sequence_length", 2)):
+        if getattr(recipe, name) < least:
+            raise ValueError(f"{name} is {getattr(recipe, name)}, expected at least {least}")
+    if not 0 < recipe.learning_rate < float("inf"):
+        raise ValueError(f"the learning rate is {recipe.learning_rate}, expected a number above 0")
+    if options.held_out is not None and not options.held_out > 0:
+        raise ValueError(f"held_out is {options.held_out}, expected a number above 0")
+
+
+def _check_pair(adapter: Adapter, source: Adapter, *, force: bool) -> None:
+    """Refuse what is no MAP directory, or was made from another adapter than the source."""
+    if adapter.method != "MAP":
+        raise AdapterError(f"{adapter.path} is a {adapter.method} adapter: convert it with `mapconv upgrade` first.")
+    if source.method == "MAP":
+        raise AdapterError(
+            f"{source.path} is a MAP adapter: --against takes the LoRA or DoRA that {adapter.path} was made from."
+        )
+    recorded = ((adapter.map_config or {}).get("source") or {}).get("fingerprint")
+    if not force and recorded != source_fingerprint(source.path):
+        raise AdapterError(
+            f"{adapter.path / MAP_CONFIG_FILE} was made from another adapter than {source.path}: give that one with "
+            "--against, or accept this one with --force."
+        )
+    missing = {m.path for m in adapter.map_modules} ^ {m.path for m in source.modules}
+    if missing:
+        raise AdapterError(
+            f"{adapter.path} and {source.path} adapt different modules ({min(missing)} for one): they do not belong "
+            "together."
+        )

@@ -1,0 +1,226 @@
+"""Read a user's data file into rows of one kind: plain text, JSON lines, or Parquet.
+
+A row that cannot be used is counted and named; a file with more than one such row in a hundred is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mapconv.errors import DataError, DependencyError
+from mapconv.text import packaged_text
+
+#: ``text``: documents; ``chat``: conversations; ``labelled``: one text each with its class, for a classifier.
+Kind = Literal["text", "chat", "labelled"]
+#: The field that tells a row's kind, and the fields that each kind reads.
+_KIND_OF = {"text": "text", "messages": "chat", "input": "labelled"}
+_FIELDS = {"text": {"text"}, "chat": {"messages", "tools"}, "labelled": {"input", "label"}}
+#: Share of rows that may be unusable before the file as a whole is refused.
+_TOLERATED = 0.01
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: ``number`` counts lines of the file (rows of a Parquet file) from 1.
+
+    ``content`` is a text, or for a chat the arguments of the tokenizer's chat template.
+    """
+
+    number: int
+    content: Any
+    label: Any = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The usable rows of a file; ``from_plain_text`` marks the one row of a text file."""
+
+    path: Path
+    kind: Kind
+    rows: tuple[Row, ...]
+    bad: tuple[BadRow, ...] = ()
+    notes: tuple[str, ...] = ()
+    from_plain_text: bool = False
+
+
+@dataclass(frozen=True)
+class BadRow:
+    number: int
+    reason: str
+
+
+class UnusableRowError(Exception):
+    """Why one row cannot be used; what that means for the file is decided when all rows are known."""
+
+
+def read_rows(path: str | Path | None) -> Rows:
+    """The rows of a ``.jsonl`` or ``.parquet`` file, any other file as one text; None: the package's sample text.
+
+    A row has ``text``, or ``messages`` (and ``tools``) for the chat template, or ``input`` with its ``label``.
+
+    Raises:
+        DataError: absent, empty, not UTF-8, rows of more than one kind, or too many that cannot be used.
+        DependencyError: a Parquet file without pyarrow.
+    """
+    if path is None:
+        return Rows(Path("sample.txt"), "text", (Row(1, packaged_text("sample.txt")),), from_plain_text=True)
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".ndjson"):
+        return _collect(path, _json_lines(path))
+    if suffix == ".parquet":
+        return _collect(path, _parquet_rows(path))
+    if suffix == ".json":
+        raise DataError(f"{path} is one JSON document: write one object a line, and name the file .jsonl.")
+    text = _read_utf8(path)
+    return Rows(path, "text", (Row(1, text),), from_plain_text=True)
+
+
+def refuse_many(path: Path, bad: Iterable[BadRow], total: int) -> tuple[str, ...]:
+    """A note that names the unusable rows, if there are any.
+
+    Raises:
+        DataError: more than one in a hundred of ``total``.
+    """
+    bad = sorted(bad, key=lambda row: row.number)
+    if not bad:
+        return ()
+    numbers = ", ".join(str(row.number) for row in bad[:_NAMED]) + (", …" if len(bad) > _NAMED else "")
+    where = f"line{'s' if len(bad) > 1 else ''} {numbers}: {bad[0].reason}"
+    if len(bad) > _TOLERATED * total:
+        raise DataError(f"{path}: {len(bad)} of {total} rows cannot be used ({where}): correct or remove them.")
+    return (f"{path.name}: {len(bad)} of {total} rows cannot be used and were left out ({where})",)
+
+
+def _collect(path: Path, entries: Iterator[tuple[int, Any]]) -> Rows:
+    """Check every row's form. The first usable row says which kind all must be."""
+    kind: Kind | None = None
+    rows, bad, unused = [], [], set()
+    for number, entry in entries:
+        try:
+            if isinstance(entry, UnusableRowError):
+                raise entry
+            found = _kind(entry)
+            if kind is not None and found != kind:
+                raise DataError(
+                    f"{path} mixes kinds of rows: line {number} has {_field_of(found)!r}, those before it "
+                    f"{_field_of(kind)!r}: split the file."
+                )
+            row = _row(number, found, entry)
+        except UnusableRowError as reason:
+            bad.append(BadRow(number, str(reason)))
+            continue
+        kind = found
+        rows.append(row)
+        unused |= entry.keys() - _FIELDS[found]
+    if not rows and not bad:
+        raise DataError(f"{path} is empty: give a file with rows.")
+    if kind is None:
+        refuse_many(path, bad, len(bad))
+    names = ", ".join(sorted(map(str, unused))[:_NAMED]) + (", …" if len(unused) > _NAMED else "")
+    notes = (f"{path.name}: these fields are not used: {names}",) if unused else ()
+    return Rows(path, kind or "text", tuple(rows), tuple(bad), notes)
+
+
+def _kind(entry: Any) -> Kind:
+    if not isinstance(entry, dict):
+        raise UnusableRowError(f"it holds {type(entry).__name__}, expected an object")
+    # A Parquet file has every column in every row: null stands for absent.
+    fields = [name for name in _KIND_OF if entry.get(name) is not None]
+    if not fields:
+        raise UnusableRowError("it has none of the fields text, messages, input")
+    if len(fields) > 1:
+        raise UnusableRowError(f"it has {' and '.join(fields)}, so its kind is unclear")
+    return _KIND_OF[fields[0]]
+
+
+def _row(number: int, kind: Kind, entry: dict[str, Any]) -> Row:
+    content = entry[_field_of(kind)]
+    if kind == "chat":
+        return Row(number, _conversation(content, entry.get("tools")))
+    if not isinstance(content, str):
+        raise UnusableRowError(f"{_field_of(kind)} is {type(content).__name__}, expected a string")
+    if not content.strip():
+        raise UnusableRowError(f"{_field_of(kind)} is empty")
+    return Row(number, _whole_characters(content), entry.get("label"))
+
+
+def _conversation(messages: Any, tools: Any) -> dict[str, Any]:
+    if not isinstance(messages, list) or not messages:
+        raise UnusableRowError("messages is no list of messages")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UnusableRowError("a message has no role")
+        if not isinstance(message.get("content"), str | list | None):
+            raise UnusableRowError("a message's content is neither a string nor a list")
+    if tools is not None and not isinstance(tools, list):
+        raise UnusableRowError("tools is no list")
+    return {"conversation": messages, "tools": tools or None}
+
+
+def _whole_characters(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # "\ud800" is half a character, which JSON can spell and UTF-8 cannot
+        raise UnusableRowError("its text holds half a surrogate pair") from None
+    return text
+
+
+def _field_of(kind: Kind) -> str:
+    return next(field for field, name in _KIND_OF.items() if name == kind)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    # Split at line feeds alone: a string may hold other characters that Python calls line ends.
+    for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield number, UnusableRowError(f"it is not JSON ({error})")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DependencyError(f"{path} needs pyarrow, which reads Parquet: pip install 'mapconv[data]'.") from None
+    try:
+        number = 0
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for entry in batch.to_pylist():
+                    number += 1
+                    yield number, entry
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is no Parquet file ({_first_line(error)}): write it again.") from None
+
+
+def _read_utf8(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}): convert it, or give another file.") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if not text.strip():
+        raise DataError(f"{path} is empty: give a file with text.")
+    return text
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    reason = error.strerror or _first_line(error)
+    return DataError(f"{path} cannot be read ({reason}): give a text, .jsonl or .parquet file with --data.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

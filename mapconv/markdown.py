@@ -1,0 +1,53 @@
+"""Pieces of Markdown that model cards are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def python_code(head: str, *parts: str) -> str:
+    code = "\n\n".join(parts)
+    return f"{head}\n\n```python\n{code}\n```"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def value_range(values: Sequence[float], form: str) -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} … {high}"
+
+
+def worst(errors: Sequence[float]) -> str:
+    return number(max(errors)) if errors else "-"
+
+
+def number(value: float | None) -> str:
+    if value is None:  # JSON has no NaN
+        return "not finite"
+    if value == 0:
+        return "0"
+    return f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.1e}"
+
+
+def calibration_table(record: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            name,
+            "-" if numbers["perplexity"] is None else f"{numbers['perplexity']:.4f}",
+            number(numbers["kl"]),
+            f"{numbers['top1_agreement']:.2%}",
+        )
+        for name, numbers in record["models"].items()
+    ]
+    what = "α and β" if record["train"] == "scalars" else "α, β and the factors"
+    goal = "the source's distribution" if record["objective"] == "distill" else "the data's own labels"
+    return (
+        f"{table(('model', 'perplexity', 'KL(source ‖ model)', 'top-1 as the source'), rows)}\n\n"
+        f"`mapconv calibrate` trained {what} ({record['trained_parameters']:,} numbers) towards {goal} for "
+        f"{record['steps']} steps, and kept step {record['best_step']}. Measured in float32 on the files as they are, "
+        f"at {record['held_out_positions']:,} positions of text that was held out."
+    )

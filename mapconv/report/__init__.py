@@ -1,1 +1,0 @@
-"""Pictures of a result, drawn without a plotting library."""

@@ -1,0 +1,107 @@
+"""What a MAP directory says of itself, as the report and its picture need it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mapconv.adapter import Adapter, MapModule
+from mapconv.formats import read_adapter
+from mapconv.reporting.heatmap import Measure
+from mapconv.reporting.layout import Layout, lay_out
+from mapconv.reporting.numbers import count, finite_or_none, gain, number, small
+from mapconv.reporting.saved import read_report
+from mapconv.reporting.scales import diverging, sequential
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """``records`` are the modules as ``map_config.json`` has them, in the order of ``adapter.map_modules``.
+
+    ``verified`` is the stored report of ``mapconv verify``, ``calibration`` the record of ``mapconv calibrate``.
+    """
+
+    adapter: Adapter
+    layout: Layout
+    measures: tuple[Measure, ...]
+    records: tuple[Mapping[str, Any], ...]
+    verified: Mapping[str, Any]
+    calibration: Mapping[str, Any]
+
+    @property
+    def modules(self) -> tuple[MapModule, ...]:
+        return self.adapter.map_modules
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        return self.adapter.map_config or {}
+
+
+def adapter_facts(folder: Path) -> AdapterFacts:
+    """Read a MAP directory, and ``verify.json`` beside it.
+
+    Raises:
+        AdapterError: broken, or a verify.json that was measured on other weights.
+    """
+    adapter = read_adapter(folder)
+    verified = read_report(folder) or {}
+    config = adapter.map_config or {}
+    records = tuple(config["modules"])
+    calibration = config.get("calibration")
+    return AdapterFacts(
+        adapter=adapter,
+        layout=lay_out([module.path for module in adapter.map_modules]),
+        measures=tuple(_measures(adapter.map_modules, records)),
+        records=records,
+        verified=verified,
+        calibration=calibration if isinstance(calibration, dict) else {},
+    )
+
+
+def update_ratio(module: MapModule) -> float | None:
+    """β/α, or None for α = 0."""
+    return module.beta / module.alpha if module.alpha else None
+
+
+def _measures(modules: Sequence[MapModule], records: Sequence[Mapping[str, Any]]) -> Iterable[Measure]:
+    gains = [module.base_gain for module in modules]
+    yield Measure(
+        "gain",
+        "α/‖W0‖",
+        "The base gain: what the base weight is multiplied by.",
+        gains,
+        diverging(gains, 1.0, least=1e-4),
+        gain,
+    )
+    ratios = [update_ratio(module) for module in modules]
+    found = [ratio for ratio in map(finite_or_none, ratios) if ratio is not None]
+    scale = diverging(found, 0.0) if any(ratio < 0 for ratio in found) else sequential(found)
+    yield Measure("ratio", "β/α", "The update's size beside the base's part.", ratios, scale, small)
+    yield from _errors(modules, records)
+    ranks = [number(module.rank) for module in modules]
+    yield Measure(
+        "rank", "rank", "Of the stored factors.", ranks, sequential(filter(None, map(finite_or_none, ranks))), count
+    )
+
+
+def _errors(modules: Sequence[MapModule], records: Sequence[Mapping[str, Any]]) -> Iterable[Measure]:
+    """ε, before and after calibration on one scale where both are known; and the error of the outputs."""
+    after: list[float | None] = [module.error for module in modules]
+    before, outputs = ([number(record.get(key)) for record in records] for key in ("error_before", "output_error"))
+    calibrated = any(value is not None for value in before)
+    finite = [value for value in map(finite_or_none, [*after, *before]) if value is not None]
+    scale = sequential(finite)
+    lost = "The part of the source's update that the weight loses; 0 is exact"
+    if calibrated:
+        yield Measure(
+            "before", "ε before calibration", f"{lost}. As the closed form left it.", before, scale, small, "largest"
+        )
+        lost += ". On the scale of the map before"
+    title = "ε after calibration" if calibrated else "ε"
+    yield Measure("error", title, f"{lost}.", after, scale, small, "largest")
+    if any(value is not None for value in outputs):
+        finite = [value for value in map(finite_or_none, outputs) if value is not None]
+        about = "The same for the layer's outputs, on its inputs of the calibration text."
+        yield Measure("output", "output error", about, outputs, sequential(finite), small, "largest")

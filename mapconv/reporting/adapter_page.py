@@ -1,0 +1,142 @@
+"""The report of one MAP adapter as a page."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mapconv.reporting.adapter_facts import AdapterFacts
+from mapconv.reporting.charts import dots_figure
+from mapconv.reporting.heatmap import heat_map
+from mapconv.reporting.markup import Html, element, table
+from mapconv.reporting.module_table import module_table
+from mapconv.reporting.numbers import count, finite_or_none, gain, number, size, small, text
+from mapconv.reporting.page import build_page, definitions, section, tiles
+
+#: Whose numbers a calibration records, in its own words.
+_CALIBRATED = ("base", "source", "closed form", "calibrated")
+
+
+def adapter_page(facts: AdapterFacts) -> str:
+    modules = module_table(facts)
+    lead = element("p", "A MAP adapter: ", element("code", "W' = α·W0/‖W0‖ + β·Δ/‖Δ‖"), ", by module and layer.")
+    figures = element("div", *(heat_map(measure, facts.layout) for measure in facts.measures), class_="maps")
+    sections = [
+        section("summary", "Summary", tiles(list(_tiles(facts)))),
+        section("maps", "By layer and module type", figures),
+        *_fidelity(facts),
+        section("modules", "Modules", modules.place()),
+        section("provenance", "Made from", definitions(list(_provenance(facts)))),
+    ]
+    return build_page(facts.adapter.path.resolve().name, lead, sections, [modules])
+
+
+def _tiles(facts: AdapterFacts) -> Iterable[tuple[str, str, str]]:
+    errors = [error for module in facts.modules if (error := finite_or_none(module.error)) is not None]
+    gains = [module.base_gain for module in facts.modules]
+    adapter = facts.adapter
+    yield "modules", f"{len(facts.modules):,}", f"of {len(facts.layout.types)} types"
+    yield "parameters", f"{adapter.parameters:,}", f"{size(adapter.nbytes)} stored"
+    if errors:
+        yield "ε, median", small(statistics.median(errors)), f"worst {small(max(errors))}"
+    yield "α/‖W0‖, median", gain(statistics.median(gains)), f"{gain(min(gains))} … {gain(max(gains))}"
+    if (kl := number(facts.verified.get("kl"))) is not None:
+        base = number(facts.verified.get("kl_base"))
+        yield "KL to the source", small(kl), f"{small(base)} without the adapter"
+    yield "PEFT loads it as", "DoRA" if adapter.config.get("use_dora") else "LoRA", "stock, without mapconv"
+
+
+def _fidelity(facts: AdapterFacts) -> Iterable[Html]:
+    """KL(source ‖ model) in each of the two measurements that there may be: their texts differ, and so the values."""
+    figures = []
+    verified, calibration = facts.verified, facts.calibration
+    if number(verified.get("kl")) is not None:
+        rows = [("base", verified.get("kl_base"), "without an adapter"), ("source", 0.0, "0 by definition")]
+        rows.append(("this adapter", verified.get("kl"), "as stored"))
+        positions = count(number(verified.get("tokens")))
+        about = f"Mean KL(source ‖ model) in nats at {positions} positions, by mapconv verify."
+        figures.append(_kl_figure("verified", "KL to the source, verified", about, rows))
+    models = _named_tables(calibration.get("models"))
+    if models:
+        rows = [(name, models[name].get("kl"), _perplexity(models[name])) for name in _CALIBRATED if name in models]
+        positions = count(number(calibration.get("held_out_positions")))
+        about = f"Mean KL(source ‖ model) in nats at {positions} held-out positions, by mapconv calibrate."
+        figures.append(_kl_figure("calibration", "KL to the source, held-out text", about, rows))
+    if figures:
+        more = [*_verify_rows(verified)]
+        pair = element("div", *figures, class_="pair")
+        yield section(
+            "fidelity", "Against the source", pair, definitions(more) if more else None, _history(calibration)
+        )
+
+
+def _history(calibration: Mapping[str, Any]) -> Html | None:
+    """The held-out objective over a calibration's steps, as a table that opens."""
+    history = calibration.get("history")
+    pairs = [pair for pair in history if isinstance(pair, list) and len(pair) == 2] if isinstance(history, list) else []
+    if not pairs:
+        return None
+    rows = [(count(number(step)), small(number(value))) for step, value in pairs]
+    numbers = table(("step", "held-out objective"), rows, caption="Calibration, step by step")
+    return element("details", element("summary", "Calibration, step by step"), numbers, class_="card")
+
+
+def _perplexity(model: Mapping[str, Any]) -> str:
+    value = number(model.get("perplexity"))
+    return "" if value is None else f"perplexity {small(value)}"
+
+
+def _kl_figure(key: str, title: str, about: str, rows: list[tuple[str, Any, str]]) -> Html:
+    found = [(name, number(value), what) for name, value, what in rows]
+    return dots_figure(key, title, f"{about} Logarithmic axis.", found, small)
+
+
+def _verify_rows(verified: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    if (agreement := number(verified.get("top1_agreement"))) is not None:
+        yield "same most likely token", f"{agreement:.2%} of positions"
+    for name, key in (
+        ("base", "perplexity_base"),
+        ("source", "perplexity_source"),
+        ("this adapter", "perplexity_result"),
+    ):
+        if (value := number(verified.get(key))) is not None:
+            yield f"perplexity, {name}", small(value)
+    if (value := number(verified.get("kl_largest"))) is not None:
+        yield "largest KL at one position", small(value)
+
+
+def _provenance(facts: AdapterFacts) -> Iterable[tuple[str, object]]:
+    record = facts.record
+    yield "folder", str(facts.adapter.path)
+    yield from _origin("base", record.get("base"))
+    source: Any = record.get("source")
+    yield from _origin("source", source)
+    while isinstance(source, dict) and isinstance(source.get("source"), dict):
+        source = source["source"]
+        yield from _origin("made from", source)
+    yield from _settings("options", record.get("options"))
+    yield from _settings("calibration", facts.calibration)
+    yield "written by", f"mapconv {text(record.get('mapconv_version'))}"
+
+
+def _origin(name: str, origin: Any) -> Iterable[tuple[str, object]]:
+    found = origin if isinstance(origin, dict) else {}
+    revision = f" @ {text(found['revision'])}" if found.get("revision") else ""
+    method = f" ({text(found['method'])})" if found.get("method") else ""
+    yield name, f"{text(found.get('name')) or 'not recorded'}{revision}{method}"
+    if found.get("fingerprint"):
+        yield f"{name}'s fingerprint", element("code", text(found["fingerprint"]))
+
+
+def _settings(name: str, settings: Any) -> Iterable[tuple[str, object]]:
+    """Plain values as ``key = value``; tables within have their own figures."""
+    if isinstance(settings, dict) and settings:
+        plain = (
+            f"{key} = {text(v)}" for key, v in settings.items() if v is not None and not isinstance(v, dict | list)
+        )
+        yield name, ", ".join(plain)
+
+
+def _named_tables(value: Any) -> dict[str, dict[str, Any]]:
+    return {name: entry for name, entry in value.items() if isinstance(entry, dict)} if isinstance(value, dict) else {}

@@ -1,0 +1,141 @@
+"""The figures of a report as one picture of 1920 × 1080 pixels, drawn with matplotlib (the extra ``report``)."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from mapconv.reporting.adapter_facts import AdapterFacts
+from mapconv.reporting.catalog_page import DISTRIBUTIONS
+from mapconv.reporting.charts import histogram
+from mapconv.reporting.heatmap import Measure
+from mapconv.reporting.layout import Layout
+from mapconv.reporting.ledger import Ledger
+from mapconv.reporting.markup import clean
+from mapconv.reporting.numbers import short, tick
+from mapconv.reporting.scales import ramp
+
+_STYLE = {
+    "font.size": 13,
+    "axes.titlesize": 15,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.parse_math": False,  # a dollar sign in a name is no formula
+    "hatch.linewidth": 0.5,
+}
+_INK, _BAR = "#1b1d21", "#3f5f95"
+
+
+def adapter_slide(facts: AdapterFacts) -> bytes:
+    """The heat maps of an adapter as PNG."""
+
+    def draw(figure: Figure) -> None:
+        columns = 1 if len(facts.measures) <= 2 else 2
+        axes = figure.subplots(math.ceil(len(facts.measures) / columns), columns, squeeze=False).ravel()
+        for number, axis in enumerate(axes):
+            if number < len(facts.measures):
+                _heat(axis, facts.measures[number], facts.layout)
+            else:
+                axis.set_axis_off()
+
+    return _picture(f"{facts.adapter.path.resolve().name}: {len(facts.modules):,} modules in MAP form", draw)
+
+
+def catalog_slide(ledger: Ledger) -> bytes:
+    """The distributions of a catalog as PNG, and its counts."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots(2, 3).ravel()
+        for axis, (_, title, _, value, spell) in zip(axes, DISTRIBUTIONS, strict=False):
+            _bars(axis, title, [value(entry) for entry in ledger.done], spell)
+        _counts(axes[-1], ledger)
+
+    title = f"{ledger.folder.resolve().name}: {len(ledger.done):,} of {len(ledger.entries):,} adapters in MAP form"
+    return _picture(title, draw)
+
+
+def _picture(title: str, draw) -> bytes:
+    file = io.BytesIO()
+    with rc_context(_STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a name's script may have no glyphs in the font
+        logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+        figure = Figure(figsize=(16, 9), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.suptitle(_label(title, 90), x=0.01, ha="left", fontsize=20, color=_INK)
+        draw(figure)
+        # No version and no date: the same bytes for the same values.
+        figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _heat(axis: Axes, measure: Measure, layout: Layout) -> None:
+    rows, columns = len(layout.types), len(layout.layers)
+    grid = [[measure.at(layout.members.get((row, column), ())) for column in range(columns)] for row in range(rows)]
+    values = [[math.nan if value is None else value for value in line] for line in grid]
+    scale = measure.scale
+    axis.patch.set(hatch="////", edgecolor="#b9bcc0", facecolor="white")  # what shows where there is no value
+    high = scale.high if scale.high > scale.low else scale.low + 1
+    image = axis.imshow(
+        values, cmap=ListedColormap(ramp(scale.kind, "light")), norm=Normalize(scale.low, high), aspect="auto",
+        interpolation="nearest",
+    )  # fmt: skip
+    axis.set_title(f"{measure.title}   {measure.span}")
+    axis.set_yticks(range(rows), [_label(name, 22) for name in layout.types], fontsize=11 if rows <= 14 else 7)
+    shown = range(0, columns, max(1, math.ceil(columns / 12)))
+    axis.set_xticks(shown, ["–" if layout.layers[n] is None else str(layout.layers[n]) for n in shown])
+    axis.set_xlabel("layer")
+    if scale.high > scale.low:
+        bar = axis.figure.colorbar(image, ax=axis, pad=0.01)
+        spell = measure.spell if scale.kind == "d" else short
+        bar.set_ticks(list(scale.ticks), labels=[spell(value) for value in scale.ticks])
+
+
+def _bars(axis: Axes, title: str, values: Sequence[float | None], spell: Callable[[float | None], str]) -> None:
+    found = histogram(values)
+    left_out = [f"{n:,} {what}" for n, what in ((found.zeros, "exactly 0"), (found.absent, "without a number")) if n]
+    axis.set_title(title)
+    axis.set_xlabel(", ".join(left_out) or " ", fontsize=11)
+    if not found.bins:
+        axis.set_axis_off()
+        axis.text(0.5, 0.5, "no numbers", ha="center", transform=axis.transAxes)
+        return
+    if found.logarithmic:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: tick(spell(value)))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.xaxis.set_major_locator(LogLocator(numticks=6))
+    edges = [found.bins[0].low, *(bar.high for bar in found.bins)]
+    axis.stairs([bar.count for bar in found.bins], edges, fill=True, color=_BAR)
+    axis.set_ylabel("entries")
+
+
+def _counts(axis: Axes, ledger: Ledger) -> None:
+    methods = sorted({entry.method for entry in ledger.entries})[:8]
+    done = [sum(entry.method == method for entry in ledger.done) for method in methods]
+    failed = [sum(entry.method == method for entry in ledger.failed) for method in methods]
+    names = [_label(method or "–", 16) for method in methods]
+    places = range(len(methods))
+    axis.barh(places, done, color=_BAR, label="done")
+    axis.barh(places, failed, left=done, color="#b4490b", label="failed")
+    axis.set_yticks(places, names)
+    axis.invert_yaxis()
+    axis.set_title("entries by method")
+    if methods:
+        axis.legend(frameon=False)
+
+
+def _label(name: str, length: int) -> str:
+    """A name as one line that fits."""
+    name = " ".join(clean(name).split())
+    return name if len(name) <= length else f"{name[: length - 1]}…"
