@@ -54,12 +54,18 @@ def read_data(path: Path, target: TargetModel, *, samples: int, length: int) -> 
 
 
 def write_map_directory(
-    placed: PlacedAdapter, options: ConvertOptions, sample: Sample | None, staging: Path, *, quiet: bool
+    placed: PlacedAdapter,
+    options: ConvertOptions,
+    norms: BaseNorms,
+    sample: Sample | None,
+    staging: Path,
+    *,
+    quiet: bool,
 ) -> tuple[tuple[MapModule, ...], int]:
     """Convert every module into ``staging``; returns their scalars and the number of parameters."""
     spool = SpooledFile(staging / WEIGHTS_FILE, _expected(placed, options))
     try:
-        converted, parameters = _convert(placed, options, sample, spool, quiet=quiet)
+        converted, parameters = _convert(placed, options, norms, sample, spool, quiet=quiet)
         modules = tuple(result.scalars for result in converted)
         if needs_magnitude(modules):
             for item, result in zip(placed.modules, converted, strict=True):
@@ -82,13 +88,19 @@ def write_map_directory(
 
 
 def _convert(
-    placed: PlacedAdapter, options: ConvertOptions, sample: Sample | None, spool: SpooledFile, *, quiet: bool
+    placed: PlacedAdapter,
+    options: ConvertOptions,
+    norms: BaseNorms,
+    sample: Sample | None,
+    spool: SpooledFile,
+    *,
+    quiet: bool,
 ) -> tuple[list[Converted], int]:
     """Spool the factors of every module; returns what is left of each, and the number of MAP's parameters."""
     workers = worker_count(max(options.working_bytes(item) for item in placed.modules))
     total = sum(item.weight.nbytes for item in placed.modules)
     converted, parameters = {}, 0
-    source, norms = placed.target.checkpoint.source, BaseNorms(placed.target.checkpoint)
+    source = placed.target.checkpoint.source
     light = [item.weight for item in placed.modules if options.keeps_lora(item)]
     needed = [item.weight for item in placed.modules if not options.keeps_lora(item) or item.initialization]
     prefetch(source, [piece.tensor for w in (*needed, *norms.missing(light)) for piece in w.pieces], quiet=quiet)

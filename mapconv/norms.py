@@ -2,7 +2,7 @@
 
 A LoRA needs nothing else of its base (MATH.md section 2), so that the second adapter on a base reads none of the base's
 weights. The cache is keyed by the base's files (path, size, modification time) and by their headers: a base that
-changed has another key, and a cache file that is broken is put aside with a note.
+changed has another key, and a cache file that is broken is made again, with a note.
 
 ``MAPCONV_CACHE`` names the folder, or is ``off``; without it, ``mapconv`` in the platform's cache folder.
 """
@@ -17,7 +17,6 @@ import math
 import os
 import sys
 import uuid
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -41,6 +40,7 @@ class BaseNorms:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._base = checkpoint.folder
+        self.notes: tuple[str, ...] = ()
         self._folder = cache_folder()
         self._key = _identity(checkpoint)
         self._table: dict[str, float] = {} if self._folder is None else self._known()
@@ -96,10 +96,11 @@ class BaseNorms:
             norms = {str(name): float.fromhex(value) for name, value in table["norms"].items()}
             if table["version"] != _CACHE_VERSION or not all(0 <= norm < math.inf for norm in norms.values()):
                 raise ValueError("other content")
-        except FileNotFoundError:
+        except OSError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            warnings.warn(f"{self._path} is passed over ({type(error).__name__}): it is made again", stacklevel=2)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            note = f"the cached norms in {self._path} are broken ({type(error).__name__}) and made again"
+            self.notes = (note,)
             return {}
         return norms
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mapconv.catalog.entries import STAGES, Entry, Options
@@ -22,6 +22,7 @@ _GIVEN = {
     "push": {"path", "token", "dry_run", "quiet"},
 }
 _KEYS = ("source", "base", "output", *STAGES)
+_KEY_SET = frozenset(_KEYS)
 
 
 class Checker:
@@ -33,6 +34,7 @@ class Checker:
         self._taken: dict[str, int] = {}
         self._repositories: dict[str, int] = {}
         self._interned: dict[str, Options] = {}
+        self._plain = self._merged({})
 
     def set_defaults(self, record: Record) -> None:
         if not isinstance(record.table, dict):
@@ -43,6 +45,7 @@ class Checker:
                 self._faults.add(record.line_of(key), f"{key} belongs to an entry, not to defaults")
         self._known_keys(record)
         self._defaults |= {"base": self._base(record)} | self._stages(record)
+        self._plain = self._merged({})
 
     def entry(self, record: Record) -> Entry | None:
         """The entry, or None if it is broken."""
@@ -51,14 +54,13 @@ class Checker:
             return None
         self._known_keys(record)
         source = record.table.get("source")
-        if not isinstance(source, str) or not source.strip() or "\0" in source:
+        if not _is_name(source):
             found = "source is missing" if "source" not in record.table else f"source is {_shown(source)}"
             self._faults.add(record.line_of("source"), f"{found}: name an adapter's folder or Hub reference")
             return None
         base = self._base(record) if "base" in record.table else self._defaults.get("base")
         own = self._stages(record)
-        stages = {name: own.get(name, self._defaults.get(name)) for name in STAGES}
-        options = self._intern({n: (self._defaults.get(n) or {}) | v for n, v in stages.items() if v is not None})
+        options = self._merged(own) if own else self._plain
         name = self._name(record, source)
         if name is None:
             return None
@@ -74,14 +76,14 @@ class Checker:
         return entry
 
     def _known_keys(self, record: Record) -> None:
-        for key in record.table.keys() - set(_KEYS):
+        for key in record.table.keys() - _KEY_SET:
             stage = next((stage for stage in STAGES if _takes(stage, key)), None)
             hint = f": an option of {stage} belongs below {stage}" if stage else f", expected {', '.join(_KEYS)}"
             self._faults.add(record.line_of(key), f"unknown key {key!r}{hint}")
 
     def _base(self, record: Record) -> str | None:
         base = record.table.get("base")
-        if base is not None and (not isinstance(base, str) or not base.strip() or "\0" in base):
+        if base is not None and not _is_name(base):
             self._faults.add(record.line_of("base"), f"base is {_shown(base)}: name a model's folder or Hub id")
             return None
         return None if base is None else self._resolved(base)
@@ -90,9 +92,9 @@ class Checker:
         """The options of the stages that the record names; None for one that it switches off."""
         stages: dict[str, dict[str, Any] | None] = {}
         for stage in STAGES:
-            if stage not in record.table:
+            value = record.table.get(stage, ...)
+            if value is ...:
                 continue
-            value = record.table[stage]
             if isinstance(value, bool) and (value or stage != "upgrade"):
                 stages[stage] = {} if value else None
             elif isinstance(value, dict):
@@ -134,23 +136,36 @@ class Checker:
         path = os.path.join(self._folder, os.path.expanduser(name))
         return os.path.abspath(path) if os.path.exists(path) else name
 
-    def _intern(self, stages: Mapping[str, Mapping[str, Any]]) -> Options:
-        options = Options(stages)
+    def _merged(self, own: Mapping[str, dict[str, Any] | None]) -> Options:
+        """The defaults, with an entry's own options over them."""
+        stages = {name: own.get(name, self._defaults.get(name)) for name in STAGES}
+        options = Options({n: (self._defaults.get(n) or {}) | v for n, v in stages.items() if v is not None})
         return self._interned.setdefault(options.digest, options)
 
 
 def output_fault(name: Any) -> str | None:
     """Why a name cannot be a folder below OUT, or None."""
-    if not isinstance(name, str) or not name.strip():
+    if not _is_name(name):
         return "is no name for a folder"
-    parts = PurePosixPath(name).parts
-    if name.startswith("/") or "\\" in name or any(part in ("..", ".") for part in name.split("/")):
+    parts = name.split("/")
+    if name.startswith("/") or "\\" in name or ".." in parts or "." in parts:
         return "leads out of the output folder: give a plain name or a path below it"
     if any(part.startswith(".") for part in parts) or parts[0] == "ledger.jsonl":
         return "is reserved: a name that begins with a dot, and ledger.jsonl, belong to the run"
-    if "/".join(parts) != name or any(len(os.fsencode(part)) > 200 for part in parts) or not name.isprintable():
+    if not all(parts) or not name.isprintable() or any(len(os.fsencode(part)) > 200 for part in parts):
         return "is no name for a folder"
     return None
+
+
+def _is_name(value: Any) -> bool:
+    """Whether this is a text that can name a file: JSON's escapes can spell half a character."""
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        return False
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _last_name(source: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mapconv.catalog.entries import Entry
-from mapconv.catalog.fingerprints import done_mark, failed_mark, request_mark, source_mark
+from mapconv.catalog.fingerprints import done_mark, failed_mark, source_mark
 from mapconv.catalog.ledger import Seen
 
 
@@ -42,7 +42,7 @@ def find_pending(
 
 def _is_done(entry: Entry, line: Seen, out: Path) -> bool:
     """Whether the ledger's output is there and still what this entry asks for."""
-    if line.content is None or done_mark(request_mark(entry), line.content, line.base) != line.fingerprint:
+    if line.content is None or done_mark(entry, line.content, line.base) != line.fingerprint:
         return False
     folder = f"{out}/{entry.name}"
     if not os.path.exists(f"{folder}/map_config.json"):

@@ -15,7 +15,7 @@ from typing import Any
 from mapconv.catalog.engines import make_engine
 from mapconv.catalog.entries import Entry, Job
 from mapconv.catalog.faults import stops_the_run
-from mapconv.catalog.fingerprints import base_mark, done_mark, failed_mark, request_mark, source_mark
+from mapconv.catalog.fingerprints import base_mark, done_mark, failed_mark, source_mark
 from mapconv.catalog.ledger import LEDGER_FILE, Ledger
 from mapconv.catalog.lock import run_lock
 from mapconv.catalog.pending import Pending, find_pending
@@ -157,8 +157,7 @@ def prepare_output(out: Path) -> Path:
 
 def _line(entry: Entry, stat: str, table: dict[str, Any]) -> dict[str, Any]:
     done = table["status"] == "done"
-    request = request_mark(entry)
-    fingerprint = done_mark(request, table["content"], table["base"]) if done else failed_mark(entry, stat)
+    fingerprint = done_mark(entry, table["content"], table["base"]) if done else failed_mark(entry, stat)
     return {
         "entry": entry.name,
         "fingerprint": fingerprint,

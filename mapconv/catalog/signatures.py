@@ -22,25 +22,24 @@ _WORDS = {"str": "a text", "bool": "true or false", "int": "a whole number", "fl
 
 @dataclass(frozen=True)
 class Option:
-    """One parameter of a function; ``kinds`` are the alternatives of its annotation (empty: anything goes)."""
+    """One parameter of a function; ``kinds`` are the alternatives of its annotation (empty: anything goes).
+
+    Whole numbers are counts and sizes: at least 1, or 0 where that is the default.
+    """
 
     name: str
     required: bool
     kinds: tuple[ast.expr, ...]
+    minimum: int = 1
 
     @property
     def is_path(self) -> bool:
         return any(isinstance(kind, ast.Name) and kind.id == "Path" for kind in self.kinds)
 
-    @property
-    def is_count(self) -> bool:
-        """Whether this is a whole number; all that the public functions take are counts or sizes."""
-        return any(isinstance(kind, ast.Name) and kind.id == "int" for kind in self.kinds) and self.name != "seed"
-
     def fault(self, value: Any) -> str | None:
         """What was expected instead of ``value``, or None if it fits."""
-        if self.is_count and type(value) is int and value < 1:
-            return "a whole number above 0"
+        if type(value) is int and value < self.minimum:
+            return f"a number of at least {self.minimum}"
         if not self.kinds or any(_fits(kind, value) for kind in self.kinds):
             return None
         return " or ".join(dict.fromkeys(map(_word, self.kinds)))
@@ -56,7 +55,12 @@ def options_of(function: str) -> Mapping[str, Option]:
     defaults = [None] * (len(positional) - len(node.args.defaults)) + list(node.args.defaults)
     pairs = [*zip(positional, defaults, strict=True), *zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)]
     return {
-        argument.arg: Option(argument.arg, default is None, tuple(_alternatives(argument.annotation, module)))
+        argument.arg: Option(
+            argument.arg,
+            required=default is None,
+            kinds=tuple(_alternatives(argument.annotation, module)),
+            minimum=0 if isinstance(default, ast.Constant) and default.value in (0, 0.0) else 1,
+        )
         for argument, default in pairs
     }
 

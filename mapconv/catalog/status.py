@@ -106,7 +106,7 @@ def _rate(finished: list[datetime | None], started: datetime | None, running: bo
     """Entries a second of the present or last run; None where the clock makes no sense of it."""
     if started is None:
         return None
-    times = [time for time in finished if time is not None and time >= started.replace(microsecond=0)]
+    times = [time for time in finished if time is not None and time >= started]
     if not times:
         return None
     until = datetime.now(timezone.utc) if running else max(times)

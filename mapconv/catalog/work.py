@@ -30,10 +30,11 @@ class Outcome:
         return self.table["status"] == "done"
 
 
-def prepare(cores: int) -> None:
-    """Load what the work needs, and let it use ``cores`` cores of this machine."""
-    import_module("mapconv.commands.upgrade")  # the second that torch takes
-    import_module("mapconv.parallel").limit_cores(cores)
+def prepare(cores: int | None = None) -> None:
+    """Load what the work needs, and let it use ``cores`` cores of this machine; None: all of them."""
+    import_module("mapconv.commands.upgrade")  # the second that torch takes is no entry's own
+    if cores is not None:
+        import_module("mapconv.parallel").limit_cores(cores)
 
 
 def run_job(job: Job) -> Outcome:

@@ -17,6 +17,7 @@ from mapconv.devices import resolve_device
 from mapconv.errors import UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude
 from mapconv.hub import hub_reference, locate_adapter
+from mapconv.norms import BaseNorms
 from mapconv.placing import PlacedAdapter, place_adapter
 
 if TYPE_CHECKING:
@@ -131,9 +132,10 @@ def upgrade(
     modules: tuple[MapModule, ...] = ()
     refitted: tuple[MapModule, ...] = ()
     parameters, calibration = 0, None
+    norms = BaseNorms(placed.target.checkpoint)
     if not dry_run:
         with staged_folder(out, force=force) as staging:
-            modules, parameters = write_map_directory(placed, options, sample, staging, quiet=quiet)
+            modules, parameters = write_map_directory(placed, options, norms, sample, staging, quiet=quiet)
             if calibrate and sample is not None:
                 training = {"steps": calibrate, "sequence_length": sequence_length}
                 calibration = _calibrate(placed, sample, staging, training, device, allow_pickle, quiet=quiet)
@@ -154,6 +156,7 @@ def upgrade(
         calibration=calibration,
         notes=(
             *_notes(placed, options),
+            *norms.notes,
             *(() if sample is None else sample.sequences.notes),
             *(() if calibration is None else calibration.notes),
             *_data_notes(placed, options, refitted or modules),

@@ -77,7 +77,10 @@ class ProcessEngine:
                             batch.append((job, died(job, how, count)))
                         else:
                             again.append(job)
-                    start()
+                    # Another takes its place, if there is anything left to do.
+                    if again or (job := next(waiting, None)) is not None:
+                        again.extend([] if again else [job])
+                        start()
                 if batch:
                     yield batch
         finally:

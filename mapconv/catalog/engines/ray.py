@@ -20,6 +20,8 @@ from mapconv.errors import DependencyError
 OBJECT_STORE_BYTES = 80 << 20
 #: Tasks that wait at the cluster for each worker: enough that none is idle, few enough that a stop is a stop.
 _WAITING = 2
+#: A local Ray gives up on itself after half a minute, which a busy machine may need.
+_STARTS = 2
 
 
 class RayEngine:
@@ -27,7 +29,7 @@ class RayEngine:
         self._workers, self._address = workers, address
 
     def run(self, jobs: Iterable[Job]) -> Iterator[list[tuple[Job, Outcome]]]:
-        ray = _start(self._workers, self._address)
+        ray, ours = start(self._workers, self._address)
         try:
             task = ray.remote(num_cpus=1, max_retries=RETRIES_AFTER_DEATH)(_task)
             waiting, running = iter(jobs), {}
@@ -41,7 +43,8 @@ class RayEngine:
                 finished = [(reference, running.pop(reference)) for reference in dict.fromkeys(ready)]
                 yield [(job, _outcome(ray, reference, job)) for reference, job in finished]
         finally:
-            ray.shutdown()
+            if ours:
+                ray.shutdown()
 
 
 def _task(job: dict[str, Any]) -> dict[str, Any]:
@@ -65,8 +68,11 @@ def _outcome(ray: Any, reference: Any, job: Job) -> Outcome:
         return died(job, type(error).__name__, 1 + RETRIES_AFTER_DEATH)
 
 
-def _start(workers: int, address: str | None) -> Any:
-    """Ray itself, connected to the cluster at ``address`` or to one of this machine alone."""
+def start(workers: int, address: str | None) -> tuple[Any, bool]:
+    """Ray itself, connected to the cluster at ``address`` or to one of this machine alone, and whether we did that.
+
+    A connection that this process has already is used as it is, and left to whoever made it.
+    """
     # Read by Ray's processes when they start. Memory pressure counts as a death, not as a reason to try for ever.
     for name, value in (("RAY_task_oom_retries", "1"), ("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_DEDUP_LOGS", "0")):
         os.environ.setdefault(name, value)
@@ -74,19 +80,18 @@ def _start(workers: int, address: str | None) -> Any:
         import ray
     except ImportError:
         raise DependencyError("--engine ray needs Ray: pip install 'mapconv[ray]'.") from None
-    common = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
-    try:
-        if address is not None:
-            ray.init(address=address, **common)
-        else:
-            ray.init(
-                num_cpus=workers,
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                **common,
-            )
-    except Exception as error:  # Ray raises what its transports raise
-        reason = " ".join(str(error).split())[:200]
-        where = "a local Ray cannot start" if address is None else f"no Ray cluster answers at {address}"
-        raise DependencyError(f"{where} ({type(error).__name__}: {reason}).") from None
-    return ray
+    if ray.is_initialized():
+        return ray, False
+    how: dict[str, Any] = {"address": address}
+    if address is None:
+        how = {"num_cpus": workers, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+    for attempt in range(1, _STARTS + 1):
+        try:
+            ray.init(**how, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+            return ray, True
+        except Exception as error:  # Ray raises what its transports raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if address is not None or attempt == _STARTS:
+            break
+    where = "a local Ray does not start" if address is None else f"no Ray cluster answers at {address}"
+    raise DependencyError(f"{where} ({reason.rstrip('.')}).")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from mapconv.catalog.entries import Job
-from mapconv.catalog.work import Outcome, run_job
+from mapconv.catalog.work import Outcome, prepare, run_job
 
 
 class SerialEngine:
     def run(self, jobs: Iterable[Job]) -> Iterator[list[tuple[Job, Outcome]]]:
+        prepare()
         for job in jobs:
             yield [(job, run_job(job))]

@@ -1,0 +1,75 @@
+"""SIGKILL at random moments of a run: what later runs make of it has the bytes of an uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import mapconv
+from tests.catalog.conftest import contents, ledger
+
+ROUNDS, KILLS = 10, 3
+
+
+def test_killed_at_any_moment_and_gone_on_with(server, adapters, tmp_path):
+    out = tmp_path / "out"
+    mapconv.convert_catalog(adapters, tmp_path / "expected")
+    expected = contents(tmp_path / "expected")
+
+    def start():
+        process = server.Process(target=mapconv.convert_catalog, args=(adapters, out))
+        process.start()
+        return process
+
+    began = time.perf_counter()
+    start().join()
+    duration = time.perf_counter() - began
+    assert contents(out) == expected
+    moments, landed = random.Random(0), 0
+    for number in range(ROUNDS):
+        out = tmp_path / f"out-{number}"
+        for _ in range(KILLS):
+            victim = start()
+            victim.join(duration * moments.random())
+            victim.kill()
+            victim.join()
+            landed += victim.exitcode == -signal.SIGKILL and (out / "ledger.jsonl").exists()
+            assert_what_is_said_to_be_done_is(out, expected)
+        result = mapconv.convert_catalog(adapters, out)
+        assert (result.done, result.failed, result.left) == (6, 0, 0)
+        assert contents(out) == expected
+        assert ledger(out).keys() == {f"a{n:03d}" for n in range(6)}
+    assert landed, "no kill fell into the work: the test proves nothing on this machine"
+
+
+def assert_what_is_said_to_be_done_is(out, expected) -> None:
+    if not (out / "ledger.jsonl").exists():
+        return
+    text = (out / "ledger.jsonl").read_text()
+    found = contents(out)
+    for line in text.splitlines(keepends=True)[1:]:
+        if line.endswith("\n"):
+            folder = json.loads(line)["output"] + "/"
+            of_entry = {name: data for name, data in expected.items() if name.startswith(folder)}
+            assert of_entry
+            assert of_entry.items() <= found.items()
+
+
+def test_the_command_killed_with_its_workers(adapters, tmp_path):
+    """No worker outlives the run, and the next one takes over its lock at once."""
+    mapconv.convert_catalog(adapters, tmp_path / "expected")
+    out = tmp_path / "out"
+    words = ["catalog", "run", adapters, "-o", out, "--workers", "2", "--engine", "process"]
+    process = subprocess.Popen([sys.executable, "-m", "mapconv", *words], stdout=subprocess.DEVNULL)
+    while process.poll() is None and not any(out.glob("a00*")):
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    result = mapconv.convert_catalog(adapters, out)
+    assert (result.done, result.failed) == (6, 0)
+    assert result.converted >= 3, "the run was killed at its first output"
+    assert contents(out) == contents(tmp_path / "expected")
