@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from sys import intern
-from typing import Any
+from typing import Any, BinaryIO
 
 import mapconv
 from mapconv.errors import CatalogError
@@ -82,28 +82,59 @@ class Ledger:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any] | None]:
-    """Each line that speaks of an entry; None for one that cannot be read. The unfinished last one is passed over.
+    """Each line whose fields have their types; None for one that has not. A ledger that is absent has no lines.
 
     Raises:
         CatalogError: not a ledger, or one of another version.
     """
-    if not path.exists():
-        return
+    if path.exists():
+        for table in read_tables(path):
+            yield table if table is not None and _is_entry(table) else None
+
+
+def read_tables(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Each line behind the first, as the table that it holds; None for one that cannot be read.
+
+    The unfinished last line of a run that was killed is passed over.
+
+    Raises:
+        CatalogError: not a ledger, or one of another version.
+    """
     with open(path, "rb") as file:
-        first = file.readline(_LONGEST_LINE)
-        if not first.endswith(b"\n") and len(first) < _LONGEST_LINE:
-            return  # killed while it was begun
-        header = _parse(first)
-        if header is None or header.get("ledger") != LEDGER_VERSION:
-            raise CatalogError(f"{path} is no ledger of this version of mapconv: choose another output folder.")
+        if _read_header(file, path) is None:
+            return
         while line := file.readline(_LONGEST_LINE):
             if line.endswith(b"\n"):
-                table = _parse(line)
-                yield table if table is not None and _is_entry(table) else None
+                yield _parse(line)
             elif len(line) == _LONGEST_LINE:
                 yield None
                 while (rest := file.readline(_LONGEST_LINE)) and not rest.endswith(b"\n"):
                     pass
+
+
+def ledger_version(path: Path) -> str:
+    """The version of mapconv that began a ledger; empty where it does not say.
+
+    Raises:
+        CatalogError: not a ledger, one of another version, or one that has not been begun.
+    """
+    with open(path, "rb") as file:
+        header = _read_header(file, path)
+    if header is None:
+        raise CatalogError(f"{path} is a ledger without its first line: run `mapconv catalog run` again.")
+    version = header.get("mapconv_version")
+    return version if isinstance(version, str) else ""
+
+
+def _read_header(file: BinaryIO, path: Path) -> dict[str, Any] | None:
+    """A ledger's first line; None if a kill came while it was written."""
+    first = file.readline(_LONGEST_LINE)
+    if not first.endswith(b"\n") and len(first) < _LONGEST_LINE:
+        return None
+    header = _parse(first)
+    if header is None or header.get("ledger") != LEDGER_VERSION:
+        raise CatalogError(f"{path} is no ledger of this version of mapconv: choose another folder.")
+    return header
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

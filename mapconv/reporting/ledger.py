@@ -1,8 +1,7 @@
-"""The ledger of a catalog run, read with patience: what a line lacks or spells otherwise is absent, not an error."""
+"""The ledger of a catalog run as the report shows it: what a line lacks is absent, not an error."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from mapconv.errors import DataError
+from mapconv.catalog.ledger import LEDGER_FILE, ledger_version, read_tables
 from mapconv.reporting.numbers import number, text
-
-LEDGER_FILE = "ledger.jsonl"
-_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -89,29 +85,15 @@ def read_ledger(folder: Path) -> Ledger:
     """The entries of ``folder``'s ledger, in the order in which they first appear.
 
     Raises:
-        DataError: the first line is not a ledger's, or another version's.
+        CatalogError: the first line is not a ledger's, or another version's.
     """
-    path = folder / LEDGER_FILE
-    with open(path, encoding="utf-8", errors="replace") as file:
-        # What follows the last line's end is a line that was torn while it was written.
-        head, *lines = file.read().split("\n")[:-1] or [""]
-    first = _table(head)
-    if first is None or first.get("ledger") != _VERSION:
-        raise DataError(
-            f'{path} begins with {head[:60]!r}, expected {{"ledger": {_VERSION}, …}}: give the folder that '
-            "`mapconv catalog run` wrote."
-        )
-    entries: dict[str, Entry] = {}
-    unreadable = 0
-    for line in lines:
-        if not line.strip():
-            continue
-        found = _table(line)
-        if found is None or not isinstance(found.get("entry"), str):
+    version, entries, unreadable = ledger_version(folder / LEDGER_FILE), {}, 0
+    for line in read_tables(folder / LEDGER_FILE):
+        if line is None or not isinstance(line.get("entry"), str):
             unreadable += 1
         else:
-            entries[found["entry"]] = _entry(found)
-    return Ledger(folder, text(first.get("mapconv_version")), tuple(entries.values()), unreadable)
+            entries[line["entry"]] = _entry(line)
+    return Ledger(folder, version, tuple(entries.values()), unreadable)
 
 
 def href(path: Path, folder: Path) -> str:
@@ -133,11 +115,3 @@ def _entry(found: Mapping[str, Any]) -> Entry:
         **{word: text(found.get(word)) for word in words},
         **{name: number(found.get(name)) for name in counts},
     )
-
-
-def _table(line: str) -> dict[str, Any] | None:
-    try:
-        table = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return table if isinstance(table, dict) else None

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mapconv
-from mapconv.errors import AdapterError, DataError
+from mapconv.errors import AdapterError, CatalogError
 from mapconv.reporting.catalog_page import catalog_page
 from mapconv.reporting.ledger import read_ledger
 from mapconv.reporting.saved import weights_mark
@@ -61,7 +61,7 @@ def test_names_are_text_in_an_adapter(tmp_path, visit):
     record["base"] = {"name": NAMES[0], "revision": NAMES[1], "fingerprint": [NAMES[0]]}
     record["source"] = {"name": NAMES[1], "method": {"a": NAMES[0]}, "source": {"name": NAMES[2]}}
     record["options"] = {NAMES[0]: NAMES[1]}
-    record["modules"][0] |= {"base_tensor": NAMES[0], "base_shape": [NAMES[0], None], "error_before": NAMES[0]}
+    record["modules"][0] |= {"base_tensor": NAMES[0], "base_shape": [NAMES[0], None]}
     (folder / "map_config.json").write_text(json.dumps(record))
     page = visit(mapconv.report(folder, tmp_path / "adapter.html").out)
     assert page.evaluate("[document.scripts.length, document.images.length]") == [2, 0]
@@ -143,7 +143,7 @@ def test_the_last_line_of_an_entry_counts_and_a_torn_line_does_not(tmp_path):
 @pytest.mark.parametrize("head", ["", "\n", '{"ledger": 2}\n', "[1]\n", "\0\xff\n", "{" * 100_000 + "\n"])
 def test_what_is_no_ledger_is_refused(head, tmp_path):
     (tmp_path / "ledger.jsonl").write_text(head, encoding="latin-1")
-    with pytest.raises(DataError, match="ledger"):
+    with pytest.raises(CatalogError, match="ledger"):
         mapconv.report(tmp_path, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
