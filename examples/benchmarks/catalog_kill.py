@@ -9,6 +9,7 @@ that has torch in memory, so that the moments fall into the work.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import random
@@ -50,14 +51,17 @@ def kill(folder: Path, options: argparse.Namespace) -> None:
         return process
 
     start(folder / "warm").join()
+    whole = start(folder / "whole")
+    wait_for_its_lock(whole, folder / "whole")
     began = time.perf_counter()
-    start(folder / "whole").join()
+    whole.join()
     duration = time.perf_counter() - began
     moments, fell, kills = random.Random(options.seed), Counter(), 0
     while kills < options.kills:
         out = folder / "out"
         for _ in range(min(KILLS_PER_ROUND, options.kills - kills)):
             victim = start(out)
+            wait_for_its_lock(victim, out)
             victim.join(duration * moments.random())
             victim.kill()
             victim.join()
@@ -70,6 +74,16 @@ def kill(folder: Path, options: argparse.Namespace) -> None:
     print(f"{kills} kills, every result has the bytes of an uninterrupted run; the kills fell")
     for place, count in fell.most_common():
         print(f"  {count:5}  {place}")
+
+
+def wait_for_its_lock(process, out: Path) -> None:
+    """Return when the run has begun: what comes before is the start of a process."""
+    mark = f"{process.pid} on "
+    while process.is_alive():
+        with contextlib.suppress(OSError):
+            if (out / ".mapconv" / "lock").read_text().startswith(mark):
+                return
+        time.sleep(0.0005)
 
 
 def where(out: Path, status: int | None) -> str:

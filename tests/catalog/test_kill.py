@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import signal
@@ -25,8 +26,10 @@ def test_killed_at_any_moment_and_gone_on_with(server, adapters, tmp_path):
         process.start()
         return process
 
+    whole = start()
+    wait_for_its_lock(whole, out)
     began = time.perf_counter()
-    start().join()
+    whole.join()
     duration = time.perf_counter() - began
     assert contents(out) == expected
     moments, landed = random.Random(0), 0
@@ -34,6 +37,7 @@ def test_killed_at_any_moment_and_gone_on_with(server, adapters, tmp_path):
         out = tmp_path / f"out-{number}"
         for _ in range(KILLS):
             victim = start()
+            wait_for_its_lock(victim, out)
             victim.join(duration * moments.random())
             victim.kill()
             victim.join()
@@ -44,6 +48,15 @@ def test_killed_at_any_moment_and_gone_on_with(server, adapters, tmp_path):
         assert contents(out) == expected
         assert ledger(out).keys() == {f"a{n:03d}" for n in range(6)}
     assert landed, "no kill fell into the work: the test proves nothing on this machine"
+
+
+def wait_for_its_lock(process, out) -> None:
+    """Return when the run has begun: what comes before is the start of a process."""
+    while process.is_alive():
+        with contextlib.suppress(OSError):
+            if (out / ".mapconv" / "lock").read_text().startswith(f"{process.pid} on "):
+                return
+        time.sleep(0.0005)
 
 
 def assert_what_is_said_to_be_done_is(out, expected) -> None:
