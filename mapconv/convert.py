@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -31,6 +32,8 @@ from mapconv.factors import FactorLoader, Factors
 from mapconv.norms import BaseNorms
 from mapconv.weights import PlacedModule, read_weight
 
+#: What the factors may be stored in; ``auto`` is the source's own.
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 DEFAULT_MAX_RANK = 256
 #: Below this gain, D = (b/a)·Δ would be too long for its dtype, and a = 1 is solved for instead.
 SMALLEST_GAIN = 1e-3
@@ -50,7 +53,7 @@ class ConvertOptions:
     max_rank: int = DEFAULT_MAX_RANK
     direction: Direction = "low-rank"
     lora_compatible: bool = False
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     device: str = "auto"
     statistics: Statistics | None = None
 

@@ -15,6 +15,7 @@ from mapconv.checkpoint.index import INDEX_FILE
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
 from mapconv.checkpoint.writer import FixedFile
+from mapconv.convert import Dtype
 from mapconv.errors import BaseMismatchError
 from mapconv.hub import locate_adapter
 from mapconv.merging import MergedTensor, Merger
@@ -66,7 +67,7 @@ def merge(
     *,
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     max_shard_size: int | None = None,
     allow_pickle: bool = False,
     force: bool = False,

@@ -12,7 +12,7 @@ from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.moments import Statistics
 from mapconv.checkpoint.staging import check_output, staged_folder
 from mapconv.conversion import Sample, read_data, write_map_directory
-from mapconv.convert import DEFAULT_MAX_RANK, ConvertOptions
+from mapconv.convert import DEFAULT_MAX_RANK, ConvertOptions, Dtype
 from mapconv.devices import resolve_device
 from mapconv.errors import UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude
@@ -67,7 +67,7 @@ def upgrade(
     max_rank: int = DEFAULT_MAX_RANK,
     direction: Direction = "low-rank",
     lora_compatible: bool = False,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     data: str | Path | None = None,
     samples: int = DEFAULT_SAMPLES,
     sequence_length: int = DEFAULT_SEQUENCE_LENGTH,

@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -64,7 +64,7 @@ def verify(
     data: str | Path | None = None,
     samples: int = DEFAULT_SAMPLES,
     device: str = "auto",
-    dtype: str = "float32",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     save: bool = False,
     allow_pickle: bool = False,
     quiet: bool = True,
