@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 #: Parameters that the run itself sets.
 _GIVEN = {
     "upgrade": {"source", "out", "base", "force", "dry_run", "quiet"},
+    "calibrate": {"adapter", "against", "base", "out", "resume", "force", "quiet"},
     "verify": {"result", "against", "base", "quiet"},
     "merge": {"adapters", "out", "base", "weights", "force", "dry_run", "quiet"},
     "push": {"path", "token", "dry_run", "quiet"},
 }
+#: Required options that the command line can give instead (``--push-to``).
+_GIVEN_LATER = {("push", "repo_id")}
 _KEYS = ("source", "base", "output", *STAGES)
 _KEY_SET = frozenset(_KEYS)
 
@@ -64,6 +67,7 @@ class Checker:
         name = self._name(record, source)
         if name is None:
             return None
+        self._require(record, options)
         entry = Entry(name, self._resolved(source), base, options, record.line)
         self._claim(self._taken, record.line_of("output"), name, f"the output {name!r}")
         if entry.merged:
@@ -116,6 +120,13 @@ class Checker:
             else:
                 checked[name] = self._resolved(value) if known[name].is_path and value is not None else value
         return checked
+
+    def _require(self, record: Record, options: Options) -> None:
+        """Name the options that a stage cannot do without and neither the entry nor the defaults give."""
+        for stage, given in options.stages.items():
+            for name, option in options_of(stage).items():
+                if option.required and name not in {*given, *_GIVEN[stage]} and (stage, name) not in _GIVEN_LATER:
+                    self._faults.add(record.line_of(stage), f"{stage}: {name} is missing, which it cannot do without")
 
     def _name(self, record: Record, source: str) -> str | None:
         name, line = record.table.get("output"), record.line_of("output")

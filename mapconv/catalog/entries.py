@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 #: What an entry may ask for, in the order in which it is done; ``upgrade`` always is.
-STAGES = ("upgrade", "verify", "merge", "push")
+STAGES = ("upgrade", "calibrate", "verify", "merge", "push")
 
 
 class Options:

@@ -1,4 +1,4 @@
-"""One entry's work, in whichever process it runs: convert, and verify, merge and push where the entry asks for it.
+"""One entry's work, in whichever process it runs: convert, then calibrate, verify, merge and push if it asks for that.
 
 What comes back is a table of the ledger's fields, never an exception: one broken adapter fails alone.
 """
@@ -67,12 +67,19 @@ def _convert(job: Job, table: dict[str, Any]) -> None:
 
     stages = job.stages
     result = mapconv.upgrade(job.source, job.output, base=job.base, force=True, **stages["upgrade"])
-    errors = [module.error for module in result.modules]
+    modules = result.modules
+    if "calibrate" in stages:
+        table["stage"] = "calibrate"
+        trained = mapconv.calibrate(
+            job.output, against=job.source, base=result.base, out=job.output, force=True, **stages["calibrate"]
+        )
+        modules = trained.modules
+    errors = [module.error for module in modules]
     record = read_object(result.out / "map_config.json", AdapterError)
     table |= {
         "base": shown(result.base),
         "method": result.method,
-        "rank": max(module.rank for module in result.modules),
+        "rank": max(module.rank for module in modules),
         "modules": len(errors),
         "worst_error": max(errors),
         "median_error": statistics.median(errors),

@@ -68,6 +68,8 @@ adapters:
 - source: k
   output: x/./y
   upgrade: {out: elsewhere}
+- source: l
+  calibrate: {steps: 4}
 """
     )
     found = faults(path)
@@ -89,6 +91,7 @@ adapters:
         29: ["just a text"],
         31: ["'source' stands twice"],
         34: ["out", "the run sets it"],
+        36: ["calibrate: data is missing"],
     }
     for line, parts in words.items():
         assert all(part in found.get(line, "") for part in parts), (line, found.get(line))

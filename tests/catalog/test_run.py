@@ -184,3 +184,20 @@ def test_merge_and_verify_of_an_entry(base, lora, tmp_path):
     assert convert(catalog, tmp_path / "out").converted == 0
     shutil.rmtree(tmp_path / "out" / "poems-merged")
     assert convert(catalog, tmp_path / "out").converted == 1
+
+
+def test_calibration_of_an_entry(base, dora, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    catalog = tmp_path / "catalog.yaml"
+    catalog.write_text(
+        f"defaults: {{calibrate: {{data: {text}, steps: 2, sequence_length: 16, batch_size: 2}}}}\n"
+        f"adapters:\n- {{source: {dora}, output: poems}}\n"
+    )
+    result = convert(catalog, tmp_path / "out")
+    assert result.failures == ()
+    config = json.loads((tmp_path / "out" / "poems" / "map_config.json").read_text())
+    assert config["calibration"]["steps"] == 2
+    errors = [module["error"] for module in config["modules"]]
+    assert ledger(tmp_path / "out")["poems"]["worst_error"] == pytest.approx(max(errors))
+    assert convert(catalog, tmp_path / "out").converted == 0
