@@ -28,8 +28,9 @@ from mapconv.training.models import MAP, SOURCE, WRITTEN, CalibrationModels, Tra
 from mapconv.training.processes import Processes
 from mapconv.training.report import CalibrationReport, calibrated_modules, write_calibrated
 
-#: In parts of ‖W0‖ that a weight moves a step. On SmolLM2-135M with a DoRA of rank 16 the gradient of the scalars has
-#: norm 0.1 where the KL is 2e-5: a step of 1e-4 for each of the 420 would be ten times too long.
+#: In parts of ‖W0‖ that a weight moves a step. Found on SmolLM2-135M with a DoRA of rank 16, refitted in weights: 12
+#: steps of 2 × 128 tokens took its held-out KL from 2.25e-5 to 1.01e-5 (scalars) and 0.81e-5 (all). At 6e-5 the scalars
+#: were at 1.67e-5 after half of the steps, where 2e-5 was at 1.14e-5.
 DEFAULT_RATES: dict[Train, float] = {"scalars": 2e-5, "all": 2e-5}
 #: Seconds between two checkpoints of a run.
 CHECKPOINT_SECONDS = 180.0
