@@ -4,8 +4,9 @@
 
 WORK is a folder that ``smollm2_dora.py`` made: base, dora, train.txt, held-out.txt. One line for each of: the DoRA
 with its magnitude dropped (a plain LoRA, which is what converters without a refit make), the optimum in weights
-(``mapconv upgrade``), then calibrations of it by ``mapconv calibrate``: the scalars alone, and all. A step is four
-sequences of 128 tokens; all are measured on the same 16 sequences of 128 tokens. Seconds are those of this machine.
+(``mapconv upgrade``), the optimum in outputs (``--data train.txt``), then calibrations of that by ``mapconv calibrate``:
+the scalars alone, and all. A step is four sequences of 128 tokens; all are measured on the same 32 sequences of 128
+tokens of held-out.txt, which no step before has seen. Seconds are those of this machine.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mapconv.training.evaluation import Evaluator, ModelNumbers
 from mapconv.training.models import SOURCE, WRITTEN, CalibrationModels
 from mapconv.training.processes import Processes
 
-LENGTH, BATCH, SEQUENCES = 128, 4, 16
+LENGTH, BATCH, SEQUENCES, MEASURED = 128, 4, 16, 32
 
 
 def drop_magnitude(dora: Path, out: Path) -> None:
@@ -77,11 +78,14 @@ def main() -> None:
     makers: dict[str, Callable[[Path], object]] = {
         "magnitude dropped": lambda folder: drop_magnitude(work / "dora", folder),
         "weight space": lambda folder: mapconv.upgrade(work / "dora", folder, base=work / "base", force=True),
+        "activation-aware": lambda folder: mapconv.upgrade(
+            work / "dora", folder, base=work / "base", data=work / "train.txt", force=True
+        ),
         f"+ scalars, {arguments.steps} steps": lambda folder: mapconv.calibrate(
-            out / "weight-space", out=folder, train="scalars", **settings
+            out / "activation-aware", out=folder, train="scalars", **settings
         ),
         f"+ all, {arguments.steps} steps": lambda folder: mapconv.calibrate(
-            out / "weight-space", out=folder, train="all", **settings
+            out / "activation-aware", out=folder, train="all", **settings
         ),
     }
     seconds = {}
@@ -91,7 +95,7 @@ def main() -> None:
         make(folders[name])
         seconds[name] = time.perf_counter() - started
     blocks = read_blocks(
-        read_rows(work / "held-out.txt"), load_tokenizer(work / "base"), samples=SEQUENCES, length=LENGTH
+        read_rows(work / "held-out.txt"), load_tokenizer(work / "base"), samples=MEASURED, length=LENGTH
     )
     measure = Measure(work, folders["weight space"], blocks)
     print(f"{'':24}{'KL(source ‖ model)':>20}{'top-1':>10}{'perplexity':>12}{'seconds':>9}")
