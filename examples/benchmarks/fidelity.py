@@ -4,7 +4,7 @@
 
 WORK is a folder that ``smollm2_dora.py`` made: base, dora, train.txt, held-out.txt. One line for each of: the DoRA
 with its magnitude dropped (a plain LoRA, which is what converters without a refit make), the optimum in weights
-(``mapconv upgrade``), the optimum in outputs (``--data train.txt``), then calibrations of that by ``mapconv calibrate``:
+(``mapconv upgrade``), the optimum in outputs (``--data train.txt``), then calibrations of that by ``calibrate``:
 the scalars alone, and all. A step is four sequences of 128 tokens; all are measured on the same 32 sequences of 128
 tokens of held-out.txt, which no step before has seen. Seconds are those of this machine.
 """
