@@ -25,7 +25,7 @@ from mapconv.adapter import Direction, MapModule, Module
 from mapconv.algebra.dora import merge_rows_
 from mapconv.algebra.norms import row_blocks, squared_norm
 from mapconv.nn.bases import merged_row_norms, row_squares, values_of
-from mapconv.nn.functions import InverseNorm
+from mapconv.nn.functions import InverseNorm, gram_dtype
 
 SCALARS = ("relative_alpha", "relative_beta")
 
@@ -98,10 +98,10 @@ class Update(nn.Module):
         if self._is_training():
             self._cache = None
             factors = [factor.detach() if self.detach_norm else factor for factor in self.factors]
-            return self._unit_norm * InverseNorm.apply(*factors)
+            return self._unit_norm * InverseNorm.apply(*factors, gram_dtype(self.A))
         if self._is_stale():
             with _lasting():
-                self._keep(self._unit_norm * InverseNorm.apply(self.A, self.B))
+                self._keep(self._unit_norm * InverseNorm.apply(self.A, self.B, torch.float64))
         return self._cache
 
     def _keep(self, value: torch.Tensor) -> None:
