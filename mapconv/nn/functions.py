@@ -57,8 +57,12 @@ class MapLinear(Function):
         """``weight`` is (n, m), of any strides; ``dtype`` is the one to compute in (autocast's, or x's own)."""
         narrow = x.to(dtype)
         projected = linear(narrow, A.to(dtype))
-        # The gain goes on x: that is one pass over it, and the bias stays what it is.
-        y = linear(scaled(narrow, a), weight.to(dtype), None if bias is None else bias.to(dtype))
+        # The gain goes on the narrower side, in one pass; a bias is not scaled, so with one it goes on x.
+        if bias is None and B.shape[0] <= A.shape[1]:
+            y = linear(narrow, weight.to(dtype))
+            y = scaled(y, a, out=y)
+        else:
+            y = linear(scaled(narrow, a), weight.to(dtype), None if bias is None else bias.to(dtype))
         update = scaled(projected, b).view(-1, A.shape[0])
         y.view(-1, B.shape[0]).addmm_(update, B.to(dtype).t())
         ctx.save_for_backward(x, weight, A, B, projected, a, b)
@@ -111,27 +115,51 @@ class Scale(Function):
         return scaled(grad, gain) if for_values else None, grad_gain
 
 
-class InverseNorm(Function):
-    """1/‖BA‖ as 0-d float64, from Gram matrices; 0 where BA = 0, which has no direction.
+def inverse_norm(
+    A: torch.Tensor, B: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """1/‖BA‖ as 0-d float64 (0 where BA = 0, which has no direction), and BᵀB and AAᵀ in ``dtype``."""
+    wide_A, wide_B = A.to(dtype), B.to(dtype)
+    left, right = wide_B.t() @ wide_B, wide_A @ wide_A.t()
+    square = (left.double() * right.double()).sum()
+    inverse = torch.where(square > 0, square.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
+    return inverse, left, right
 
-    In float64, which costs little at (r, r) and which neither autocast nor TF32 touches. The gradient of 1/‖BA‖ is
-    −‖BA‖⁻³·(BᵀB·A) for A and −‖BA‖⁻³·(B·AAᵀ) for B.
+
+class UpdateGain(Function):
+    """b = beta·unit/‖BA‖ as 0-d, where beta (1,) is held in units of the number ``unit``.
+
+    The gradient of 1/‖BA‖ is −‖BA‖⁻³·(BᵀB·A) for A and −‖BA‖⁻³·(B·AAᵀ) for B. One function for the whole chain: a small
+    layer's step would feel the nodes of a longer graph.
     """
 
     @staticmethod
-    def forward(ctx: Any, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-        wide_A, wide_B = A.double(), B.double()
-        left, right = wide_B.t() @ wide_B, wide_A @ wide_A.t()
-        square = (left * right).sum()
-        inverse = torch.where(square > 0, square.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
-        ctx.save_for_backward(A, B, left, right, inverse)
-        return inverse
+    def forward(
+        ctx: Any, beta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, unit: float, dtype: torch.dtype
+    ) -> torch.Tensor:
+        inverse, left, right = inverse_norm(A, B, dtype)
+        ctx.save_for_backward(beta, A, B, left, right, inverse)
+        ctx.unit = unit
+        return (beta.reshape(()) * (unit * inverse)).to(beta.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        A, B, left, right, inverse = ctx.saved_tensors
-        factor = -grad * inverse**3
-        grad_A = ((factor * left) @ A.double()).to(A.dtype) if ctx.needs_input_grad[0] else None
-        grad_B = (B.double() @ (factor * right)).to(B.dtype) if ctx.needs_input_grad[1] else None
-        return grad_A, grad_B
+        beta, A, B, left, right, inverse = ctx.saved_tensors
+        for_beta, for_A, for_B, _, _ = ctx.needs_input_grad
+        slope = grad * (ctx.unit * inverse)
+        grad_A = grad_B = None
+        if for_A or for_B:
+            factor = (slope * beta.reshape(()) * inverse**2).neg().to(left.dtype)
+            grad_A = ((factor * left) @ A.to(left.dtype)).to(A.dtype) if for_A else None
+            grad_B = (B.to(left.dtype) @ (factor * right)).to(B.dtype) if for_B else None
+        return slope.to(beta.dtype).reshape(1) if for_beta else None, grad_A, grad_B, None, None
+
+
+def gram_dtype(A: torch.Tensor) -> torch.dtype:
+    """What a norm in training is formed in: the factors' own float32 on a CPU, where float64 takes twice as long.
+
+    On a GPU float32 may mean TF32, and under autocast a product of float32 is one of bfloat16: neither touches float64.
+    """
+    kind = A.device.type
+    return A.dtype if kind == "cpu" and not torch.is_autocast_enabled(kind) else torch.float64

@@ -25,7 +25,7 @@ from mapconv.adapter import Direction, MapModule, Module
 from mapconv.algebra.dora import merge_rows_
 from mapconv.algebra.norms import row_blocks, squared_norm
 from mapconv.nn.bases import merged_row_norms, row_squares, values_of
-from mapconv.nn.functions import InverseNorm
+from mapconv.nn.functions import UpdateGain, gram_dtype, inverse_norm
 
 SCALARS = ("relative_alpha", "relative_beta")
 
@@ -89,20 +89,16 @@ class Update(nn.Module):
         return [self.relative_alpha, self.relative_beta]
 
     def gains(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(a, b) as 0-d tensors that gradients flow through."""
-        beta = self.relative_beta.reshape(())
-        return self.relative_alpha.reshape(()), (beta * self._unit()).to(beta.dtype)
-
-    def _unit(self) -> torch.Tensor:
-        """‖W0‖/‖BA‖, 0-d float64; 0 where BA = 0. Computed once while the factors are frozen."""
+        """(a, b) as 0-d tensors that gradients flow through; ‖BA‖ is kept while the factors are frozen."""
+        alpha, beta = self.relative_alpha.reshape(()), self.relative_beta
         if self._is_training():
             self._cache = None
             factors = [factor.detach() if self.detach_norm else factor for factor in self.factors]
-            return self._unit_norm * InverseNorm.apply(*factors)
+            return alpha, UpdateGain.apply(beta, *factors, self._unit_norm, gram_dtype(self.A))
         if self._is_stale():
             with _lasting():
-                self._keep(self._unit_norm * InverseNorm.apply(self.A, self.B))
-        return self._cache
+                self._keep(self._unit_norm * inverse_norm(self.A, self.B)[0])
+        return alpha, (beta.reshape(()) * self._cache).to(beta.dtype)
 
     def _keep(self, value: torch.Tensor) -> None:
         self._cache, self._versions = value, self._factor_versions()

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from mapconv.nn.bases import kind_of, matrix, matrix_shape
-from mapconv.nn.functions import InverseNorm, MapLinear, Scale, scaled
+from mapconv.nn.functions import MapLinear, Scale, UpdateGain, scaled
 from mapconv.nn.layers import LAYERS
 from mapconv.nn.updates import DoraUpdate, Update
 
@@ -50,8 +50,9 @@ class TestGradcheck:
 
         assert gradcheck(run, (inputs[trains].clone().requires_grad_(),))
 
-    def test_inverse_norm_and_scale(self):
-        assert gradcheck(InverseNorm.apply, (wide(RANK, 6, seed=1), wide(5, RANK, seed=2)))
+    def test_gains(self):
+        gain, inputs = UpdateGain.apply, (wide(1, seed=3), wide(RANK, 6, seed=1), wide(5, RANK, seed=2))
+        assert gradcheck(lambda *t: gain(*t, 1.7, torch.float64), inputs)
         assert gradcheck(Scale.apply, (wide(2, 3, 4, seed=1), wide(1, seed=2).squeeze()))
 
     def test_a_second_derivative_is_refused(self):
