@@ -137,7 +137,20 @@ def needs_magnitude(modules: Sequence[MapModule]) -> bool:
 def write_configs(folder: Path, config: Mapping[str, Any], map_config: Mapping[str, Any]) -> None:
     """Write both configurations; ``map_config.json``, which makes the folder a MAP directory, comes last."""
     write_file(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    write_file(folder / MAP_CONFIG_FILE, json.dumps(map_config, indent=2) + "\n")
+    write_file(folder / MAP_CONFIG_FILE, _with_rows(map_config))
+
+
+def _with_rows(table: Mapping[str, Any]) -> str:
+    """JSON to be read by people, with each element of a list on one line: hundreds of modules are a table."""
+    parts = []
+    for key, value in table.items():
+        if isinstance(value, list) and value:
+            rows = ",\n".join(f"    {json.dumps(row)}" for row in value)
+            parts.append(f"  {json.dumps(key)}: [\n{rows}\n  ]")
+        else:
+            text = json.dumps(value, indent=2).replace("\n", "\n  ")
+            parts.append(f"  {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def _read_map_modules(map_config: Mapping[str, Any], path: Path) -> tuple[MapModule, ...]:
