@@ -49,7 +49,7 @@ def visit(browser) -> Iterator[Callable[..., Any]]:
             viewport = {"width": width, "height": height}
             context = browser.new_context(viewport=viewport, color_scheme=scheme, offline=True)
             stack.callback(context.close)
-            context.set_default_timeout(10_000)
+            context.set_default_timeout(60_000)
             page = context.new_page()
             url = path.resolve().as_uri()
             page.on("console", lambda message: trouble.append(message.text))
