@@ -20,15 +20,30 @@ if TYPE_CHECKING:
     from mapconv.commands.upgrade import upgrade
     from mapconv.commands.verify import verify
     from mapconv.errors import MapconvError
+    from mapconv.nn.attaching import detach, disabled, map_layers, set_adapter
+    from mapconv.nn.loading import load_adapter
+    from mapconv.nn.saving import save_adapter
+    from mapconv.nn.training import MapConfig, get_map_model
 
 __version__ = "0.1.0"
-__all__ = ["MapconvError", "inspect", "merge", "push", "upgrade", "verify"]
+__all__ = [
+    "MapConfig", "MapconvError", "detach", "disabled", "get_map_model", "inspect", "load_adapter", "map_layers",
+    "merge", "push", "save_adapter", "set_adapter", "upgrade", "verify",
+]  # fmt: skip
 
 _HOMES = {
+    "MapConfig": "mapconv.nn.training",
     "MapconvError": "mapconv.errors",
+    "detach": "mapconv.nn.attaching",
+    "disabled": "mapconv.nn.attaching",
+    "get_map_model": "mapconv.nn.training",
     "inspect": "mapconv.commands.inspect",
+    "load_adapter": "mapconv.nn.loading",
+    "map_layers": "mapconv.nn.attaching",
     "merge": "mapconv.commands.merge",
     "push": "mapconv.commands.push",
+    "save_adapter": "mapconv.nn.saving",
+    "set_adapter": "mapconv.nn.attaching",
     "upgrade": "mapconv.commands.upgrade",
     "verify": "mapconv.commands.verify",
 }

@@ -101,7 +101,8 @@ class MapModule:
     """The scalars of one weight in MAP form, ``W' = α·W0/‖W0‖ + β·Δ/‖Δ‖`` (MATH.md equation 1, arXiv 2505.23094).
 
     Each expert of a stacked tensor is a weight of its own, counted by ``expert``.
-    ``error`` is ε = ‖T − W'‖ / ‖T − W0‖, measured on the factors that were written; T is the source's weight.
+    ``error`` is ε = ‖T − W'‖ / ‖T − W0‖, measured on the factors that were written; T is the source's weight. It is
+    None where it was not measured: after training, the distance from a source says nothing.
     """
 
     path: str
@@ -111,7 +112,7 @@ class MapModule:
     beta: float
     base_norm: float
     direction_norm: float
-    error: float
+    error: float | None
     expert: int | None = None
 
     @property

@@ -74,7 +74,7 @@ def local_card(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     name = record["base"]["name"]
     facts = CardFacts(
         kind="adapter",
-        base=name if is_repo_id(name) else None,
+        base=name if name and is_repo_id(name) else None,
         base_revision=record["base"]["revision"],
         record=record,
         modules=read_scalars(record),
@@ -132,8 +132,12 @@ def _summary(facts: CardFacts) -> str:
     method = _method(facts.source)
     if facts.kind == "merged":
         return f"{base} with an adapter ({method}) merged into its weights by mapconv."
-    also = "plain LoRA" if facts.plain_lora else "DoRA"
-    return f"A {method} adapter of {base}, converted to MAP form by mapconv. Stock PEFT loads it as a {also} adapter."
+    made = f"A {method} adapter of {base}, converted to MAP form by mapconv."
+    if not facts.source:
+        made = f"A MAP adapter of {base}, trained with mapconv."
+    elif facts.source.get("method") == "MAP":
+        made = f"A MAP adapter of {base}, trained further with mapconv."
+    return f"{made} Stock PEFT loads it as a {'plain LoRA' if facts.plain_lora else 'DoRA'} adapter."
 
 
 def _loading(facts: CardFacts, repo_id: str | None) -> str:
@@ -162,6 +166,8 @@ def _loading(facts: CardFacts, repo_id: str | None) -> str:
 
 def _fidelity(facts: CardFacts) -> str:
     report = facts.report
+    if report is None and not facts.source:
+        return "It was trained in MAP form, so there is no source to compare it with."
     if report is None:
         return "Not measured: `mapconv verify RESULT --against SOURCE --save` measures it."
     errors = [module["error"] for module in report["modules"]]
@@ -199,12 +205,14 @@ def _scalars(facts: CardFacts) -> str:
             _range([module.rank for module in modules], "{}"),
             _range([module.base_gain for module in modules], "{:.4f}"),
             _range([module.beta / module.alpha if module.alpha else 0.0 for module in modules], "{:.4f}"),
-            _number(max(module.error for module in modules)),
+            _worst([module.error for module in modules if module.error is not None]),
         )
         for name, modules in groups.items()
     ]
     table = _table(("target", "modules", "rank", "α/‖W0‖", "β/α", "ε worst"), rows)
-    text = f"{table}\n\nε is the part of the source's update that the refit loses in a weight; 0 is exact."
+    text = table
+    if any(module.error is not None for module in facts.modules):
+        text += "\n\nε is the part of the source's update that the refit loses in a weight; 0 is exact."
     return f"{text}\n\n![α/‖W0‖ and β/α over the layers, by module type]({PLOT_FILE})" if facts.has_plot else text
 
 
@@ -258,6 +266,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _range(values: Sequence[float], form: str) -> str:
     low, high = form.format(min(values)), form.format(max(values))
     return low if low == high else f"{low} … {high}"
+
+
+def _worst(errors: Sequence[float]) -> str:
+    return _number(max(errors)) if errors else "-"
 
 
 def _number(value: float | None) -> str:

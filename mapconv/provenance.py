@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import mapconv
-from mapconv.adapter import MapModule
+from mapconv.adapter import Adapter, MapModule
 from mapconv.card import card_facts
 from mapconv.convert import ConvertOptions
 from mapconv.formats.mapdir import FORMAT_VERSION
@@ -20,12 +20,12 @@ from mapconv.placing import PlacedAdapter
 
 def base_name(placed: PlacedAdapter) -> str:
     """What the result records as its base: the Hub id if the base came from the Hub's cache, else the folder."""
-    return _recorded(placed.target.folder)[0]
+    return recorded_name(placed.target.folder)[0]
 
 
 def base_revision(placed: PlacedAdapter) -> str | None:
     """The commit of a base from the Hub; for a folder, what the source's configuration says of it."""
-    return _recorded(placed.target.folder)[1] or placed.adapter.revision
+    return recorded_name(placed.target.folder)[1] or placed.adapter.revision
 
 
 def map_config(placed: PlacedAdapter, options: ConvertOptions, modules: Sequence[MapModule]) -> dict[str, Any]:
@@ -35,12 +35,23 @@ def map_config(placed: PlacedAdapter, options: ConvertOptions, modules: Sequence
         | {"base_tensor": item.weight.name, "base_dtype": item.weight.dtype, "base_shape": list(item.weight.shape)}
         for item, scalars in zip(placed.modules, modules, strict=True)
     ]
+    return map_record(entries, base=_base_record(placed), source=source_record(placed.adapter), options=asdict(options))
+
+
+def map_record(
+    entries: Sequence[dict[str, Any]],
+    *,
+    base: Mapping[str, Any],
+    source: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """``map_config.json`` from its parts; an adapter that was trained from scratch has no source."""
     return {
         "format_version": FORMAT_VERSION,
         "mapconv_version": mapconv.__version__,
-        "base": _base_record(placed) | {"fingerprint": _base_fingerprint(entries)},
-        "source": _source_record(placed),
-        "options": asdict(options),
+        "base": {**base, "fingerprint": _base_fingerprint(entries)},
+        "source": source,
+        "options": options,
         "modules": entries,
     }
 
@@ -55,8 +66,8 @@ def merge_record(placed: Sequence[PlacedAdapter], weights: Sequence[float] | Non
         "format_version": FORMAT_VERSION,
         "mapconv_version": mapconv.__version__,
         "base": _base_record(first),
-        "source": _source_record(first),
-        "more_sources": [_source_record(other) for other in others],
+        "source": source_record(first.adapter),
+        "more_sources": [source_record(other.adapter) for other in others],
         "weights": None if weights is None else list(weights),
         "modules": [] if others else [scalars.to_dict() for scalars in first.adapter.map_modules],
     }
@@ -72,27 +83,26 @@ def source_fingerprint(folder: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _base_record(placed: PlacedAdapter) -> dict[str, Any]:
-    folder = placed.target.folder
-    return {"name": base_name(placed), "revision": base_revision(placed), "card": card_facts(folder)}
-
-
-def _source_record(placed: PlacedAdapter) -> dict[str, Any]:
-    """The adapter that was converted or merged; of a MAP adapter also what that was made from."""
-    folder = placed.adapter.path
-    name, revision = _recorded(folder)
+def source_record(adapter: Adapter) -> dict[str, Any]:
+    """The adapter that a result was made from; of a MAP adapter also what that was made from."""
+    folder = adapter.path
+    name, revision = recorded_name(folder)
     record = {
         "name": name,
         "revision": revision,
-        "method": placed.adapter.method,
+        "method": adapter.method,
         "fingerprint": source_fingerprint(folder),
         "card": card_facts(folder),
     }
-    earlier = (placed.adapter.map_config or {}).get("source")
+    earlier = (adapter.map_config or {}).get("source")
     return record | {"source": earlier} if isinstance(earlier, dict) else record
 
 
-def _recorded(folder: Path) -> tuple[str, str | None]:
+def _base_record(placed: PlacedAdapter) -> dict[str, Any]:
+    return {"name": base_name(placed), "revision": base_revision(placed), "card": card_facts(placed.target.folder)}
+
+
+def recorded_name(folder: Path) -> tuple[str, str | None]:
     """(name, commit) of a folder from the Hub's cache, (absolute path, None) of any other."""
     origin = origin_of(folder)
     if origin is None:

@@ -22,3 +22,14 @@ def test_inspect_upgrade_verify_merge(base, dora, tmp_path):
     assert "KL" in run("verify_result.py", tmp_path / "map", dora, base)
     assert "14 tensors merged" in run("merge_adapter.py", tmp_path / "map", tmp_path / "merged", base)
     assert (tmp_path / "merged" / "config.json").is_file()
+
+
+def test_train_and_run_a_live_model(base, dora, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 12)
+    output = run("train_map.py", base, text, tmp_path / "map", 6)
+    before, after = (float(line.split()[-1]) for line in output.splitlines()[:2])
+    assert after < before
+    assert float(output.split()[-1]) < 1e-4
+    assert "adapter: '" in run("run_adapter.py", base, tmp_path / "map", "the quick")
+    assert "14 layers" in run("run_adapter.py", base, dora, "the quick")

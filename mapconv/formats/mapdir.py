@@ -150,11 +150,12 @@ def _read_map_modules(map_config: Mapping[str, Any], path: Path) -> tuple[MapMod
                 direction=entry["direction"],
                 rank=int(entry["rank"]),
                 expert=None if entry.get("expert") is None else int(entry["expert"]),
-                **{name: float(entry[name]) for name in ("alpha", "beta", "base_norm", "direction_norm", "error")},
+                error=None if entry["error"] is None else float(entry["error"]),
+                **{name: float(entry[name]) for name in ("alpha", "beta", "base_norm", "direction_norm")},
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise AdapterError(f"{path} has a module entry that cannot be read ({error!r}).") from None
-        numbers = (module.alpha, module.beta, module.base_gain, module.update_gain, module.error)
+        numbers = (module.alpha, module.beta, module.base_gain, module.update_gain, module.error or 0.0)
         if not all(map(math.isfinite, numbers)):
             raise AdapterError(f"{path}: module {module.path} has a scalar that is not finite.")
         if module.direction not in ("low-rank", "dora"):

@@ -1,0 +1,137 @@
+"""Differentiable pieces of ``y = a·W0x + b·B(Ax)`` that save no more than LoRA does (MATH.md section 7).
+
+Shapes: x (…, m), W0 (n, m), A (r, m), B (n, r); the gains a and b are 0-d, in float32 or wider.
+Double backward is refused: nothing here needs it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+#: BLAS counts the elements of a dot product in 32 bits.
+_LONGEST_DOT = 2**31 - 1
+
+
+def scaled(values: torch.Tensor, gain: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """values·gain, rounded once.
+
+    A 0-d gain would first be rounded to the values' dtype on a GPU: in bfloat16 that moves a gain by up to 0.4 %.
+    """
+    if values.dtype.itemsize >= 4:
+        return torch.mul(values, gain, out=out)
+    out = torch.empty_like(values) if out is None else out
+    return torch.mul(values, gain.reshape([1] * max(1, values.dim())), out=out)
+
+
+def inner(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """⟨left, right⟩ as 0-d, accumulated in float32 or wider."""
+    if left.dtype.itemsize >= 4 and left.numel() <= _LONGEST_DOT:
+        return torch.dot(left.reshape(-1), right.reshape(-1))
+    return (left * right).sum(dtype=torch.promote_types(left.dtype, torch.float32))
+
+
+class MapLinear(Function):
+    """a·W0x + b·B(Ax) + bias, with W0 and the bias frozen.
+
+    Saved: x, Ax and the parameters, as LoRA does. ∂L/∂a = ⟨x, W0ᵀg⟩ comes from the input gradient of the base path,
+    which is computed anyway, and ∂L/∂b = ⟨Ax, Bᵀg⟩.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """``weight`` is (n, m), of any strides; ``dtype`` is the one to compute in (autocast's, or x's own)."""
+        narrow = x.to(dtype)
+        projected = linear(narrow, A.to(dtype))
+        # The gain goes on x: that is one pass over it, and the bias stays what it is.
+        y = linear(scaled(narrow, a), weight.to(dtype), None if bias is None else bias.to(dtype))
+        update = scaled(projected, b).view(-1, A.shape[0])
+        y.view(-1, B.shape[0]).addmm_(update, B.to(dtype).t())
+        ctx.save_for_backward(x, weight, A, B, projected, a, b)
+        ctx.dtype = dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, A, B, projected, a, b = ctx.saved_tensors
+        dtype = ctx.dtype
+        for_x, _, _, for_A, for_B, for_a, for_b, _ = ctx.needs_input_grad
+        grad_x = grad_A = grad_B = grad_a = grad_b = None
+        g = grad.to(dtype).reshape(-1, B.shape[0])
+        flat = projected.view(-1, A.shape[0])
+        back = g @ B.to(dtype) if for_x or for_A or for_b else None
+        if for_b:
+            grad_b = inner(flat, back).to(b.dtype)
+        if for_B:
+            grad_B = (g.t() @ scaled(flat, b)).to(B.dtype)
+        if for_x or for_A:
+            back = scaled(back, b, out=back)
+        if for_x or for_A or for_a:
+            narrow = x.to(dtype).reshape(-1, A.shape[1])
+        if for_A:
+            grad_A = (back.t() @ narrow).to(A.dtype)
+        if for_x or for_a:
+            grad_x = g @ weight.to(dtype)
+            if for_a:
+                grad_a = inner(narrow, grad_x).to(a.dtype)
+            if for_x:
+                grad_x = scaled(grad_x, a, out=grad_x).addmm_(back, A.to(dtype)).view(x.shape).to(x.dtype)
+        return grad_x if for_x else None, None, None, grad_A, grad_B, grad_a, grad_b, None
+
+
+class Scale(Function):
+    """values·gain, rounded once; saves the values only for the gain's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(values if ctx.needs_input_grad[1] else None, gain)
+        return scaled(values, gain)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        values, gain = ctx.saved_tensors
+        for_values, for_gain = ctx.needs_input_grad
+        grad_gain = inner(values, grad.to(values.dtype)).to(gain.dtype) if for_gain else None
+        return scaled(grad, gain) if for_values else None, grad_gain
+
+
+class InverseNorm(Function):
+    """1/‖BA‖ as 0-d float64, from Gram matrices; 0 where BA = 0, which has no direction.
+
+    In float64, which costs little at (r, r) and which neither autocast nor TF32 touches. The gradient of 1/‖BA‖ is
+    −‖BA‖⁻³·(BᵀB·A) for A and −‖BA‖⁻³·(B·AAᵀ) for B.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        wide_A, wide_B = A.double(), B.double()
+        left, right = wide_B.t() @ wide_B, wide_A @ wide_A.t()
+        square = (left * right).sum()
+        inverse = torch.where(square > 0, square.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
+        ctx.save_for_backward(A, B, left, right, inverse)
+        return inverse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        A, B, left, right, inverse = ctx.saved_tensors
+        factor = -grad * inverse**3
+        grad_A = ((factor * left) @ A.double()).to(A.dtype) if ctx.needs_input_grad[0] else None
+        grad_B = (B.double() @ (factor * right)).to(B.dtype) if ctx.needs_input_grad[1] else None
+        return grad_A, grad_B

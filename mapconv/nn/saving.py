@@ -1,0 +1,197 @@
+"""Write an attached adapter as a MAP directory, which stock PEFT loads with the same outputs.
+
+What is as it was loaded is written as it was loaded, to the byte. All else is computed in float64 from the values that
+are written: factors of D = (b/a)·BA, scalars, and the magnitude with which PEFT makes a·(W0 + D) of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mapconv.adapter import MapModule, Module, TensorRef
+from mapconv.algebra.norms import product_norm
+from mapconv.card import CARD_FILE, local_card
+from mapconv.checkpoint.staging import check_output, staged_folder, write_file
+from mapconv.checkpoint.writer import SpooledFile
+from mapconv.convert import SMALLEST_GAIN
+from mapconv.errors import OutputError, UnsupportedError
+from mapconv.formats.mapdir import needs_magnitude, peft_config, peft_factors, peft_magnitude, write_configs
+from mapconv.formats.peft import WEIGHTS_FILE
+from mapconv.nn.attaching import Attached, named, updates_of
+from mapconv.nn.bases import kind_of, merged_row_norms, values_of
+from mapconv.nn.layers import MapLayer
+from mapconv.nn.provenance import live_base, live_record, source_config
+from mapconv.nn.updates import DoraUpdate, Update, direction_norm
+from mapconv.sidecars import copy_tokenizer
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One weight as it is written; ``magnitude`` is None where only a plain LoRA would do without."""
+
+    module: Module
+    scalars: MapModule
+    A: torch.Tensor
+    B: torch.Tensor
+    magnitude: torch.Tensor | None
+
+
+@torch.no_grad()
+def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default", force: bool = False) -> Path:
+    """Write the adapter ``name`` as a MAP directory: whole or not at all, ``map_config.json`` last.
+
+    Args:
+        model: the model that the adapter is attached to.
+        path: the folder to write.
+        name: which adapter.
+        force: replace ``path``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: the folder is taken, or a weight cannot be written in this form (a gain of nearly zero).
+        UnsupportedError: parameters that trained and have no place in the file, or an adapter that is merged.
+    """
+    out = Path(path)
+    attached = named(model, name)
+    _refuse_lost_training(model)
+    base = live_base(model, attached)
+    updates = updates_of(model, name)
+    nbytes = sum(4 * factor.numel() for update in updates.values() for factor in update.factors)
+    folder = Path(base["name"] or "")
+    check_output(out, force=force, inputs=[folder] if base["name"] and folder.is_dir() else [], nbytes=nbytes)
+    layers = [model.get_submodule(live) for live in attached.paths]
+    if any(layer.is_merged for layer in layers):
+        raise UnsupportedError(f"an adapter is merged into {layers[0].path}: call unmerge_adapter first.")
+    saved = [_saved(layer, updates[live]) for live, layer in zip(attached.paths, layers, strict=True)]
+    if needs_magnitude([item.scalars for item in saved]):
+        saved = [_with_magnitude(item, layer) for item, layer in zip(saved, layers, strict=True)]
+    with staged_folder(out, force=force) as staging:
+        _write_weights(staging, saved, attached)
+        changed = not all(update.is_as_loaded for update in updates.values())
+        record = live_record(attached, base, layers, updates, [item.scalars for item in saved], changed=changed)
+        scalars = [item.scalars for item in saved]
+        paths = {item.path: item.path for item in scalars}
+        config = peft_config(source_config(model, attached, layers), scalars, paths, base=base["name"])
+        config["revision"] = base["revision"]
+        if attached.adapter is not None and attached.adapter.path.is_dir():
+            copy_tokenizer(attached.adapter.path, staging)
+        write_file(staging / CARD_FILE, local_card(config, record))
+        write_configs(staging, config, record)
+    return out
+
+
+def _refuse_lost_training(model: nn.Module) -> None:
+    own = {id(p) for update in model.modules() if isinstance(update, Update) for p in update.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in own:
+            raise UnsupportedError(
+                f"{name} is trainable, but a MAP directory holds the adapter alone: save that parameter yourself and "
+                "set its requires_grad to False first."
+            )
+
+
+def _saved(layer: MapLayer, update: Update) -> Saved:
+    module = update.origin.module if update.origin else _new_module(layer, update)
+    if update.is_as_loaded and update.origin.scalars is not None:
+        factors = [factor.detach().cpu().to(update.origin.dtype) for factor in (update.A, update.B)]
+        magnitude = getattr(update, "magnitude", update.origin.magnitude)
+        return Saved(module, update.origin.scalars, *factors, magnitude)
+    return _saved_dora(layer, update, module) if isinstance(update, DoraUpdate) else _saved_low_rank(update, module)
+
+
+def _saved_low_rank(update: Update, module: Module) -> Saved:
+    """b·BA as a·D: B takes the quotient of the gains."""
+    A, B = update.A.detach().cpu().float(), update.B.detach().cpu()
+    a, norm = update.exact("relative_alpha"), product_norm(update.B.detach().cpu(), A)
+    _require_gain(a, module, "its base gain")
+    b = update.exact("relative_beta") * (update.base_norm or 1.0) / norm if norm else 0.0
+    B = _stored(B if b == a else B.double() * (b / a), module)
+    length = product_norm(B, A)
+    return Saved(module, _scalars(module, update, a, a, length), A, B, None)
+
+
+def _saved_dora(layer: MapLayer, update: DoraUpdate, module: Module) -> Saved:
+    """W' = diag(g)(W0 + diag(c)BA) with g = a − b + b·d and c = b·d/g: a DoRA of its own, at a = b = 1."""
+    with values_of(layer.base_layer, layer.path) as weight:
+        A, B, magnitude = (factor.detach().to(weight.device) for factor in update.factors)
+        a, b = update.exact("relative_alpha"), update.exact("relative_beta")
+        if a != 1.0 or b != 1.0:
+            norms = merged_row_norms(weight, A, B)
+            d = torch.where(norms > 0, magnitude.double() / norms, 0.0)
+            rows = a - b + b * d
+            _require_gain(float(rows.abs().min()), module, "the gain of one of its rows")
+            B = _stored(B.double() * (b * d / rows)[:, None], module)
+            magnitude = (rows * merged_row_norms(weight, A, B)).to(magnitude.dtype)
+        length = direction_norm(weight, A, B, magnitude)
+    A, B, magnitude = A.cpu().float(), _stored(B.cpu(), module), magnitude.cpu().float()
+    return Saved(module, _scalars(module, update, 1.0, 1.0, length), A, B, magnitude)
+
+
+def _scalars(module: Module, update: Update, a: float, b: float, length: float) -> MapModule:
+    return MapModule(
+        path=module.path,
+        direction=update.direction,
+        rank=update.rank,
+        alpha=a * update.base_norm,
+        beta=b * length,
+        base_norm=update.base_norm,
+        direction_norm=length,
+        error=None,
+    )
+
+
+def _with_magnitude(item: Saved, layer: MapLayer) -> Saved:
+    """The row norms of W', under which PEFT's DoRA computes it from D."""
+    if item.magnitude is not None:
+        return item
+    with values_of(layer.base_layer, layer.path) as weight:
+        norms = merged_row_norms(weight, item.A.to(weight.device), item.B.to(weight.device))
+    return Saved(item.module, item.scalars, item.A, item.B, (item.scalars.base_gain * norms).float().cpu())
+
+
+def _write_weights(staging: Path, saved: Sequence[Saved], attached: Attached) -> None:
+    spool = SpooledFile(staging / WEIGHTS_FILE)
+    try:
+        for item in saved:
+            for key, tensor in peft_factors(item.module, item.A, item.B):
+                spool.append(key, tensor)
+        if needs_magnitude([item.scalars for item in saved]):
+            for item in saved:
+                spool.append(*peft_magnitude(item.module, item.magnitude))
+        for key, tensor in attached.others.items():
+            spool.append(key, tensor)
+        spool.finish({"format": "pt"})
+    finally:
+        spool.close()
+
+
+def _new_module(layer: MapLayer, update: Update) -> Module:
+    """The record of a weight that no file has held yet, with the shapes that PEFT gives its factors."""
+    weight, kind = layer.base_layer.weight, kind_of(layer.base_layer)
+    kernel = tuple(weight.shape[2:]) if kind == "conv" else ()
+    width = update.A.shape[1] if kind != "conv" else weight.shape[1]
+    A = TensorRef(Path(), "lora_A", "F32", (update.rank, width, *kernel), 0)
+    B = TensorRef(Path(), "lora_B", "F32", (update.B.shape[0], update.rank, *(1 for _ in kernel)), 0)
+    return Module(layer.path, update.rank, 1.0, A, B, embedding=kind == "embedding")
+
+
+def _require_gain(gain: float, module: Module, what: str) -> None:
+    if not abs(gain) >= SMALLEST_GAIN:
+        raise OutputError(
+            f"{module.path}: {what} is {gain:.3g}, and a MAP directory stores the update divided by it: train with a "
+            "smaller learning rate for the scalars, or without weight decay on them."
+        )
+
+
+def _stored(B: torch.Tensor, module: Module) -> torch.Tensor:
+    stored = B.float()
+    if not torch.isfinite(stored).all():
+        raise OutputError(f"the factors of {module.path} hold NaN or infinity: the training run diverged.")
+    return stored

@@ -1,0 +1,174 @@
+"""MAP as a trainable method: a configuration, the layers that it names, and the state that training starts from."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import get_args
+
+import torch
+from torch import nn
+
+from mapconv.adapter import Direction
+from mapconv.errors import PlacementError, UnsupportedError
+from mapconv.formats.peft import natural_order
+from mapconv.nn.attaching import Attached, adaptable, attach, check_name
+from mapconv.nn.bases import base_norm, kind_of, matrix_shape, row_squares, values_of
+from mapconv.nn.updates import DoraUpdate, Update
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class MapConfig:
+    """What to train.
+
+    Args:
+        rank: of every update.
+        targets: ``all-linear`` (every linear layer but the output head), a list of names that a layer's path ends in,
+            or a regular expression that matches whole paths; as PEFT's ``target_modules``.
+        direction: ``low-rank``: Δ = BA. ``dora``: Δ = T − W0 with T in DoRA's factors.
+        detach_norm: send no gradient through ‖BA‖ (low-rank).
+        exclude: names or a regular expression of layers to leave out.
+        layers: numbers of the layers to adapt (the first number in a path); None: all.
+        seed: of the initial factors.
+
+    Raises:
+        ValueError: a value that has no meaning.
+    """
+
+    rank: int = 16
+    targets: str | tuple[str, ...] = "all-linear"
+    direction: Direction = "low-rank"
+    detach_norm: bool = False
+    exclude: str | tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "exclude", "layers"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+        if type(self.rank) is not int or self.rank < 1:
+            raise ValueError(f"rank is {self.rank!r}, expected a whole number above 0")
+        if self.direction not in get_args(Direction):
+            raise ValueError(f"direction is {self.direction!r}, expected one of {', '.join(get_args(Direction))}")
+        if self.detach_norm and self.direction == "dora":
+            raise ValueError("detach_norm belongs to the low-rank direction: dora's norms are always detached")
+        if not self.targets:
+            raise ValueError("targets names no layer")
+        for name in ("targets", "exclude"):
+            self._check_names(name)
+        if self.layers is not None and not all(type(layer) is int and layer >= 0 for layer in self.layers):
+            raise ValueError(f"layers is {self.layers!r}, expected layer numbers")
+
+    def _check_names(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{name} is {value!r}, which is no regular expression ({error})") from None
+        elif not all(isinstance(item, str) and item for item in value):
+            raise ValueError(f"{name} is {value!r}, expected names of layers")
+
+
+def get_map_model(model: nn.Module, config: MapConfig, *, name: str = "default") -> nn.Module:
+    """Attach fresh, trainable MAP updates to ``model`` in place, and freeze everything else.
+
+    Training starts from the base model itself. For the direction ``low-rank``: random A and B, α = ‖W0‖, β = 0, so that
+    W' = W0 exactly while the direction is well defined: β gets a gradient at once, A and B as soon as β ≠ 0. (LoRA's
+    B = 0 would leave BA/‖BA‖ undefined. The paper's abstract, arXiv 2505.23094, fixes no initialisation: this one is
+    ours.) For ``dora``, as DoRA itself: random A, B = 0, magnitudes ‖W0‖_row.
+
+    The parameters are named ``<layer>.updates.<name>.A``, ``.B``, ``.relative_alpha``, ``.relative_beta`` and, for
+    ``dora``, ``.magnitude``. Do not apply weight decay to the scalars: it would pull the base weight itself to zero.
+    Train with any loop or with ``transformers.Trainer``, then call ``save_adapter``; the trainer's own checkpoints hold
+    the wrapped model.
+
+    Args:
+        model: a model in memory; PEFT's or another adapter's layers must not be on it.
+        config: what to train.
+        name: what to call the adapter.
+
+    Returns:
+        The same model.
+
+    Raises:
+        MapconvError: no layer matches, or one that does cannot be adapted; the model is then as it was.
+    """
+    check_name(model, name)
+    layers = _targets(model, config)
+    updates = {}
+    generator = torch.Generator().manual_seed(config.seed)
+    for path, layer in layers.items():
+        if kind_of(layer) == "conv" and layer.groups > 1:
+            raise UnsupportedError(f"{path} is a convolution with groups > 1, which PEFT refuses to merge: exclude it.")
+        updates[path] = _fresh(layer, path, config, generator)
+    attach(model, name, updates, Attached(None, tuple(updates), asdict(config)), "all")
+    return model
+
+
+def _fresh(layer: nn.Module, path: str, config: MapConfig, generator: torch.Generator) -> Update:
+    height, width = matrix_shape(layer)
+    norm = base_norm(layer, path)
+    if not math.isfinite(norm):
+        raise PlacementError(f"{path}: the model's weight holds NaN or infinity.")
+    A = torch.empty(config.rank, width).normal_(std=width**-0.5, generator=generator)
+    if config.direction == "dora":
+        with values_of(layer, path) as weight:
+            magnitude = row_squares(weight).sqrt().float().cpu()
+        B = torch.zeros(height, config.rank)
+        return DoraUpdate(A, B, magnitude, relative_alpha=1.0, relative_beta=1.0, base_norm=norm)
+    B = torch.empty(height, config.rank).normal_(std=height**-0.5, generator=generator)
+    return Update(A, B, relative_alpha=1.0, relative_beta=0.0, base_norm=norm, detach_norm=config.detach_norm)
+
+
+def _targets(model: nn.Module, config: MapConfig) -> Mapping[str, nn.Module]:
+    """The layers to adapt by path."""
+    candidates = adaptable(model)
+    heads = _output_heads(model)
+    found = {}
+    for path, layer in candidates.items():
+        if config.targets == "all-linear":
+            chosen = kind_of(layer) in ("linear", "transposed") and not any(layer is head for head in heads)
+        else:
+            chosen = _matches(config.targets, path)
+        if chosen and not _matches(config.exclude, path) and _in_layers(path, config.layers):
+            found[path] = layer
+    if not found:
+        raise PlacementError(
+            f"no layer of this {type(model).__name__} matches targets={config.targets!r}: its layers end in "
+            f"{', '.join(sorted({path.rpartition('.')[2] for path in candidates})[:12])}."
+        )
+    if not isinstance(config.targets, str):
+        idle = [target for target in config.targets if not any(_matches((target,), path) for path in candidates)]
+        if idle:
+            raise PlacementError(f"targets names {', '.join(map(repr, idle))}, which no layer's path ends in.")
+    # In the order in which a file of them is read.
+    return dict(sorted(found.items(), key=lambda item: natural_order(item[0])))
+
+
+def _matches(names: str | tuple[str, ...], path: str) -> bool:
+    if isinstance(names, str):
+        return bool(names) and re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _in_layers(path: str, layers: tuple[int, ...] | None) -> bool:
+    number = _LAYER.search(path)
+    return layers is None or (number is not None and int(number[1]) in layers)
+
+
+def _output_heads(model: nn.Module) -> list[nn.Module]:
+    """What ``all-linear`` leaves out, as PEFT does: the output embedding, or a classifier's head."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    head = getattr(output, "base_layer", output)
+    heads = [] if head is None else [head]
+    if type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")):
+        prefix = getattr(model, "base_model_prefix", "")
+        heads += [layer for path, layer in adaptable(model).items() if not path.startswith(f"{prefix}.")]
+    return heads

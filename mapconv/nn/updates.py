@@ -1,0 +1,231 @@
+"""The trainable part of one weight in MAP form: factors and two scalars, in float32 whatever the model's dtype.
+
+Adam moves a parameter by about its learning rate whatever the parameter's unit, so one learning rate serves factors and
+scalars only if the scalars are of the size of 1. They are held relative to a norm:
+
+- ``relative_alpha`` = α/‖W0‖, which is the gain a itself (1 for a LoRA);
+- ``relative_beta`` = β/‖W0‖ for the direction ``low-rank``, so that b = relative_beta·‖W0‖/‖BA‖: equal steps of the two
+  scalars move the weight equally far;
+- ``relative_beta`` = β/‖Δ‖ = b for the direction ``dora``: there ‖Δ‖ = ‖T − W0‖ starts at 0 in a fresh adapter, and
+  following it in training would take a pass over the weight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mapconv.adapter import Direction, MapModule, Module
+from mapconv.algebra.dora import merge_rows_
+from mapconv.algebra.norms import row_blocks, squared_norm
+from mapconv.nn.bases import merged_row_norms, row_squares, values_of
+from mapconv.nn.functions import InverseNorm
+
+SCALARS = ("relative_alpha", "relative_beta")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an update was loaded from, so that an unchanged one is saved to the same bytes.
+
+    ``base_facts`` is what the file says of the base tensor, ``dtype`` that of the stored factors; ``magnitude`` is what
+    stock PEFT needs to compute a low-rank direction with a ≠ 1.
+    """
+
+    module: Module
+    scalars: MapModule | None
+    base_facts: Mapping[str, Any]
+    dtype: torch.dtype
+    magnitude: torch.Tensor | None
+    digest: bytes
+
+
+class Update(nn.Module):
+    """``W' = α·W0/‖W0‖ + β·BA/‖BA‖`` for one weight: A (r, in), B (out, r), and the scalars, (1,) each.
+
+    The scalars have one dimension because sharding (FSDP) takes no parameter without.
+    """
+
+    direction: Direction = "low-rank"
+
+    def __init__(
+        self,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        *,
+        relative_alpha: float,
+        relative_beta: float,
+        base_norm: float,
+        detach_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.A = nn.Parameter(A, requires_grad=False)
+        self.B = nn.Parameter(B, requires_grad=False)
+        self.relative_alpha = _scalar(relative_alpha, A)
+        self.relative_beta = _scalar(relative_beta, A)
+        self.base_norm = base_norm
+        self.detach_norm = detach_norm
+        self.origin: Origin | None = None
+        self._exact = {"relative_alpha": relative_alpha, "relative_beta": relative_beta}
+        self._cache: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def factors(self) -> list[nn.Parameter]:
+        return [self.A, self.B]
+
+    @property
+    def scalars(self) -> list[nn.Parameter]:
+        return [self.relative_alpha, self.relative_beta]
+
+    def gains(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(a, b) as 0-d tensors that gradients flow through."""
+        beta = self.relative_beta.reshape(())
+        return self.relative_alpha.reshape(()), (beta * self._unit()).to(beta.dtype)
+
+    def _unit(self) -> torch.Tensor:
+        """‖W0‖/‖BA‖, 0-d float64; 0 where BA = 0. Computed once while the factors are frozen."""
+        if self._is_training():
+            self._cache = None
+            if self.detach_norm:
+                with torch.no_grad():
+                    return self._unit_norm * InverseNorm.apply(self.A, self.B)
+            return self._unit_norm * InverseNorm.apply(self.A, self.B)
+        if self._cache is None:
+            with torch.no_grad():
+                self._cache = self._unit_norm * InverseNorm.apply(self.A, self.B)
+        return self._cache
+
+    def _is_training(self) -> bool:
+        return any(factor.requires_grad for factor in self.factors)
+
+    @property
+    def _unit_norm(self) -> float:
+        """The unit of the scalars; a weight of zeros has none, and takes 1."""
+        return self.base_norm or 1.0
+
+    # Absolute values, for reading
+
+    def exact(self, name: str) -> float:
+        """A scalar in float64: as it was given where the parameter still rounds to the same value."""
+        value, given = float(getattr(self, name).detach()), self._exact[name]
+        return given if value in (given, float(torch.tensor(given, dtype=torch.float32))) else value
+
+    def alpha(self) -> float:
+        recorded = self.origin.scalars if self.origin else None
+        if recorded is not None and self.exact("relative_alpha") == self._exact["relative_alpha"]:
+            return recorded.alpha
+        return self.exact("relative_alpha") * self.base_norm
+
+    def beta(self, base: nn.Module, path: str) -> float:
+        recorded = self.origin.scalars if self.origin else None
+        if recorded is not None and self.exact("relative_beta") == self._exact["relative_beta"]:
+            return recorded.beta
+        return self.exact("relative_beta") * self._unit_norm
+
+    def digest(self) -> bytes:
+        """What tells the factors from changed ones."""
+        digest = hashlib.sha256()
+        for factor in self.factors:
+            digest.update(factor.detach().cpu().float().contiguous().view(torch.uint8).numpy().data)
+        return digest.digest()
+
+    @property
+    def is_as_loaded(self) -> bool:
+        if self.origin is None or any(self.exact(name) != self._exact[name] for name in SCALARS):
+            return False
+        return self.digest() == self.origin.digest
+
+    # What nn.Module does with parameters
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Move along with the model, but never below float32."""
+        self._cache = None
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype.itemsize < 4 <= tensor.dtype.itemsize else moved
+
+        return super()._apply(keep, recurse)
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        self._cache = None
+        super()._load_from_state_dict(*arguments, **keywords)
+
+
+class DoraUpdate(Update):
+    """``W' = (a − b)·W0 + b·diag(d)(W0 + BA)`` with d = magnitude ⊘ ‖W0 + BA‖_row (MATH.md section 5).
+
+    The row norms are computed once while A and B are frozen, and anew in each forward pass while they train; no
+    gradient flows through them, as in DoRA.
+    """
+
+    direction: Direction = "dora"
+
+    def __init__(self, A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor, **settings: Any) -> None:
+        super().__init__(A, B, **settings)
+        self.magnitude = nn.Parameter(magnitude, requires_grad=False)
+        self._base_squares: torch.Tensor | None = None
+
+    @property
+    def factors(self) -> list[nn.Parameter]:
+        return [self.A, self.B, self.magnitude]
+
+    def gains(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.relative_alpha.reshape(()), self.relative_beta.reshape(())
+
+    def scales(self, base: nn.Module, path: str) -> torch.Tensor:
+        """d, (out,), in the parameters' dtype; 0 for a row of zeros, as row_scales has it."""
+        if self._is_training() or self._cache is None:
+            # A frozen direction is exact; one in training can do with float32 products.
+            dtype = torch.promote_types(self.A.dtype, torch.float32) if self._is_training() else torch.float64
+            norms = self.row_norms(base, path, dtype)
+            inverse = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+            self._cache = None if self._is_training() else inverse
+        else:
+            inverse = self._cache
+        return (self.magnitude * inverse).to(self.magnitude.dtype)
+
+    @torch.no_grad()
+    def row_norms(self, base: nn.Module, path: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        with values_of(base, path) as weight:
+            if self._base_squares is None:
+                self._base_squares = row_squares(weight)
+            A, B = self.A.to(weight.device), self.B.to(weight.device)
+            norms = merged_row_norms(weight, A, B, base_squares=self._base_squares, dtype=dtype)
+        return norms.to(self.A.device)
+
+    def beta(self, base: nn.Module, path: str) -> float:
+        recorded = self.origin.scalars if self.origin else None
+        gain = self.exact("relative_beta")
+        if recorded is not None and self.is_as_loaded:
+            return recorded.beta
+        with values_of(base, path) as weight:
+            A, B, magnitude = (factor.detach().to(weight.device) for factor in self.factors)
+            return gain * direction_norm(weight, A, B, magnitude)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        self._base_squares = None
+        return super()._apply(fn, recurse)
+
+
+def direction_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor) -> float:
+    """‖T − W0‖ of a DoRA, row block by row block in float64; W0 (out, in) of any strides."""
+    total = 0.0
+    for start, stop in row_blocks(*weight.shape):
+        rows = weight[start:stop].double()
+        merged = merge_rows_(rows.clone(), A.double(), B[start:stop].double(), magnitude=magnitude[start:stop])
+        total += squared_norm(merged.sub_(rows))
+    return total**0.5
+
+
+def _scalar(value: float, like: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.tensor([value], dtype=like.dtype, device=like.device), requires_grad=False)
