@@ -46,14 +46,14 @@ TASKS = {task.name: task for task in (PythonDocs, Sentiment)}
 __doc__ = (__doc__ or "").format(grid=GRID)
 
 
-def attach(method: str, model: nn.Module, targets: tuple[str, ...]) -> nn.Module:
+def attach(method: str, model: nn.Module, targets: tuple[str, ...], seed: int) -> nn.Module:
     """The model with an untrained adapter; whatever the adapter adds requires a gradient."""
     if method == "base":
         return model.requires_grad_(False)
     if method == "LoMAP":
         from mapconv.nn import MapConfig, get_map_model
 
-        return get_map_model(model, MapConfig(rank=RANK, targets=list(targets)))
+        return get_map_model(model, MapConfig(rank=RANK, targets=targets, seed=seed))
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, use_dora=method == "DoRA", target_modules=list(targets))
@@ -66,8 +66,8 @@ METHODS = ("base", "LoRA", "DoRA", "LoMAP")
 
 def train(task: Any, method: str, learning_rate: float, seed: int) -> tuple[nn.Module, dict[str, float]]:
     """Train one adapter (or, for the base, its head alone); returns the model, and what the training took."""
-    torch.manual_seed(seed)  # the adapter's initialisation
-    model = attach(method, task.model(seed), task.targets).eval()  # eval: no dropout
+    torch.manual_seed(seed)  # of PEFT's initialisation
+    model = attach(method, task.model(seed), task.targets, seed).eval()  # eval: no dropout
     head = task.head(model)
     adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adapter = [parameter for parameter in adapter if all(parameter is not other for other in head)]
