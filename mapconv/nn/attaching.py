@@ -53,6 +53,10 @@ class State:
     trained: list[nn.Parameter] = field(default_factory=list)
 
 
+def has_adapters(model: nn.Module) -> bool:
+    return hasattr(model, _STATE)
+
+
 def state_of(model: nn.Module) -> State:
     """The model's record.
 
@@ -80,8 +84,13 @@ def named(model: nn.Module, name: str) -> Attached:
     return adapters[name]
 
 
-def check_name(model: nn.Module, name: str) -> None:
-    """Refuse a name that is taken, or that cannot be a part of a parameter's name."""
+def check_model(model: nn.Module, name: str) -> None:
+    """Refuse a model that PEFT has wrapped, and a name that is taken or cannot be a part of a parameter's name."""
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise UnsupportedError(
+            f"this {type(model).__name__} has PEFT's layers in it, whose weights are not the base's: load the base "
+            "model itself, or take PEFT's adapter off with its unload()."
+        )
     state = getattr(model, _STATE, None)
     if state is not None and name in state.adapters:
         raise AdapterError(f"the model has an adapter named {name!r} already: detach it, or choose another name.")
@@ -108,7 +117,7 @@ def attach(
     model: nn.Module, name: str, updates: Mapping[str, Update], attached: Attached, trainable: Trainable
 ) -> None:
     """Put updates on the layers at their paths and run with them; the base is frozen."""
-    if not hasattr(model, _STATE):
+    if not has_adapters(model):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -193,9 +202,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     for each in names:
         named(model, each)
         if state.active == each:
-            from mapconv.nn.merging import unmerge_adapter
-
-            unmerge_adapter(model)
+            for layer in map_layers(model).values():
+                layer.unmerge()
             set_adapter(model, None)
         for path, layer in map_layers(model).items():
             if each in layer.updates:

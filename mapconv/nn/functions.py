@@ -114,15 +114,15 @@ class Scale(Function):
 class InverseNorm(Function):
     """1/‖BA‖ as 0-d float64, from Gram matrices; 0 where BA = 0, which has no direction.
 
-    In float64, which costs little at (r, r) and which neither autocast nor TF32 touches. The gradient of 1/‖BA‖ is
-    −‖BA‖⁻³·(BᵀB·A) for A and −‖BA‖⁻³·(B·AAᵀ) for B.
+    The gradient is −‖BA‖⁻³·(BᵀB·A) for A and −‖BA‖⁻³·(B·AAᵀ) for B. ``dtype`` is what the products are formed in:
+    see ``gram_dtype``.
     """
 
     @staticmethod
-    def forward(ctx: Any, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-        wide_A, wide_B = A.double(), B.double()
+    def forward(ctx: Any, A: torch.Tensor, B: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        wide_A, wide_B = A.to(dtype), B.to(dtype)
         left, right = wide_B.t() @ wide_B, wide_A @ wide_A.t()
-        square = (left * right).sum()
+        square = (left.double() * right.double()).sum()
         inverse = torch.where(square > 0, square.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
         ctx.save_for_backward(A, B, left, right, inverse)
         return inverse
@@ -131,7 +131,16 @@ class InverseNorm(Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         A, B, left, right, inverse = ctx.saved_tensors
-        factor = -grad * inverse**3
-        grad_A = ((factor * left) @ A.double()).to(A.dtype) if ctx.needs_input_grad[0] else None
-        grad_B = (B.double() @ (factor * right)).to(B.dtype) if ctx.needs_input_grad[1] else None
-        return grad_A, grad_B
+        factor = (-grad * inverse**3).to(left.dtype)
+        grad_A = ((factor * left) @ A.to(left.dtype)).to(A.dtype) if ctx.needs_input_grad[0] else None
+        grad_B = (B.to(left.dtype) @ (factor * right)).to(B.dtype) if ctx.needs_input_grad[1] else None
+        return grad_A, grad_B, None
+
+
+def gram_dtype(A: torch.Tensor) -> torch.dtype:
+    """What a norm in training is formed in: the factors' own float32 on a CPU, where float64 takes twice as long.
+
+    On a GPU float32 may mean TF32, and under autocast a product of float32 is one of bfloat16: neither touches float64.
+    """
+    kind = A.device.type
+    return A.dtype if kind == "cpu" and not torch.is_autocast_enabled(kind) else torch.float64

@@ -77,6 +77,12 @@ class MapLayer(nn.Module):
     def is_merged(self) -> bool:
         return self.unmerged_weight is not None
 
+    def unmerge(self) -> None:
+        """Put the base's own weight back where an update is merged into it."""
+        if self.unmerged_weight is not None:
+            self.base_layer._parameters["weight"] = self.unmerged_weight
+            self.unmerged_weight = None
+
     # Running
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

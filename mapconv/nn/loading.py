@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import get_args
@@ -21,11 +20,11 @@ from mapconv.formats import read_adapter
 from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
 from mapconv.hub import locate_adapter
 from mapconv.merging import DIRECTION_TOLERANCE
-from mapconv.nn.attaching import _STATE, Attached, Trainable, adaptable, attach, check_name, disabled
-from mapconv.nn.bases import base_norm, kind_of, matrix_shape, values_of
+from mapconv.nn.attaching import Attached, Trainable, adaptable, attach, check_model, disabled, has_adapters
+from mapconv.nn.bases import base_norm, kind_of, values_of
+from mapconv.nn.placing import place_on_layers
 from mapconv.nn.updates import DoraUpdate, Origin, Update
 from mapconv.nn.whole import replacements
-from mapconv.placement import Renaming, place, require_all_targets
 from mapconv.provenance import source_record
 
 #: Norms of the same values agree far better than this (as in ``mapconv.merge``).
@@ -64,18 +63,18 @@ def load_adapter(
     """
     if trainable not in get_args(Trainable):
         raise ValueError(f"trainable is {trainable!r}, expected one of {', '.join(get_args(Trainable))}")
-    check_name(model, name)
+    check_model(model, name)
     folder = locate_adapter(path, allow_pickle=allow_pickle)
     adapter = read_adapter(folder, allow_pickle=allow_pickle)
     _refuse_features(adapter)
     layers = adaptable(model)
-    placed, renaming = _place(adapter, layers)
-    with disabled(model) if hasattr(model, _STATE) else nullcontext(), _Loader(adapter) as loader:
+    placed, rename = place_on_layers(model, adapter, layers)
+    with disabled(model) if has_adapters(model) else nullcontext(), _Loader(adapter) as loader:
         updates = {live: loader.update(module, live, layers[live], check_base) for module, live in placed}
         biases = {live: loader.bias(module) for module, live in placed if module.bias is not None}
         others = {key: loader.finite(ref) for key, ref in adapter.others.items()}
         values = {ref.name: others[key] for key, ref in adapter.others.items()}
-        replaced = replacements(model, adapter, values, renaming, biases)
+        replaced = replacements(model, adapter, values, rename, biases)
         others |= {
             f"{KEY_PREFIX}{module.path}.lora_B.bias": loader.bias(module)
             for module, _ in placed
@@ -106,33 +105,6 @@ def _refuse_features(adapter: Adapter) -> None:
         )
     if settings.layer_replication:
         raise UnsupportedError(f"{adapter.path} repeats the base's layers (layer_replication): {merge}.")
-
-
-def _place(adapter: Adapter, layers: Mapping[str, nn.Module]) -> tuple[list[tuple[Module, str]], Renaming]:
-    """(module, path of its layer) for every module of the adapter, and how this model spells the adapter's paths."""
-    shapes = {f"{path}.weight": matrix_shape(layer) for path, layer in layers.items()}
-    names, renaming = place({module.path: module.weight_shape for module in adapter.modules}, shapes)
-    saved = [f".{name}." for name in adapter.settings.modules_to_save]
-    paths = [renaming.to_adapter(path) for path in layers]
-    require_all_targets(
-        adapter.config, names, [path for path in paths if not any(name in f".{path}." for name in saved)]
-    )
-    placed = [(module, names[module.path].removesuffix(".weight")) for module in adapter.modules]
-    for module, live in placed:
-        _check_kind(module, live, layers[live])
-    return placed, renaming
-
-
-def _check_kind(module: Module, live: str, layer: nn.Module) -> None:
-    kind = kind_of(layer)
-    kernel = tuple(layer.weight.shape[1:]) if kind == "conv" else (module.lora_A.shape[1],)
-    if module.embedding != (kind == "embedding") or module.lora_A.shape[1:] != kernel:
-        raise PlacementError(
-            f"{module.path}: the adapter's factors are not those of {live}, a {type(layer).__name__} of weight "
-            f"{list(layer.weight.shape)}."
-        )
-    if kind == "conv" and layer.groups > 1:
-        raise UnsupportedError(f"{module.path} is a convolution with groups > 1, which PEFT itself refuses to merge.")
 
 
 class _Loader:
@@ -221,7 +193,7 @@ class _Loader:
     def _factor(self, ref: TensorRef) -> torch.Tensor:
         """A factor as a matrix in float32 of its own: a kernel counts as inputs."""
         tensor = self.finite(ref).float()
-        return tensor.flatten(1) if tensor.dim() > 2 and ref.name.find("magnitude") < 0 else tensor
+        return tensor.flatten(1) if tensor.dim() > 2 else tensor
 
 
 def _check_base(scalars: MapModule, norm: float, layer: nn.Module, live: str, recorded: str | None) -> None:

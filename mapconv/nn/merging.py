@@ -45,9 +45,7 @@ def merge_adapter(model: nn.Module) -> None:
 def unmerge_adapter(model: nn.Module) -> None:
     """Put the base's own weights back; a model that is not merged stays as it is."""
     for layer in map_layers(model).values():
-        if layer.unmerged_weight is not None:
-            layer.base_layer._parameters["weight"] = layer.unmerged_weight
-            layer.unmerged_weight = None
+        layer.unmerge()
 
 
 def _merge(layer: MapLayer, update: Update) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,11 @@ def source_config(model: nn.Module, attached: Attached, layers: Sequence[MapLaye
         "fan_in_fan_out": kinds == {"transposed"},
         "bias": "none",
     }
+
+
+def is_respelled(attached: Attached, paths: Collection[str]) -> bool:
+    """Whether modules go by other paths than the loaded file's targets say (those of another transformers)."""
+    return attached.adapter is not None and any(module.path not in paths for module in attached.adapter.modules)
 
 
 def _base_facts(layer: MapLayer, update: Update) -> dict[str, Any]:

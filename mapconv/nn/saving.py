@@ -25,7 +25,7 @@ from mapconv.formats.peft import WEIGHTS_FILE
 from mapconv.nn.attaching import Attached, named, updates_of
 from mapconv.nn.bases import kind_of, merged_row_norms, values_of
 from mapconv.nn.layers import MapLayer
-from mapconv.nn.provenance import live_base, live_record, source_config
+from mapconv.nn.provenance import is_respelled, live_base, live_record, source_config
 from mapconv.nn.updates import DoraUpdate, Update, direction_norm
 from mapconv.sidecars import copy_tokenizer
 
@@ -78,7 +78,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default", f
         record = live_record(attached, base, layers, updates, [item.scalars for item in saved], changed=changed)
         scalars = [item.scalars for item in saved]
         paths = {item.path: item.path for item in scalars}
-        config = peft_config(source_config(model, attached, layers), scalars, paths, base=base["name"])
+        source, respelled = source_config(model, attached, layers), is_respelled(attached, paths)
+        config = peft_config(source, scalars, paths, base=base["name"], respelled=respelled)
         config["revision"] = base["revision"]
         if attached.adapter is not None and attached.adapter.path.is_dir():
             copy_tokenizer(attached.adapter.path, staging)

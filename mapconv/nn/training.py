@@ -14,7 +14,7 @@ from torch import nn
 from mapconv.adapter import Direction
 from mapconv.errors import PlacementError, UnsupportedError
 from mapconv.formats.peft import natural_order
-from mapconv.nn.attaching import Attached, adaptable, attach, check_name
+from mapconv.nn.attaching import Attached, adaptable, attach, check_model
 from mapconv.nn.bases import base_norm, kind_of, matrix_shape, row_squares, values_of
 from mapconv.nn.updates import DoraUpdate, Update
 
@@ -61,11 +61,11 @@ class MapConfig:
         if not self.targets:
             raise ValueError("targets names no layer")
         for name in ("targets", "exclude"):
-            self._check_names(name)
+            self._check_models(name)
         if self.layers is not None and not all(type(layer) is int and layer >= 0 for layer in self.layers):
             raise ValueError(f"layers is {self.layers!r}, expected layer numbers")
 
-    def _check_names(self, name: str) -> None:
+    def _check_models(self, name: str) -> None:
         value = getattr(self, name)
         if isinstance(value, str):
             try:
@@ -100,7 +100,7 @@ def get_map_model(model: nn.Module, config: MapConfig, *, name: str = "default")
     Raises:
         MapconvError: no layer matches, or one that does cannot be adapted; the model is then as it was.
     """
-    check_name(model, name)
+    check_model(model, name)
     layers = _targets(model, config)
     updates = {}
     generator = torch.Generator().manual_seed(config.seed)

@@ -13,7 +13,8 @@ scalars only if the scalars are of the size of 1. They are held relative to a no
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from mapconv.adapter import Direction, MapModule, Module
 from mapconv.algebra.dora import merge_rows_
 from mapconv.algebra.norms import row_blocks, squared_norm
 from mapconv.nn.bases import merged_row_norms, row_squares, values_of
-from mapconv.nn.functions import InverseNorm
+from mapconv.nn.functions import InverseNorm, gram_dtype
 
 SCALARS = ("relative_alpha", "relative_beta")
 
@@ -73,6 +74,7 @@ class Update(nn.Module):
         self.origin: Origin | None = None
         self._exact = {"relative_alpha": relative_alpha, "relative_beta": relative_beta}
         self._cache: torch.Tensor | None = None
+        self._versions: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -95,14 +97,24 @@ class Update(nn.Module):
         """‖W0‖/‖BA‖, 0-d float64; 0 where BA = 0. Computed once while the factors are frozen."""
         if self._is_training():
             self._cache = None
-            if self.detach_norm:
-                with torch.no_grad():
-                    return self._unit_norm * InverseNorm.apply(self.A, self.B)
-            return self._unit_norm * InverseNorm.apply(self.A, self.B)
-        if self._cache is None:
-            with torch.no_grad():
-                self._cache = self._unit_norm * InverseNorm.apply(self.A, self.B)
+            factors = [factor.detach() if self.detach_norm else factor for factor in self.factors]
+            return self._unit_norm * InverseNorm.apply(*factors, gram_dtype(self.A))
+        if self._is_stale():
+            with _lasting():
+                self._keep(self._unit_norm * InverseNorm.apply(self.A, self.B, torch.float64))
         return self._cache
+
+    def _keep(self, value: torch.Tensor) -> None:
+        self._cache, self._versions = value, self._factor_versions()
+
+    def _is_stale(self) -> bool:
+        """Whether there is nothing kept, or the factors were written to since (a graph is compiled for frozen ones)."""
+        return self._cache is None or not (torch.compiler.is_compiling() or self._versions == self._factor_versions())
+
+    def _factor_versions(self) -> tuple[int, ...]:
+        if torch.compiler.is_compiling():
+            return ()
+        return tuple(0 if factor.is_inference() else factor._version for factor in self.factors)
 
     def _is_training(self) -> bool:
         return any(factor.requires_grad for factor in self.factors)
@@ -184,17 +196,15 @@ class DoraUpdate(Update):
 
     def scales(self, base: nn.Module, path: str) -> torch.Tensor:
         """d, (out,), in the parameters' dtype; 0 for a row of zeros, as row_scales has it."""
-        if self._is_training() or self._cache is None:
+        if self._is_training() or self._is_stale():
             # A frozen direction is exact; one in training can do with float32 products.
             dtype = torch.promote_types(self.A.dtype, torch.float32) if self._is_training() else torch.float64
-            norms = self.row_norms(base, path, dtype)
-            inverse = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
-            self._cache = None if self._is_training() else inverse
-        else:
-            inverse = self._cache
-        return (self.magnitude * inverse).to(self.magnitude.dtype)
+            with _lasting():
+                norms = self.row_norms(base, path, dtype)
+                inverse = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+            self._keep(inverse)
+        return (self.magnitude * self._cache).to(self.magnitude.dtype)
 
-    @torch.no_grad()
     def row_norms(self, base: nn.Module, path: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         with values_of(base, path) as weight:
             if self._base_squares is None:
@@ -215,6 +225,13 @@ class DoraUpdate(Update):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self._base_squares = None
         return super()._apply(fn, recurse)
+
+
+@contextmanager
+def _lasting() -> Iterator[None]:
+    """For what is kept from one pass to the next: no graph, and no inference tensor, which cannot train later."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def direction_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor) -> float:

@@ -15,7 +15,8 @@ from torch import nn
 from mapconv.adapter import Adapter, WholeTensor
 from mapconv.errors import PlacementError, UnsupportedError
 from mapconv.nn.layers import MapLayer
-from mapconv.placement import Renaming, nearest
+from mapconv.nn.placing import Rename
+from mapconv.placement import nearest
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,14 @@ def replacements(
     model: nn.Module,
     adapter: Adapter,
     values: Mapping[str, torch.Tensor],
-    renaming: Renaming,
+    rename: Rename,
     biases: Mapping[str, torch.Tensor],
 ) -> tuple[Replacement, ...]:
     """All parameters that change, checked before any of them does.
 
     Args:
         values: the whole tensors' values by their name in the file.
-        renaming: how the adapter's paths are spelled in this model.
+        rename: how the adapter's parameters are spelled in this model.
         biases: what is added to the bias of the layer at a live path (``lora_bias``).
 
     Raises:
@@ -58,10 +59,10 @@ def replacements(
     slots = _slots(model)
     changed: dict[str, torch.Tensor] = {}
     rows = [item for item in adapter.whole if item.rows is not None]
-    own_rows = {_live_name(item, slots, renaming) for item in rows}
+    own_rows = {_live_name(item, slots, rename) for item in rows}
     # Rows are cut into what the adapter's other tensors have made of the parameter.
     for item in sorted(adapter.whole, key=lambda item: item.rows is not None):
-        name = _live_name(item, slots, renaming)
+        name = _live_name(item, slots, rename)
         value = values[item.tensor.name]
         tied = [other for other in slots if slots[other].parameter is slots[name].parameter]
         names = tied if item.in_place else [name]
@@ -106,8 +107,8 @@ def _slots(model: nn.Module) -> dict[str, _Slot]:
     return slots
 
 
-def _live_name(item: WholeTensor, slots: Mapping[str, _Slot], renaming: Renaming) -> str:
-    for name in (renaming.to_checkpoint(item.parameter), item.parameter):
+def _live_name(item: WholeTensor, slots: Mapping[str, _Slot], rename: Rename) -> str:
+    for name in (rename(item.parameter), item.parameter):
         if name in slots:
             return name
     shapes = {name: slot.parameter.shape for name, slot in slots.items()}

@@ -183,6 +183,9 @@ def test_frozen_factors_are_measured_again_after_they_changed():
     second = layer(x)
     torch.testing.assert_close(second, functional.linear(x, formula(base.weight, update)))
     assert not torch.allclose(first, second)
+    with torch.no_grad():
+        update.B.copy_(randn(5, RANK, seed=6))
+    torch.testing.assert_close(layer(x), functional.linear(x, formula(base.weight, update)))
     state = {name: value * 2 if name == "B" else value for name, value in update.state_dict().items()}
     state["A"] = randn(RANK, 6, seed=8)
     update.load_state_dict(state)

@@ -17,7 +17,7 @@ from tests.matrix.oracle import load_adapter as load_with_peft
 CASES = {
     "lora": ("llama", "gpt2", "t5"),
     "dora": ("gpt2", "qwen3"),
-    "conv-lora": ("vit", "whisper"),
+    "conv-lora": ("vit",),
     "conv-dora": ("vit",),
     "embedding-lora": ("gemma3", "bert"),
     "embedding-dora": ("gpt2",),
@@ -39,6 +39,7 @@ CASES = {
     "pissa": ("gpt2",),
     "olora-dora": ("llama",),
     "name-in-keys": ("llama",),
+    "v4-names": ("vit", "llava"),
 }
 CHOSEN = [(tiny, option) for tiny, option in combinations() if tiny.name in CASES.get(option.name, ())]
 
@@ -56,6 +57,7 @@ def test_live_model_computes_what_the_adapter_does(tiny, option, workshop, tmp_p
     load_adapter(model, case.adapter, **option.extra)
     save_adapter(model, tmp_path / "map")
 
+    # Names of transformers 4 are written as those of the model at hand, so PEFT reads what it could not read before.
     assert distance(tiny.logits(load_with_peft(case, tmp_path / "map")), case.live) <= tolerance(case)
     model = model.double()
     assert distance(tiny.logits(model), case.trained) <= tolerance(case)

@@ -164,22 +164,37 @@ def test_gradient_checkpointing(base, reentrant):
     assert_same_gradients(gradients(model), exact, rtol=1e-5)
 
 
-def test_compile(base, map_dir):
+@pytest.mark.parametrize("trainable", ["none", "all"])
+def test_compile(base, map_dir, trainable):
     """Without a break in the graph, and with the gradients of the eager model."""
-    model = load_adapter(load_base(base), map_dir, trainable="all")
-    block = model.model.layers[0].mlp
+    model = load_adapter(load_base(base), map_dir, trainable=trainable)
+    block = model.model.layers[0].mlp.up_proj
     x = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
 
     def run(module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         model.zero_grad()
+        x.grad = None
         y = module(x)
         y.square().sum().backward()
-        return y.detach(), {name: p.grad.clone() for name, p in block.named_parameters() if p.grad is not None}
+        found = {name: p.grad.clone() for name, p in block.named_parameters() if p.grad is not None}
+        return y.detach(), found | {"x": x.grad}
 
-    eager, wanted = run(block)
+    torch.compiler.reset()
     compiled, found = run(torch.compile(block, fullgraph=True, backend="aot_eager"))
+    eager, wanted = run(block)
     torch.testing.assert_close(compiled, eager)
     assert_same_gradients(found, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["low-rank", "dora"])
+def test_scalars_train_after_a_pass_in_inference_mode(base, dora, tmp_path, direction):
+    """What a layer keeps from one pass to the next must not be an inference tensor."""
+    mapconv.upgrade(dora, tmp_path / "map", base=base, direction=direction)
+    model = load_adapter(load_base(base), tmp_path / "map", trainable="scalars")
+    wanted = gradients(model)
+    again = load_adapter(load_base(base), tmp_path / "map", trainable="scalars")
+    log_probabilities(again)  # under inference_mode
+    assert_same_gradients(gradients(again), wanted, rtol=1e-6)
 
 
 def test_offloaded_layers(base, dora, map_dir, tmp_path):
