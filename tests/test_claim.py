@@ -105,10 +105,9 @@ def test_differences_are_paired_by_seed():
     assert difference == pytest.approx({"mean": -0.2, "deviation": 0.1, "width": 4.30 * 0.1 / 3**0.5, "seeds": 3})
     assert paired(RUNS[:2] + RUNS[4:], "LoMAP", "LoRA", "loss") is None
     # The deviation of each method is 1 and 0.9: unpaired, the same difference would drown.
-    assert verdict(difference, lower_is_better=True) == "better by more than one deviation, within the 95 % interval"
-    assert verdict(difference | {"width": 0.19}, lower_is_better=True) == "better, beyond the 95 % interval"
-    assert verdict(difference | {"width": 0.19}, lower_is_better=False) == "worse, beyond the 95 % interval"
-    assert verdict(difference | {"deviation": 0.21}, lower_is_better=True) == "no difference beyond the seeds'"
+    assert verdict(difference) == "better by 2.0 deviations, within the 95 % interval"
+    assert verdict(difference | {"width": 0.19}) == "better by 2.0 deviations, beyond the 95 % interval"
+    assert verdict(difference | {"mean": 0.05}) == "worse by 0.5 deviations, within the 95 % interval"
 
 
 def test_the_table_shows_means_and_deviations():
@@ -116,7 +115,7 @@ def test_the_table_shows_means_and_deviations():
     assert "| base (1 seeds) | 0 | – | 3.0000 | 1.00 |" in table
     assert "| LoRA (3 seeds) | 10 | 0.001 | 2.0000 ± 1.0000 | 2.00 |" in table
     assert "| LoMAP (3 seeds) | 10 | 0.003 | 1.8000 ± 0.9000 | 2.00 |" in table
-    assert "| LoMAP − LoRA | -0.2000 ± 0.1000 | better by more than one deviation" in table
+    assert "| LoMAP − LoRA | -0.2000 ± 0.1000 | better by 2.0 deviations, within" in table
     assert "DoRA" not in table
 
 

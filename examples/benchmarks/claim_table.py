@@ -48,14 +48,12 @@ def paired(runs: Sequence[dict[str, Any]], first: str, second: str, score: str) 
     return {"mean": mean, "deviation": deviation, "width": width, "seeds": len(seeds)}
 
 
-def verdict(difference: Mapping[str, float], *, lower_is_better: bool) -> str:
-    """What a paired difference says, against the spread of that difference over the seeds."""
-    mean, side = difference["mean"], "better" if (difference["mean"] < 0) == lower_is_better else "worse"
-    if abs(mean) > difference["width"]:
-        return f"{side}, beyond the 95 % interval"
-    if abs(mean) > difference["deviation"]:
-        return f"{side} by more than one deviation, within the 95 % interval"
-    return "no difference beyond the seeds'"
+def verdict(difference: Mapping[str, float]) -> str:
+    """What a paired difference of losses says, against the spread of that difference over the seeds."""
+    side = "better" if difference["mean"] < 0 else "worse"
+    size = abs(difference["mean"]) / difference["deviation"] if difference["deviation"] else math.inf
+    place = "beyond" if abs(difference["mean"]) > difference["width"] else "within"
+    return f"{side} by {size:.1f} deviations, {place} the 95 % interval"
 
 
 def markdown(task: str, runs: Sequence[dict[str, Any]], tuned: Mapping[str, float], methods: Sequence[str]) -> str:
@@ -73,13 +71,13 @@ def markdown(task: str, runs: Sequence[dict[str, Any]], tuned: Mapping[str, floa
         seconds = statistics.median(run["seconds"] for run in own)
         time = f"{seconds:.2f}" if seconds else "–"
         lines.append(_row(f"{method} ({len(own)} seeds)", f"{own[0]['parameters']:,}", rate, *cells, time))
-    lines += ["", _row("paired by seed", *names, "of the first score"), _row(*["---"] * (2 + len(names)))]
+    lines += ["", _row("paired by seed", *names, "the loss, in words"), _row(*["---"] * (2 + len(names)))]
     adapted = [method for method in methods if method in tuned]
     for second, first in ((a, b) for i, a in enumerate(adapted) for b in adapted[i + 1 :]):
         differences = [paired(tested, first, second, score) for score in scores]
         if differences and all(differences):
             cells = [f"{d['mean']:+.4f} ± {d['deviation']:.4f}" for d in differences if d]
-            lines.append(_row(f"{first} − {second}", *cells, verdict(differences[0] or {}, lower_is_better=True)))
+            lines.append(_row(f"{first} − {second}", *cells, verdict(differences[0] or {})))
     return "\n".join(lines)
 
 
