@@ -66,7 +66,7 @@ def markdown(task: str, runs: Sequence[dict[str, Any]], tuned: Mapping[str, floa
         own = [run for run in tested if run["method"] == method]
         if not own:
             continue
-        cells = [_plus_minus([run["test"][score] for run in own], score) for score in scores]
+        cells = [_plus_minus(*mean_and_deviation([run["test"][score] for run in own]), score) for score in scores]
         rate = f"{tuned[method]:g}" if method in tuned else "–"
         seconds = statistics.median(run["seconds"] for run in own)
         time = f"{seconds:.2f}" if seconds else "–"
@@ -76,15 +76,15 @@ def markdown(task: str, runs: Sequence[dict[str, Any]], tuned: Mapping[str, floa
     for second, first in ((a, b) for i, a in enumerate(adapted) for b in adapted[i + 1 :]):
         differences = [paired(tested, first, second, score) for score in scores]
         if differences and all(differences):
-            cells = [f"{d['mean']:+.4f} ± {d['deviation']:.4f}" for d in differences if d]
+            pairs = zip(differences, scores, strict=True)
+            cells = [_plus_minus(d["mean"], d["deviation"], score, sign="+") for d, score in pairs if d]
             lines.append(_row(f"{first} − {second}", *cells, verdict(differences[0] or {})))
     return "\n".join(lines)
 
 
-def _plus_minus(values: Sequence[float], score: str) -> str:
-    mean, deviation = mean_and_deviation(values)
+def _plus_minus(mean: float, deviation: float, score: str, sign: str = "") -> str:
     digits = 2 if score == "accuracy" else 4
-    return f"{mean:.{digits}f}" + ("" if math.isnan(deviation) else f" ± {deviation:.{digits}f}")
+    return f"{mean:{sign}.{digits}f}" + ("" if math.isnan(deviation) else f" ± {deviation:.{digits}f}")
 
 
 def _row(*cells: str) -> str:
