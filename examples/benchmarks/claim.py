@@ -112,20 +112,22 @@ class Runs:
 
     def __init__(self, path: Path):
         self._path = path
-        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Read anew each time: processes with other tasks or methods may write to the same file."""
+        return [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []
 
     def get(self, task: Any, method: str, learning_rate: float, seed: int, part: str) -> dict[str, Any]:
         """One run's record; it is made now unless the file has it. ``part`` is what is scored at the end."""
         settings = {"steps": task.steps, "batch": task.batch, "rank": RANK}
         key = {"task": task.name, "method": method, "learning_rate": learning_rate, "seed": seed, "settings": settings}
-        for row in self.rows:
+        for row in self.rows():
             if part in row and all(row[name] == value for name, value in key.items()):
                 return row
         model, figures = train(task, method, learning_rate, seed)
         row = {**key, **figures, part: task.scores(model, part)}
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        self.rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
         return row
 
