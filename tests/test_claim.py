@@ -105,9 +105,10 @@ def test_differences_are_paired_by_seed():
     assert difference == pytest.approx({"mean": -0.2, "deviation": 0.1, "width": 4.30 * 0.1 / 3**0.5, "seeds": 3})
     assert paired(RUNS[:2] + RUNS[4:], "LoMAP", "LoRA", "loss") is None
     # The deviation of each method is 1 and 0.9: unpaired, the same difference would drown.
-    assert verdict(difference) == "better by 2.0 deviations, within the 95 % interval"
-    assert verdict(difference | {"width": 0.19}) == "better by 2.0 deviations, beyond the 95 % interval"
-    assert verdict(difference | {"mean": 0.05}) == "worse by 0.5 deviations, within the 95 % interval"
+    assert verdict(difference, "loss") == "better by 2.0 deviations, within the 95 % interval"
+    assert verdict(difference | {"width": 0.19}, "loss") == "better by 2.0 deviations, beyond the 95 % interval"
+    assert verdict(difference | {"mean": 0.05}, "loss") == "worse by 0.5 deviations, within the 95 % interval"
+    assert verdict(difference, "accuracy") == "worse by 2.0 deviations, within the 95 % interval"
 
 
 def test_the_table_shows_means_and_deviations():
@@ -115,7 +116,7 @@ def test_the_table_shows_means_and_deviations():
     assert "| base (1 seeds) | 0 | – | 3.0000 | 1.00 |" in table
     assert "| LoRA (3 seeds) | 10 | 0.001 | 2.0000 ± 1.0000 | 2.00 |" in table
     assert "| LoMAP (3 seeds) | 10 | 0.003 | 1.8000 ± 0.9000 | 2.00 |" in table
-    assert "| LoMAP − LoRA | -0.2000 ± 0.1000 | better by 2.0 deviations, within" in table
+    assert "| LoMAP − LoRA | -0.2000 ± 0.1000 | loss better by 2.0 deviations, within" in table
     assert "DoRA" not in table
 
 

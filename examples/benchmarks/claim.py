@@ -19,8 +19,8 @@ and further for as long as the best is at an edge, by the loss on a validation p
 then train at that rate, and the test part is read once for each, at the last step. The seed decides the adapter's and
 the head's initialisation and the training examples.
 
-Sizes are chosen for an hour of one core for everything (about 21 runs a task, 40 to 60 s each), with OMP_NUM_THREADS=1.
-Seconds are the process's CPU time, the median over the steps.
+Sizes are chosen for an hour of one core for everything (about 30 runs a task, 50 to 65 s each), with OMP_NUM_THREADS=1.
+Seconds are the process's CPU time, the median over the steps, so that a pause or a busy machine counts for little.
 """
 
 from __future__ import annotations

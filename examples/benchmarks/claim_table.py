@@ -48,9 +48,9 @@ def paired(runs: Sequence[dict[str, Any]], first: str, second: str, score: str) 
     return {"mean": mean, "deviation": deviation, "width": width, "seeds": len(seeds)}
 
 
-def verdict(difference: Mapping[str, float]) -> str:
-    """What a paired difference of losses says, against the spread of that difference over the seeds."""
-    side = "better" if difference["mean"] < 0 else "worse"
+def verdict(difference: Mapping[str, float], score: str) -> str:
+    """What a paired difference says, against the spread of that difference over the seeds."""
+    side = "better" if (difference["mean"] < 0) == (score == "loss") else "worse"
     size = abs(difference["mean"]) / difference["deviation"] if difference["deviation"] else math.inf
     place = "beyond" if abs(difference["mean"]) > difference["width"] else "within"
     return f"{side} by {size:.1f} deviations, {place} the 95 % interval"
@@ -71,14 +71,18 @@ def markdown(task: str, runs: Sequence[dict[str, Any]], tuned: Mapping[str, floa
         seconds = statistics.median(run["seconds"] for run in own)
         time = f"{seconds:.2f}" if seconds else "–"
         lines.append(_row(f"{method} ({len(own)} seeds)", f"{own[0]['parameters']:,}", rate, *cells, time))
-    lines += ["", _row("paired by seed", *names, "the loss, in words"), _row(*["---"] * (2 + len(names)))]
+    lines += [
+        "",
+        _row("paired by seed", *names, "against the spread over the seeds"),
+        _row(*["---"] * (2 + len(names))),
+    ]
     adapted = [method for method in methods if method in tuned]
     for second, first in ((a, b) for i, a in enumerate(adapted) for b in adapted[i + 1 :]):
-        differences = [paired(tested, first, second, score) for score in scores]
-        if differences and all(differences):
-            pairs = zip(differences, scores, strict=True)
-            cells = [_plus_minus(d["mean"], d["deviation"], score, sign="+") for d, score in pairs if d]
-            lines.append(_row(f"{first} − {second}", *cells, verdict(differences[0] or {})))
+        pairs = [(difference, score) for score in scores if (difference := paired(tested, first, second, score))]
+        if pairs:
+            cells = [_plus_minus(d["mean"], d["deviation"], score, sign="+") for d, score in pairs]
+            words = [f"{score} {verdict(d, score)}" for d, score in pairs]
+            lines.append(_row(f"{first} − {second}", *cells, "; ".join(words)))
     return "\n".join(lines)
 
 
