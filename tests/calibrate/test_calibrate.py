@@ -63,7 +63,8 @@ def test_training_gains_on_the_closed_form_and_factors_gain_more(results):
     start = scalars["closed form"].kl
     assert scalars["calibrated"].kl < 0.95 * start
     assert everything["calibrated"].kl < 0.9 * scalars["calibrated"].kl
-    assert everything["closed form"] == scalars["closed form"]
+    # The same model in two runs: a float32 product may be summed in another order each time.
+    assert everything["closed form"].kl == pytest.approx(start, rel=1e-5)
     assert results["scalars"].report.trained_parameters == 2 * 14
 
 

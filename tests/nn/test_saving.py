@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import os
 import random
 import signal
 import time
@@ -162,13 +163,15 @@ def test_killed_at_any_moment(base, map_dir, tmp_path):
     import multiprocessing
 
     model = load_adapter(load_base(base), map_dir)
+    context = multiprocessing.get_context("fork")  # the model is in memory already: the moments fall into the work
+    whole = context.Process(target=save_slowly, args=(model, tmp_path / "expected"))
     started = time.perf_counter()
-    save_adapter(model, tmp_path / "expected")
+    whole.start()
+    whole.join()
     duration = time.perf_counter() - started
     out, landed, moments = tmp_path / "out", 0, random.Random(0)
-    context = multiprocessing.get_context("fork")  # the model is in memory already: the moments fall into the work
     for kill in range(16):
-        victim = context.Process(target=save_adapter, args=(model, out), kwargs={"force": True})
+        victim = context.Process(target=save_slowly, args=(model, out))
         victim.start()
         victim.join(duration * 1.2 * (kill + moments.random()) / 16)
         victim.kill()
@@ -181,6 +184,13 @@ def test_killed_at_any_moment(base, map_dir, tmp_path):
     save_adapter(model, out, force=True)
     assert_same(out, tmp_path / "expected")
     assert {path.name for path in tmp_path.iterdir()} == {"expected", "out"}
+
+
+def save_slowly(model, out) -> None:
+    """On a disk that takes its time, or the whole save would be over before a kill could fall into it."""
+    flush = os.fsync
+    os.fsync = lambda file: (time.sleep(0.02), flush(file))
+    save_adapter(model, out, force=True)
 
 
 def assert_same(out, expected) -> None:
