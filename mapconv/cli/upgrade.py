@@ -213,9 +213,11 @@ def _advice(result: UpgradeResult, tolerance: float | None) -> str | None:
         return None
     if result.method == "LoRA":
         return "ε is large because --rank is below the source's own rank: without --rank the result is exact"
+    has_data = any(module.output_error is not None for module in result.modules) or result.calibration is not None
+    fit = "" if has_data else "--data FILE fits the outputs, "
     return (
-        "ε is large where DoRA's magnitudes do not fit in this rank: --direction dora is exact, --tolerance 0.1 "
-        "chooses ranks, and `mapconv verify` shows what it means for the outputs"
+        f"ε is large where DoRA's magnitudes do not fit in this rank: {fit}--direction dora is exact, "
+        "--tolerance 0.1 chooses ranks, and `mapconv verify` shows what it means for the outputs"
     )
 
 

@@ -129,18 +129,24 @@ def upgrade(
     sample = None
     if data is not None and not _is_exact(placed, options):
         sample = read_data(Path(data), placed.target, samples=samples, length=sequence_length)
-    modules: tuple[MapModule, ...] = ()
     refitted: tuple[MapModule, ...] = ()
-    parameters, calibration = 0, None
+    modules, parameters, calibration = refitted, 0, None
     norms = BaseNorms(placed.target.checkpoint)
     if not dry_run:
         with staged_folder(out, force=force) as staging:
-            modules, parameters = write_map_directory(placed, options, norms, sample, staging, quiet=quiet)
+            refitted, parameters = write_map_directory(placed, options, norms, sample, staging, quiet=quiet)
+            modules = refitted
             if calibrate and sample is not None:
                 training = {"steps": calibrate, "sequence_length": sequence_length}
                 calibration = _calibrate(placed, sample, staging, training, device, allow_pickle, quiet=quiet)
-                modules, refitted = calibration.modules, modules
+                modules = calibration.modules
             nbytes = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+    notes = [
+        *_notes(placed, options),
+        *norms.notes,
+        *_data_notes(placed, options, sample, samples, refitted),
+        *(() if calibration is None else calibration.notes),
+    ]
     return UpgradeResult(
         out=out,
         source=source,
@@ -154,13 +160,7 @@ def upgrade(
         dry_run=dry_run,
         plain_lora=not needs_magnitude(modules),
         calibration=calibration,
-        notes=(
-            *_notes(placed, options),
-            *norms.notes,
-            *(() if sample is None else sample.sequences.notes),
-            *(() if calibration is None else calibration.notes),
-            *_data_notes(placed, options, refitted or modules),
-        ),
+        notes=tuple(dict.fromkeys(notes)),  # a calibration repeats those of its data
     )
 
 
@@ -213,18 +213,22 @@ def _is_exact(placed: PlacedAdapter, options: ConvertOptions) -> bool:
     return all(options.keeps_factors(item) for item in placed.modules)
 
 
-def _data_notes(placed: PlacedAdapter, options: ConvertOptions, modules: Sequence[MapModule]) -> list[str]:
-    """What --data could not serve."""
+def _data_notes(
+    placed: PlacedAdapter, options: ConvertOptions, sample: Sample | None, samples: int, refitted: Sequence[MapModule]
+) -> list[str]:
+    """What is wrong with --data, and what it could not serve; a dry run has refitted nothing."""
     if options.statistics is None:
         return []
-    if _is_exact(placed, options):
+    if sample is None:
         return ["every module keeps its own factors, which is exact: --data and --calibrate change nothing"]
-    unseen = [
-        scalars.path
-        for item, scalars in zip(placed.modules, modules, strict=True)
-        if scalars.output_error is None and scalars.error > 0 and not options.keeps_factors(item)
-    ]
-    if not unseen:
-        return []
-    shown = ", ".join(unseen[:3]) + (", …" if len(unseen) > 3 else "")
-    return [f"{len(unseen)} modules got no input vectors from --data and are refitted by their weights alone: {shown}"]
+    notes, found = list(sample.sequences.notes), len(sample.sequences)
+    if found < samples:
+        notes.append(f"--data makes {found} sequences beside those held out, fewer than the {samples} to run")
+    exact = {item.key for item in placed.modules if options.keeps_factors(item)}
+    unseen = [m.path for m in refitted if m.output_error is None and m.error and (m.path, m.expert) not in exact]
+    if unseen:
+        shown = ", ".join(unseen[:3]) + (", …" if len(unseen) > 3 else "")
+        notes.append(
+            f"{len(unseen)} modules got no input vectors from --data and are refitted by their weights alone: {shown}"
+        )
+    return notes

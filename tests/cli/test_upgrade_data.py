@@ -149,6 +149,22 @@ def test_calibration_follows_the_refit(run, dora, text, fitted, tmp_path):
     mapconv.merge(tmp_path / "map", tmp_path / "merged")
 
 
+def test_a_dry_run_reads_the_data_and_writes_nothing(run, dora, text, tmp_path):
+    with nothing_written(tmp_path):
+        words = ["--data", text, *LENGTH, "--calibrate", 4, "--dry-run"]
+        result = run("upgrade", dora, "-o", tmp_path / "map", *words)
+    assert result.status == 0, result.err
+    assert "would convert 14 DoRA modules" in result.out
+
+
+def test_fewer_sequences_than_asked_for_are_said_once(run, dora, text, tmp_path):
+    text.write_text(text.read_text()[:320])
+    result = run("upgrade", dora, "-o", tmp_path / "map", "--data", text, *LENGTH)
+    said = result.out + result.err
+    assert result.status == 0, result.err
+    assert said.count("fewer than the 24 to run") == 1
+
+
 def test_calibration_trains_what_lora_compatible_holds(run, dora, text, tmp_path):
     result = run("upgrade", dora, "-o", tmp_path / "map", "--data", text, "--calibrate", 4, "--lora-compatible")
     assert result.status == 2
