@@ -13,6 +13,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mapconv.version import __version__
+
 if TYPE_CHECKING:
     from mapconv.commands.calibrate import calibrate
     from mapconv.commands.catalog import convert_catalog
@@ -28,10 +30,10 @@ if TYPE_CHECKING:
     from mapconv.nn.saving import save_adapter
     from mapconv.nn.training import MapConfig, get_map_model
 
-__version__ = "0.1.0"
 __all__ = [
-    "MapConfig", "MapconvError", "calibrate", "convert_catalog", "detach", "disabled", "get_map_model", "inspect",
-    "load_adapter", "map_layers", "merge", "push", "report", "save_adapter", "set_adapter", "upgrade", "verify",
+    "MapConfig", "MapconvError", "__version__", "calibrate", "convert_catalog", "detach", "disabled", "get_map_model",
+    "inspect", "load_adapter", "map_layers", "merge", "push", "report", "save_adapter", "set_adapter", "upgrade",
+    "verify",
 ]  # fmt: skip
 
 _HOMES = {

@@ -1,4 +1,4 @@
-"""The errors that mapconv raises on purpose.
+"""The errors that mapconv raises on purpose, and the sentence that any error becomes.
 
     MapconvError                     the root: catch this one
     ├── AdapterError                 the adapter's files or its configuration are broken
@@ -19,6 +19,20 @@
 Each message is one sentence that a user can act on: what is wrong, in which file or tensor, what was
 expected, and what to do next.
 """
+
+from __future__ import annotations
+
+import errno
+
+#: What to say of an operating system's refusal, by its number.
+_SYSTEM_ERRORS = {
+    errno.ENOSPC: "no space left on the disk: make room and run the command again",
+    errno.EDQUOT: "the disk quota is used up: make room and run the command again",
+    errno.EACCES: "permission denied: change its permissions, or give another folder",
+    errno.EPERM: "not permitted: change its permissions, or give another folder",
+    errno.EROFS: "the file system is read-only: choose another output folder",
+    errno.EFBIG: "the file is larger than this file system or a limit of this shell allows",
+}
 
 
 class MapconvError(Exception):
@@ -84,3 +98,21 @@ class ResourceError(MapconvError):
 
 class DependencyError(MapconvError):
     """An optional package or a device is absent."""
+
+
+def sentence(error: Exception) -> str:
+    """What to tell a user of any error."""
+    if isinstance(error, MapconvError):
+        return str(error)
+    if isinstance(error, OSError):
+        reason = _SYSTEM_ERRORS.get(error.errno) or error.strerror or str(error)
+        return f"{error.filename}: {reason}." if error.filename else f"{reason}."
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory: close other programs, use --device cpu, or convert on a larger machine."
+    if isinstance(error, ValueError):
+        return f"{error}."
+    lines = str(error).strip().splitlines() or [""]
+    return (
+        f"unexpected {type(error).__name__} ({lines[0][:200]}): this is a bug in mapconv; run again with "
+        "MAPCONV_DEBUG=1 and report the traceback."
+    )

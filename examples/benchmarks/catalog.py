@@ -148,7 +148,7 @@ def stages(options: argparse.Namespace, adapters: Path, nbytes: int) -> None:
     """Where the limit lies: what one adapter costs in processor time and on the disk."""
     code = (
         "import os, sys, time, shutil, mapconv\n"
-        "from mapconv.provenance import source_fingerprint\n"
+        "from mapconv.metadata.provenance import source_fingerprint\n"
         "mapconv.upgrade(sys.argv[2], sys.argv[1])\n"
         "flushed, flush = [0.0], os.fsync\n"
         "def timed(file):\n"

@@ -39,7 +39,7 @@ from claim_table import best_learning_rate, markdown, next_learning_rate
 from claim_tasks import PythonDocs, Sentiment
 from torch import nn
 
-from mapconv.models import quiet_libraries
+from mapconv.runtime.models import quiet_libraries
 
 RANK = 8
 HEAD_LEARNING_RATE = 1e-3

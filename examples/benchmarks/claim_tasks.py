@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mapconv.commands.demo import write_base_model
-from mapconv.models import load_model, load_tokenizer
+from mapconv.runtime.models import load_model, load_tokenizer
 
 PARTS = ("train", "validation", "test")
 

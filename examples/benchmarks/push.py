@@ -29,7 +29,7 @@ WIDTH, LAYERS, TARGETS = 1024, 6, ("q_proj", "v_proj")
 
 PUSH = """
 import json, sys, time
-import huggingface_hub.hf_api, mapconv.commands.push, mapconv.reporting.scalars
+import huggingface_hub.hf_api, mapconv.commands.push, mapconv.publishing.picture
 start = time.perf_counter()
 result = mapconv.push(sys.argv[1], sys.argv[2], base_id="lab/base")
 print(json.dumps({"seconds": time.perf_counter() - start, "commit": result.commit}))

@@ -16,7 +16,7 @@ from pathlib import Path
 from measure import ROOT, mapconv, median
 
 sys.path.insert(0, ROOT)
-from tests.report.samples import entries, save_adapter, save_ledger
+from tests.reporting.samples import entries, save_adapter, save_ledger
 
 LAYERS = 80
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

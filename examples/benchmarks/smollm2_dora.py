@@ -22,7 +22,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from mapconv.commands.demo import write_base_model
-from mapconv.models import load_model, load_tokenizer
+from mapconv.runtime.models import load_model, load_tokenizer
 
 SEQUENCE, BATCH, WARMUP = 256, 4, 10
 #: Modules with a long text of their own, which is no topic (the debugger's is).

@@ -6,13 +6,11 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mapconv.catalog.entries import STAGES, Entry, Options
+from mapconv.catalog.records import Faults, Record
 from mapconv.catalog.signatures import options_of
-
-if TYPE_CHECKING:
-    from mapconv.catalog.reading import Faults, Record
 
 #: Parameters that the run itself sets.
 _GIVEN = {

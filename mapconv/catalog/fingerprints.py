@@ -16,8 +16,8 @@ import hashlib
 import os
 from functools import lru_cache
 
-import mapconv
 from mapconv.catalog.entries import Entry
+from mapconv.version import __version__
 
 
 def mark(*parts: object) -> str:
@@ -29,13 +29,13 @@ def mark(*parts: object) -> str:
 def done_mark(entry: Entry, content: str, base: str | None) -> str:
     """The fingerprint of a finished entry; ``base`` as it was found when the adapter was converted."""
     found = None if base is None else base_mark(base)
-    return mark(mapconv.__version__, entry.source, entry.base, entry.options.digest, content, base, found)
+    return mark(__version__, entry.source, entry.base, entry.options.digest, content, base, found)
 
 
 def failed_mark(entry: Entry, stat: str) -> str:
     """The fingerprint of an entry that failed: a changed source, base or option makes it due again."""
     found = None if entry.base is None else base_mark(entry.base)
-    return mark(mapconv.__version__, entry.source, entry.base, entry.options.digest, stat, found)
+    return mark(__version__, entry.source, entry.base, entry.options.digest, stat, found)
 
 
 def source_mark(source: str) -> str:

@@ -16,9 +16,9 @@ from pathlib import Path
 from sys import intern
 from typing import Any, BinaryIO
 
-import mapconv
 from mapconv.errors import CatalogError
 from mapconv.jsonfile import finite
+from mapconv.version import __version__
 
 LEDGER_FILE = "ledger.jsonl"
 LEDGER_VERSION = 1
@@ -58,7 +58,7 @@ class Ledger:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         _repair(self._descriptor)
         if os.fstat(self._descriptor).st_size == 0:
-            self._write([{"ledger": LEDGER_VERSION, "mapconv_version": mapconv.__version__}])
+            self._write([{"ledger": LEDGER_VERSION, "mapconv_version": __version__}])
 
     def __enter__(self) -> Ledger:
         return self

@@ -58,7 +58,7 @@ def _failed_so(entry: Entry, line: Seen) -> bool:
 
 
 def _has_content(source: str, content: str) -> bool:
-    from mapconv.provenance import source_fingerprint
+    from mapconv.metadata.provenance import source_fingerprint
 
     try:
         return source_fingerprint(Path(source)) == content

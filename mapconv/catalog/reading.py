@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mapconv.catalog.checking import Checker
 from mapconv.catalog.entries import Entry
+from mapconv.catalog.records import Faults, Record
 from mapconv.errors import CatalogError
 
 #: A folder that holds one of these is meant as an adapter, even if the others are missing.
@@ -28,44 +29,12 @@ _LONGEST_LINE = 1 << 20
 _MOST_NESTING = 16
 
 
-@dataclass(frozen=True)
-class Record:
-    """One entry as the file has it, and the lines of its keys: ``lines["upgrade", "rank"]``."""
-
-    table: Any
-    line: int
-    lines: Mapping[tuple[str, ...], int] = field(default_factory=dict)
-
-    def line_of(self, *keys: str) -> int:
-        return next((self.lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.lines), self.line)
-
-
-class Faults:
-    """What is wrong with a catalog, in the order of its lines; ``check`` raises all of it as one error."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._found: list[tuple[int, str]] = []
-
-    def add(self, line: int, text: str) -> None:
-        self._found.append((line, text))
-
-    def check(self) -> None:
-        if not self._found:
-            return
-        lines = "\n".join(f"  line {line}: {text}" for line, text in sorted(self._found, key=lambda item: item[0]))
-        count = len(self._found)
-        raise CatalogError(f"{self._path} has {count} fault{'s' if count > 1 else ''}, nothing was converted:\n{lines}")
-
-
 def read_catalog(path: Path) -> list[Entry]:
     """Every entry of a catalog, checked; adapters' files are not opened.
 
     Raises:
         CatalogError: with every fault of the file and its line.
     """
-    from mapconv.catalog.checking import Checker
-
     if path.is_dir():
         return list(_folder_entries(path))
     if not path.exists():

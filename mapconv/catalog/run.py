@@ -20,8 +20,7 @@ from mapconv.catalog.ledger import LEDGER_FILE, Ledger
 from mapconv.catalog.lock import run_lock
 from mapconv.catalog.pending import Pending, find_pending
 from mapconv.checkpoint.staging import write_file
-from mapconv.errors import DiskFullError, OutputError
-from mapconv.sentence import sentence
+from mapconv.errors import DiskFullError, OutputError, sentence
 
 #: The run's own folder in OUT: its lock, and what it set out to do.
 OWN_FOLDER, LOCK_FILE, RUN_FILE = ".mapconv", "lock", "run.json"

@@ -14,8 +14,7 @@ from typing import Any
 
 from mapconv.catalog import faults
 from mapconv.catalog.entries import Job
-from mapconv.errors import AdapterError
-from mapconv.sentence import sentence
+from mapconv.errors import AdapterError, sentence
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def prepare(cores: int | None = None) -> None:
     """Load what the work needs, and let it use ``cores`` cores of this machine; None: all of them."""
     import_module("mapconv.commands.upgrade")  # the second that torch takes is no entry's own
     if cores is not None:
-        import_module("mapconv.parallel").limit_cores(cores)
+        import_module("mapconv.runtime.threads").limit_cores(cores)
 
 
 def run_job(job: Job) -> Outcome:

@@ -11,8 +11,8 @@ from typing import NoReturn
 
 import click
 
-from mapconv import __version__
 from mapconv.cli.errors import errors_as_sentences
+from mapconv.version import __version__
 
 #: In the order of a user's day, which is the order of the help page.
 COMMANDS = ("inspect", "upgrade", "calibrate", "verify", "report", "merge", "push", "catalog", "demo")

@@ -16,7 +16,7 @@ from mapconv.cli.output import notes, print_json, print_table, small, spread
 from mapconv.hub.reference import shown
 
 if TYPE_CHECKING:
-    from mapconv.calibration import CalibrationReport
+    from mapconv.training.calibration import CalibrationReport
 
 #: The exit status of a run that Ctrl-C ended, as shells have it.
 INTERRUPTED = 130

@@ -23,8 +23,8 @@ def command(folder: Path, force: bool, quiet: bool) -> None:
     DIR is ./mapconv-demo unless given.
     """
     from mapconv.commands.demo import PROMPT, answer, train_adapter, write_base_model
-    from mapconv.models import load_model
-    from mapconv.progress import progress_bar
+    from mapconv.runtime.models import load_model
+    from mapconv.runtime.progress import progress_bar
 
     started = time.perf_counter()
     base = folder / "base"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import click
 
-from mapconv.sentence import sentence
+from mapconv.errors import sentence
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def command(
     """
     from mapconv.commands.push import Push
     from mapconv.hub.client import Secret
-    from mapconv.hub.upload import Destination
+    from mapconv.publishing.upload import Destination
 
     secret = Secret(token)
     token = None  # a traceback that prints local variables must not find it here

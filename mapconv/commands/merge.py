@@ -13,18 +13,18 @@ from typing import Any
 
 from mapconv.checkpoint.index import INDEX_FILE
 from mapconv.checkpoint.reader import TensorReader
+from mapconv.checkpoint.sidecars import MERGE_RECORD, copy_model_files, write_model_config
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
 from mapconv.checkpoint.writer import FixedFile
-from mapconv.convert import Dtype
 from mapconv.errors import BaseMismatchError
 from mapconv.hub import locate_adapter
-from mapconv.merging import MergedTensor, Merger
-from mapconv.parallel import in_order, worker_count
-from mapconv.placing import PlacedAdapter, place_adapters
-from mapconv.plan import MergePlan, plan_merge
-from mapconv.progress import progress_bar
-from mapconv.provenance import merge_record
-from mapconv.sidecars import MERGE_RECORD, copy_model_files, write_model_config
+from mapconv.merging.merger import MergedTensor, Merger
+from mapconv.merging.plan import MergePlan, plan_merge
+from mapconv.metadata.provenance import merge_record
+from mapconv.placement.adapters import PlacedAdapter, place_adapters
+from mapconv.refit.converter import Dtype
+from mapconv.runtime.progress import progress_bar
+from mapconv.runtime.threads import in_order, worker_count
 
 #: Norms of the same bytes agree far better than this; those of another base do not (DESIGN.md, fingerprint).
 NORM_TOLERANCE = 1e-9

@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mapconv.card import CARD_FILE
 from mapconv.errors import HubError
 from mapconv.hub.client import Secret
 from mapconv.hub.reference import is_repo_id
-from mapconv.hub.upload import Destination, send
-from mapconv.publish import Kind, Parcel, pack
+from mapconv.metadata.card import CARD_FILE
+from mapconv.publishing.package import Kind, Parcel, pack
+from mapconv.publishing.upload import Destination, send
 
 
 @dataclass(frozen=True)

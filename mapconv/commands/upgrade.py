@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.moments import Statistics
 from mapconv.checkpoint.staging import check_output, staged_folder
-from mapconv.conversion import Sample, read_data, write_map_directory
-from mapconv.convert import DEFAULT_MAX_RANK, ConvertOptions, Dtype
-from mapconv.devices import resolve_device
 from mapconv.errors import UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude
 from mapconv.hub import hub_reference, locate_adapter
-from mapconv.norms import BaseNorms
-from mapconv.placing import PlacedAdapter, place_adapter
+from mapconv.placement.adapters import PlacedAdapter, place_adapter
+from mapconv.refit.converter import DEFAULT_MAX_RANK, ConvertOptions, Dtype
+from mapconv.refit.norms import BaseNorms
+from mapconv.refit.writer import Sample, read_data, write_map_directory
+from mapconv.runtime.devices import resolve_device
 
 if TYPE_CHECKING:
-    from mapconv.calibration import CalibrationReport
+    from mapconv.training.calibration import CalibrationReport
 
 DEFAULT_SAMPLES = 32
 DEFAULT_SEQUENCE_LENGTH = 256
@@ -186,7 +186,7 @@ def _calibrate(
 ) -> CalibrationReport:
     """Train the staged result in place."""
     # Imported here: a conversion without training must not wait for what trains.
-    from mapconv.calibration import CalibrationOptions, calibrate_folder
+    from mapconv.training.calibration import CalibrationOptions, calibrate_folder
     from mapconv.training.processes import Processes
 
     options, processes = CalibrationOptions(**training), Processes(resolve_device(device))

@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 import torch
 
-from mapconv.comparison import Agreement, Comparison, ModuleError
 from mapconv.data import read_blocks, read_rows
-from mapconv.devices import resolve_device
+from mapconv.fidelity.comparison import Agreement, Comparison, ModuleError
+from mapconv.fidelity.saved import check_report_place, save_report
 from mapconv.hub import locate_adapter, locate_result
-from mapconv.models import load_tokenizer
-from mapconv.placing import place_adapter
-from mapconv.progress import progress_bar
-from mapconv.reporting.saved import check_report_place, save_report
+from mapconv.placement.adapters import place_adapter
+from mapconv.runtime.devices import resolve_device
+from mapconv.runtime.models import load_tokenizer
+from mapconv.runtime.progress import progress_bar
 
 DEFAULT_SAMPLES = 8
 SEQUENCE_LENGTH = 256

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mapconv.data.shipped import packaged_text
 from mapconv.errors import DataError, DependencyError
-from mapconv.text import packaged_text
 
 #: ``text``: documents; ``chat``: conversations; ``labelled``: one text each with its class, for a classifier.
 Kind = Literal["text", "chat", "labelled"]

@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from mapconv.checkpoint.index import INDEX_FILE, SINGLE_FILE, Checkpoint, read_checkpoint
+from mapconv.checkpoint.sidecars import MODEL_CONFIG, MODEL_FILES, TOKENIZER_FILES
 from mapconv.errors import AdapterError, CheckpointError, UnsupportedError
 from mapconv.hub.faults import ask_hub
 from mapconv.hub.ranges import RangesUnsupportedError, ranged_checkpoint
 from mapconv.hub.reference import HubReference, parse_reference
-from mapconv.sidecars import MODEL_CONFIG, MODEL_FILES, TOKENIZER_FILES
 
 CARD_FILE = "README.md"
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -28,7 +28,7 @@ from mapconv.errors import CheckpointError, HubError
 from mapconv.hub.client import limit_waits
 from mapconv.hub.faults import always, ask_hub, with_retries
 from mapconv.hub.reference import HubReference, origin_of
-from mapconv.progress import Advance, progress_bar
+from mapconv.runtime.progress import Advance, progress_bar
 
 #: The first request for a file: the length of the header, and with most files all of it.
 _FIRST_BYTES = 64 << 10

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mapconv.hub.faults import is_garbled, is_offline, is_transport, retry_after, status_of
+from mapconv.hub.client_errors import is_garbled, is_offline, is_transport, retry_after, status_of
 
 Doing = Literal["read", "write"]
 

@@ -19,13 +19,13 @@ from mapconv.errors import AdapterError, BaseMismatchError, PlacementError, Unsu
 from mapconv.formats import read_adapter
 from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
 from mapconv.hub import locate_adapter
-from mapconv.merging import DIRECTION_TOLERANCE
+from mapconv.merging.merger import DIRECTION_TOLERANCE
+from mapconv.metadata.provenance import source_record
 from mapconv.nn.attaching import Attached, Trainable, adaptable, attach, check_model, disabled, has_adapters
 from mapconv.nn.bases import base_norm, kind_of, values_of
-from mapconv.nn.placing import place_on_layers
+from mapconv.nn.placement import place_on_layers
 from mapconv.nn.updates import DoraUpdate, Origin, Update
 from mapconv.nn.whole import replacements
-from mapconv.provenance import source_record
 
 #: Norms of the same values agree far better than this (as in ``mapconv.merge``).
 NORM_TOLERANCE = 1e-9

@@ -15,19 +15,19 @@ from torch import nn
 
 from mapconv.adapter import MapModule, Module, TensorRef
 from mapconv.algebra.norms import product_norm
-from mapconv.card import CARD_FILE, local_card
+from mapconv.checkpoint.sidecars import copy_tokenizer
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
 from mapconv.checkpoint.writer import SpooledFile
-from mapconv.convert import SMALLEST_GAIN
 from mapconv.errors import OutputError, UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude, peft_config, peft_factors, peft_magnitude, write_configs
 from mapconv.formats.peft import WEIGHTS_FILE
+from mapconv.metadata.card import CARD_FILE, local_card
 from mapconv.nn.attaching import Attached, named, updates_of
 from mapconv.nn.bases import kind_of, merged_row_norms, values_of
 from mapconv.nn.layers import MapLayer
-from mapconv.nn.provenance import is_respelled, live_base, live_record, source_config
+from mapconv.nn.origin import is_respelled, live_base, live_record, source_config
 from mapconv.nn.updates import DoraUpdate, Update, direction_norm
-from mapconv.sidecars import copy_tokenizer
+from mapconv.refit.converter import SMALLEST_GAIN
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch import nn
 from mapconv.adapter import Adapter, WholeTensor
 from mapconv.errors import PlacementError, UnsupportedError
 from mapconv.nn.layers import MapLayer
-from mapconv.nn.placing import Rename
-from mapconv.placement import nearest
+from mapconv.nn.placement import Rename
+from mapconv.placement.by_name import nearest
 
 
 @dataclass(frozen=True)

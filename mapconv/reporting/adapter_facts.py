@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mapconv.adapter import Adapter, MapModule
+from mapconv.fidelity.saved import read_report
 from mapconv.formats import read_adapter
 from mapconv.reporting.heatmap import Measure
 from mapconv.reporting.layout import Layout, lay_out
 from mapconv.reporting.numbers import count, finite_or_none, gain, number, small
-from mapconv.reporting.saved import read_report
 from mapconv.reporting.scales import diverging, sequential
 
 

@@ -8,10 +8,10 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 
-import mapconv
 from mapconv.reporting.datatable import DataTable
 from mapconv.reporting.markup import Html, clean, element, escape, script_data
 from mapconv.reporting.scales import palette_css
+from mapconv.version import __version__
 
 
 def build_page(title: str, lead: Html, sections: Sequence[Html], tables: Sequence[DataTable]) -> str:
@@ -24,7 +24,7 @@ def build_page(title: str, lead: Html, sections: Sequence[Html], tables: Sequenc
             f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; "
             "base-uri 'none'; form-action 'none'"
         ),
-        "version": escape(mapconv.__version__),
+        "version": escape(__version__),
         "title": escape(title),
         "style": palette_css() + _asset("report.css"),
         "lead": lead,

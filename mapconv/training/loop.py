@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mapconv.data import Dataset, Objective
-from mapconv.progress import StepBar
+from mapconv.runtime.progress import StepBar
 from mapconv.training.evaluation import Evaluator
 from mapconv.training.losses import cross_entropy, divergence
 from mapconv.training.models import MAP, SOURCE, CalibrationModels, Train

@@ -11,13 +11,13 @@ import torch
 
 from mapconv.data import IGNORED, Objective
 from mapconv.errors import UnsupportedError
-from mapconv.live import read_model_config
-from mapconv.models import load_model, longest_text, quiet_libraries, stored_text_classes
 from mapconv.nn import detach, load_adapter, set_adapter
 from mapconv.nn.attaching import updates_of
 from mapconv.nn.updates import Update
-from mapconv.placing import PlacedAdapter
-from mapconv.target import TargetModel
+from mapconv.placement.adapters import PlacedAdapter
+from mapconv.placement.skeleton import read_model_config
+from mapconv.placement.target_model import TargetModel
+from mapconv.runtime.models import load_model, longest_text, quiet_libraries, stored_text_classes
 
 #: What is trained: α and β of every weight alone, or its factors as well.
 Train = Literal["scalars", "all"]

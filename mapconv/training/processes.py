@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as distributed
 
-from mapconv.devices import resolve_device
+from mapconv.runtime.devices import resolve_device
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from mapconv.adapter import MapModule
-from mapconv.card import CARD_FILE, local_card
 from mapconv.checkpoint.staging import write_file
 from mapconv.errors import AdapterError
+from mapconv.fidelity.weight_errors import weight_errors
 from mapconv.formats import read_adapter
 from mapconv.formats.mapdir import MAP_CONFIG_FILE, write_configs
 from mapconv.formats.peft import CONFIG_FILE, WEIGHTS_FILE
 from mapconv.jsonfile import finite, read_object
-from mapconv.placing import PlacedAdapter, place_adapter
-from mapconv.readme import read_readme
+from mapconv.metadata.card import CARD_FILE, local_card
+from mapconv.metadata.readme import read_readme
+from mapconv.placement.adapters import PlacedAdapter, place_adapter
 from mapconv.training.evaluation import ModelNumbers
 from mapconv.training.loop import Recipe
-from mapconv.training.weight_errors import weight_errors
 
 
 @dataclass(frozen=True)

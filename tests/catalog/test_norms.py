@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import mapconv
-import mapconv.norms
+import mapconv.refit.norms
 from mapconv.checkpoint.reader import TensorReader
 from tests.catalog.conftest import contents, make_adapter, make_base
 from tests.files import edit_tensors
@@ -42,7 +42,7 @@ def read_from(monkeypatch) -> dict[str, int]:
 
 
 def forget() -> None:
-    mapconv.norms._kept.clear()
+    mapconv.refit.norms._kept.clear()
 
 
 def test_the_second_adapter_reads_nothing_of_its_base(base, adapter, read_from, tmp_path):

@@ -123,7 +123,8 @@ def test_options_and_version_make_an_entry_due_again(adapters, tmp_path, monkeyp
     entries[1]["upgrade"] = {"dtype": "bfloat16"}
     catalog.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     assert convert(catalog, tmp_path / "out").converted == 1
-    monkeypatch.setattr(mapconv, "__version__", "99")
+    monkeypatch.setattr("mapconv.catalog.ledger.__version__", "99")
+    monkeypatch.setattr("mapconv.catalog.fingerprints.__version__", "99")
     assert convert(catalog, tmp_path / "out").converted == 3
 
 

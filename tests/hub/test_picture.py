@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mapconv.adapter import MapModule
-from mapconv.reporting.raster import Canvas
-from mapconv.reporting.scalars import nice_ticks, scalars_png
+from mapconv.publishing.picture import nice_ticks, scalars_png
+from mapconv.publishing.raster import Canvas
 
 
 def decode(png: bytes) -> np.ndarray:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mapconv.card import card_facts
 from mapconv.errors import HubError
-from mapconv.readme import Readme, check_card, compose, is_local_path, merge_readmes, parse_readme
+from mapconv.metadata.card import card_facts
+from mapconv.metadata.readme import Readme, check_card, compose, is_local_path, merge_readmes, parse_readme
 
 lines = st.text(st.characters(codec="utf-8", exclude_characters="\r\x85\u2028\u2029", exclude_categories=("Cc", "Cs")))
 texts = lines.filter(lambda text: "mapconv:" not in text).map(lambda text: text.strip("\n"))

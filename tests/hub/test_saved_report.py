@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from mapconv.errors import AdapterError, OutputError
-from mapconv.reporting.saved import check_report_place, read_report, save_report
+from mapconv.fidelity.saved import check_report_place, read_report, save_report
 from tests.hub.conftest import BASE_ID
 
 REPORT = {
@@ -34,7 +34,7 @@ def test_a_saved_report_has_no_paths_and_no_nan(result):
 
 
 def test_the_card_shows_the_report(result):
-    from mapconv.publish import pack
+    from mapconv.publishing.package import pack
 
     save_report(result, REPORT)
     card = pack(result, base_id=BASE_ID).card("me/x")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mapconv import activations
-from mapconv.activations import input_roots
 from mapconv.algebra.moments import DAMPING
 from mapconv.data import Dataset
-from mapconv.placing import place_adapter
+from mapconv.placement.adapters import place_adapter
+from mapconv.refit import activations
+from mapconv.refit.activations import input_roots
 
 from .models import MODELS
 from .options import OPTIONS

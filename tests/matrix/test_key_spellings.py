@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mapconv
-from mapconv.placing import place_adapter
+from mapconv.placement.adapters import place_adapter
 
 from .dialects import CONFIG, WEIGHTS
 from .headers import write_header_only

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import mapconv
-from mapconv.placing import place_adapter
+from mapconv.placement.adapters import place_adapter
 
 from .dialects import CONFIG, PREFIX, WEIGHTS
 from .headers import write_header_only

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import mapconv
-from mapconv.models import load_tokenizer
-from mapconv.text import packaged_text
+from mapconv.data.shipped import packaged_text
+from mapconv.runtime.models import load_tokenizer
 from tests.files import read_tensors
 from tests.models import load_adapted, load_base, merged_by_peft
 

@@ -1,0 +1,1 @@
+"""Merge placed adapters into base weights: the plan, and the tensors it computes."""

@@ -1,0 +1,209 @@
+"""From placed adapters to jobs: all that can be known from names, shapes and headers, before any work.
+
+Jobs hold paths and byte ranges, never tensors; they are what ``--dry-run`` prints and what the workers run.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from mapconv.adapter import TensorRef, WholeTensor
+from mapconv.checkpoint.writer import COPY_CHUNK, TensorSpec, lay_out
+from mapconv.errors import UnsupportedError
+from mapconv.placement.adapters import FLOAT_DTYPES, PlacedAdapter
+from mapconv.placement.target_model import BiasUpdate, TargetModel
+from mapconv.placement.weights import Piece, PlacedModule, grid
+
+
+@dataclass(frozen=True)
+class CopyJob:
+    """Bytes that stay as they are: one or more neighbouring tensors, or a part of a large one."""
+
+    source: Path
+    source_offset: int
+    target: Path
+    target_offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ConvertJob:
+    """A tensor that no adapter touches, written in another dtype."""
+
+    source: TensorRef
+    target: TensorRef
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """What one adapted weight does to the part of it that a stored tensor holds, times ``weight``."""
+
+    placed: PlacedModule
+    piece: Piece
+    weight: float
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """A tensor that the adapters change."""
+
+    source: TensorRef
+    target: TensorRef
+    updates: tuple[LowRankUpdate, ...] = ()
+    rows: tuple[WholeTensor, ...] = ()
+    biases: tuple[BiasUpdate, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """The tensor as (matrices, rows, columns)."""
+        return grid(self.source.shape, stacked=any(update.piece.stacked for update in self.updates))
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A safetensors file to be written: its name, its header, and its size in all."""
+
+    name: str
+    header: bytes
+    nbytes: int
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything that a merge is going to write. Target paths are relative to the output folder."""
+
+    target: TargetModel
+    files: tuple[OutputFile, ...]
+    jobs: tuple[CopyJob | ConvertJob | MergeJob, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.nbytes - sum(len(file.header) for file in self.files)
+
+
+def plan_merge(
+    adapters: Sequence[PlacedAdapter],
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str = "auto",
+    max_shard_size: int | None = None,
+) -> MergePlan:
+    """Lay out the merged checkpoint.
+
+    Args:
+        adapters: adapters placed on one target model.
+        weights: a factor for each adapter's update; None: 1 for each.
+        dtype: ``auto`` keeps each tensor's own; otherwise every floating-point tensor is written in this dtype.
+        max_shard_size: bytes of tensors in one file; None keeps the base's files as they are.
+    """
+    target = adapters[0].target
+    updates: dict[str, list[LowRankUpdate]] = defaultdict(list)
+    for adapter, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True):
+        _refuse_weight(adapter, weight)
+        for item in adapter.modules:
+            for piece in item.weight.pieces:
+                updates[piece.tensor.name].append(LowRankUpdate(item, piece, weight))
+    output_dtype = partial(_output_dtype, target, dtype)
+    files: list[OutputFile] = []
+    jobs: list[CopyJob | ConvertJob | MergeJob] = []
+    for name, refs, metadata in _shards(target, output_dtype, max_shard_size):
+        specs = [TensorSpec(ref.name, output_dtype(ref), ref.shape) for ref in refs]
+        header, placed = lay_out(Path(name), specs, metadata)
+        files.append(OutputFile(name, header, placed[-1].stop, tuple(spec.name for spec in specs)))
+        for source, output in zip(refs, placed, strict=True):
+            changes = (
+                updates.get(source.name, ()),
+                target.rows.get(source.name, ()),
+                target.biases.get(source.name, ()),
+            )
+            if any(changes):
+                jobs.append(MergeJob(source, output, *(tuple(change) for change in changes)))
+            elif source.dtype != output.dtype:
+                jobs.append(ConvertJob(source, output))
+            else:
+                _append_copy(jobs, source, output)
+    return MergePlan(target, tuple(files), tuple(_split_copies(jobs)))
+
+
+def _refuse_weight(adapter: PlacedAdapter, weight: float) -> None:
+    """A weight scales updates; what an adapter brings whole (heads, rows, biases) has no part to scale."""
+    whole = [item.tensor for item in adapter.adapter.whole]
+    whole += [item.module.bias for item in adapter.modules if item.module.bias is not None]
+    if weight != 1.0 and whole:
+        raise UnsupportedError(
+            f"{adapter.adapter.path} brings {whole[0].name}, which is no low-rank update and cannot be scaled by "
+            f"--weights ({weight:g}): give this adapter the weight 1."
+        )
+
+
+def _shards(
+    target: TargetModel, output_dtype: Callable[[TensorRef], str], max_shard_size: int | None
+) -> Iterable[tuple[str, list[TensorRef], dict[str, str]]]:
+    """(file name, tensors, metadata) of each output file."""
+    if max_shard_size is None:
+        for file in target.files:
+            if file.tensors:
+                yield file.path.name, list(file.tensors), file.metadata
+        return
+    shards: list[list[TensorRef]] = [[]]
+    size = 0
+    for ref in (ref for file in target.files for ref in file.tensors):
+        nbytes = TensorSpec(ref.name, output_dtype(ref), ref.shape).nbytes
+        if shards[-1] and size + nbytes > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(ref)
+        size += nbytes
+    for number, refs in enumerate(shards, 1):
+        single = len(shards) == 1
+        name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        yield name, refs, target.files[0].metadata
+
+
+def _output_dtype(target: TargetModel, dtype: str, ref: TensorRef) -> str:
+    own = target.dtypes.get(ref.name, ref.dtype)
+    return own if dtype == "auto" or own not in FLOAT_DTYPES.values() else FLOAT_DTYPES[dtype]
+
+
+def _append_copy(jobs: list, source: TensorRef, target: TensorRef) -> None:
+    """Add a copy, or lengthen the last one where both sides go on from it."""
+    last = jobs[-1] if jobs else None
+    if (
+        isinstance(last, CopyJob)
+        and (last.source, last.target) == (source.file, target.file)
+        and last.source_offset + last.nbytes == source.start
+        and last.target_offset + last.nbytes == target.start
+    ):
+        jobs[-1] = CopyJob(
+            last.source, last.source_offset, last.target, last.target_offset, last.nbytes + source.nbytes
+        )
+    else:
+        jobs.append(CopyJob(source.file, source.start, target.file, target.start, source.nbytes))
+
+
+def _split_copies(jobs: Sequence[CopyJob | ConvertJob | MergeJob]) -> Iterable[CopyJob | ConvertJob | MergeJob]:
+    """Cut long copies, so that several workers share them and a progress bar moves."""
+    for job in jobs:
+        if not isinstance(job, CopyJob):
+            yield job
+            continue
+        for done in range(0, job.nbytes, COPY_CHUNK):
+            size = min(COPY_CHUNK, job.nbytes - done)
+            yield CopyJob(job.source, job.source_offset + done, job.target, job.target_offset + done, size)

@@ -1,0 +1,1 @@
+"""What a result records of its making: provenance, the model card, its block in README.md."""

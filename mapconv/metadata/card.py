@@ -1,0 +1,260 @@
+"""The model card of what mapconv makes: its metadata, and the part of README.md that mapconv writes.
+
+Everything in a card was recorded when the result was made (``map_config.json``, ``map_merge.json``) or measured on it
+(``verify.json``). A licence is copied from the cards of the source and of the base, or given; it is never guessed.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mapconv.adapter import MapModule
+from mapconv.hub.reference import is_repo_id
+from mapconv.metadata.markdown import calibration_table, number, python_code, table, value_range, worst
+from mapconv.metadata.readme import Readme, compose, read_readme
+
+CARD_FILE, PLOT_FILE, REPORT_FILE = "README.md", "scalars.png", "verify.json"
+#: What is taken over from the cards of the source and the base, and may be the user's own in README.md.
+_COPIED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+#: What mapconv alone decides, whatever an older card says.
+_OWNED = (
+    "base_model", "base_model_relation", "base_model_revision", "library_name", "source_adapter",
+    "source_adapter_revision",
+)  # fmt: skip
+_TASKS = {
+    "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
+    "SEQ_2_SEQ_LM": (None, "AutoModelForSeq2SeqLM"),
+    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
+    "TOKEN_CLS": ("token-classification", "AutoModelForTokenClassification"),
+    "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
+    "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
+}
+_ABOUT = (
+    "[MAP](https://arxiv.org/abs/2505.23094) treats a weight matrix as one vector and writes the adapted weight as "
+    "`W' = α·W0/‖W0‖ + β·Δ/‖Δ‖`: a direction, and two scalars that scale the base and the update independently. "
+    "A LoRA is such a form exactly; a DoRA is refitted to the closest one of its rank, or kept in its own factors."
+)
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says. ``base`` is a Hub id, or None while it is only known as a folder of this machine."""
+
+    kind: Literal["adapter", "merged"]
+    base: str | None
+    base_revision: str | None
+    record: Mapping[str, Any]
+    modules: Sequence[MapModule]
+    task: str | None
+    plain_lora: bool
+    report: Mapping[str, Any] | None = None
+    has_plot: bool = False
+
+    @property
+    def source(self) -> Mapping[str, Any]:
+        return self.record.get("source") or {}
+
+
+def card_facts(folder: Path) -> dict[str, Any]:
+    """What a result takes over from the README.md of its base or source; a card that is no YAML says nothing."""
+    metadata = read_readme(folder / CARD_FILE).metadata
+    return {key: metadata[key] for key in _COPIED if _is_plain(metadata.get(key))}
+
+
+def local_card(config: Mapping[str, Any], record: Mapping[str, Any], own: Readme | None = None) -> str:
+    """The README.md of a MAP directory as it is first written, before anybody publishes it."""
+    name = record["base"]["name"]
+    facts = CardFacts(
+        kind="adapter",
+        base=name if name and is_repo_id(name) else None,
+        base_revision=record["base"]["revision"],
+        record=record,
+        modules=read_scalars(record),
+        task=config.get("task_type"),
+        plain_lora=not config.get("use_dora"),
+    )
+    return write_card(facts, own or Readme(), title="MAP adapter", repo_id=None, license_=None)
+
+
+def write_card(facts: CardFacts, own: Readme, *, title: str, repo_id: str | None, license_: str | None) -> str:
+    """The whole README.md: metadata, mapconv's block, and the user's own text around it."""
+    return compose(_metadata(facts, own.metadata, license_), _block(facts, title, repo_id), own)
+
+
+def read_scalars(record: Mapping[str, Any]) -> tuple[MapModule, ...]:
+    """The modules of a ``map_config.json`` or a ``map_merge.json``."""
+    names = MapModule.__dataclass_fields__
+    return tuple(
+        MapModule(**{name: entry.get(name) if name.endswith("_before") else entry[name] for name in names})
+        for entry in record["modules"]
+    )
+
+
+def _metadata(facts: CardFacts, own: Mapping[str, Any], license_: str | None) -> dict[str, Any]:
+    """Ours first and in a fixed order; then what the user's README.md says besides."""
+    data: dict[str, Any] = {
+        "base_model": facts.base,
+        "base_model_relation": "adapter" if facts.kind == "adapter" else "finetune",
+        "base_model_revision": facts.base_revision if facts.base else None,
+        "library_name": "peft" if facts.kind == "adapter" else "transformers",
+        "source_adapter": _hub_name(facts.source),
+        "source_adapter_revision": facts.source.get("revision") if _hub_name(facts.source) else None,
+    }
+    copied = (facts.record.get("base") or {}).get("card") or {}
+    copied = copied | (facts.source.get("card") or {}) | {key: own[key] for key in _COPIED if own.get(key)}
+    copied.setdefault("pipeline_tag", _TASKS.get(facts.task or "", (None, ""))[0])
+    if license_ is not None:
+        # A name and a link belong to the licence "other" that they came with.
+        copied = {key: value for key, value in copied.items() if not key.startswith("license")} | {"license": license_}
+    data |= {key: copied.get(key) for key in _COPIED}
+    ours = ["map", "lora" if facts.plain_lora else "dora"] if facts.kind == "adapter" else ["map", "merge"]
+    data["tags"] = [*ours, *(tag for tag in own.get("tags") or [] if tag not in ours)]
+    data |= {key: value for key, value in own.items() if key not in data and key not in _OWNED}
+    return {key: value for key, value in data.items() if value is not None}
+
+
+def _block(facts: CardFacts, title: str, repo_id: str | None) -> str:
+    sections = [f"# {title}", _summary(facts), f"## What MAP is\n\n{_ABOUT}", _loading(facts, repo_id)]
+    sections.append("## Fidelity\n\n" + _fidelity(facts))
+    if facts.record.get("calibration"):
+        sections.append("## Calibration\n\n" + calibration_table(facts.record["calibration"]))
+    if facts.modules:
+        sections.append("## Scalars\n\n" + _scalars(facts))
+    sections.append("## Made from\n\n" + _origins(facts))
+    return "\n\n".join(sections)
+
+
+def _summary(facts: CardFacts) -> str:
+    base = _link(facts.base) if facts.base else "a base model"
+    method = _method(facts.source)
+    if facts.kind == "merged":
+        return f"{base} with an adapter ({method}) merged into its weights by mapconv."
+    made = f"A {method} adapter of {base}, converted to MAP form by mapconv."
+    if not facts.source:
+        made = f"A MAP adapter of {base}, trained with mapconv."
+    elif facts.source.get("method") == "MAP":
+        made = f"A MAP adapter of {base}, trained further with mapconv."
+    return f"{made} Stock PEFT loads it as a {'plain LoRA' if facts.plain_lora else 'DoRA'} adapter."
+
+
+def _loading(facts: CardFacts, repo_id: str | None) -> str:
+    auto = _TASKS.get(facts.task or "", ("", "AutoModelForCausalLM"))[1]
+    name, base = repo_id or "path/to/this/folder", facts.base or "path/to/the/base"
+    if facts.kind == "merged":
+        return python_code(
+            "## How to load it", f"from transformers import {auto}", f'model = {auto}.from_pretrained("{name}")'
+        )
+    peft = python_code(
+        "## How to load it\n\nWith PEFT:",
+        f"from peft import PeftModel\nfrom transformers import {auto}",
+        f'base = {auto}.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, "{name}")',
+    )
+    inspect = (
+        "With mapconv, which shows its scalars and checks that it fits:\n\n"
+        f"```\nmapconv inspect {name} --base {base}\n```"
+    )
+    merged = python_code(
+        f"Merged into the base, with no adapter left to run:\n\n```\nmapconv merge {name} -o merged\n```",
+        f"from transformers import {auto}",
+        f'model = {auto}.from_pretrained("merged")',
+    )
+    return "\n\n".join([peft, inspect, merged])
+
+
+def _fidelity(facts: CardFacts) -> str:
+    report = facts.report
+    if report is None and not facts.source:
+        return "It was trained in MAP form, so there is no source to compare it with."
+    if report is None:
+        return "Not measured: `mapconv verify RESULT --against SOURCE --save` measures it."
+    errors = [module["error"] for module in report["modules"]]
+    weights = (
+        f"the weights differ from the source's by {number(max(errors))} of its update in the worst of {len(errors)} "
+        f"modules, {number(statistics.median(errors))} in the median"
+    )
+    if not report["tokens"]:
+        return (
+            f"Measured by `mapconv verify` on the weights alone, as the model needs more than text to run: {weights}."
+        )
+    rows = [
+        (name, "-" if report[key] is None else f"{report[key]:.4f}", number(kl))
+        for name, key, kl in (
+            ("base", "perplexity_base", report["kl_base"]),
+            ("source adapter", "perplexity_source", 0.0),
+            ("this", "perplexity_result", report["kl"]),
+        )
+    ]
+    head = ("model", "perplexity", "KL(source ‖ model)")
+    return (
+        f"{table(head, rows)}\n\nMeasured by `mapconv verify` at {report['tokens']:,} positions of a text: the same "
+        f"most likely answer as the source {report['top1_agreement']:.2%} of the time; {weights}."
+    )
+
+
+def _scalars(facts: CardFacts) -> str:
+    groups: dict[str, list[MapModule]] = defaultdict(list)
+    for module in facts.modules:
+        groups[module.path.rpartition(".")[2]].append(module)
+    rows = [
+        (
+            name,
+            str(len(modules)),
+            value_range([module.rank for module in modules], "{}"),
+            value_range([module.base_gain for module in modules], "{:.4f}"),
+            value_range([module.beta / module.alpha if module.alpha else 0.0 for module in modules], "{:.4f}"),
+            worst([module.error for module in modules if module.error is not None]),
+        )
+        for name, modules in groups.items()
+    ]
+    text = table(("target", "modules", "rank", "α/‖W0‖", "β/α", "ε worst"), rows)
+    if any(module.error is not None for module in facts.modules):
+        text += "\n\nε is the part of the source's update that the refit loses in a weight; 0 is exact."
+    return f"{text}\n\n![α/‖W0‖ and β/α over the layers, by module type]({PLOT_FILE})" if facts.has_plot else text
+
+
+def _origins(facts: CardFacts) -> str:
+    rows = [("base", _pinned(facts.base, facts.base_revision) if facts.base else "a local folder")]
+    for source in (facts.source, *(facts.record.get("more_sources") or ())):
+        rows += _lineage(source)
+    rows.append(("mapconv", str(facts.record.get("mapconv_version"))))
+    return table(("what", "which"), rows)
+
+
+def _lineage(source: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """An adapter, and those that it was made from, newest first."""
+    rows = []
+    while source:
+        name = _hub_name(source)
+        place = _pinned(name, source.get("revision")) if name else "not on the Hub"
+        rows.append(("adapter", f"{_method(source)}, {place}, `{str(source.get('fingerprint', ''))[:23]}…`"))
+        source = source.get("source") or {}
+    return rows
+
+
+def _hub_name(source: Mapping[str, Any]) -> str | None:
+    """A source's name if it is on the Hub: only what came from there has a commit."""
+    return source.get("name") if source.get("revision") else None
+
+
+def _method(source: Mapping[str, Any]) -> str:
+    return str(source.get("method") or "LoRA or DoRA")
+
+
+def _pinned(name: str, revision: str | None) -> str:
+    return f"{_link(name)} at `{revision[:12]}`" if revision else _link(name)
+
+
+def _link(name: str) -> str:
+    repo = "/".join(name.split("/")[:2])
+    return f"[{name}](https://huggingface.co/{repo})"
+
+
+def _is_plain(value: Any) -> bool:
+    """A word or a list of words: nothing else of a stranger's card is taken over."""
+    words = value if isinstance(value, list) else [value]
+    return bool(words) and all(isinstance(word, str) and word.strip() for word in words)

@@ -1,0 +1,124 @@
+"""What a result records of where it came from: its base, its source, its options."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mapconv.adapter import Adapter, MapModule
+from mapconv.formats.mapdir import FORMAT_VERSION
+from mapconv.formats.peft import CONFIG_FILE, weights_name
+from mapconv.hub.reference import origin_of
+from mapconv.metadata.card import card_facts
+from mapconv.placement.adapters import PlacedAdapter
+from mapconv.version import __version__
+
+
+def base_name(placed: PlacedAdapter) -> str:
+    """What the result records as its base: the Hub id if the base came from the Hub's cache, else the folder."""
+    return recorded_name(placed.target.folder)[0]
+
+
+def base_revision(placed: PlacedAdapter) -> str | None:
+    """The commit of a base from the Hub; for a folder, what the source's configuration says of it."""
+    return recorded_name(placed.target.folder)[1] or placed.adapter.revision
+
+
+def map_config(
+    placed: PlacedAdapter,
+    options: Mapping[str, Any],
+    modules: Sequence[MapModule],
+    *,
+    data: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of ``map_config.json`` (DESIGN.md); ``data`` describes the text that refits weighed errors by."""
+    entries = [
+        scalars.to_dict()
+        | {"base_tensor": item.weight.name, "base_dtype": item.weight.dtype, "base_shape": list(item.weight.shape)}
+        for item, scalars in zip(placed.modules, modules, strict=True)
+    ]
+    source = source_record(placed.adapter)
+    return map_record(entries, base=_base_record(placed), source=source, options=options, data=data)
+
+
+def map_record(
+    entries: Sequence[dict[str, Any]],
+    *,
+    base: Mapping[str, Any],
+    source: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+    data: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """``map_config.json`` from its parts; an adapter that was trained from scratch has no source."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "mapconv_version": __version__,
+        "base": {**base, "fingerprint": _base_fingerprint(entries)},
+        "source": source,
+        "options": options,
+        "data": data,
+        "modules": entries,
+    }
+
+
+def merge_record(placed: Sequence[PlacedAdapter], weights: Sequence[float] | None) -> dict[str, Any]:
+    """The content of ``map_merge.json``: what a merged model was made from, for its model card.
+
+    ``modules`` holds the scalars where one MAP adapter was merged.
+    """
+    first, *others = placed
+    return {
+        "format_version": FORMAT_VERSION,
+        "mapconv_version": __version__,
+        "base": _base_record(first),
+        "source": source_record(first.adapter),
+        "more_sources": [source_record(other.adapter) for other in others],
+        "weights": None if weights is None else list(weights),
+        "modules": [] if others else [scalars.to_dict() for scalars in first.adapter.map_modules],
+    }
+
+
+def source_fingerprint(folder: Path) -> str:
+    """SHA-256 of an adapter's configuration and weights."""
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, weights_name(folder)):
+        with open(folder / name, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def source_record(adapter: Adapter) -> dict[str, Any]:
+    """The adapter that a result was made from; of a MAP adapter also what that was made from."""
+    folder = adapter.path
+    name, revision = recorded_name(folder)
+    record = {
+        "name": name,
+        "revision": revision,
+        "method": adapter.method,
+        "fingerprint": source_fingerprint(folder),
+        "card": card_facts(folder),
+    }
+    earlier = (adapter.map_config or {}).get("source")
+    return record | {"source": earlier} if isinstance(earlier, dict) else record
+
+
+def _base_record(placed: PlacedAdapter) -> dict[str, Any]:
+    return {"name": base_name(placed), "revision": base_revision(placed), "card": card_facts(placed.target.folder)}
+
+
+def recorded_name(folder: Path) -> tuple[str, str | None]:
+    """(name, commit) of a folder from the Hub's cache, (absolute path, None) of any other."""
+    origin = origin_of(folder)
+    if origin is None:
+        return str(folder.resolve()), None
+    return str(replace(origin, revision=None)), origin.revision
+
+
+def _base_fingerprint(entries: Sequence[dict[str, Any]]) -> str:
+    """Names, shapes, dtypes and norms of the adapted base tensors: free, because MAP needs the norms anyway."""
+    lines = (f"{e['path']} {e['base_dtype']} {e['base_shape']} {e['base_norm']:.9e}\n" for e in entries)
+    return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"

@@ -1,0 +1,174 @@
+"""Put adapters on their base: quickly by names and shapes where those suffice, else by the model's own class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mapconv.adapter import Adapter
+from mapconv.checkpoint.index import Checkpoint
+from mapconv.errors import AdapterError, CheckpointError, PlacementError, UnsupportedError
+from mapconv.formats import read_adapter
+from mapconv.hub import open_base
+from mapconv.jsonfile import read_object
+from mapconv.placement.by_name import linear_paths, place, require_all_targets
+from mapconv.placement.starting_point import resolve_target
+from mapconv.placement.target_model import TargetModel, plain_target
+from mapconv.placement.weights import Piece, PlacedModule, WeightView
+
+FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+#: transformers' model types whose Conv1D layers store a weight transposed, which a square one does not show.
+_TRANSPOSING = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+
+
+@dataclass(frozen=True)
+class PlacedAdapter:
+    """An adapter together with the base that it fits; with a MAP adapter, every module has its scalars."""
+
+    adapter: Adapter
+    target: TargetModel
+    modules: tuple[PlacedModule, ...]
+
+
+def place_adapter(
+    source: Path, base: str | Path | None, *, allow_pickle: bool = False, lean: bool = False
+) -> PlacedAdapter:
+    """Read one adapter and the base's headers, and place every tensor; as ``place_adapters``."""
+    return place_adapters([source], base, allow_pickle=allow_pickle, lean=lean)[0]
+
+
+def place_adapters(
+    sources: Sequence[Path], base: str | Path | None, *, allow_pickle: bool = False, lean: bool = False
+) -> tuple[PlacedAdapter, ...]:
+    """Read adapters and the base's headers, and place every tensor of each on one target model.
+
+    With ``lean`` a base on the Hub stays there, but for the bytes that are read (``mapconv.hub.ranges``).
+
+    Raises:
+        MapconvError: of the kind that fits; nothing has been computed or written.
+    """
+    adapters = [read_adapter(source, allow_pickle=allow_pickle) for source in sources]
+    first = adapters[0]
+    checkpoint = open_base(base, first.base, first.revision, sources[0], lean=lean)
+    config = _read_config(checkpoint)
+    plain = _place_plain(adapters, checkpoint, config)
+    target, placed = plain or resolve_target(checkpoint, adapters)
+    _refuse_other_dtypes(placed)
+    _refuse_shared_dora(adapters, placed)
+    return tuple(
+        PlacedAdapter(adapter, target, _with_scalars(adapter, modules))
+        for adapter, modules in zip(adapters, placed, strict=True)
+    )
+
+
+def _is_plain(adapter: Adapter, config: Mapping[str, Any]) -> bool:
+    """Whether names and shapes alone may tell where the adapter goes: linear factors on weights stored as they are."""
+    # A causal language model has the same names in its file as in the model, whichever transformers wrote it; composite
+    # models and others need not, and stock PEFT goes by the model's.
+    architectures = config.get("architectures") or []
+    if not all(str(name).endswith("ForCausalLM") for name in architectures):
+        return False
+    settings = adapter.settings
+    special = settings.initialization or settings.layer_replication or settings.target_parameters or adapter.whole
+    if special or config.get("model_type") in _TRANSPOSING:
+        return False
+    return all(len(m.lora_A.shape) == 2 and not m.embedding and m.bias is None for m in adapter.modules)
+
+
+def _place_plain(
+    adapters: Sequence[Adapter], checkpoint: Checkpoint, config: Mapping[str, Any]
+) -> tuple[TargetModel, tuple[tuple[PlacedModule, ...], ...]] | None:
+    """The quick way, or None where only the model's class can tell."""
+    if not all(_is_plain(adapter, config) for adapter in adapters):
+        return None
+    try:
+        placed = tuple(_place_linears(adapter, checkpoint) for adapter in adapters)
+    except PlacementError:
+        # The names may be those of another transformers version, which the class knows.
+        if "model_type" not in config:
+            raise
+        return None
+    vocabularies = _vocabulary_sizes(config)
+    if any(item.weight.shape[0] in vocabularies for modules in placed for item in modules):
+        return None  # an output embedding may be tied to the input's
+    return plain_target(checkpoint), placed
+
+
+def _place_linears(adapter: Adapter, checkpoint: Checkpoint) -> tuple[PlacedModule, ...]:
+    shapes = {name: ref.shape for name, ref in checkpoint.tensors.items()}
+    names, renaming = place({module.path: module.weight_shape for module in adapter.modules}, shapes)
+    require_all_targets(adapter.config, names, [renaming.to_adapter(n) for n in linear_paths(shapes)])
+    placed = []
+    for module in adapter.modules:
+        ref = checkpoint.tensors[names[module.path]]
+        weight = WeightView((ref.shape[0], ref.shape[1]), (Piece(ref, 0, ref.shape[0]),))
+        placed.append(PlacedModule(module, weight, ref.name, module.rank, module.scaling))
+    return tuple(placed)
+
+
+def _vocabulary_sizes(config: Mapping[str, Any]) -> set[int]:
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    return {part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)}
+
+
+def _with_scalars(adapter: Adapter, modules: tuple[PlacedModule, ...]) -> tuple[PlacedModule, ...]:
+    if adapter.method != "MAP":
+        return modules
+    scalars = {(item.path, item.expert): item for item in adapter.map_modules}
+    missing = [item.key for item in modules if item.key not in scalars]
+    if missing or len(scalars) != len(modules):
+        raise AdapterError(
+            f"{adapter.path}: map_config.json describes {len(scalars)} weights, but the tensors make {len(modules)}: "
+            "the files do not belong together."
+        )
+    return tuple(item.with_scalars(scalars[item.key]) for item in modules)
+
+
+def _refuse_other_dtypes(placed: Sequence[Sequence[PlacedModule]]) -> None:
+    """An 8-bit tensor is the code of a weight, not the weight."""
+    for ref in (piece.tensor for modules in placed for item in modules for piece in item.weight.pieces):
+        if ref.dtype not in FLOAT_DTYPES.values():
+            raise CheckpointError(
+                f"{ref.file}: {ref.name} has dtype {ref.dtype}: an adapter fits the plain weight, so give the 16-bit "
+                "or 32-bit model with --base."
+            )
+
+
+def _refuse_shared_dora(adapters: Sequence[Adapter], placed: Sequence[Sequence[PlacedModule]]) -> None:
+    """A DoRA rescales the whole weight, so that its merge does not add to another adapter's."""
+    owners: dict[tuple, tuple[Adapter, PlacedModule]] = {}
+    for adapter, modules in zip(adapters, placed, strict=True):
+        for item in modules:
+            key = (item.parameter, item.expert)
+            other, own = owners.setdefault(key, (adapter, item))
+            if other is not adapter and (_rescales(adapter, item) or _rescales(other, own)):
+                raise UnsupportedError(
+                    f"{adapter.path} and {other.path} both adapt {item.module.path}, and one of them is a DoRA: it "
+                    "rescales the whole weight, so merging one after the other is not what running both computes. "
+                    "Merge one of them alone, or convert both with `mapconv upgrade --lora-compatible` first."
+                )
+
+
+def _rescales(adapter: Adapter, item: PlacedModule) -> bool:
+    if adapter.method != "MAP":
+        return item.module.magnitude is not None
+    scalars = next(s for s in adapter.map_modules if (s.path, s.expert) == item.key)
+    return scalars.direction == "dora" or scalars.base_gain != 1.0
+
+
+def _read_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The base's ``config.json``, or nothing where there is none; a quantized base is refused."""
+    path = checkpoint.folder / "config.json"
+    if not path.exists():
+        return {}
+    config = read_object(path, CheckpointError)
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise CheckpointError(
+            f"{checkpoint.folder} is quantized ({method}): an adapter fits the plain weight, so give the 16-bit or "
+            "32-bit model with --base."
+        )
+    return config

@@ -1,0 +1,82 @@
+"""Load one weight's factors into memory, and refuse those that would poison it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from threading import Lock
+
+import torch
+
+from mapconv.adapter import Module, TensorRef
+from mapconv.algebra.initializations import initial_factors
+from mapconv.algebra.norms import all_finite
+from mapconv.checkpoint.reader import TensorReader
+from mapconv.errors import AdapterError
+from mapconv.placement.weights import PlacedModule, read_weight
+
+#: A stack of experts is read once for all its weights: the files interleave two or three such stacks.
+_KEPT_STACKS = 4
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A (r, in), B (out, r) without the scaling, and the DoRA magnitude (out,) or None; all float32."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    magnitude: torch.Tensor | None
+
+
+class FactorLoader:
+    """Loads factors as matrices, whatever the layer; safe to call from several threads."""
+
+    def __init__(self, reader: TensorReader) -> None:
+        self._reader = reader
+        self._stacks: OrderedDict[tuple, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self._lock = Lock()
+
+    def load(self, placed: PlacedModule) -> Factors:
+        """The factors of one weight; those of an initialization that changed the base are undone (MATH: W − s·B0A0).
+
+        Raises:
+            AdapterError: a tensor that holds NaN or infinity.
+        """
+        module = placed.module
+        A, B = self._pair(module) if placed.experts == 1 else self._of_stack(placed)
+        if placed.initialization is not None:
+            base = read_weight(placed.weight, self._reader, torch.empty(placed.weight.numel))
+            B0, A0 = initial_factors(placed.initialization, base, placed.rank, placed.scaling)
+            A, B = torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
+        magnitude = None if module.magnitude is None else self.vector(module.magnitude)
+        return Factors(A, B, magnitude)
+
+    def vector(self, ref: TensorRef) -> torch.Tensor:
+        return self._finite(ref).reshape(-1)
+
+    def _pair(self, module: Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A, B) as matrices: a convolution's kernel counts as inputs."""
+        return self._finite(module.lora_A).flatten(1), self._finite(module.lora_B).flatten(1)
+
+    def _of_stack(self, placed: PlacedModule) -> tuple[torch.Tensor, torch.Tensor]:
+        """One expert's factors: A holds the experts one after another, B has them side by side, fastest."""
+        A, B = self._stack(placed.module)
+        rank, experts = placed.rank, placed.experts
+        start = placed.expert * rank
+        return A[start : start + rank], B.view(B.shape[0], rank, experts)[:, :, placed.expert].contiguous()
+
+    def _stack(self, module: Module) -> tuple[torch.Tensor, torch.Tensor]:
+        key = (module.lora_A.file, module.path)
+        with self._lock:
+            if key not in self._stacks:
+                self._stacks[key] = self._pair(module)
+                while len(self._stacks) > _KEPT_STACKS:
+                    self._stacks.popitem(last=False)
+            self._stacks.move_to_end(key)
+            return self._stacks[key]
+
+    def _finite(self, ref: TensorRef) -> torch.Tensor:
+        tensor = self._reader.read(ref).float()
+        if not all_finite(tensor):
+            raise AdapterError(f"{ref.file}: tensor {ref.name} holds NaN or infinity: the training run diverged.")
+        return tensor

@@ -1,0 +1,232 @@
+"""The model that transformers would build, on the meta device: its classes, shapes and ties, without any weights.
+
+Files alone do not say whether a square weight is stored transposed, which names share one parameter, or how a
+checkpoint's names map to the model's. The class does, and transformers' own conversion tables do.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mapconv.errors import CheckpointError
+from mapconv.jsonfile import read_object
+from mapconv.runtime.models import quiet_libraries, translated
+
+Kind = Literal["linear", "transposed", "conv", "embedding", "parameters"]
+
+#: PEFT's task names, and the transformers class that they stand for.
+_TASKS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where a name's values lie in the live model: a parameter, one of its stacked matrices, a part of its rows.
+
+    ``plain`` is false where they are also rearranged (permuted, split, transposed) on the way there.
+    """
+
+    parameter: str
+    index: int | None = None
+    part: int = 0
+    parts: int = 1
+    plain: bool = True
+
+
+class LiveModel:
+    """One transformers class with one configuration, built without weights."""
+
+    def __init__(self, config: dict[str, Any], class_name: str) -> None:
+        """Build it.
+
+        Raises:
+            CheckpointError: transformers has no such class, or cannot build it from this configuration.
+        """
+        with quiet_libraries(), translated(f"a {class_name}", CheckpointError):
+            import transformers
+
+            settings = copy.deepcopy(config)
+            model_type = settings.pop("model_type")
+            built = transformers.AutoConfig.for_model(model_type, **settings)
+            with torch.device("meta"):
+                self.model = getattr(transformers, class_name)(built)
+                self.model.tie_weights()
+        self.class_name = class_name
+        self.config = config
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        groups: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in parameters.items():
+            groups[id(parameter)].append(name)
+        self._tied = {name: tuple(group) for group in groups.values() for name in group}
+        self._modules = dict(self.model.named_modules(remove_duplicate=False))
+        #: Names of all that a checkpoint may hold for this model.
+        self.shapes_or_buffers = self.shapes | {name: tuple(b.shape) for name, b in self.model.named_buffers()}
+        self._transforms: tuple[list, list] | None = None
+        self._located: dict[str, Region] = {}
+
+    def tied(self, parameter: str) -> tuple[str, ...]:
+        """All names of the parameter, its own included."""
+        return self._tied.get(parameter, (parameter,))
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """What PEFT goes by when it lets trained rows show through tied names: the configuration's own word."""
+        return self.model.config.to_dict().get("tie_word_embeddings", False) is True
+
+    def kind(self, path: str) -> Kind | None:
+        """How the module at ``path`` stores its weight; None where there is no such module."""
+        module = self._modules.get(path)
+        if module is None:
+            return None
+        from transformers.pytorch_utils import Conv1D
+
+        if isinstance(module, torch.nn.Linear):
+            return "linear"
+        if isinstance(module, Conv1D):
+            return "transposed"
+        if isinstance(module, torch.nn.Embedding):
+            return "embedding"
+        if isinstance(module, torch.nn.modules.conv._ConvNd):
+            return "conv"
+        return "parameters"
+
+    def adaptable_paths(self) -> list[str]:
+        """The modules that ``target_modules`` can name."""
+        return [path for path in self._modules if self.kind(path) != "parameters"]
+
+    def groups(self, path: str) -> int:
+        """Groups of a convolution."""
+        return getattr(self._modules[path], "groups", 1)
+
+    def is_vocabulary(self, parameter: str) -> bool:
+        """Whether the parameter's rows count the vocabulary: the input or output embedding, or the latter's bias."""
+        ends = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        module = self._modules.get(parameter.rpartition(".")[0])
+        return any(module is end for end in ends if end is not None) or any(
+            name in self.tied(parameter) for name in self._names_of(ends)
+        )
+
+    def _names_of(self, modules: list[Any]) -> list[str]:
+        return [
+            f"{path}.weight"
+            for path, module in self._modules.items()
+            if any(module is m for m in modules if m is not None)
+        ]
+
+    def own_parameters(self, path: str) -> list[str]:
+        """The parameters that the module at ``path`` itself holds, in the order in which PEFT wraps them."""
+        return [name for name, _ in self._modules[path].named_parameters(recurse=False)]
+
+    def stores_in_by_out(self, path: str) -> bool:
+        """Whether the experts at ``path`` are stored as (experts, in, out)."""
+        return bool(getattr(self._modules[path], "is_transposed", False))
+
+    def locate(self, name: str) -> Region:
+        """Where the values that a checkpoint calls ``name`` belong, by transformers' conversion tables."""
+        if name not in self._located:
+            self._located[name] = Region(name) if name in self.shapes else self._convert(name)
+        return self._located[name]
+
+    def parameter_name(self, name: str) -> str | None:
+        """The parameter that a checkpoint or an adapter calls ``name``; None where the model has no such parameter."""
+        found = self.locate(name).parameter
+        return found if found in self.shapes else None
+
+    def _convert(self, name: str) -> Region:
+        from transformers.core_model_loading import Concatenate, MergeModulelist, apply_renamings, rename_source_key
+
+        renamings, converters = self._conversions()
+        parameter, pattern = rename_source_key(
+            name, renamings, converters, self.model.base_model_prefix, self.shapes_or_buffers
+        )
+        if pattern is None:
+            return Region(parameter)
+        converter = next(item for item in converters if pattern in item.source_patterns)
+        number = _number_at_star(pattern, apply_renamings(name, renamings))
+        part = converter.source_patterns.index(pattern)
+        plain = len(converter.target_patterns) == 1 and all(
+            isinstance(operation, MergeModulelist | Concatenate) for operation in converter.operations
+        )
+        return Region(parameter, number, part, len(converter.source_patterns), plain)
+
+    def _conversions(self) -> tuple[list, list]:
+        if self._transforms is None:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightConverter
+
+            transforms = get_model_conversion_mapping(self.model)
+            converters = [item for item in transforms if isinstance(item, WeightConverter)]
+            self._transforms = [item for item in transforms if not isinstance(item, WeightConverter)], converters
+        return self._transforms
+
+
+def class_candidates(config: dict[str, Any], adapter_config: dict[str, Any]) -> Iterable[str]:
+    """Class names that an adapter may have been trained on, the most telling first."""
+    mapping = adapter_config.get("auto_mapping")
+    if isinstance(mapping, dict) and isinstance(mapping.get("base_model_class"), str):
+        yield mapping["base_model_class"]
+    task = _TASKS.get(str(adapter_config.get("task_type")))
+    architectures = config.get("architectures") or []
+    own = [name for name in architectures if isinstance(name, str)]
+    task_class = _class_of_task(config, task) if task else None
+    # A model made for the adapter's task keeps its own class; so does a vision-language model under "CAUSAL_LM".
+    yield from own if task in (None, "AutoModelForCausalLM", "AutoModelForSeq2SeqLM") else []
+    if task_class:
+        yield task_class
+    yield from own
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """The base model's ``config.json``.
+
+    Raises:
+        CheckpointError: absent, or without a model_type.
+    """
+    path = folder / "config.json"
+    try:
+        config = read_object(path, CheckpointError)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no config.json, which this adapter needs to be placed.") from None
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{path} names no model_type, which this adapter needs to be placed.")
+    return config
+
+
+def _class_of_task(config: dict[str, Any], task: str) -> str | None:
+    with quiet_libraries():
+        from transformers.models.auto import modeling_auto
+
+        mapping = {
+            "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+            "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+            "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+            "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+            "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+        }[task]
+    name = mapping.get(config["model_type"])
+    return name if isinstance(name, str) else None
+
+
+def _number_at_star(pattern: str, name: str) -> int | None:
+    """The number that stands where a pattern has its star: 3 in ``experts.3.w1.weight`` for ``experts.*.w1.weight``."""
+    if "*" not in pattern:
+        return None
+    before, after = (re.escape(part) for part in pattern.split("*", 1))
+    match = re.search(rf"{before}(\d+){after}", name)
+    return int(match[1]) if match else None

@@ -1,0 +1,179 @@
+"""What the layers of the adapted model are fed with: second moments of their inputs, block by block of the model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+
+from mapconv.adapter import Module
+from mapconv.algebra.moments import InputMoment, InputRoot, Statistics
+from mapconv.data import Dataset
+from mapconv.errors import CheckpointError, DataError, UnsupportedError
+from mapconv.placement.adapters import FLOAT_DTYPES, PlacedAdapter
+from mapconv.placement.weights import PlacedModule
+from mapconv.runtime.lockstep import in_lockstep
+from mapconv.runtime.models import attach_with_peft, load_model, longest_text, reads_text
+
+#: Sequences that run together. With an adapted head, one: the logits of a batch are the largest tensor by far.
+BATCH = 8
+_DTYPES = {stored: name for name, stored in FLOAT_DTYPES.items()}
+
+
+def input_roots(
+    placed: PlacedAdapter, data: Dataset, *, statistics: Statistics, device: torch.device
+) -> Iterator[tuple[list[PlacedModule], Mapping[str, InputRoot | None]]]:
+    """Yield the modules of each block of the model with the roots of their inputs' second moments, by module path.
+
+    The model is the base with the source adapter, whose layers' inputs are the ones that the result will see. It runs
+    on the sequences of ``data`` in float32, one block of it at a time in that precision, and only that block's
+    statistics are in memory. Layers with the same input share one moment. A path is absent, or its root None, where
+    nothing was seen: a layer that no input reached, or whose inputs are no vectors (stacked experts, convolutions).
+
+    Raises:
+        CheckpointError: the model or the adapter cannot be loaded, or overflows on these inputs.
+        DataError: the sequences are longer than the model's positions allow.
+        UnsupportedError: the model needs more than text.
+    """
+    groups = _by_block(placed.modules)
+    rest = groups.pop(None, [])
+    model = _source_model(placed, device)
+    if not reads_text(model):
+        raise UnsupportedError(f"{placed.target.folder} needs more than text to run: convert it without --data.")
+    length = max(len(row) for row in data.rows())
+    if length > longest_text(model):
+        raise DataError(
+            f"{placed.target.folder} takes {longest_text(model)} tokens at most, and the data's sequences have up to "
+            f"{length}: choose a smaller --sequence-length."
+        )
+    observer = _Observer(model, placed.modules, statistics, units=list(groups))
+    batches = _batches(data.rows(), 1 if rest else BATCH)
+    passes = [_forward(model, torch.tensor(batch, device=device)) for batch in batches]
+    waiting = dict(groups)
+    # Closed at once when the last wanted block is done: what comes behind it need not run.
+    with closing(in_lockstep(observer.units, passes, observer.enter)) as steps:
+        for name in steps:
+            if name is not None:
+                yield waiting.pop(name), observer.leave(name)
+            if not waiting and not rest:
+                break
+    for name in [*waiting, *([None] if rest else [])]:
+        yield waiting.pop(name, rest), observer.leave(name)
+
+
+class _Observer:
+    """Hooks on the adapted layers that count their inputs, and the blocks' parameters in float32 while they run."""
+
+    def __init__(
+        self, model: torch.nn.Module, modules: Sequence[PlacedModule], statistics: Statistics, units: Sequence[str]
+    ) -> None:
+        self.units = {name: model.get_submodule(name) for name in units}
+        self._statistics = statistics
+        #: By block, then by module path: what lies in no block may run long before its turn comes.
+        self._moments: dict[str | None, dict[str, InputMoment]] = defaultdict(dict)
+        self._seen: list[tuple[torch.Tensor, InputMoment]] = []
+        self._stored: dict[str, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
+        layers = dict(model.named_modules())
+        for module in {item.module.path: item.module for item in modules if item.experts == 1}.values():
+            if len(module.lora_A.shape) == 2 and module.path in layers:
+                layers[module.path].register_forward_pre_hook(self._hook(module), with_kwargs=True)
+        inside = {id(parameter) for unit in self.units.values() for parameter in unit.parameters()}
+        for parameter in model.parameters():
+            if id(parameter) not in inside:
+                parameter.data = parameter.data.float()
+
+    def enter(self, name: str) -> None:
+        """Before a block runs: nothing of another pass is shared with this one, and it computes in float32."""
+        self._seen.clear()
+        if name not in self._stored:
+            parameters = list(self.units[name].parameters())
+            self._stored[name] = [(parameter, parameter.data) for parameter in parameters]
+            for parameter in parameters:
+                parameter.data = parameter.data.float()
+
+    def leave(self, name: str | None) -> dict[str, InputRoot | None]:
+        """The roots of a block (None: of all that is in no block); its statistics and float32 weights are dropped."""
+        for parameter, values in self._stored.pop(name, ()):
+            parameter.data = values
+        self._seen.clear()
+        shared: dict[int, InputRoot | None] = {}
+        roots = {}
+        for path, moment in self._moments.pop(name, {}).items():
+            if not moment.finite:
+                raise CheckpointError(f"the inputs of {path} overflow: the base or the adapter has diverged.")
+            if id(moment) not in shared:
+                shared[id(moment)] = moment.root()
+            roots[path] = shared[id(moment)]
+        return roots
+
+    def _hook(self, module: Module) -> Callable[..., None]:
+        block = _block_of(module)
+
+        def count(layer: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            inputs = arguments[0] if arguments else next(iter(named.values()))
+            known = next((moment for tensor, moment in self._seen if tensor is inputs), None)
+            moment = self._moments[block].get(module.path)
+            if moment is None:
+                moment = self._moments[block][module.path] = known or self._new_moment(module)
+            if moment is known:
+                return  # its neighbours have the same input, which is counted once
+            if module.embedding:
+                moment.add_indices(inputs)
+            else:
+                moment.add(inputs.float())
+            self._seen.append((inputs, moment))
+
+        return count
+
+    def _new_moment(self, module: Module) -> InputMoment:
+        # The inputs of an embedding are one-hot, so that their second moment is diagonal.
+        return InputMoment(module.weight_shape[1], "diagonal" if module.embedding else self._statistics)
+
+
+def _batches(rows: Sequence[list[int]], size: int) -> list[list[list[int]]]:
+    """Sequences of equal length together, so that no batch needs padding, which would count as inputs."""
+    by_length: dict[int, list[list[int]]] = defaultdict(list)
+    for row in rows:
+        by_length[len(row)].append(row)
+    return [
+        group[start : start + size] for _, group in sorted(by_length.items()) for start in range(0, len(group), size)
+    ]
+
+
+def _by_block(modules: Sequence[PlacedModule]) -> dict[str | None, list[PlacedModule]]:
+    """Modules by the block that they lie in, ``model.layers.0``; None for those in no numbered one."""
+    groups: dict[str | None, list[PlacedModule]] = defaultdict(list)
+    for item in modules:
+        groups[_block_of(item.module)].append(item)
+    return dict(groups)
+
+
+def _block_of(module: Module) -> str | None:
+    parts = module.path.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
+    return None if number is None else ".".join(parts[: number + 1])
+
+
+def _source_model(placed: PlacedAdapter, device: torch.device) -> torch.nn.Module:
+    """The base with the source adapter, as stock PEFT attaches it, in the base's own dtype."""
+    base = load_model(
+        placed.target.folder,
+        placed.target.class_name,
+        dtype=_DTYPES[placed.modules[0].weight.dtype],
+        device=device,
+        config=placed.target.source_config,
+        completed_later=bool(placed.adapter.whole),
+    )
+    return attach_with_peft(base, placed.adapter.path, "source").get_base_model()
+
+
+def _forward(model: torch.nn.Module, tokens: torch.Tensor) -> Callable[[], Any]:
+    inputs = {"input_ids": tokens}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = tokens
+    if hasattr(model.config, "use_cache"):
+        inputs["use_cache"] = False
+    return lambda: model(**inputs)

@@ -1,0 +1,250 @@
+"""Convert one placed module into MAP form: exactly where its own factors serve, to the optimum where they do not.
+
+LoRA is exact: its factors are kept and the scalars follow from norms. DoRA is solved to the optimum of MATH.md (2),
+or kept in its own factors with the direction ``dora``. ε is measured on the factors as they will be written.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from mapconv.adapter import Direction, MapModule
+from mapconv.algebra.dora import AdaptedWeight, merge_rows_
+from mapconv.algebra.moments import InputRoot, Statistics
+from mapconv.algebra.norms import (
+    BLOCK_ELEMENTS,
+    all_finite,
+    product_difference_norm,
+    product_norm,
+    row_blocks,
+    squared_norm,
+)
+from mapconv.algebra.refit import Refit, refit, refit_to_tolerance, relative_error
+from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
+from mapconv.errors import CheckpointError, OutputError
+from mapconv.placement.factors import FactorLoader, Factors
+from mapconv.placement.weights import PlacedModule, read_weight
+from mapconv.refit.norms import BaseNorms
+from mapconv.runtime.devices import resolve_device
+
+#: What the factors may be stored in; ``auto`` is the source's own.
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+DEFAULT_MAX_RANK = 256
+#: Below this gain, D = (b/a)·Δ would be too long for its dtype, and a = 1 is solved for instead.
+SMALLEST_GAIN = 1e-3
+#: Before its first step a DoRA's magnitudes are the base's row norms, but for float32 rounding in sums over a row.
+UNTRAINED = 1e-6
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What the caller asked for. ``rank`` and ``tolerance`` exclude each other; None for both: the source's rank.
+
+    ``statistics`` of the layers' inputs that refits weigh errors by; None: all weights alike.
+    """
+
+    rank: int | None = None
+    tolerance: float | None = None
+    max_rank: int = DEFAULT_MAX_RANK
+    direction: Direction = "low-rank"
+    lora_compatible: bool = False
+    dtype: Dtype = "float32"
+    device: str = "auto"
+    statistics: Statistics | None = None
+
+    def keeps_factors(self, placed: PlacedModule) -> bool:
+        """Whether the source's own factors serve as they are: always exact, and cheap."""
+        if placed.module.magnitude is not None:
+            return self.direction == "dora"
+        return self.tolerance is None and (self.rank is None or self.rank >= placed.effective_rank)
+
+    def keeps_lora(self, placed: PlacedModule) -> bool:
+        """Whether the module needs no more of its base weight than the norm."""
+        return placed.module.magnitude is None and self.keeps_factors(placed)
+
+    def stored_dtype(self, placed: PlacedModule) -> torch.dtype:
+        """The dtype that this module's factors are written in."""
+        return TORCH_DTYPES[placed.module.lora_A.dtype] if self.dtype == "auto" else getattr(torch, self.dtype)
+
+    def working_bytes(self, placed: PlacedModule) -> int:
+        """Memory that converting this module takes: all but a plain LoRA hold W0 in float32, and with data W0·P too."""
+        if self.keeps_lora(placed) and not placed.initialization:
+            return 16 * BLOCK_ELEMENTS
+        return (4 if self.statistics is None else 8) * placed.weight.numel
+
+    def stored_bytes(self, placed: PlacedModule) -> int:
+        """Bytes of this module's factors as written; with a tolerance, at the source's rank."""
+        height, width = placed.weight.shape
+        rank = placed.effective_rank if self.keeps_factors(placed) else self.rank or placed.effective_rank
+        return (height + width) * min(rank, height, width) * self.stored_dtype(placed).itemsize + 4 * height
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One module in MAP form, as it is written.
+
+    A (k, in) and B (out, k) are the factors of D = (b/a)·Δ; ``magnitude`` (out,) is what stock PEFT needs to compute
+    the module as a DoRA, or None where the gain is 1 and the direction is low-rank.
+    """
+
+    scalars: MapModule
+    A: torch.Tensor
+    B: torch.Tensor
+    magnitude: torch.Tensor | None
+
+    def without_factors(self) -> Converted:
+        return replace(self, A=self.A[:0], B=self.B[:, :0])
+
+
+class Converter:
+    """Turns placed modules into MAP form, one at a time; safe to call from several threads."""
+
+    def __init__(self, reader: TensorReader, options: ConvertOptions, norms: BaseNorms) -> None:
+        self._reader, self._options, self._norms = reader, options, norms
+        self._device = resolve_device(options.device)
+        self._factors = FactorLoader(reader)
+        self._local = threading.local()
+
+    def convert(self, placed: PlacedModule, root: InputRoot | None = None) -> Converted:
+        """One module in MAP form; a refit weighs errors by ``root``, the root of its inputs' second moment."""
+        factors = self._factors.load(placed)
+        if self._options.keeps_lora(placed):
+            return self._keep_lora(placed, factors)
+        if self._options.keeps_factors(placed):
+            return self._keep_dora(placed, factors)
+        return self._refit(placed, factors, root)
+
+    def _keep_lora(self, placed: PlacedModule, factors: Factors) -> Converted:
+        """W0 + s·BA is MAP already: α = ‖W0‖, β = ‖s·BA‖ (MATH.md section 2)."""
+        scaling = placed.scaling
+        A, B = self._stored(factors.A, placed), self._stored(factors.B * scaling, placed)
+        base_norm = _finite(self._norms[placed.weight], placed)
+        norm, error = product_norm(B, A), 0.0
+        wanted = factors.B.double() * scaling
+        # Mostly no bit is lost (float32, scaled by a power of two), which is cheaper to see than to measure.
+        if not (torch.equal(A.to(factors.A.dtype), factors.A) and torch.equal(B.double(), wanted)):
+            source_norm = abs(scaling) * product_norm(factors.B, factors.A)
+            difference = product_difference_norm(wanted, factors.A, B, A)
+            error = difference / source_norm if source_norm else 0.0
+        return _converted(placed, "low-rank", 1.0, base_norm, norm, error, A, B, None)
+
+    def _keep_dora(self, placed: PlacedModule, factors: Factors) -> Converted:
+        """T is kept in DoRA's own factors, with Δ = T − W0 and a = b = 1 (MATH.md section 5)."""
+        scaled = factors.B.double() * placed.scaling
+        A, B = self._stored(factors.A, placed), self._stored(factors.B * placed.scaling, placed)
+        base = self._base_matrix(placed)
+        base_square = update_square = error_square = 0.0
+        for start, stop in row_blocks(*placed.weight.shape):
+            rows = base[start:stop].double()
+            magnitude = factors.magnitude[start:stop]
+            wanted = merge_rows_(rows.clone(), factors.A.double(), scaled[start:stop], magnitude=magnitude)
+            got = merge_rows_(rows.clone(), A.double(), B[start:stop].double(), magnitude=magnitude)
+            base_square += squared_norm(rows)
+            update_square += squared_norm(got - rows)
+            error_square += squared_norm(wanted - got)
+        norm = update_square**0.5
+        error = (error_square / update_square) ** 0.5 if update_square else 0.0
+        base_norm = _finite(base_square**0.5, placed)
+        return _converted(placed, "dora", 1.0, base_norm, norm, error, A, B, factors.magnitude)
+
+    def _refit(self, placed: PlacedModule, factors: Factors, root: InputRoot | None) -> Converted:
+        """The optimum of MATH.md (2); ε and the magnitude are then measured on the factors as stored."""
+        device = self._device
+        base = self._base_matrix(placed).to(device)
+        magnitude = None if factors.magnitude is None else factors.magnitude.to(device)
+        scaled = (factors.B * placed.scaling).to(device)
+        target = AdaptedWeight(base, factors.A.to(device), scaled, magnitude)
+        base_norm = _finite(target.base_norm, placed)
+        if not factors.B.any() and target.update_norm <= UNTRAINED * base_norm:
+            return self._keep_base(placed, factors, target, base_norm)
+        if root is None:
+            seen, solution = None, self._solve(target, placed)
+        else:
+            root = root.to(device)
+            seen = target.seen_through(root)
+            solution = self._solve(seen, placed).divided_by(root)
+        gain = solution.gain
+        A, B = self._stored(solution.A, placed), self._stored(solution.B / gain, placed)
+        stored_A, stored_B = A.to(device, torch.float32), B.to(device, torch.float32)
+        error = relative_error(target, gain, gain * stored_B, stored_A)
+        output_error = None if seen is None else relative_error(seen, gain, gain * stored_B, root.multiply(stored_A))
+        magnitude = gain * target.approximation_row_norms(stored_B, stored_A)
+        norm = product_norm(B, A)
+        return _converted(placed, "low-rank", gain, base_norm, norm, error, A, B, magnitude, output_error)
+
+    def _keep_base(self, placed: PlacedModule, factors: Factors, target: AdaptedWeight, base_norm: float) -> Converted:
+        """An untrained DoRA has no direction: what its magnitudes' rounding does to W0 is noise, and not refitted."""
+        rank = min(self._options.rank or placed.rank, factors.A.shape[0])
+        A, B = self._stored(factors.A[:rank], placed), self._stored(factors.B[:, :rank], placed)
+        magnitude = target.approximation_row_norms(factors.B.to(self._device), factors.A.to(self._device))
+        return _converted(placed, "low-rank", 1.0, base_norm, 0.0, 0.0, A, B, magnitude)
+
+    def _solve(self, target: AdaptedWeight, placed: PlacedModule) -> Refit:
+        options = self._options
+        # PEFT has no DoRA for a stack of experts, so theirs is the closest plain LoRA.
+        gain = 1.0 if options.lora_compatible or placed.experts > 1 else None
+        if options.tolerance is not None:
+            return refit_to_tolerance(target, options.tolerance, options.max_rank, gain=gain)
+        solution = refit(target, options.rank or placed.effective_rank, gain=gain)
+        return solution if abs(solution.gain) > SMALLEST_GAIN else refit(target, solution.rank, gain=1.0)
+
+    def _stored(self, factor: torch.Tensor, placed: PlacedModule) -> torch.Tensor:
+        """The factor in the dtype it is written in.
+
+        Raises:
+            OutputError: a value that overflows there; the scaling is folded into B, which can make it large.
+        """
+        dtype = self._options.stored_dtype(placed)
+        stored = factor.to(dtype).cpu()
+        if not all_finite(stored):
+            raise OutputError(
+                f"the factors of {placed.module.path} do not fit in {str(dtype).removeprefix('torch.')}: some values "
+                "overflow there, so choose another --dtype."
+            )
+        return stored
+
+    def _base_matrix(self, placed: PlacedModule) -> torch.Tensor:
+        """W0 in float32, in memory that this thread uses again for its next module."""
+        matrix = getattr(self._local, "matrix", None)
+        if matrix is None or matrix.numel() < placed.weight.numel:
+            matrix = self._local.matrix = torch.empty(placed.weight.numel)
+        return read_weight(placed.weight, self._reader, matrix)
+
+
+def _converted(
+    placed: PlacedModule,
+    direction: Direction,
+    gain: float,
+    base_norm: float,
+    direction_norm: float,
+    error: float,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    magnitude: torch.Tensor | None,
+    output_error: float | None = None,
+) -> Converted:
+    # The stored direction is scaled so that b = a: what PEFT computes is a·(W0 + D).
+    scalars = MapModule(
+        path=placed.module.path,
+        expert=placed.expert,
+        direction=direction,
+        rank=A.shape[0],
+        alpha=gain * base_norm,
+        beta=gain * direction_norm,
+        base_norm=base_norm,
+        direction_norm=direction_norm,
+        error=error,
+        output_error=output_error,
+    )
+    return Converted(scalars, A, B, None if magnitude is None else magnitude.float().cpu())
+
+
+def _finite(norm: float, placed: PlacedModule) -> float:
+    if not math.isfinite(norm):
+        raise CheckpointError(f"{placed.weight.pieces[0].tensor.file}: {placed.weight.name} holds NaN or infinity.")
+    return norm

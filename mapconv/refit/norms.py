@@ -1,0 +1,175 @@
+"""The norms ‖W0‖ of a base model's weights, computed once and kept in the user's cache folder.
+
+A LoRA needs nothing else of its base (MATH.md section 2), so that the second adapter on a base reads none of the base's
+weights. The cache is keyed by the base's files (path, size, modification time) and by their headers: a base that
+changed has another key, and a cache file that is broken is made again, with a note.
+
+``MAPCONV_CACHE`` names the folder, or is ``off``; without it, ``mapconv`` in the platform's cache folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import sys
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from threading import Lock
+
+from mapconv.algebra.norms import BLOCK_ELEMENTS
+from mapconv.checkpoint.index import Checkpoint
+from mapconv.checkpoint.reader import TensorReader
+from mapconv.placement.weights import Piece, WeightView, weight_norm
+from mapconv.runtime.threads import in_order, worker_count
+
+_CACHE_VERSION = 1
+#: Bases whose norms a process keeps at hand.
+_KEPT = 8
+_kept: OrderedDict[str, dict[str, float]] = OrderedDict()
+_lock = Lock()
+
+
+class BaseNorms:
+    """‖W0‖ of weights of one base: ``norms[weight]``, once ``load`` has been told which."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._base = checkpoint.folder
+        self.notes: tuple[str, ...] = ()
+        self._folder = cache_folder()
+        self._key = _identity(checkpoint)
+        self._table: dict[str, float] = {} if self._folder is None else self._known()
+
+    def __getitem__(self, weight: WeightView) -> float:
+        return self._table[_name(weight)]
+
+    def missing(self, weights: Iterable[WeightView]) -> list[WeightView]:
+        """Those that must be read for their norm."""
+        return [weight for weight in weights if _name(weight) not in self._table]
+
+    def load(self, weights: Iterable[WeightView], reader: TensorReader) -> None:
+        """Have the norm of each weight: from the cache, or in one pass over those that it lacks.
+
+        Several processes that meet a new base at once wait for the first of them.
+        """
+        missing = self.missing(weights)
+        if not missing:
+            return
+        with self._alone():
+            if self._folder is not None:
+                self._table = self._table | self._read()
+            missing = self.missing(missing)
+            # One core for each weight, so that a sum does not depend on how many there are.
+            norms = in_order(lambda weight: weight_norm(weight, reader), missing, worker_count(16 * BLOCK_ELEMENTS))
+            self._table = self._table | dict(zip(map(_name, missing), norms, strict=True))
+            if missing and self._folder is not None:
+                self._write(self._table)
+                self._keep(self._table)
+
+    @property
+    def _path(self) -> Path:
+        return self._folder / f"{self._key}.json"
+
+    def _known(self) -> dict[str, float]:
+        with _lock:
+            table = _kept.get(self._key)
+        if table is None:
+            table = self._read()
+            self._keep(table)
+        return table
+
+    def _keep(self, table: dict[str, float]) -> None:
+        with _lock:
+            _kept[self._key] = table
+            _kept.move_to_end(self._key)
+            while len(_kept) > _KEPT:
+                _kept.popitem(last=False)
+
+    def _read(self) -> dict[str, float]:
+        try:
+            table = json.loads(self._path.read_bytes())
+            norms = {str(name): float.fromhex(value) for name, value in table["norms"].items()}
+            if table["version"] != _CACHE_VERSION or not all(0 <= norm < math.inf for norm in norms.values()):
+                raise ValueError("other content")
+        except OSError:
+            return {}
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            note = f"the cached norms in {self._path} are broken ({type(error).__name__}) and made again"
+            self.notes = (note,)
+            return {}
+        return norms
+
+    def _write(self, table: dict[str, float]) -> None:
+        """Whole or not at all; a cache that cannot be written is no reason to fail."""
+        finite = {name: norm.hex() for name, norm in sorted(table.items()) if math.isfinite(norm)}
+        text = json.dumps({"version": _CACHE_VERSION, "base": str(self._base), "norms": finite}, indent=1)
+        temporary = self._path.with_name(f".{self._key}.{uuid.uuid4().hex[:8]}")
+        try:
+            temporary.write_text(text)
+            temporary.replace(self._path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the base's lock among all processes of this user, where the cache folder can be had at all."""
+        if self._folder is None:
+            yield
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self._folder / f"{self._key}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:
+            yield
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def cache_folder() -> Path | None:
+    """Where norms are kept, or None if they are not."""
+    named = os.environ.get("MAPCONV_CACHE")
+    if named:
+        return None if named == "off" else Path(named) / "norms"
+    if sys.platform == "darwin":
+        root = Path.home() / "Library" / "Caches"
+    else:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "mapconv" / "norms"
+
+
+def _identity(checkpoint: Checkpoint) -> str:
+    """A name for the base's content, from what its files' headers and the file system say of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in checkpoint.files:
+        if checkpoint.source is None:
+            path = file.path.resolve()
+            status = path.stat()
+            marks = (path, status.st_size, status.st_mtime_ns, status.st_ino)
+        else:
+            # A base that stays on the Hub has holes in its file, but lies under the commit that it is a copy of.
+            marks = (file.path.absolute(), "on the Hub")
+        digest.update(repr(marks).encode("utf-8", "surrogateescape"))
+        for ref in file.tensors:
+            digest.update(f"{ref.name}\0{ref.dtype}\0{ref.shape}\0{ref.start}\n".encode())
+    return digest.hexdigest()
+
+
+def _name(weight: WeightView) -> str:
+    """What tells a weight from the others of its base: which rows of which tensors."""
+    return " + ".join(map(_piece_name, weight.pieces))
+
+
+def _piece_name(piece: Piece) -> str:
+    rows = f"{piece.index}:{piece.offset}:{piece.stop - piece.start}"
+    whole = not (piece.stacked or piece.transposed or piece.offset) and piece.stop - piece.start == piece.grid[1]
+    return piece.tensor.name if whole else f"{piece.tensor.name}[{rows}{'T' if piece.transposed else ''}]"

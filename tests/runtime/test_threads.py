@@ -1,0 +1,71 @@
+"""Results in the order of the jobs, on one thread and on several."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from mapconv.runtime.threads import in_order, worker_count
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_results_keep_the_order_of_the_jobs(workers):
+    def slow_first(job: int) -> int:
+        time.sleep(0.002 * (3 - job % 4))
+        return job * job
+
+    assert list(in_order(slow_first, range(30), workers)) == [job * job for job in range(30)]
+
+
+def test_one_worker_is_a_plain_loop_in_this_thread():
+    assert set(in_order(lambda job: threading.get_ident(), range(3), 1)) == {threading.get_ident()}
+
+
+def test_several_workers_are_several_threads():
+    meeting = threading.Barrier(3, timeout=30)  # nobody passes unless three jobs run at the same time
+    assert list(in_order(lambda job: meeting.wait() >= 0, range(3), 3)) == [True] * 3
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_error_stops_what_has_not_started(workers):
+    ran = []
+
+    def run(job: int) -> None:
+        ran.append(job)
+        if job == 2:
+            raise RuntimeError("job 2")
+        time.sleep(0.01)
+
+    with pytest.raises(RuntimeError, match="job 2"):
+        list(in_order(run, range(100), workers))
+    assert len(ran) < 50
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_few_results_wait_in_memory(workers):
+    taken = []
+
+    def jobs():
+        for job in range(100):
+            taken.append(job)
+            yield job
+
+    results = in_order(lambda job: job, jobs(), workers)
+    assert next(results) == 0
+    assert len(taken) <= 2 * workers + 1
+    results.close()
+
+
+def test_torchs_threads_are_as_before():
+    before = torch.get_num_threads()
+    list(in_order(lambda job: torch.ones(4).sum(), range(8), 2))
+    assert torch.get_num_threads() == before
+
+
+def test_workers_share_the_budget():
+    assert worker_count(1 << 40) == 1
+    assert worker_count(0) >= 1
+    assert worker_count(1 << 20, budget=1 << 20) == 1
