@@ -8,9 +8,10 @@ algorithm 4.4); the search for ``t`` happens on l×l Gram matrices between two p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
+
+from mapconv.algebra.pencil import Pencil
 
 #: Columns beyond the wanted rank. They absorb the directions that a finite number of iterations cannot separate.
 OVERSAMPLING = 8
@@ -19,22 +20,6 @@ RELATIVE_GAIN = 2e-3
 MAX_ITERATIONS = 12
 #: Squared errors below this fraction of ‖S‖² are rounding of float32 products, not signal.
 ROUNDING = 1e-7
-
-
-class Pencil(Protocol):
-    """A family of n×m matrices E(t) = S − t·W."""
-
-    shape: tuple[int, int]
-    device: torch.device
-
-    def products(self, V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(S·V, W·V) for V of shape (m, l)."""
-
-    def transposed_product(self, Q: torch.Tensor, t: float) -> torch.Tensor:
-        """E(t)ᵀ·Q for Q of shape (n, l)."""
-
-    def squared_norms(self) -> tuple[float, float, float]:
-        """(‖S‖², ⟨S, W⟩, ‖W‖²), exact to float64."""
 
 
 @dataclass(frozen=True)

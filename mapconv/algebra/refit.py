@@ -16,6 +16,7 @@ import torch
 from mapconv.algebra.dora import AdaptedWeight
 from mapconv.algebra.lowrank import LowRank, best_low_rank
 from mapconv.algebra.moments import InputRoot
+from mapconv.algebra.pencil import residual_norm
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def refit_to_tolerance(
 
 def relative_error(target: AdaptedWeight, gain: float, B: torch.Tensor, A: torch.Tensor) -> float:
     """The certificate ε = ‖T − gain·W0 − BA‖ / ‖T − W0‖ of any factors, computed densely, row block by row block."""
-    return target.error_norm(gain, B, A) / target.update_norm if target.update_norm else 0.0
+    return residual_norm(target, gain - 1, B, A) / target.update_norm if target.update_norm else 0.0
 
 
 def _solve(target: AdaptedWeight, rank: int, gain: float | None, seed: int) -> LowRank:
