@@ -145,7 +145,8 @@ class _Driver:
             while active:
                 places: dict[str | None, dict[int, Any]] = {}
                 for number, each in active.items():
-                    places.setdefault(each.resume(), {})[number] = each.seen
+                    place = each.resume()
+                    places.setdefault(place, {})[number] = each.seen
                 active = {number: each for number, each in active.items() if not each.finished}
                 # All passes of one model mostly run the same places, so that they wait at the same one.
                 for name in sorted(places, key=str):
