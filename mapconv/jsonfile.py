@@ -8,16 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from mapconv.errors import MapconvError
+from mapconv.files import SMALL, read_bytes
 
 
-def read_object(path: Path, kind: type[MapconvError], *, advice: str = "download it again") -> dict[str, Any]:
-    """The table in a JSON file.
+def read_object(
+    path: Path, kind: type[MapconvError], *, advice: str = "download it again", limit: int = SMALL
+) -> dict[str, Any]:
+    """The table in a JSON file of at most ``limit`` bytes, which lies in its folder (``mapconv.files``).
 
     Raises:
-        kind: not JSON, or not an object. FileNotFoundError: absent; what that means is the caller's to say.
+        kind: no regular file of that folder, too long, not JSON, or not an object.
+        FileNotFoundError: absent; what that means is the caller's to say.
     """
+    content = read_bytes(path, kind, limit=limit)
     try:
-        table = json.loads(path.read_bytes())
+        table = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise kind(f"{path} is not JSON ({error}): {advice}.") from None
     if not isinstance(table, dict):

@@ -14,6 +14,7 @@ from typing import Any
 
 from mapconv.adapter import LoraSettings
 from mapconv.errors import AdapterError, UnsupportedError
+from mapconv.files import LARGE
 from mapconv.jsonfile import read_object
 
 #: Fields that do not change what the saved weights mean (training, bookkeeping, or settings of another field).
@@ -65,7 +66,7 @@ def read_config(path: Path) -> dict[str, Any]:
         AdapterError: unreadable, not JSON, or not an object.
     """
     try:
-        return read_object(path, AdapterError)
+        return read_object(path, AdapterError, limit=LARGE)  # map_config.json lists every module
     except FileNotFoundError:
         raise AdapterError(f"{path.parent} has no {path.name}: it is not an adapter folder.") from None
 
