@@ -38,8 +38,10 @@ def write_base_model(out: Path) -> None:
     folder, name = files[0].parent, files[0].name
     # transformers draws its bar for the conversion on whatever stderr is, and has no switch for it.
     with quiet_libraries(), redirect_stderr(StringIO()):
-        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=torch.bfloat16, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
         config = LlamaConfig.from_dict(
             {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
         )

@@ -18,7 +18,7 @@ import torch
 
 from mapconv.errors import CheckpointError
 from mapconv.jsonfile import read_object
-from mapconv.runtime.models import quiet_libraries, translated
+from mapconv.runtime.models import model_class, quiet_libraries, refuse_code, translated
 
 Kind = Literal["linear", "transposed", "conv", "embedding", "parameters"]
 
@@ -59,11 +59,12 @@ class LiveModel:
         with quiet_libraries(), translated(f"a {class_name}", CheckpointError):
             import transformers
 
+            refuse_code(config, Path("config.json"))
             settings = copy.deepcopy(config)
             model_type = settings.pop("model_type")
             built = transformers.AutoConfig.for_model(model_type, **settings)
             with torch.device("meta"):
-                self.model = getattr(transformers, class_name)(built)
+                self.model = model_class(class_name)(built)
                 self.model.tie_weights()
         self.class_name = class_name
         self.config = config
