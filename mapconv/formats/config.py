@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from mapconv.adapter import LoraSettings
 from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.jsonfile import read_object
+from mapconv.untrusted.patterns import PatternTable
 
 #: Fields that do not change what the saved weights mean (training, bookkeeping, or settings of another field).
 _INERT = frozenset(
@@ -162,18 +162,12 @@ class _Fields:
             raise self._wrong(name, value, "a number")
         return number
 
-    def pattern(self, name: str, parse: Callable[[str, Any], Any]) -> dict[re.Pattern[str], Any]:
+    def pattern(self, name: str, parse: Callable[[str, Any], Any]) -> PatternTable[Any]:
         value = self.config.get(name) or {}
         if not isinstance(value, dict):
             raise self._wrong(name, value, "a table of patterns")
-        return {self._expression(name, key): parse(f"{name}[{key!r}]", item) for key, item in value.items()}
-
-    def _expression(self, name: str, key: str) -> re.Pattern[str]:
-        """A key as PEFT's ``get_pattern_key`` uses it: it must match the end of a module's path."""
-        try:
-            return re.compile(rf"(.*\.)?({key})$")
-        except (re.error, RecursionError, OverflowError) as error:
-            raise AdapterError(f"{self.path}: {name} has {key!r}, which is no regular expression ({error}).") from None
+        entries = {key: parse(f"{name}[{key!r}]", item) for key, item in value.items()}
+        return PatternTable(entries, f"{self.path}: {name}")
 
     def names(self, name: str) -> tuple[str, ...]:
         value = self.config.get(name) or []
