@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 from mapconv.adapter import ITEM_SIZES, TensorRef
 from mapconv.errors import CheckpointError
+from mapconv.jsonfile import read_object
+from mapconv.untrusted.schema import NULL, TABLE, TEXT, Each
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -115,14 +117,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _read_sharded(folder: Path, index_path: Path) -> Checkpoint:
-    try:
-        index = json.loads(index_path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{index_path} is not JSON ({error}): download it again.") from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
+    index = read_object(index_path, CheckpointError, schema={"weight_map": Each(TEXT), "metadata": (TABLE, NULL)})
+    weight_map = index["weight_map"]
+    if not weight_map:
         raise CheckpointError(f"{index_path} has no weight_map: download it again.")
-    shard_names = sorted({str(name) for name in weight_map.values()})
+    shard_names = sorted(set(weight_map.values()))
     for name in shard_names:
         # A shard may be a symlink (the Hub cache is made of them), but its *name* must not lead elsewhere.
         if name != os.path.basename(name) or name in ("", ".", ".."):
@@ -130,8 +129,7 @@ def _read_sharded(folder: Path, index_path: Path) -> Checkpoint:
         if not os.path.exists(folder / name):  # false, where Path.exists() raises, for a name that can be no file's
             raise CheckpointError(f"{index_path} lists {name}, which is not in {folder}: download the missing shard.")
     files = [read_tensor_file(folder / name) for name in shard_names]
-    metadata = index.get("metadata")
-    checkpoint = _checkpoint(folder, files, metadata if isinstance(metadata, dict) else {})
+    checkpoint = _checkpoint(folder, files, index.get("metadata") or {})
     for name, shard in weight_map.items():
         ref = checkpoint.tensors.get(name)
         if ref is None or ref.file.name != shard:

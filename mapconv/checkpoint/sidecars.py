@@ -11,9 +11,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from mapconv.checkpoint.model_config import MODEL_CONFIG, read_model_config
 from mapconv.checkpoint.staging import write_file
 
-MODEL_CONFIG = "config.json"
 #: Written into a merged model: what it was made from. transformers leaves a file of this name alone.
 MERGE_RECORD = "map_merge.json"
 TOKENIZER_FILES = (
@@ -72,7 +72,7 @@ def write_model_config(base: Path, target: Path, dtype: str, changed: dict[str, 
     path = base / MODEL_CONFIG
     if changed is None and not path.exists():
         return [f"{base} has no {MODEL_CONFIG}, so the merged folder has none either"]
-    config = json.loads(path.read_bytes()) if changed is None else dict(changed)
+    config = read_model_config(base) if changed is None else dict(changed)
     if dtype != "auto":
         config.setdefault("dtype", dtype)
         _set_dtype(config, dtype)
