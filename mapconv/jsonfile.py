@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mapconv.errors import MapconvError
+from mapconv.files import SMALL, read_bytes
 from mapconv.untrusted.schema import Schema
 from mapconv.untrusted.schema import fault as schema_fault
 
@@ -17,15 +18,23 @@ MOST_NESTING = 64
 
 
 def read_object(
-    path: Path, kind: type[MapconvError], *, schema: Schema | None = None, advice: str = "download it again"
+    path: Path,
+    kind: type[MapconvError],
+    *,
+    schema: Schema | None = None,
+    advice: str = "download it again",
+    limit: int = SMALL,
 ) -> dict[str, Any]:
-    """The table in a JSON file; ``schema`` has the types of the fields that the caller reads.
+    """The table in a JSON file of at most ``limit`` bytes, which lies in its folder (``mapconv.files``).
+
+    ``schema`` has the types of the fields that the caller reads.
 
     Raises:
-        kind: not JSON, not an object, nested too deeply, with half a surrogate pair in a text, or of other types.
+        kind: no regular file of that folder, too long, not JSON, not an object, nested too deeply, with half a
+            surrogate pair in a text, or with a field of another type.
         FileNotFoundError: absent; what that means is the caller's to say.
     """
-    content = path.read_bytes()
+    content = read_bytes(path, kind, limit=limit)
     try:
         table = json.loads(content)
     except (ValueError, RecursionError) as error:

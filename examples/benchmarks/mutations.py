@@ -12,18 +12,25 @@ VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, 10**400, 0.5, -0.0, 1e308, 5e-324, float("nan"), float("inf"), "",
     "0", "1", "nan", "LORA", "q_proj", "a/b", "../x", "/etc/passwd", "~", "C:\\x", "file:///x", "x" * 300, "\0", "\n",
     "mapconv: error: forged", "\x1b[2J", "\u202e", "\ud800", "é", "<img src=x onerror=alert(1)>", "javascript:alert(1)",
-    "<!-- mapconv:end -->", "`|*_[](x)", "(a+)+b", "(", "(?i)q", ".*" * 9, "-->", "---", [], {}, [[]], [None], [1.5], [{}],
+    "<!-- mapconv:end -->", "`|*_[](x)", "(a+)+b", "(", "(?i)q", ".*" * 9, "-->", "---", [], {}, [[]], [None], [1.5],
+    [{}],
     {"a": {}}, {"": ""}, ["q_proj", 3], [[0, 4], [2, 5]], {"q_proj": 4}, {"0": [1]}, [1] * 50, 1.5,
 )  # fmt: skip
 #: What readers of YAML, of Markdown and of lines trip over.
 TOKENS = (
-    "---\n", "---", "...\n", "\n", "\r\n", "\t", " ", ": ", "- ", "? ", "[", "]", "{", "}", ",", "#", "&a ", "*a", "<<: *a\n",
-    "!!bool maybe", "!!int x", "!!float x", "!!timestamp x", "!!binary x", "!!set {a}", "!!omap [a]", "!!python/name:os.x ",
+    "---\n", "---", "...\n", "\n", "\r\n", "\t", " ", ": ", "- ", "? ", "[", "]", "{", "}", ",", "#", "&a ", "*a",
+    "<<: *a\n",
+    "!!bool maybe", "!!int x", "!!float x", "!!timestamp x", "!!binary x", "!!set {a}", "!!omap [a]",
+    "!!python/name:os.x ",
     "!x ", "!!null x", "!!str [a]", "!!pairs [a]", "2023-02-30", "2023-01-01T99:99:99Z", "0x" + "f" * 5000, "1" * 5000,
-    "190:20:30.15", ".nan", ".inf", "-.inf", "~", "yes", "|\n  x\n", ">\n  x\n", "%YAML 9.9\n", "\"\\ud800\"", "\"\\x\"",
-    "'", '"', "\x00", "\x85", "\u2028", "\ufeff", "\ud800".encode("utf-8", "surrogatepass"), b"\xff\xfe", "[" * 300, "{a: " * 60,
-    "<!-- mapconv:begin own=x -->", "<!-- mapconv:end -->", "<!-- mapconv:begin own=", "-->", "license: ", "tags: ", "base_model: ",
-    "defaults: ", "adapters: ", "source: ", "output: ", "upgrade: {rank: 4}", "rank: ", "../x", "/", "text: ", "messages: ",
+    "190:20:30.15", ".nan", ".inf", "-.inf", "~", "yes", "|\n  x\n", ">\n  x\n", "%YAML 9.9\n", "\"\\ud800\"",
+    "\"\\x\"",
+    "'", '"', "\x00", "\x85", "\u2028", "\ufeff", "\ud800".encode("utf-8", "surrogatepass"), b"\xff\xfe", "[" * 300,
+    "{a: " * 60,
+    "<!-- mapconv:begin own=x -->", "<!-- mapconv:end -->", "<!-- mapconv:begin own=", "-->", "license: ", "tags: ",
+    "base_model: ",
+    "defaults: ", "adapters: ", "source: ", "output: ", "upgrade: {rank: 4}", "rank: ", "../x", "/", "text: ",
+    "messages: ",
 )  # fmt: skip
 
 

@@ -102,7 +102,8 @@ def _yaml_records(path: Path, faults: Faults) -> Iterator[tuple[str, Record]]:
     import yaml
 
     try:
-        loader, node = yamltext.parse(path.read_bytes(), longest=_LONGEST_YAML)
+        with open(path, "rb") as file:
+            loader, node = yamltext.parse(file.read(_LONGEST_YAML + 1), longest=_LONGEST_YAML)
     except yamltext.YamlError as error:
         faults.add(error.line, str(error))
         return

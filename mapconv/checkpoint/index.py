@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mapconv.adapter import ITEM_SIZES, TensorRef
+from mapconv.checkpoint.sidecars import check_folder
 from mapconv.errors import CheckpointError
+from mapconv.files import LARGE, open_regular
 from mapconv.jsonfile import read_object
 from mapconv.untrusted.schema import NULL, TABLE, TEXT, Each
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_INDEX = {"weight_map": Each(TEXT), "metadata": (TABLE, NULL)}
 #: The format's own limit on the header's length (safetensors' MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
 #: The largest size that a file system or torch can speak of, and the most dimensions of a torch tensor.
@@ -98,8 +101,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     A single ``model.safetensors`` wins over an index, as it does in transformers.
 
     Raises:
-        CheckpointError: no safetensors weights, or an index and shards that do not agree.
+        CheckpointError: no safetensors weights, an index and shards that do not agree, or a link out of the folder.
     """
+    check_folder(folder, CheckpointError)
     single = folder / SINGLE_FILE
     if single.exists():
         return _checkpoint(folder, [read_tensor_file(single)], None)
@@ -117,13 +121,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _read_sharded(folder: Path, index_path: Path) -> Checkpoint:
-    index = read_object(index_path, CheckpointError, schema={"weight_map": Each(TEXT), "metadata": (TABLE, NULL)})
+    index = read_object(index_path, CheckpointError, schema=_INDEX, limit=LARGE)
     weight_map = index["weight_map"]
     if not weight_map:
         raise CheckpointError(f"{index_path} has no weight_map: download it again.")
     shard_names = sorted(set(weight_map.values()))
     for name in shard_names:
-        # A shard may be a symlink (the Hub cache is made of them), but its *name* must not lead elsewhere.
+        # The name must not lead elsewhere; a link, of which the Hub's cache is made, is checked when it is opened.
         if name != os.path.basename(name) or name in ("", ".", ".."):
             raise CheckpointError(f"{index_path} points outside its folder ({name}): refusing to follow it.")
         if not os.path.exists(folder / name):  # false, where Path.exists() raises, for a name that can be no file's
@@ -153,7 +157,7 @@ def _checkpoint(folder: Path, files: list[TensorFile], index_metadata: dict[str,
 
 def _header_bytes(path: Path) -> tuple[bytes, int]:
     """The header's JSON bytes and the file's size, after checking the claimed length against both limits."""
-    with open(path, "rb") as file:
+    with open_regular(path, CheckpointError) as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if not prefix:

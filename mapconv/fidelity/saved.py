@@ -12,6 +12,7 @@ from typing import Any
 from mapconv.checkpoint.index import read_checkpoint
 from mapconv.checkpoint.staging import replace_file
 from mapconv.errors import AdapterError, OutputError
+from mapconv.files import open_regular
 from mapconv.formats.mapdir import FORMAT_VERSION
 from mapconv.formats.peft import WEIGHTS_FILE
 from mapconv.hub.reference import origin_of
@@ -61,7 +62,7 @@ def read_report(folder: Path) -> dict[str, Any] | None:
         AdapterError: broken, or measured on other weights than the folder now holds.
     """
     path = folder / REPORT_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     again = f"run `mapconv verify {folder} --against SOURCE --save` again, or delete the file."
     report = read_object(path, AdapterError, schema=_REPORT, advice=again.removesuffix("."))
@@ -79,8 +80,8 @@ def weights_mark(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     adapter = folder / WEIGHTS_FILE
-    if adapter.is_file():
-        with open(adapter, "rb") as file:
+    if os.path.lexists(adapter):
+        with open_regular(adapter, AdapterError) as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     else:

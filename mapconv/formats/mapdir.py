@@ -20,6 +20,7 @@ import torch
 from mapconv.adapter import Adapter, MapModule, Module
 from mapconv.checkpoint.staging import write_file
 from mapconv.errors import AdapterError
+from mapconv.files import LARGE
 from mapconv.formats.config import parse_settings, read_config
 from mapconv.formats.peft import CONFIG_FILE, KEY_PREFIX, read_tensors
 from mapconv.jsonfile import read_object
@@ -190,7 +191,7 @@ def read_record(path: Path, *, advice: str = "make the folder again") -> dict[st
         AdapterError: absent, broken, or written by another version.
     """
     try:
-        record = read_object(path, AdapterError, advice=advice)
+        record = read_object(path, AdapterError, advice=advice, limit=LARGE)  # it lists every module
     except FileNotFoundError:
         raise AdapterError(f"{path} is missing: {advice}.") from None
     version = record.get("format_version")

@@ -24,7 +24,9 @@ from pathlib import Path
 
 from mapconv.adapter import TensorRef
 from mapconv.checkpoint.index import INDEX_FILE, MAX_HEADER_BYTES, SINGLE_FILE, ByteSource, Checkpoint, read_checkpoint
+from mapconv.checkpoint.staging import replace_file
 from mapconv.errors import CheckpointError, HubError
+from mapconv.files import LARGE, read_bytes
 from mapconv.hub.client import limit_waits
 from mapconv.hub.faults import always, ask_hub, with_retries
 from mapconv.hub.reference import HubReference, origin_of
@@ -59,9 +61,9 @@ def ranged_checkpoint(reference: HubReference, snapshot: Path) -> Checkpoint:
     folder = _lean_folder(pinned)
     folder.mkdir(parents=True, exist_ok=True)
     for path in snapshot.iterdir():
-        link = folder / path.name
-        if path.is_file() and not os.path.lexists(link):
-            link.symlink_to(path.absolute())
+        if path.is_file():
+            # A copy: a link would leave this folder, and the cache's blob may go before it does.
+            replace_file(folder / path.name, read_bytes(path, CheckpointError, limit=LARGE))
     source = RangedSource(pinned, folder)
     ask_hub(source.open_headers, str(reference), "read")
     return replace(read_checkpoint(folder), source=source)

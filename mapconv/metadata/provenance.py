@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mapconv.adapter import Adapter, MapModule
+from mapconv.errors import AdapterError
+from mapconv.files import open_regular
 from mapconv.formats.mapdir import FORMAT_VERSION
 from mapconv.formats.peft import CONFIG_FILE, weights_name
 from mapconv.hub.reference import origin_of
@@ -85,7 +87,7 @@ def source_fingerprint(folder: Path) -> str:
     """SHA-256 of an adapter's configuration and weights."""
     digest = hashlib.sha256()
     for name in (CONFIG_FILE, weights_name(folder)):
-        with open(folder / name, "rb") as file:
+        with open_regular(folder / name, AdapterError) as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return f"sha256:{digest.hexdigest()}"

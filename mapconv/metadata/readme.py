@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mapconv.errors import HubError
+from mapconv.files import read_bytes
 from mapconv.untrusted import yamltext
 
 _FRONT = re.compile(
@@ -57,7 +58,7 @@ class Readme:
 def read_readme(path: Path) -> Readme:
     """The parts of a file; an empty one where there is none that can be read."""
     try:
-        return parse_readme(path.read_text(encoding="utf-8"), str(path.parent))
+        return parse_readme(read_bytes(path, HubError).decode(), str(path.parent))
     except (OSError, UnicodeDecodeError, HubError):
         return Readme()
 

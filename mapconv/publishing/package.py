@@ -17,6 +17,7 @@ from mapconv.checkpoint.model_config import MODEL_CONFIG, read_model_config
 from mapconv.checkpoint.sidecars import MERGE_RECORD, model_files, tokenizer_files
 from mapconv.errors import AdapterError, HubError
 from mapconv.fidelity.saved import read_report
+from mapconv.files import LARGE, check_regular, read_bytes
 from mapconv.formats import read_adapter
 from mapconv.formats.mapdir import MAP_CONFIG_FILE, map_modules, read_record
 from mapconv.formats.peft import CONFIG_FILE, WEIGHTS_FILE
@@ -111,7 +112,7 @@ def pack(folder: Path, *, base_id: str | None = None, license_: str | None = Non
         files.append(plot)
         facts = replace(facts, has_plot=True)
     readme = folder / CARD_FILE
-    own = parse_readme(readme.read_text(encoding="utf-8"), str(readme)) if readme.exists() else Readme()
+    own = parse_readme(_readme_text(readme), str(readme)) if readme.exists() else Readme()
     sent = {file.name for file in files} | {CARD_FILE, REPORT_FILE}
     return Parcel(folder, kind, base, tuple(files), facts, own, license_, _left_behind(folder, sent))
 
@@ -146,8 +147,7 @@ def _merged_files(folder: Path) -> list[str]:
 
 def _outgoing(folder: Path, name: str, kind: Kind, base: str, record: Mapping[str, Any]) -> Outgoing:
     path = folder / name
-    if path.is_symlink():
-        raise HubError(f"{path} is a symbolic link: put the file itself in its place, so that nothing else is sent.")
+    check_regular(path, HubError, folder=folder)
     if name.endswith(".safetensors"):
         for key, value in read_tensor_file(path).metadata.items():
             _refuse_path(path, f"__metadata__.{key}", value)
@@ -184,8 +184,8 @@ def _public_base(record: Mapping[str, Any], base_id: str | None, folder: Path) -
         return "/".join(name.split("/")[:2])
     for place, key in ((MODEL_CONFIG, "_name_or_path"), (CONFIG_FILE, "base_model_name_or_path")):
         try:
-            found = read_object(Path(name) / place, AdapterError).get(key)
-        except (OSError, AdapterError):
+            found = read_object(Path(name) / place, HubError).get(key)
+        except (OSError, HubError):
             continue
         if isinstance(found, str) and is_repo_id(found) and not Path(found).exists():
             return found
@@ -236,6 +236,13 @@ def _task(config: Mapping[str, Any]) -> str | None:
     return next((task for ending, task in endings.items() if architecture.endswith(ending)), None)
 
 
+def _readme_text(path: Path) -> str:
+    try:
+        return read_bytes(path, HubError).decode()
+    except UnicodeDecodeError as error:
+        raise HubError(f"{path} is not UTF-8 text (byte {error.start}): convert it, and push again.") from None
+
+
 def _refuse_path(path: Path, place: str, value: str) -> None:
     if is_local_path(value):
         raise HubError(
@@ -245,6 +252,6 @@ def _refuse_path(path: Path, place: str, value: str) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return read_object(path, AdapterError, advice="make the folder again")
+        return read_object(path, AdapterError, advice="make the folder again", limit=LARGE)
     except FileNotFoundError:
         raise AdapterError(f"{path} is missing: make the folder again.") from None
