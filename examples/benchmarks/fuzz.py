@@ -22,12 +22,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fuzz_files import CATALOG, LEDGER, README, ROWS, write_adapter, write_base, write_sharded
+from fuzz_files import CATALOG, CHATS, LEDGER, README, TEXTS, write_adapter, write_base, write_sharded
 from mutations import mutated_header, mutated_json, mutated_lines, mutated_text
 
 import mapconv
 from mapconv.catalog.ledger import LEDGER_FILE, read_lines
 from mapconv.catalog.reading import read_catalog
+from mapconv.catalog.run import OWN_FOLDER, RUN_FILE
+from mapconv.catalog.status import read_status
 from mapconv.checkpoint.index import read_checkpoint
 from mapconv.checkpoint.model_config import read_model_config
 from mapconv.data.rows import read_rows
@@ -81,6 +83,7 @@ def main() -> None:
 def run(target: Target, inputs: int, seed: int, *, show: bool = False) -> Counter[str]:
     """Read ``inputs`` mutations of one file, and put the file back."""
     content, counts = target.file.read_bytes(), Counter(fine=0, refused=0, unexpected=0)
+    target.read()  # as it is, or every mutation would end at the same fault
     for number in range(inputs):
         target.file.write_bytes(target.mutate(content, random.Random(f"{target.name} {seed} {number}")))
         end, error = outcome(target.read)
@@ -145,8 +148,12 @@ def targets(folder: Path) -> list[Target]:
     lines.write_text('{"defaults": {"base": "base", "upgrade": {"rank": 4}}}\n{"source": "lora", "output": "a"}\n')
     ledger.parent.mkdir()
     ledger.write_text("".join(f"{json.dumps(line)}\n" for line in LEDGER))
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    state = ledger.parent / OWN_FOLDER / RUN_FILE
+    state.parent.mkdir()
+    state.write_text(json.dumps({"entries": 3, "due": 3, "engine": "serial", "workers": 1, "started": "2025-01-01"}))
+    texts, chats = folder / "texts.jsonl", folder / "chats.jsonl"
+    for path, rows in ((texts, TEXTS), (chats, CHATS)):
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     config, record = lora / "adapter_config.json", converted / "map_config.json"
     report, readme, index = converted / "verify.json", converted / "README.md", sharded / "model.safetensors.index.json"
     push, push_merged = partial(_push, converted), partial(_push, merged)
@@ -171,7 +178,10 @@ def targets(folder: Path) -> list[Target]:
         Target("catalog.jsonl", lines, mutated_lines, partial(read_catalog, lines), 20),
         Target("ledger.jsonl", ledger, mutated_lines, lambda: list(read_lines(ledger)), 20),
         Target("ledger.jsonl, reported", ledger, mutated_lines, partial(_report_ledger, ledger.parent)),
-        Target("rows.jsonl", rows, mutated_lines, partial(read_rows, rows), 20),
+        Target("run.json, its status", state, mutated_json, partial(read_status, ledger.parent), 4),
+        Target("ledger.jsonl, its status", ledger, mutated_lines, partial(read_status, ledger.parent), 4),
+        Target("texts.jsonl", texts, mutated_lines, partial(read_rows, texts), 10),
+        Target("chats.jsonl", chats, mutated_lines, partial(read_rows, chats), 10),
     ]  # fmt: skip
     return found + _parquet(folder / "rows.parquet")
 

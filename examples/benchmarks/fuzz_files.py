@@ -41,7 +41,7 @@ CATALOG = """defaults:
 adapters:
 - source: lora
   output: a
-  verify: {max_tokens: 100}
+  verify: {samples: 4}
 - source: owner/name@main
   base: owner/base
   output: b
@@ -60,16 +60,15 @@ LEDGER = (
     {"entry": "b", "fingerprint": "g", "status": "failed", "kind": "AdapterError", "error": "broken.",
         "stage": "upgrade"},
 )  # fmt: skip
-ROWS = (
-    {"text": "one text"},
-    {"text": "another", "source": "x"},
+TEXTS = ({"text": "one text"}, {"text": "another", "source": "x"}, {"text": "a third"})
+CHATS = (
     {
         "messages": [
             {"role": "user", "content": "hi"},
             {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
         ]
     },
-    {"input": "a text", "label": 1},
+    {"messages": [{"role": "user", "content": None}], "tools": [{"type": "function"}]},
 )
 
 

@@ -27,6 +27,7 @@ from mapconv.untrusted import yamltext
 #: A folder that holds one of these is meant as an adapter, even if the others are missing.
 _ADAPTER_MARKS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _LONGEST_LINE = 1 << 20
+_MOST_FOLDERS = 100_000
 #: About 500,000 entries; more belong into JSONL, which is read line by line.
 _LONGEST_YAML = 1 << 26
 
@@ -63,12 +64,26 @@ def _folder_entries(folder: Path) -> Iterator[Entry]:
     from mapconv.catalog.entries import Options
 
     options, found = Options({"upgrade": {}}), False
+    above: dict[str, tuple[str, ...]] = {}
+    count = 0
     for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        # A link to a folder that holds it would go round for ever; to another one it is an adapter's other name.
+        above[root] = (*above.get(os.path.dirname(root), ()), os.path.realpath(root))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) not in above[root]
+        )
         if root != str(folder) and any(mark in files for mark in _ADAPTER_MARKS):
             folders.clear()
             found = True
             yield Entry(Path(root).relative_to(folder).as_posix(), os.path.abspath(root), None, options)
+            continue
+        count += 1
+        if count > _MOST_FOLDERS:  # links may multiply without a circle
+            raise CatalogError(
+                f"{folder} has more than {_MOST_FOLDERS:,} folders without an adapter: name the adapters in a file."
+            )
     if not found:
         raise CatalogError(f"{folder} holds no folders with an adapter_config.json: it is no folder of adapters.")
 

@@ -27,6 +27,8 @@ _INDEX = {"weight_map": Each(TEXT), "metadata": (TABLE, NULL)}
 MAX_HEADER_BYTES = 100_000_000
 #: The largest size that a file system or torch can speak of, and the most dimensions of a torch tensor.
 MAX_SIZE, MAX_DIMENSIONS = 2**63 - 1, 64
+#: Several times the longest path of any model's module: names are compared with each other, letter by letter.
+MAX_NAME = 1_000
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,11 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
 def _tensor_ref(path: Path, name: str, entry: Any, data_start: int) -> TensorRef:
     if not _is_text(name):
         raise CheckpointError(f"{path}: the tensor name {name!r} is no valid Unicode: the header is not to be trusted.")
+    if len(name) > MAX_NAME:
+        raise CheckpointError(
+            f"{path}: the tensor name {name[:60]!r}… has {len(name):,} characters, expected at most {MAX_NAME:,}: the "
+            "header is not to be trusted."
+        )
     where = f"{path}: tensor {name}"
     if not isinstance(entry, dict):
         raise CheckpointError(f"{where} is described by {type(entry).__name__}, expected an object.")
