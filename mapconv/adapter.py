@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mapconv.untrusted.patterns import PatternTable
+
 Direction = Literal["low-rank", "dora"]
 
 #: Bytes per element of every dtype that the safetensors format knows, by the format's own names.
@@ -149,8 +151,8 @@ class LoraSettings:
     alpha: float
     use_rslora: bool
     use_dora: bool
-    rank_pattern: Mapping[re.Pattern[str], int]
-    alpha_pattern: Mapping[re.Pattern[str], float]
+    rank_pattern: PatternTable[int]
+    alpha_pattern: PatternTable[float]
     initialization: str | None
     modules_to_save: tuple[str, ...]
     target_parameters: tuple[str, ...]
@@ -160,17 +162,12 @@ class LoraSettings:
     revision: str | None
 
     def rank_of(self, path: str) -> int:
-        return int(_by_pattern(self.rank_pattern, path, self.rank))
+        return self.rank_pattern.get(path, self.rank)
 
     def scaling_of(self, path: str) -> float:
         """alpha/r, or alpha/√r for rsLoRA, with this module's own alpha and rank."""
-        rank, alpha = self.rank_of(path), _by_pattern(self.alpha_pattern, path, self.alpha)
+        rank, alpha = self.rank_of(path), self.alpha_pattern.get(path, self.alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-
-
-def _by_pattern(patterns: Mapping[re.Pattern[str], Any], path: str, default: Any) -> Any:
-    """The value of the first pattern, in file order, that matches the path's end (PEFT's ``get_pattern_key``)."""
-    return next((value for pattern, value in patterns.items() if pattern.match(path)), default)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from mapconv.catalog.lock import is_locked
 from mapconv.catalog.run import LOCK_FILE, OWN_FOLDER, RUN_FILE, first_by_kind
 from mapconv.errors import CatalogError
 from mapconv.jsonfile import read_object
+from mapconv.untrusted.schema import COUNT, TEXT
 
 #: How many of the slowest and of the least faithful entries are shown.
 SHOWN = 5
@@ -128,5 +129,5 @@ def _facts(path: Path) -> dict[str, Any]:
         table = read_object(path, CatalogError)
     except (OSError, CatalogError):
         return {}
-    kinds = {"entries": int, "due": int, "engine": str, "workers": int, "started": str}
-    return {name: table[name] for name, kind in kinds.items() if type(table.get(name)) is kind}
+    kinds = {"entries": COUNT, "due": COUNT, "engine": TEXT, "workers": COUNT, "started": TEXT}
+    return {name: table[name] for name, kind in kinds.items() if kind.holds(table.get(name))}

@@ -18,13 +18,17 @@ from mapconv.checkpoint.sidecars import check_folder
 from mapconv.errors import CheckpointError
 from mapconv.files import LARGE, open_regular
 from mapconv.jsonfile import read_object
+from mapconv.untrusted.schema import NULL, TABLE, TEXT, Each
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_INDEX = {"weight_map": Each(TEXT), "metadata": (TABLE, NULL)}
 #: The format's own limit on the header's length (safetensors' MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
 #: The largest size that a file system or torch can speak of, and the most dimensions of a torch tensor.
 MAX_SIZE, MAX_DIMENSIONS = 2**63 - 1, 64
+#: Several times the longest path of any model's module: names are compared with each other, letter by letter.
+MAX_NAME = 1_000
 
 
 @dataclass(frozen=True)
@@ -119,11 +123,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _read_sharded(folder: Path, index_path: Path) -> Checkpoint:
-    index = read_object(index_path, CheckpointError, limit=LARGE)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    index = read_object(index_path, CheckpointError, schema=_INDEX, limit=LARGE)
+    weight_map = index["weight_map"]
+    if not weight_map:
         raise CheckpointError(f"{index_path} has no weight_map: download it again.")
-    shard_names = sorted({str(name) for name in weight_map.values()})
+    shard_names = sorted(set(weight_map.values()))
     for name in shard_names:
         # The name must not lead elsewhere; a link, of which the Hub's cache is made, is checked when it is opened.
         if name != os.path.basename(name) or name in ("", ".", ".."):
@@ -131,8 +135,7 @@ def _read_sharded(folder: Path, index_path: Path) -> Checkpoint:
         if not os.path.exists(folder / name):  # false, where Path.exists() raises, for a name that can be no file's
             raise CheckpointError(f"{index_path} lists {name}, which is not in {folder}: download the missing shard.")
     files = [read_tensor_file(folder / name) for name in shard_names]
-    metadata = index.get("metadata")
-    checkpoint = _checkpoint(folder, files, metadata if isinstance(metadata, dict) else {})
+    checkpoint = _checkpoint(folder, files, index.get("metadata") or {})
     for name, shard in weight_map.items():
         ref = checkpoint.tensors.get(name)
         if ref is None or ref.file.name != shard:
@@ -177,6 +180,11 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
 def _tensor_ref(path: Path, name: str, entry: Any, data_start: int) -> TensorRef:
     if not _is_text(name):
         raise CheckpointError(f"{path}: the tensor name {name!r} is no valid Unicode: the header is not to be trusted.")
+    if len(name) > MAX_NAME:
+        raise CheckpointError(
+            f"{path}: the tensor name {name[:60]!r}… has {len(name):,} characters, expected at most {MAX_NAME:,}: the "
+            "header is not to be trusted."
+        )
     where = f"{path}: tensor {name}"
     if not isinstance(entry, dict):
         raise CheckpointError(f"{where} is described by {type(entry).__name__}, expected an object.")

@@ -15,12 +15,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from mapconv.checkpoint.model_config import MODEL_CONFIG, read_model_config
 from mapconv.checkpoint.staging import write_file
 from mapconv.errors import CheckpointError, MapconvError
 from mapconv.files import check_regular, open_regular
-from mapconv.jsonfile import read_object
 
-MODEL_CONFIG = "config.json"
 #: Written into a merged model: what it was made from. transformers leaves a file of this name alone.
 MERGE_RECORD = "map_merge.json"
 TOKENIZER_FILES = (
@@ -92,7 +91,7 @@ def write_model_config(base: Path, target: Path, dtype: str, changed: dict[str, 
     path = base / MODEL_CONFIG
     if changed is None and not path.exists():
         return [f"{base} has no {MODEL_CONFIG}, so the merged folder has none either"]
-    config = read_object(path, CheckpointError) if changed is None else dict(changed)
+    config = read_model_config(base) if changed is None else dict(changed)
     if dtype != "auto":
         config.setdefault("dtype", dtype)
         _set_dtype(config, dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mapconv.cli import options
-from mapconv.cli.output import notes, print_json, size, small
+from mapconv.cli.output import notes, print_json, show, size, small
 from mapconv.hub.reference import shown
 
 
@@ -81,14 +81,12 @@ def command(
         print_json(result.to_dict())
     else:
         verb = "would write" if dry_run else "wrote"
-        click.echo(f"{' + '.join(map(str, adapters))} ({result.method}) + {shown(result.base)}")
-        click.echo(
-            f"  {verb} {result.out}: {result.tensors} tensors in {len(result.files)} files, {size(result.nbytes)}"
-        )
+        show(f"{' + '.join(map(str, adapters))} ({result.method}) + {shown(result.base)}")
+        show(f"  {verb} {result.out}: {result.tensors} tensors in {len(result.files)} files, {size(result.nbytes)}")
     if not as_json and not dry_run:
         worst = max(result.merged, key=lambda item: item.rounding_error)
-        click.echo(f"  {len(result.merged)} tensors merged in {result.seconds:.1f} s")
-        click.echo(
+        show(f"  {len(result.merged)} tensors merged in {result.seconds:.1f} s")
+        show(
             f"  rounding to {worst.dtype} moves a tensor by at most {small(worst.rounding_error)} of its update "
             f"({worst.tensor})"
         )

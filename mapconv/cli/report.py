@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mapconv.cli import options
-from mapconv.cli.output import print_json, size
+from mapconv.cli.output import print_json, show, size
 
 
 @click.command("report", short_help="Write an HTML report to look at.")
@@ -34,7 +34,7 @@ def command(path: Path, out: Path, png: Path | None, as_json: bool, force: bool)
         print_json(result.to_dict())
         return
     what = "modules" if result.kind == "adapter" else "entries"
-    click.echo(f"{result.path} ({result.kind}, {result.items:,} {what}) → {result.out}")
-    click.echo(f"  {size(result.nbytes)}, {result.seconds:.1f} s; open it in any browser")
+    show(f"{result.path} ({result.kind}, {result.items:,} {what}) → {result.out}")
+    show(f"  {size(result.nbytes)}, {result.seconds:.1f} s; open it in any browser")
     if result.png is not None:
-        click.echo(f"  picture   {result.png}")
+        show(f"  picture   {result.png}")

@@ -11,7 +11,7 @@ import click
 
 from mapconv.cli import options
 from mapconv.cli.calibrate import INTERRUPTED, print_calibration
-from mapconv.cli.output import notes, print_json, print_table, size, small, spread
+from mapconv.cli.output import notes, print_json, print_table, show, size, small, spread
 from mapconv.hub.reference import shown
 
 if TYPE_CHECKING:
@@ -147,8 +147,8 @@ def command(
     if as_json:
         print_json(result.to_dict())
     elif dry_run:
-        click.echo(f"would convert {result.planned} {result.method} modules on {shown(result.base)}")
-        click.echo(f"would write {result.out} (about {size(result.nbytes)})")
+        show(f"would convert {result.planned} {result.method} modules on {shown(result.base)}")
+        show(f"would write {result.out} (about {size(result.nbytes)})")
     else:
         _report(result, tolerance)
     notes(result.notes)
@@ -160,8 +160,8 @@ def _report(result: UpgradeResult, tolerance: float | None) -> None:
     groups = defaultdict(list)
     for module in result.modules:
         groups[module.path.rpartition(".")[2]].append(module)
-    click.echo(f"{shown(result.source)} ({result.method}) → {result.out} (MAP)")
-    click.echo()
+    show(f"{shown(result.source)} ({result.method}) → {result.out} (MAP)")
+    show()
     with_data = any(module.output_error is not None for module in result.modules)
     print_table(
         ["target", "modules", "rank", "α/‖W0‖", "β/α", "ε worst", "ε median"]
@@ -169,19 +169,19 @@ def _report(result: UpgradeResult, tolerance: float | None) -> None:
         [_row(name, modules, with_data=with_data) for name, modules in groups.items()],
     )
     errors = [module.error for module in result.modules]
-    click.echo()
-    click.echo(
+    show()
+    show(
         f"  {len(errors)} modules, {result.parameters:,} parameters, {size(result.nbytes)}, {result.seconds:.1f} s; "
         f"ε worst {small(max(errors))}, median {small(statistics.median(errors))}"
     )
     if result.calibration is not None:
-        click.echo()
+        show()
         print_calibration(result.calibration)
     also = "a plain LoRA" if result.plain_lora else "a DoRA"
-    click.echo(f"  stock PEFT loads it as {also} adapter: PeftModel.from_pretrained(base, {str(result.out)!r})")
+    show(f"  stock PEFT loads it as {also} adapter: PeftModel.from_pretrained(base, {str(result.out)!r})")
     advice = _advice(result, tolerance)
     if advice:
-        click.echo(f"  advice: {advice}")
+        show(f"  advice: {advice}")
 
 
 def _row(name: str, modules: list[MapModule], *, with_data: bool) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mapconv.cli import options
-from mapconv.cli.output import notes, print_json, print_table, small
+from mapconv.cli.output import notes, print_json, print_table, show, small
 from mapconv.hub.reference import shown
 
 if TYPE_CHECKING:
@@ -98,8 +98,8 @@ def command(
 
 def _report(report: VerifyReport) -> None:
     where = f"{shown(report.result)} against {shown(report.source)}"
-    click.echo(f"{where}, {report.tokens:,} positions, {report.seconds:.1f} s")
-    click.echo()
+    show(f"{where}, {report.tokens:,} positions, {report.seconds:.1f} s")
+    show()
     if report.kl is not None:
         _functions(report)
     groups = defaultdict(list)
@@ -124,8 +124,8 @@ def _functions(report: VerifyReport) -> None:
         ["model", "perplexity", "KL(source ‖ model)"],
         [[name, "-" if perplexity is None else f"{perplexity:.4f}", small(kl)] for name, perplexity, kl in rows],
     )
-    click.echo()
-    click.echo(f"  top-1 agreement               {report.top1_agreement:.2%}")
-    click.echo(f"  largest KL at one position    {small(report.kl_largest)}")
-    click.echo(f"  largest logit difference      {small(report.largest_logit_difference)}")
-    click.echo()
+    show()
+    show(f"  top-1 agreement               {report.top1_agreement:.2%}")
+    show(f"  largest KL at one position    {small(report.kl_largest)}")
+    show(f"  largest logit difference      {small(report.largest_logit_difference)}")
+    show()

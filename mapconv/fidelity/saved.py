@@ -18,7 +18,21 @@ from mapconv.formats.peft import WEIGHTS_FILE
 from mapconv.hub.reference import origin_of
 from mapconv.jsonfile import finite, read_object
 from mapconv.metadata.card import REPORT_FILE
+from mapconv.untrusted.schema import COUNT, NULL, NUMBER, TEXT
 
+_REPORT = {
+    "format_version": COUNT,
+    "weights": TEXT,
+    "tokens": (COUNT, NULL),
+    "modules": [{"path": TEXT, "error": (NUMBER, NULL)}],
+    **dict.fromkeys(
+        (
+            *("kl", "kl_largest", "kl_base", "top1_agreement", "largest_logit_difference"),
+            *("perplexity_base", "perplexity_source", "perplexity_result", "seconds"),
+        ),
+        (NUMBER, NULL),
+    ),
+}
 _LOCAL = ("result", "source", "base")
 
 
@@ -51,14 +65,10 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     if not os.path.lexists(path):
         return None
     again = f"run `mapconv verify {folder} --against SOURCE --save` again, or delete the file."
-    report = read_object(path, AdapterError, advice=again.removesuffix("."))
-    try:
-        version, weights = report["format_version"], report["weights"]
-    except KeyError as error:
-        raise AdapterError(f"{path} is no report of mapconv verify ({error!r}): {again}") from None
-    if version != FORMAT_VERSION:
+    report = read_object(path, AdapterError, schema=_REPORT, advice=again.removesuffix("."))
+    if report["format_version"] != FORMAT_VERSION:
         raise AdapterError(f"{path} was written by another version of mapconv: {again}")
-    if weights != weights_mark(folder):
+    if report["weights"] != weights_mark(folder):
         raise AdapterError(f"{path} was measured on other weights than the folder now holds: {again}")
     return report
 

@@ -83,7 +83,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default", f
         config["revision"] = base["revision"]
         if attached.adapter is not None and attached.adapter.path.is_dir():
             copy_tokenizer(attached.adapter.path, staging)
-        write_file(staging / CARD_FILE, local_card(config, record))
+        write_file(staging / CARD_FILE, local_card(config, record, scalars))
         write_configs(staging, config, record)
     return out
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from mapconv.adapter import Adapter
 from mapconv.checkpoint.index import Checkpoint
+from mapconv.checkpoint.model_config import read_model_config
 from mapconv.errors import AdapterError, CheckpointError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter
 from mapconv.hub import open_base
-from mapconv.jsonfile import read_object
 from mapconv.placement.by_name import linear_paths, place, require_all_targets
 from mapconv.placement.starting_point import resolve_target
 from mapconv.placement.target_model import TargetModel, plain_target
@@ -67,8 +67,7 @@ def _is_plain(adapter: Adapter, config: Mapping[str, Any]) -> bool:
     """Whether names and shapes alone may tell where the adapter goes: linear factors on weights stored as they are."""
     # A causal language model has the same names in its file as in the model, whichever transformers wrote it; composite
     # models and others need not, and stock PEFT goes by the model's.
-    architectures = config.get("architectures") or []
-    if not all(str(name).endswith("ForCausalLM") for name in architectures):
+    if not all(name.endswith("ForCausalLM") for name in config.get("architectures") or []):
         return False
     settings = adapter.settings
     special = settings.initialization or settings.layer_replication or settings.target_parameters or adapter.whole
@@ -160,10 +159,10 @@ def _rescales(adapter: Adapter, item: PlacedModule) -> bool:
 
 def _read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The base's ``config.json``, or nothing where there is none; a quantized base is refused."""
-    path = checkpoint.folder / "config.json"
-    if not path.exists():
+    try:
+        config = read_model_config(checkpoint.folder)
+    except FileNotFoundError:
         return {}
-    config = read_object(path, CheckpointError)
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization

@@ -22,12 +22,15 @@ _LAYER = re.compile(r"^((?:.*\.)?(?:layers|encoder\.layer|h)\.)(\d+)(\..+)$")
 def replicate_config(config: dict[str, Any], ranges: tuple[tuple[int, int], ...]) -> None:
     """Turn a configuration into that of the longer model, in place."""
     order = _order(ranges)
-    if max(order) >= config.get("num_hidden_layers", 0):
-        raise PlacementError(
-            f"layer_replication names layer {max(order)}, but the base has {config.get('num_hidden_layers')}."
-        )
+    layers = config.get("num_hidden_layers") or 0
+    if max(order) >= layers:
+        raise PlacementError(f"layer_replication names layer {max(order)}, but the base has {layers}.")
     config["num_hidden_layers"] = len(order)
     if isinstance(config.get("layer_types"), list):
+        if len(config["layer_types"]) != layers:
+            raise PlacementError(
+                f"the base's layer_types name {len(config['layer_types'])} layers, but it has {layers}."
+            )
         config["layer_types"] = [config["layer_types"][layer] for layer in order]
 
 

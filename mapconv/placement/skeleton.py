@@ -9,15 +9,17 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
 
+from mapconv.checkpoint.model_config import MODEL_CONFIG, read_model_config
 from mapconv.errors import CheckpointError
-from mapconv.jsonfile import read_object
 from mapconv.runtime.models import model_class, quiet_libraries, refuse_code, translated
 
 Kind = Literal["linear", "transposed", "conv", "embedding", "parameters"]
@@ -31,6 +33,9 @@ _TASKS = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+
+#: About three times those of the largest models; a class takes seconds to build as many.
+_MOST_MODULES = 200_000
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class LiveModel:
             settings = copy.deepcopy(config)
             model_type = settings.pop("model_type")
             built = transformers.AutoConfig.for_model(model_type, **settings)
-            with torch.device("meta"):
+            with torch.device("meta"), _bounded_modules(class_name):
                 self.model = model_class(class_name)(built)
                 self.model.tie_weights()
         self.class_name = class_name
@@ -176,14 +181,33 @@ class LiveModel:
         return self._transforms
 
 
+@contextmanager
+def _bounded_modules(class_name: str) -> Iterator[None]:
+    """Stop a configuration whose counts, each of them possible, multiply to a model that no machine could build."""
+    count = 0
+
+    def add(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > _MOST_MODULES:
+            raise CheckpointError(
+                f"{class_name} with this configuration has more than {_MOST_MODULES:,} modules: correct config.json."
+            )
+
+    hook = register_module_module_registration_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def class_candidates(config: dict[str, Any], adapter_config: dict[str, Any]) -> Iterable[str]:
     """Class names that an adapter may have been trained on, the most telling first."""
     mapping = adapter_config.get("auto_mapping")
     if isinstance(mapping, dict) and isinstance(mapping.get("base_model_class"), str):
         yield mapping["base_model_class"]
     task = _TASKS.get(str(adapter_config.get("task_type")))
-    architectures = config.get("architectures") or []
-    own = [name for name in architectures if isinstance(name, str)]
+    own = config.get("architectures") or []
     task_class = _class_of_task(config, task) if task else None
     # A model made for the adapter's task keeps its own class; so does a vision-language model under "CAUSAL_LM".
     yield from own if task in (None, "AutoModelForCausalLM", "AutoModelForSeq2SeqLM") else []
@@ -192,19 +216,18 @@ def class_candidates(config: dict[str, Any], adapter_config: dict[str, Any]) -> 
     yield from own
 
 
-def read_model_config(folder: Path) -> dict[str, Any]:
-    """The base model's ``config.json``.
+def typed_model_config(folder: Path) -> dict[str, Any]:
+    """The base model's ``config.json``, which must say the model's type.
 
     Raises:
         CheckpointError: absent, or without a model_type.
     """
-    path = folder / "config.json"
     try:
-        config = read_object(path, CheckpointError)
+        config = read_model_config(folder)
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no config.json, which this adapter needs to be placed.") from None
-    if not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"{path} names no model_type, which this adapter needs to be placed.")
+        raise CheckpointError(f"{folder} has no {MODEL_CONFIG}, which this adapter needs to be placed.") from None
+    if config.get("model_type") is None:
+        raise CheckpointError(f"{folder / MODEL_CONFIG} names no model_type, which this adapter needs to be placed.")
     return config
 
 

@@ -16,7 +16,7 @@ from mapconv.placement.by_name import misfit_report, nearest
 from mapconv.placement.regions import StoredParameters
 from mapconv.placement.replication import replicate_config, replicated_checkpoint
 from mapconv.placement.resizing import SIZE_FIELDS, resized_model
-from mapconv.placement.skeleton import LiveModel, class_candidates, read_model_config
+from mapconv.placement.skeleton import LiveModel, class_candidates, typed_model_config
 from mapconv.placement.target_model import BiasUpdate, TargetModel, common_dtype, files_with
 from mapconv.placement.weights import PlacedModule
 
@@ -37,7 +37,7 @@ class _Resolution:
 
     def __init__(self, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
         self.adapters = adapters
-        base_config = read_model_config(checkpoint.folder)
+        base_config = typed_model_config(checkpoint.folder)
         layer_maps = {adapter.settings.layer_replication for adapter in adapters}
         if len(layer_maps) > 1:
             raise UnsupportedError("adapters with different layer_replication cannot be merged together.")

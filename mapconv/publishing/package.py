@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mapconv.checkpoint.index import INDEX_FILE, SINGLE_FILE, read_checkpoint, read_tensor_file
-from mapconv.checkpoint.sidecars import MERGE_RECORD, MODEL_CONFIG, model_files, tokenizer_files
+from mapconv.checkpoint.model_config import MODEL_CONFIG, read_model_config
+from mapconv.checkpoint.sidecars import MERGE_RECORD, model_files, tokenizer_files
 from mapconv.errors import AdapterError, HubError
 from mapconv.fidelity.saved import read_report
 from mapconv.files import LARGE, check_regular, read_bytes
 from mapconv.formats import read_adapter
-from mapconv.formats.mapdir import FORMAT_VERSION, MAP_CONFIG_FILE
+from mapconv.formats.mapdir import MAP_CONFIG_FILE, map_modules, read_record
 from mapconv.formats.peft import CONFIG_FILE, WEIGHTS_FILE
 from mapconv.hub.reference import is_repo_id
 from mapconv.jsonfile import read_object
-from mapconv.metadata.card import CARD_FILE, PLOT_FILE, REPORT_FILE, CardFacts, read_scalars, write_card
+from mapconv.metadata.card import CARD_FILE, PLOT_FILE, REPORT_FILE, CardFacts, write_card
 from mapconv.metadata.readme import Readme, check_card, is_local_path, merge_readmes, parse_readme, strings_in
 
 Kind = Literal["adapter", "merged"]
@@ -88,15 +89,14 @@ def pack(folder: Path, *, base_id: str | None = None, license_: str | None = Non
     if base_id is not None and not is_repo_id(base_id):
         raise HubError(f"--base-id {base_id!r} is no Hub id: give it as owner/name.")
     kind = _kind(folder)
-    record = _read_json(folder / (MAP_CONFIG_FILE if kind == "adapter" else MERGE_RECORD))
-    if record.get("format_version") != FORMAT_VERSION or not isinstance(record.get("base"), dict):
-        raise AdapterError(f"{folder} was written by another version of mapconv: make it again with this one.")
+    place = folder / (MAP_CONFIG_FILE if kind == "adapter" else MERGE_RECORD)
+    record = read_record(place)
     base = _public_base(record["base"], base_id, folder)
     public = _public_record(record, base)
     names = _adapter_files(folder) if kind == "adapter" else _merged_files(folder)
     files = [_outgoing(folder, name, kind, base, public) for name in sorted(names)]
-    modules = read_scalars(record)
-    config = _read_json(folder / (CONFIG_FILE if kind == "adapter" else MODEL_CONFIG))
+    modules = map_modules(record, place)
+    config = _read_json(folder / CONFIG_FILE) if kind == "adapter" else read_model_config(folder)
     facts = CardFacts(
         kind=kind,
         base=base,

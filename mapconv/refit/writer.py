@@ -82,7 +82,7 @@ def write_map_directory(
     config = peft_config(placed.adapter.config, modules, names, base=base, respelled=respelled)
     config["revision"] = base_revision(placed)
     record = map_config(placed, asdict(options), modules, data=None if sample is None else sample.record)
-    write_file(staging / CARD_FILE, local_card(config, record))
+    write_file(staging / CARD_FILE, local_card(config, record, modules))
     write_configs(staging, config, record)
     return modules, parameters
 

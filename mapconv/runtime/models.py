@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from mapconv.errors import CheckpointError, DataError, MapconvError
+from mapconv.errors import CheckpointError, DataError, MapconvError, is_out_of_memory
 from mapconv.jsonfile import read_object
+from mapconv.untrusted.patterns import require_bounded
 
 #: Settings in which a configuration names the implementation of a part: a word of transformers, or code on the Hub.
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
@@ -119,6 +120,7 @@ def _check_model_folder(folder: Path) -> None:
 
 def attach_with_peft(model: Any, folder: Path, name: str) -> Any:
     """Attach an adapter with stock PEFT, under ``name``; a model that is a PeftModel already gets a second one."""
+    _refuse_endless_targets(model, folder)
     with quiet_libraries(), translated(f"the adapter in {folder}", CheckpointError):
         from peft import PeftModel
 
@@ -126,6 +128,16 @@ def attach_with_peft(model: Any, folder: Path, name: str) -> Any:
             model.load_adapter(str(folder), adapter_name=name)
             return model.eval()
         return PeftModel.from_pretrained(model, str(folder), adapter_name=name).eval()
+
+
+def _refuse_endless_targets(model: Any, folder: Path) -> None:
+    """Check what PEFT matches against each module's name with ``re``."""
+    path = folder / "adapter_config.json"
+    config = read_object(path, CheckpointError)
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(field), str):
+            for name, _ in model.named_modules():
+                require_bounded(config[field], name, f"{path}: {field}")
 
 
 def reads_text(model: Any) -> bool:
@@ -193,5 +205,7 @@ def translated(what: str, kind: type[MapconvError]) -> Iterator[None]:
             raise kind(
                 f"{what} needs Python code of its own, which mapconv never runs: give one that transformers knows."
             ) from error
+        if is_out_of_memory(error):
+            raise  # which says nothing of the files
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         raise kind(f"{what} cannot be loaded ({type(error).__name__}: {lines[0][:200]}).") from error

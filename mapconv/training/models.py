@@ -15,7 +15,7 @@ from mapconv.nn import detach, load_adapter, set_adapter
 from mapconv.nn.attaching import updates_of
 from mapconv.nn.updates import Update
 from mapconv.placement.adapters import PlacedAdapter
-from mapconv.placement.skeleton import read_model_config
+from mapconv.placement.skeleton import typed_model_config
 from mapconv.placement.target_model import TargetModel
 from mapconv.runtime.models import load_model, longest_text, quiet_libraries, stored_text_classes
 
@@ -32,9 +32,9 @@ def target_classes(target: TargetModel) -> dict[str, int] | None:
     Raises:
         UnsupportedError: a model of another kind, whose outputs calibration cannot compare.
     """
-    table = target.source_config or read_model_config(target.folder)
+    table = target.source_config or typed_model_config(target.folder)
     names = [target.class_name] if target.class_name else table.get("architectures") or ["CausalLM"]
-    name = str(names[0])
+    name = names[0]
     classes = stored_text_classes(name, table)
     if classes is None and not name.endswith(("CausalLM", "LMHeadModel")):
         raise UnsupportedError(
