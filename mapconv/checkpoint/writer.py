@@ -105,7 +105,6 @@ class SpooledFile:
         header, _ = lay_out(self.path, self._specs, METADATA)
         if self._specs == self._expected:
             write_at(self._spool, memoryview(header), 0)
-            os.fsync(self._spool)
             self._spool_path.rename(self.path)
             self.close()
             return
@@ -113,7 +112,6 @@ class SpooledFile:
         try:
             write_at(final, memoryview(header), 0)
             copy_range(self._spool, final, self._room, len(header), self._size)
-            os.fsync(final)
         finally:
             os.close(final)
         self.close()

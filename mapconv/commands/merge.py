@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mapconv.checkpoint.filenames import MERGE_RECORD
 from mapconv.checkpoint.index import INDEX_FILE
 from mapconv.checkpoint.reader import TensorReader
-from mapconv.checkpoint.sidecars import MERGE_RECORD, copy_model_files, write_model_config
+from mapconv.checkpoint.sidecars import copy_model_files, write_model_config
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
 from mapconv.checkpoint.writer import FixedFile
 from mapconv.errors import BaseMismatchError

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mapconv.checkpoint.filenames import MERGE_RECORD, MODEL_CONFIG
 from mapconv.checkpoint.index import INDEX_FILE, SINGLE_FILE, read_checkpoint, read_tensor_file
-from mapconv.checkpoint.sidecars import MERGE_RECORD, MODEL_CONFIG, model_files, tokenizer_files
+from mapconv.checkpoint.sidecars import model_files, tokenizer_files
 from mapconv.errors import AdapterError, HubError
 from mapconv.fidelity.saved import read_report
 from mapconv.formats import read_adapter
