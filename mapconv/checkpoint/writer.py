@@ -74,8 +74,22 @@ class FixedFile:
     def copy_from(self, descriptor: int, source: int, target: int, count: int) -> None:
         copy_range(descriptor, self._descriptor, source, target, count)
 
+    @property
+    def descriptor(self) -> int:
+        return self._descriptor
+
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+class NoFile:
+    """Takes what a ``FixedFile`` takes and keeps none of it: a run that only foretells what another would write."""
+
+    def write(self, tensor: torch.Tensor, offset: int) -> None:
+        pass
+
+    def copy_from(self, descriptor: int, source: int, target: int, count: int) -> None:
+        pass
 
 
 class SpooledFile:

@@ -85,11 +85,11 @@ def command(
         click.echo(
             f"  {verb} {result.out}: {result.tensors} tensors in {len(result.files)} files, {size(result.nbytes)}"
         )
-    if not as_json and not dry_run:
         worst = max(result.merged, key=lambda item: item.rounding_error)
-        click.echo(f"  {len(result.merged)} tensors merged in {result.seconds:.1f} s")
+        verb, moves = ("would be merged", "would move") if dry_run else ("merged", "moves")
+        click.echo(f"  {len(result.merged)} tensors {verb} in {result.seconds:.1f} s")
         click.echo(
-            f"  rounding to {worst.dtype} moves a tensor by at most {small(worst.rounding_error)} of its update "
+            f"  rounding to {worst.dtype} {moves} a tensor by at most {small(worst.rounding_error)} of its update "
             f"({worst.tensor})"
         )
     notes(result.notes)

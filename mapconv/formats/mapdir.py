@@ -26,7 +26,7 @@ from mapconv.formats.peft import CONFIG_FILE, KEY_PREFIX, read_tensors
 MAP_CONFIG_FILE = "map_config.json"
 FORMAT_VERSION = 1
 #: Numbers of a module's entry that need not have been measured.
-_MEASURED = ("error", "output_error", "alpha_before", "beta_before", "error_before")
+_MEASURED = ("error", "output_error", "alpha_before", "beta_before", "error_before", "base_projection")
 
 
 class MapDirectory:

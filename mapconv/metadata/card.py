@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mapconv.adapter import MapModule
+from mapconv.adapter import OPTIONAL_SCALARS, MapModule
 from mapconv.hub.reference import is_repo_id
 from mapconv.metadata.markdown import calibration_table, number, python_code, table, value_range, worst
 from mapconv.metadata.readme import Readme, compose, read_readme
@@ -90,7 +90,7 @@ def read_scalars(record: Mapping[str, Any]) -> tuple[MapModule, ...]:
     """The modules of a ``map_config.json`` or a ``map_merge.json``."""
     names = MapModule.__dataclass_fields__
     return tuple(
-        MapModule(**{name: entry.get(name) if name.endswith("_before") else entry[name] for name in names})
+        MapModule(**{name: entry.get(name) if name in OPTIONAL_SCALARS else entry[name] for name in names})
         for entry in record["modules"]
     )
 
