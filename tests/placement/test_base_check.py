@@ -36,15 +36,18 @@ CHANGES = {
 }
 
 
-@pytest.fixture(params=CHANGES)
-def changed_base(request, base, tmp_path):
-    """The base with weights of the same norms."""
+@pytest.fixture
+def changed_base(base, tmp_path):
+    """The base with one weight negated."""
     folder = copy(base, tmp_path / "changed")
-    edit_tensors(folder / "model.safetensors", CHANGES[request.param])
+    edit_tensors(folder / "model.safetensors", CHANGES["one negated"])
     return folder
 
 
-def test_merge_and_its_dry_run_refuse_it_alike(run, map_folder, changed_base, tmp_path):
+@pytest.mark.parametrize("how", CHANGES)
+def test_merge_and_its_dry_run_refuse_it_alike(how, run, map_folder, own_base, tmp_path):
+    changed_base = own_base
+    edit_tensors(changed_base / "model.safetensors", CHANGES[how])
     words = ["merge", map_folder[0], "--base", changed_base, "-o", tmp_path / "out"]
     with nothing_written(tmp_path):
         said, foretold = run(*words), run(*words, "--dry-run")
@@ -61,9 +64,10 @@ def test_verify_refuses_it(run, map_folder, changed_base):
 
 def test_loading_refuses_it(map_folder, changed_base):
     for dtype in (torch.float32, torch.bfloat16):
+        model = load_base(changed_base, dtype)
         with pytest.raises(BaseMismatchError, match="not its values"):
-            load_adapter(load_base(changed_base, dtype), map_folder[0])
-    load_adapter(load_base(changed_base), map_folder[0], check_base=False)
+            load_adapter(model, map_folder[0])
+    load_adapter(model, map_folder[0], check_base=False)
 
 
 def test_calibrate_refuses_it(run, map_folder, changed_base, tmp_path):
