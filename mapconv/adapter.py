@@ -21,6 +21,8 @@ ITEM_SIZES = {
     "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 _LAYER = re.compile("[0-9]{1,6}")
+#: Scalars of a module that a MAP directory leaves out where there are none.
+OPTIONAL_SCALARS = ("alpha_before", "beta_before", "error_before", "base_projection")
 
 
 def layer_of(path: str) -> int | None:
@@ -110,7 +112,8 @@ class MapModule:
     ``error`` is ε = ‖T − W'‖ / ‖T − W0‖, measured on the factors that were written; T is the source's weight. It is
     None where it was not measured: after training, the distance from a source says nothing. ``output_error`` is the
     same of the layer's outputs, over the inputs that a refit with data saw; None without data. ``alpha_before``,
-    ``beta_before`` and ``error_before`` are those of the closed form that a calibration began with.
+    ``beta_before`` and ``error_before`` are those of the closed form that a calibration began with. ``base_projection``
+    is W0's projection on fixed random numbers (``algebra.fingerprint``); adapters of older versions have none.
     """
 
     path: str
@@ -126,6 +129,7 @@ class MapModule:
     alpha_before: float | None = None
     beta_before: float | None = None
     error_before: float | None = None
+    base_projection: float | None = None
 
     @property
     def base_gain(self) -> float:
@@ -140,7 +144,7 @@ class MapModule:
     def to_dict(self) -> dict[str, Any]:
         # vars, not asdict: the fields are plain values, and a catalog makes millions of these.
         table = vars(self) | {"base_gain": self.base_gain, "update_gain": self.update_gain}
-        return {name: value for name, value in table.items() if value is not None or not name.endswith("_before")}
+        return {name: value for name, value in table.items() if value is not None or name not in OPTIONAL_SCALARS}
 
 
 @dataclass(frozen=True)

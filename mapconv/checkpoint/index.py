@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from mapconv.adapter import ITEM_SIZES, TensorRef
 from mapconv.checkpoint.sidecars import check_folder
+from mapconv.checkpoint.unchanged import FileMark
 from mapconv.errors import CheckpointError
 from mapconv.files import LARGE, open_regular
 from mapconv.jsonfile import read_object
@@ -33,11 +34,12 @@ MAX_NAME = 1_000
 
 @dataclass(frozen=True)
 class TensorFile:
-    """One safetensors file: its tensors in the order of their bytes, and its string metadata."""
+    """One safetensors file: its tensors in the order of their bytes, its string metadata, and its state when read."""
 
     path: Path
     tensors: tuple[TensorRef, ...]
     metadata: dict[str, str]
+    mark: FileMark
 
 
 class ByteSource(Protocol):
@@ -61,6 +63,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         return sum(ref.nbytes for ref in self.tensors.values())
 
+    @property
+    def marks(self) -> dict[Path, FileMark]:
+        """The files that must not change while they are read: those of a base on the Hub grow by what is read."""
+        return {file.path: file.mark for file in self.files} if self.source is None else {}
+
 
 def read_tensor_file(path: Path) -> TensorFile:
     """Parse and validate the header of one safetensors file; the tensors' values are not read.
@@ -68,7 +75,8 @@ def read_tensor_file(path: Path) -> TensorFile:
     Raises:
         CheckpointError: not a safetensors file, or a header that lies about what the file holds.
     """
-    header_bytes, size = _header_bytes(path)
+    header_bytes, status = _header_bytes(path)
+    size = status.st_size
     try:
         header = json.loads(header_bytes.decode(), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -94,7 +102,7 @@ def read_tensor_file(path: Path) -> TensorFile:
             f"{path} is {size:,} bytes long but its header describes {position:,}: the file is "
             f"{'truncated' if size < position else 'too long'}, download it again."
         )
-    return TensorFile(path, tuple(refs), metadata)
+    return TensorFile(path, tuple(refs), metadata, FileMark.of(status))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -157,10 +165,11 @@ def _checkpoint(folder: Path, files: list[TensorFile], index_metadata: dict[str,
     return Checkpoint(folder, tuple(files), index_metadata, tensors)
 
 
-def _header_bytes(path: Path) -> tuple[bytes, int]:
-    """The header's JSON bytes and the file's size, after checking the claimed length against both limits."""
+def _header_bytes(path: Path) -> tuple[bytes, os.stat_result]:
+    """The header's JSON bytes and the file's state, after checking the claimed length against both limits."""
     with open_regular(path, CheckpointError) as file:
-        size = os.fstat(file.fileno()).st_size
+        status = os.fstat(file.fileno())
+        size = status.st_size
         prefix = file.read(8)
         if not prefix:
             raise CheckpointError(f"{path} is empty: download it again.")
@@ -174,7 +183,7 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
                 f"{path} claims a header of {length:,} bytes in a file of {size:,}: it is truncated or not a "
                 "safetensors file, download it again."
             )
-        return file.read(length), size
+        return file.read(length), status
 
 
 def _tensor_ref(path: Path, name: str, entry: Any, data_start: int) -> TensorRef:

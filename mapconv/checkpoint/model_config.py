@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mapconv.checkpoint.filenames import MODEL_CONFIG
 from mapconv.errors import CheckpointError
 from mapconv.jsonfile import read_object
 from mapconv.untrusted.schema import COUNT, NULL, TEXT
 
-MODEL_CONFIG = "config.json"
 _SCHEMA = {
     "model_type": (TEXT, NULL),
     "architectures": ([TEXT], NULL),

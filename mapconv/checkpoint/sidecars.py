@@ -15,23 +15,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from mapconv.checkpoint.model_config import MODEL_CONFIG, read_model_config
+from mapconv.checkpoint.filenames import MERGE_RECORD, MODEL_CONFIG, MODEL_FILES, TOKENIZER_FILES
+from mapconv.checkpoint.model_config import read_model_config
 from mapconv.checkpoint.staging import write_file
 from mapconv.errors import CheckpointError, MapconvError
 from mapconv.files import check_regular, open_regular
 
-#: Written into a merged model: what it was made from. transformers leaves a file of this name alone.
-MERGE_RECORD = "map_merge.json"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json",
-    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
-)  # fmt: skip
-MODEL_FILES = (
-    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "image_processor_config.json", "configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py",
-    "LICENSE*", "NOTICE*",
-)  # fmt: skip
 #: All that mapconv or the libraries that it calls read from a folder, besides the weights.
 _READ_FILES = (*TOKENIZER_FILES, *MODEL_FILES, "README.md", "*config.json", "*.index.json", MERGE_RECORD, "verify.json")
 

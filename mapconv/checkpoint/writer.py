@@ -74,8 +74,22 @@ class FixedFile:
     def copy_from(self, descriptor: int, source: int, target: int, count: int) -> None:
         copy_range(descriptor, self._descriptor, source, target, count)
 
+    @property
+    def descriptor(self) -> int:
+        return self._descriptor
+
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+class NoFile:
+    """Takes what a ``FixedFile`` takes and keeps none of it: a run that only foretells what another would write."""
+
+    def write(self, tensor: torch.Tensor, offset: int) -> None:
+        pass
+
+    def copy_from(self, descriptor: int, source: int, target: int, count: int) -> None:
+        pass
 
 
 class SpooledFile:
@@ -105,7 +119,6 @@ class SpooledFile:
         header, _ = lay_out(self.path, self._specs, METADATA)
         if self._specs == self._expected:
             write_at(self._spool, memoryview(header), 0)
-            os.fsync(self._spool)
             self._spool_path.rename(self.path)
             self.close()
             return
@@ -113,7 +126,6 @@ class SpooledFile:
         try:
             write_at(final, memoryview(header), 0)
             copy_range(self._spool, final, self._room, len(header), self._size)
-            os.fsync(final)
         finally:
             os.close(final)
         self.close()

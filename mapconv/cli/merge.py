@@ -83,11 +83,11 @@ def command(
         verb = "would write" if dry_run else "wrote"
         show(f"{' + '.join(map(str, adapters))} ({result.method}) + {shown(result.base)}")
         show(f"  {verb} {result.out}: {result.tensors} tensors in {len(result.files)} files, {size(result.nbytes)}")
-    if not as_json and not dry_run:
         worst = max(result.merged, key=lambda item: item.rounding_error)
-        show(f"  {len(result.merged)} tensors merged in {result.seconds:.1f} s")
+        verb, moves = ("would be merged", "would move") if dry_run else ("merged", "moves")
+        show(f"  {len(result.merged)} tensors {verb} in {result.seconds:.1f} s")
         show(
-            f"  rounding to {worst.dtype} moves a tensor by at most {small(worst.rounding_error)} of its update "
+            f"  rounding to {worst.dtype} {moves} a tensor by at most {small(worst.rounding_error)} of its update "
             f"({worst.tensor})"
         )
     notes(result.notes)

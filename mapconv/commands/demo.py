@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mapconv.checkpoint.staging import staged_folder
+from mapconv.checkpoint.staging import check_output, staged_folder
 from mapconv.data.shipped import packaged_text
 from mapconv.errors import DependencyError
 from mapconv.runtime.models import load_model, load_tokenizer, quiet_libraries
@@ -47,6 +47,7 @@ def write_base_model(out: Path) -> None:
         )
         model = LlamaForCausalLM(config).to(torch.bfloat16)
         model.load_state_dict(loaded.state_dict())
+        check_output(out, force=True, inputs=[folder])
         with staged_folder(out, force=True) as staging:
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
@@ -83,6 +84,7 @@ def train_adapter(
         optimizer.step()
         optimizer.zero_grad()
         advance(1)
+    check_output(out, force=True, inputs=[base])
     with staged_folder(out, force=True) as staging:
         model.save_pretrained(staging)
     return loss.item()

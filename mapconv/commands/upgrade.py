@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.moments import Statistics
 from mapconv.checkpoint.staging import check_output, staged_folder
+from mapconv.checkpoint.unchanged import marks_in, unchanged
 from mapconv.errors import UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude
 from mapconv.hub import hub_reference, locate_adapter
@@ -117,6 +118,7 @@ def upgrade(
         raise ValueError("calibration trains the gain that lora_compatible holds at 1")
     out = default_output(source) if out is None else Path(out)
     source = locate_adapter(source, allow_pickle=allow_pickle)
+    marks = marks_in(source)
     options = ConvertOptions(
         rank, tolerance, max_rank, direction, lora_compatible, dtype, device, None if data is None else statistics
     )
@@ -133,7 +135,8 @@ def upgrade(
     modules, parameters, calibration = refitted, 0, None
     norms = BaseNorms(placed.target.checkpoint)
     if not dry_run:
-        with staged_folder(out, force=force) as staging:
+        marks |= placed.target.checkpoint.marks
+        with staged_folder(out, force=force) as staging, unchanged(marks):
             refitted, parameters = write_map_directory(placed, options, norms, sample, staging, quiet=quiet)
             modules = refitted
             if calibrate and sample is not None:

@@ -29,7 +29,7 @@ from mapconv.untrusted.schema import COUNT, NULL, NUMBER, TABLE, TEXT, Each, fau
 MAP_CONFIG_FILE = "map_config.json"
 FORMAT_VERSION = 1
 #: Numbers of a module's entry that need not have been measured.
-_MEASURED = ("error", "output_error", "alpha_before", "beta_before", "error_before")
+_MEASURED = ("error", "output_error", "alpha_before", "beta_before", "error_before", "base_projection")
 
 _TEXT, _NUMBER, _COUNT = (TEXT, NULL), (NUMBER, NULL), (COUNT, NULL)
 #: An adapter that a result was made from, and what that was made from in its turn.

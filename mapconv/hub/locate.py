@@ -10,9 +10,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from mapconv.checkpoint.filenames import MODEL_CONFIG, MODEL_FILES, TOKENIZER_FILES
 from mapconv.checkpoint.index import INDEX_FILE, SINGLE_FILE, Checkpoint, read_checkpoint
-from mapconv.checkpoint.model_config import MODEL_CONFIG
-from mapconv.checkpoint.sidecars import MODEL_FILES, TOKENIZER_FILES
 from mapconv.errors import AdapterError, CheckpointError, UnsupportedError
 from mapconv.files import LARGE
 from mapconv.hub.faults import ask_hub

@@ -29,6 +29,10 @@ class CopyJob:
     target_offset: int
     nbytes: int
 
+    @property
+    def output(self) -> Path:
+        return self.target
+
 
 @dataclass(frozen=True)
 class ConvertJob:
@@ -36,6 +40,10 @@ class ConvertJob:
 
     source: TensorRef
     target: TensorRef
+
+    @property
+    def output(self) -> Path:
+        return self.target.file
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +68,10 @@ class MergeJob:
     updates: tuple[LowRankUpdate, ...] = ()
     rows: tuple[WholeTensor, ...] = ()
     biases: tuple[BiasUpdate, ...] = ()
+
+    @property
+    def output(self) -> Path:
+        return self.target.file
 
     @property
     def nbytes(self) -> int:

@@ -121,6 +121,14 @@ def recorded_name(folder: Path) -> tuple[str, str | None]:
 
 
 def _base_fingerprint(entries: Sequence[dict[str, Any]]) -> str:
-    """Names, shapes, dtypes and norms of the adapted base tensors: free, because MAP needs the norms anyway."""
-    lines = (f"{e['path']} {e['base_dtype']} {e['base_shape']} {e['base_norm']:.9e}\n" for e in entries)
+    """Names, shapes, dtypes, norms and projections of the adapted base tensors: MAP needs the norms anyway."""
+    lines = (
+        f"{e['path']} {e['base_dtype']} {e['base_shape']} {e['base_norm']:.9e} {_relative_projection(e):.9f}\n"
+        for e in entries
+    )
     return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
+
+
+def _relative_projection(entry: Mapping[str, Any]) -> float:
+    """In parts of the norm, to which its rounding is relative."""
+    return (entry.get("base_projection") or 0.0) / (entry["base_norm"] or 1.0)

@@ -143,6 +143,7 @@ def _scalars(module: Module, update: Update, a: float, b: float, length: float) 
         alpha=a * update.base_norm,
         beta=b * length,
         base_norm=update.base_norm,
+        base_projection=update.base_projection,
         direction_norm=length,
         error=None,
     )

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from mapconv.adapter import TensorRef
-from mapconv.checkpoint.index import Checkpoint, TensorFile
+from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import PlacementError
 
 #: Where PEFT looks for the list of layers (Llama-, BERT- and Falcon-like models).
@@ -47,8 +47,7 @@ def replicated_checkpoint(checkpoint: Checkpoint, ranges: tuple[tuple[int, int],
         return [replace(ref, name=f"{match[1]}{number}{match[3]}") for number in copies[int(match[2])]]
 
     files = tuple(
-        TensorFile(file.path, tuple(new for ref in file.tensors for new in expand(ref)), file.metadata)
-        for file in checkpoint.files
+        replace(file, tensors=tuple(new for ref in file.tensors for new in expand(ref))) for file in checkpoint.files
     )
     return replace(checkpoint, files=files, tensors={ref.name: ref for file in files for ref in file.tensors})
 

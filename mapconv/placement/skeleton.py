@@ -18,7 +18,8 @@ from typing import Any, Literal
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from mapconv.checkpoint.model_config import MODEL_CONFIG, read_model_config
+from mapconv.checkpoint.filenames import MODEL_CONFIG
+from mapconv.checkpoint.model_config import read_model_config
 from mapconv.errors import CheckpointError
 from mapconv.runtime.models import model_class, quiet_libraries, refuse_code, translated
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mapconv.checkpoint.filenames import MERGE_RECORD, MODEL_CONFIG
 from mapconv.checkpoint.index import INDEX_FILE, SINGLE_FILE, read_checkpoint, read_tensor_file
-from mapconv.checkpoint.model_config import MODEL_CONFIG, read_model_config
-from mapconv.checkpoint.sidecars import MERGE_RECORD, model_files, tokenizer_files
+from mapconv.checkpoint.model_config import read_model_config
+from mapconv.checkpoint.sidecars import model_files, tokenizer_files
 from mapconv.errors import AdapterError, HubError
 from mapconv.fidelity.saved import read_report
 from mapconv.files import LARGE, check_regular, read_bytes

@@ -15,6 +15,13 @@ import torch
 
 from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.dora import AdaptedWeight, merge_rows_
+from mapconv.algebra.fingerprint import (
+    Fingerprint,
+    block_fingerprint,
+    column_numbers,
+    matrix_fingerprint,
+    row_numbers,
+)
 from mapconv.algebra.moments import InputRoot, Statistics
 from mapconv.algebra.norms import (
     BLOCK_ELEMENTS,
@@ -123,7 +130,7 @@ class Converter:
         """W0 + s·BA is MAP already: α = ‖W0‖, β = ‖s·BA‖ (MATH.md section 2)."""
         scaling = placed.scaling
         A, B = self._stored(factors.A, placed), self._stored(factors.B * scaling, placed)
-        base_norm = _finite(self._norms[placed.weight], placed)
+        base = _finite(self._norms[placed.weight], placed)
         norm, error = product_norm(B, A), 0.0
         wanted = factors.B.double() * scaling
         # Mostly no bit is lost (float32, scaled by a power of two), which is cheaper to see than to measure.
@@ -131,26 +138,26 @@ class Converter:
             source_norm = abs(scaling) * product_norm(factors.B, factors.A)
             difference = product_difference_norm(wanted, factors.A, B, A)
             error = difference / source_norm if source_norm else 0.0
-        return _converted(placed, "low-rank", 1.0, base_norm, norm, error, A, B, None)
+        return _converted(placed, "low-rank", 1.0, base, norm, error, A, B, None)
 
     def _keep_dora(self, placed: PlacedModule, factors: Factors) -> Converted:
         """T is kept in DoRA's own factors, with Δ = T − W0 and a = b = 1 (MATH.md section 5)."""
         scaled = factors.B.double() * placed.scaling
         A, B = self._stored(factors.A, placed), self._stored(factors.B * placed.scaling, placed)
         base = self._base_matrix(placed)
-        base_square = update_square = error_square = 0.0
+        left, right = row_numbers(base.shape[0]), column_numbers(base.shape[1])
+        found, update_square, error_square = Fingerprint(), 0.0, 0.0
         for start, stop in row_blocks(*placed.weight.shape):
             rows = base[start:stop].double()
             magnitude = factors.magnitude[start:stop]
             wanted = merge_rows_(rows.clone(), factors.A.double(), scaled[start:stop], magnitude=magnitude)
             got = merge_rows_(rows.clone(), A.double(), B[start:stop].double(), magnitude=magnitude)
-            base_square += squared_norm(rows)
+            found += block_fingerprint(rows, left[start:stop], right)
             update_square += squared_norm(got - rows)
             error_square += squared_norm(wanted - got)
         norm = update_square**0.5
         error = (error_square / update_square) ** 0.5 if update_square else 0.0
-        base_norm = _finite(base_square**0.5, placed)
-        return _converted(placed, "dora", 1.0, base_norm, norm, error, A, B, factors.magnitude)
+        return _converted(placed, "dora", 1.0, _finite(found, placed), norm, error, A, B, factors.magnitude)
 
     def _refit(self, placed: PlacedModule, factors: Factors, root: InputRoot | None) -> Converted:
         """The optimum of MATH.md (2); ε and the magnitude are then measured on the factors as stored."""
@@ -159,9 +166,9 @@ class Converter:
         magnitude = None if factors.magnitude is None else factors.magnitude.to(device)
         scaled = (factors.B * placed.scaling).to(device)
         target = AdaptedWeight(base, factors.A.to(device), scaled, magnitude)
-        base_norm = _finite(target.base_norm, placed)
-        if not factors.B.any() and target.update_norm <= UNTRAINED * base_norm:
-            return self._keep_base(placed, factors, target, base_norm)
+        found = _finite(matrix_fingerprint(base), placed)
+        if not factors.B.any() and target.update_norm <= UNTRAINED * found.norm:
+            return self._keep_base(placed, factors, target, found)
         if root is None:
             seen, solution = None, self._solve(target, placed)
         else:
@@ -175,14 +182,14 @@ class Converter:
         output_error = None if seen is None else relative_error(seen, gain, gain * stored_B, root.multiply(stored_A))
         magnitude = gain * target.approximation_row_norms(stored_B, stored_A)
         norm = product_norm(B, A)
-        return _converted(placed, "low-rank", gain, base_norm, norm, error, A, B, magnitude, output_error)
+        return _converted(placed, "low-rank", gain, found, norm, error, A, B, magnitude, output_error)
 
-    def _keep_base(self, placed: PlacedModule, factors: Factors, target: AdaptedWeight, base_norm: float) -> Converted:
+    def _keep_base(self, placed: PlacedModule, factors: Factors, target: AdaptedWeight, base: Fingerprint) -> Converted:
         """An untrained DoRA has no direction: what its magnitudes' rounding does to W0 is noise, and not refitted."""
         rank = min(self._options.rank or placed.rank, factors.A.shape[0])
         A, B = self._stored(factors.A[:rank], placed), self._stored(factors.B[:, :rank], placed)
         magnitude = target.approximation_row_norms(factors.B.to(self._device), factors.A.to(self._device))
-        return _converted(placed, "low-rank", 1.0, base_norm, 0.0, 0.0, A, B, magnitude)
+        return _converted(placed, "low-rank", 1.0, base, 0.0, 0.0, A, B, magnitude)
 
     def _solve(self, target: AdaptedWeight, placed: PlacedModule) -> Refit:
         options = self._options
@@ -220,7 +227,7 @@ def _converted(
     placed: PlacedModule,
     direction: Direction,
     gain: float,
-    base_norm: float,
+    base: Fingerprint,
     direction_norm: float,
     error: float,
     A: torch.Tensor,
@@ -234,17 +241,18 @@ def _converted(
         expert=placed.expert,
         direction=direction,
         rank=A.shape[0],
-        alpha=gain * base_norm,
+        alpha=gain * base.norm,
         beta=gain * direction_norm,
-        base_norm=base_norm,
+        base_norm=base.norm,
         direction_norm=direction_norm,
         error=error,
         output_error=output_error,
+        base_projection=base.projection,
     )
     return Converted(scalars, A, B, None if magnitude is None else magnitude.float().cpu())
 
 
-def _finite(norm: float, placed: PlacedModule) -> float:
-    if not math.isfinite(norm):
+def _finite(base: Fingerprint, placed: PlacedModule) -> Fingerprint:
+    if not math.isfinite(base.square):
         raise CheckpointError(f"{placed.weight.pieces[0].tensor.file}: {placed.weight.name} holds NaN or infinity.")
-    return norm
+    return base
