@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
 
 from mapconv.jsonfile import finite
+
+
+def talk(*, verbose: bool) -> None:
+    """With ``verbose``, what the commands log goes to stderr, each line with the seconds since the start."""
+    log = logging.getLogger("mapconv")
+    log.setLevel(logging.INFO if verbose else logging.WARNING)
+    if verbose and not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(relativeCreated)8.0f ms  %(message)s"))
+        log.addHandler(handler)
 
 
 def say(message: str = "") -> None:
