@@ -94,7 +94,6 @@ CLIMBING = {
     ("mapconv.__main__", "mapconv.cli"): "the command line's own entry point",
     # An entry of a catalog is the public functions, called in whichever process it runs.
     ("mapconv.catalog.work", "mapconv"): "a job calls the public functions by name",
-    ("mapconv.catalog.signatures", "mapconv"): "reads the public functions' source",
 }
 
 

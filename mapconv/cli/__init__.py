@@ -16,7 +16,7 @@ from mapconv.cli.errors import errors_as_sentences
 from mapconv.version import __version__
 
 #: In the order of a user's day, which is the order of the help page.
-COMMANDS = ("inspect", "upgrade", "calibrate", "verify", "report", "merge", "push", "catalog", "demo")
+COMMANDS = ("inspect", "upgrade", "calibrate", "verify", "report", "merge", "push", "catalog", "demo", "env")
 
 
 class _Commands(click.Group):
@@ -26,7 +26,7 @@ class _Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        return import_module(f"mapconv.cli.{name}").command if name in COMMANDS else None
+        return getattr(import_module(f"mapconv.cli.{name}"), name) if name in COMMANDS else None
 
 
 @click.group(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from mapconv.cli import options
+from mapconv.cli.options import Chosen, command
 from mapconv.cli.output import notes, print_json, print_table, say, show, size, small
+from mapconv.options.commands import CATALOG_RUN, CATALOG_STATUS
 
 if TYPE_CHECKING:
     from mapconv.catalog.status import Status
@@ -21,73 +21,28 @@ REFRESH = 1.0
 
 
 @click.group("catalog", short_help="Convert thousands of adapters, resumably.")
-def command() -> None:
-    """Convert every adapter of a catalog, and show how far a run is.
+def catalog() -> None:
+    """Convert every adapter of a catalog, and show a run's progress.
 
-    A run may be stopped or killed at any moment: the same command goes on where it was.
+    A run may be stopped or killed at any moment: the same command continues where it was.
     """
 
 
-@command.command("run", short_help="Convert every adapter of a catalog.")
-@click.argument("catalog", type=options.FOLDER)
-@click.option("--out", "-o", type=options.FOLDER, required=True, help="Folder to write to, a folder for each adapter.")
-@click.option(
-    "--engine",
-    type=click.Choice(["serial", "process", "ray"]),
-    help="Where adapters are converted. Default: serial, or process with more than one worker.",
-)
-@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Processes that convert. Default: 1 or cores.")
-@click.option("--ray-address", metavar="ADDRESS", help="A Ray cluster. Default: a Ray of this machine, for this run.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Convert at most N adapters now.")
-@click.option("--only", metavar="PATTERN", help="Convert only entries whose output matches, such as 'poems-*'.")
-@click.option("--retry-failed", is_flag=True, help="Try failed entries again although nothing changed.")
-@click.option("--push-to", metavar="ORG", help="Publish each result on the Hub as ORG/OUTPUT.")
-@click.option("--verify", is_flag=True, help="Measure each result against its source, and record the KL divergence.")
-@options.as_json
-@options.quiet
-def run(
-    catalog: Path,
-    out: Path,
-    engine: str | None,
-    workers: int | None,
-    ray_address: str | None,
-    limit: int | None,
-    only: str | None,
-    retry_failed: bool,
-    push_to: str | None,
-    verify: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+@command(CATALOG_RUN, "Convert every adapter of a catalog.", group=catalog)
+def run(chosen: Chosen) -> None:
     """Convert every adapter that CATALOG names (YAML or JSONL, or a folder of adapters) into a folder below OUT.
 
     OUT/ledger.jsonl says what became of each. What is done is passed over, and a broken adapter fails alone; exits 1
     if any failed.
     """
-    if engine == "serial" and (workers or 1) > 1:
-        raise click.UsageError("--engine serial has one worker: use --engine process or ray.")
-    if ray_address is not None and engine not in (None, "ray"):
-        raise click.UsageError("--ray-address goes with --engine ray.")
     from mapconv.commands.catalog import convert_catalog
 
     try:
-        result = convert_catalog(
-            catalog,
-            out,
-            engine=engine,
-            workers=workers,
-            ray_address=ray_address,
-            limit=limit,
-            only=only,
-            retry_failed=retry_failed,
-            push_to=push_to,
-            verify=verify,
-            quiet=quiet,
-        )
+        result = convert_catalog(**chosen.arguments)
     except KeyboardInterrupt:
-        say("mapconv: error: interrupted: what is done stays done, run the same command again to go on.")
+        say("mapconv: error: interrupted: what is done stays done, run the same command again to continue.")
         sys.exit(130)
-    if as_json:
+    if chosen["as_json"]:
         print_json(result.to_dict())
     else:
         _report(result)
@@ -109,12 +64,10 @@ def _report(result: CatalogResult) -> None:
         show("  failed entries are tried again when their files change, or with --retry-failed")
 
 
-@command.command("status", short_help="Show how far a run is.")
-@click.argument("out", type=options.FOLDER)
-@click.option("--watch", is_flag=True, help="Show it again each second until the run ends.")
-@options.as_json
-def status(out: Path, watch: bool, as_json: bool) -> None:
-    """Show how far the run in OUT is: counts, time left, failures by kind, the slowest and the least faithful."""
+@command(CATALOG_STATUS, "Show a run's progress.", group=catalog)
+def status(chosen: Chosen) -> None:
+    """Show the progress of the run in OUT: counts, time left, failures by kind, the slowest and the least faithful."""
+    out, watch, as_json = chosen["out"], chosen["watch"], chosen["as_json"]
     from mapconv.catalog.status import read_status
 
     found = read_status(out)

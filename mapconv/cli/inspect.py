@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import click
-
-from mapconv.cli import options
+from mapconv.cli.options import Chosen, command
 from mapconv.cli.output import notes, print_json, print_table, show, size
 from mapconv.hub.reference import shown
+from mapconv.options.commands import INSPECT
 
 
-@click.command("inspect", short_help="Say what an adapter is, and what upgrade would do.")
-@click.argument("source", type=options.SOURCE)
-@options.base
-@options.allow_pickle
-@options.as_json
-def command(source: str, base: str | None, allow_pickle: bool, as_json: bool) -> None:
-    """Say what the adapter in SOURCE is, and what `mapconv upgrade` would do with it.
+@command(INSPECT, "Describe an adapter, and what upgrade would do.")
+def inspect(chosen: Chosen) -> None:
+    """Describe the adapter in SOURCE, and what `mapconv upgrade` would do with it.
 
     With --base, every tensor is also placed on the base model, from names and shapes alone.
     """
     from mapconv.commands.inspect import inspect
 
-    found = inspect(source, base=base, allow_pickle=allow_pickle)
-    if as_json:
+    found = inspect(**chosen.arguments)
+    if chosen["as_json"]:
         print_json(found.to_dict())
         return
     show(
-        f"{source}: {found.method} adapter, {found.modules} modules, {found.parameters:,} parameters, "
+        f"{chosen['source']}: {found.method} adapter, {found.modules} modules, {found.parameters:,} parameters, "
         f"{size(found.nbytes)} of {'/'.join(found.dtypes)}"
     )
     show(f"  base      {found.base or 'not recorded'}{f' @ {found.revision}' if found.revision else ''}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,16 @@ from mapconv.untrusted.printable import printable, printable_message
 def show(line: str = "") -> None:
     """A line of the result; whatever names it holds, it stays one line."""
     click.echo(printable(line))
+
+
+def talk(*, verbose: bool) -> None:
+    """With ``verbose``, what the commands log goes to stderr, each line with the seconds since the start."""
+    log = logging.getLogger("mapconv")
+    log.setLevel(logging.INFO if verbose else logging.WARNING)
+    if verbose and not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(relativeCreated)8.0f ms  %(message)s"))
+        log.addHandler(handler)
 
 
 def say(message: str = "") -> None:

@@ -26,6 +26,7 @@ from mapconv.hub import locate_adapter
 from mapconv.merging.merger import MergedTensor, Merger
 from mapconv.merging.plan import MergePlan, plan_merge
 from mapconv.metadata.provenance import merge_record
+from mapconv.options.commands import MERGE
 from mapconv.placement.adapters import PlacedAdapter, place_adapters
 from mapconv.placement.base_check import base_fault
 from mapconv.refit.converter import Dtype
@@ -64,6 +65,7 @@ class MergeResult:
         return table
 
 
+@MERGE.checks
 def merge(
     adapters: str | Path | Sequence[str | Path],
     out: str | Path,
@@ -71,7 +73,7 @@ def merge(
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
     dtype: Dtype = "auto",
-    max_shard_size: int | None = None,
+    max_shard_size: int | str | None = None,
     allow_pickle: bool = False,
     force: bool = False,
     dry_run: bool = False,
@@ -86,7 +88,7 @@ def merge(
         base: the base model's folder or Hub id; None takes it from the first adapter's configuration.
         weights: a factor for each adapter's update; None: 1 for each.
         dtype: ``auto`` (each tensor keeps its own), ``float32``, ``bfloat16`` or ``float16``.
-        max_shard_size: bytes of tensors in one file; None keeps the base's files.
+        max_shard_size: bytes of tensors in one file, or a text such as ``5GB``; None keeps the base's files.
         allow_pickle: read weights from ``.bin`` files (with torch's weights-only loader).
         force: replace ``out``, and accept a base whose weights are not those a MAP adapter was made for.
         dry_run: do all of it but write, so that what would stop the merge stops this.
@@ -94,12 +96,10 @@ def merge(
 
     Raises:
         MapconvError: of the kind that fits; ``out`` then does not exist.
-        ValueError: another number of weights than of adapters.
+        ValueError: an option out of its range, or another number of weights than of adapters.
     """
     started = time.perf_counter()
     named = [adapters] if isinstance(adapters, str | Path) else list(adapters)
-    if weights is not None and len(weights) != len(named):
-        raise ValueError(f"{len(weights)} weights for {len(named)} adapters")
     sources = [locate_adapter(adapter, allow_pickle=allow_pickle) for adapter in named]
     marks = {path: mark for source in sources for path, mark in marks_in(source).items()}
     out = Path(out)

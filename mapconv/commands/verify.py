@@ -17,6 +17,7 @@ from mapconv.fidelity.comparison import Agreement, Comparison, ModuleError
 from mapconv.fidelity.saved import check_report_place, save_report
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
 from mapconv.hub import locate_adapter, locate_result
+from mapconv.options.commands import VERIFY
 from mapconv.placement.adapters import place_adapter
 from mapconv.placement.base_check import base_fault
 from mapconv.refit.norms import BaseNorms
@@ -24,7 +25,6 @@ from mapconv.runtime.devices import resolve_device
 from mapconv.runtime.models import load_tokenizer
 from mapconv.runtime.progress import progress_bar
 
-DEFAULT_SAMPLES = 8
 SEQUENCE_LENGTH = 256
 
 
@@ -61,13 +61,14 @@ class VerifyReport:
         return asdict(self) | {name: str(getattr(self, name)) for name in ("result", "source", "base")}
 
 
+@VERIFY.checks
 def verify(
     result: str | Path,
     against: str | Path,
     *,
     base: str | Path | None = None,
     data: str | Path | None = None,
-    samples: int = DEFAULT_SAMPLES,
+    samples: int = 8,
     device: str = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     save: bool = False,
@@ -91,6 +92,7 @@ def verify(
 
     Raises:
         MapconvError: a model, an adapter or the text cannot be used.
+        ValueError: an option out of its range.
     """
     started = time.perf_counter()
     result, against = locate_result(result), locate_adapter(against, allow_pickle=allow_pickle)

@@ -34,6 +34,7 @@ from mapconv.algebra.norms import (
 from mapconv.algebra.refit import Refit, refit, refit_to_tolerance, relative_error
 from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
 from mapconv.errors import CheckpointError, OutputError
+from mapconv.options.shared import MAX_RANK
 from mapconv.placement.factors import FactorLoader, Factors
 from mapconv.placement.weights import PlacedModule, read_weight
 from mapconv.refit.norms import BaseNorms
@@ -41,7 +42,6 @@ from mapconv.runtime.devices import resolve_device
 
 #: What the factors may be stored in; ``auto`` is the source's own.
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
-DEFAULT_MAX_RANK = 256
 #: Below this gain, D = (b/a)·Δ would be too long for its dtype, and a = 1 is solved for instead.
 SMALLEST_GAIN = 1e-3
 #: Before its first step a DoRA's magnitudes are the base's row norms, but for float32 rounding in sums over a row.
@@ -57,7 +57,7 @@ class ConvertOptions:
 
     rank: int | None = None
     tolerance: float | None = None
-    max_rank: int = DEFAULT_MAX_RANK
+    max_rank: int = MAX_RANK.fallback
     direction: Direction = "low-rank"
     lora_compatible: bool = False
     dtype: Dtype = "float32"
