@@ -25,7 +25,6 @@ def merge(chosen: Chosen) -> None:
         verb = "would write" if dry_run else "wrote"
         show(f"{' + '.join(map(str, chosen['adapters']))} ({result.method}) + {shown(result.base)}")
         show(f"  {verb} {result.out}: {result.tensors} tensors in {len(result.files)} files, {size(result.nbytes)}")
-    if not chosen["as_json"] and not dry_run:
         worst = max(result.merged, key=lambda item: item.rounding_error)
         verb, moves = ("would be merged", "would move") if dry_run else ("merged", "moves")
         show(f"  {len(result.merged)} tensors {verb} in {result.seconds:.1f} s")
