@@ -27,7 +27,7 @@ from mapconv.nn.bases import kind_of, merged_row_norms, values_of
 from mapconv.nn.layers import MapLayer
 from mapconv.nn.origin import is_respelled, live_base, live_record, source_config
 from mapconv.nn.updates import DoraUpdate, Update, direction_norm
-from mapconv.refit.converter import SMALLEST_GAIN
+from mapconv.refit.solving import SMALLEST_GAIN
 
 
 @dataclass(frozen=True)

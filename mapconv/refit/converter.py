@@ -25,25 +25,22 @@ from mapconv.algebra.fingerprint import (
 from mapconv.algebra.moments import InputRoot, Statistics
 from mapconv.algebra.norms import (
     BLOCK_ELEMENTS,
-    all_finite,
     product_difference_norm,
     product_norm,
     row_blocks,
     squared_norm,
 )
-from mapconv.algebra.refit import Refit, refit, refit_to_tolerance, relative_error
 from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
-from mapconv.errors import CheckpointError, OutputError
+from mapconv.errors import CheckpointError
 from mapconv.options.shared import MAX_RANK
 from mapconv.placement.factors import FactorLoader, Factors
 from mapconv.placement.weights import PlacedModule, read_weight
 from mapconv.refit.norms import BaseNorms
+from mapconv.refit.solving import ModuleRefit, Wanted, rounded
 from mapconv.runtime.devices import resolve_device
 
 #: What the factors may be stored in; ``auto`` is the source's own.
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
-#: Below this gain, D = (b/a)·Δ would be too long for its dtype, and a = 1 is solved for instead.
-SMALLEST_GAIN = 1e-3
 #: Before its first step a DoRA's magnitudes are the base's row norms, but for float32 rounding in sums over a row.
 UNTRAINED = 1e-6
 
@@ -169,20 +166,24 @@ class Converter:
         found = _finite(matrix_fingerprint(base), placed)
         if not factors.B.any() and target.update_norm <= UNTRAINED * found.norm:
             return self._keep_base(placed, factors, target, found)
-        if root is None:
-            seen, solution = None, self._solve(target, placed)
-        else:
+        if root is not None:
             root = root.to(device)
-            seen = target.seen_through(root)
-            solution = self._solve(seen, placed).divided_by(root)
-        gain = solution.gain
-        A, B = self._stored(solution.A, placed), self._stored(solution.B / gain, placed)
-        stored_A, stored_B = A.to(device, torch.float32), B.to(device, torch.float32)
-        error = relative_error(target, gain, gain * stored_B, stored_A)
-        output_error = None if seen is None else relative_error(seen, gain, gain * stored_B, root.multiply(stored_A))
-        magnitude = gain * target.approximation_row_norms(stored_B, stored_A)
-        norm = product_norm(B, A)
-        return _converted(placed, "low-rank", gain, found, norm, error, A, B, magnitude, output_error)
+        seen = None if root is None else target.seen_through(root)
+        refitted = ModuleRefit(target, self._wanted(placed), root, seen).solve()
+        A, B = refitted.A, refitted.B
+        magnitude = refitted.gain * target.approximation_row_norms(B.to(device).float(), A.to(device).float())
+        return _converted(
+            placed,
+            "low-rank",
+            refitted.gain,
+            found,
+            product_norm(B, A),
+            refitted.error,
+            A,
+            B,
+            magnitude,
+            refitted.output_error,
+        )
 
     def _keep_base(self, placed: PlacedModule, factors: Factors, target: AdaptedWeight, base: Fingerprint) -> Converted:
         """An untrained DoRA has no direction: what its magnitudes' rounding does to W0 is noise, and not refitted."""
@@ -191,29 +192,20 @@ class Converter:
         magnitude = target.approximation_row_norms(factors.B.to(self._device), factors.A.to(self._device))
         return _converted(placed, "low-rank", 1.0, base, 0.0, 0.0, A, B, magnitude)
 
-    def _solve(self, target: AdaptedWeight, placed: PlacedModule) -> Refit:
+    def _wanted(self, placed: PlacedModule) -> Wanted:
         options = self._options
-        # PEFT has no DoRA for a stack of experts, so theirs is the closest plain LoRA.
-        gain = 1.0 if options.lora_compatible or placed.experts > 1 else None
-        if options.tolerance is not None:
-            return refit_to_tolerance(target, options.tolerance, options.max_rank, gain=gain)
-        solution = refit(target, options.rank or placed.effective_rank, gain=gain)
-        return solution if abs(solution.gain) > SMALLEST_GAIN else refit(target, solution.rank, gain=1.0)
+        return Wanted(
+            placed.module.path,
+            options.rank or placed.effective_rank,
+            options.tolerance,
+            options.max_rank,
+            # PEFT has no DoRA for a stack of experts, so theirs is the closest plain LoRA.
+            1.0 if options.lora_compatible or placed.experts > 1 else None,
+            options.stored_dtype(placed),
+        )
 
     def _stored(self, factor: torch.Tensor, placed: PlacedModule) -> torch.Tensor:
-        """The factor in the dtype it is written in.
-
-        Raises:
-            OutputError: a value that overflows there; the scaling is folded into B, which can make it large.
-        """
-        dtype = self._options.stored_dtype(placed)
-        stored = factor.to(dtype).cpu()
-        if not all_finite(stored):
-            raise OutputError(
-                f"the factors of {placed.module.path} do not fit in {str(dtype).removeprefix('torch.')}: some values "
-                "overflow there, so choose another --dtype."
-            )
-        return stored
+        return rounded(factor, self._options.stored_dtype(placed), placed.module.path)
 
     def _base_matrix(self, placed: PlacedModule) -> torch.Tensor:
         """W0 in float32, in memory that this thread uses again for its next module."""
