@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -97,9 +97,6 @@ class Converted:
     A: torch.Tensor
     B: torch.Tensor
     magnitude: torch.Tensor | None
-
-    def without_factors(self) -> Converted:
-        return replace(self, A=self.A[:0], B=self.B[:, :0])
 
 
 class Converter:

@@ -17,7 +17,14 @@ from mapconv.checkpoint.sidecars import copy_tokenizer
 from mapconv.checkpoint.staging import write_file
 from mapconv.checkpoint.writer import SpooledFile, TensorSpec
 from mapconv.data import Dataset, Rows, read_dataset, read_rows
-from mapconv.formats.mapdir import factor_shapes, needs_magnitude, peft_config, peft_factors, peft_magnitude, write_configs
+from mapconv.formats.mapdir import (
+    factor_shapes,
+    needs_magnitude,
+    peft_config,
+    peft_factors,
+    peft_magnitude,
+    write_configs,
+)
 from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
 from mapconv.hub.ranges import prefetch
 from mapconv.metadata.card import CARD_FILE, local_card
@@ -70,10 +77,10 @@ def write_map_directory(
     spool = SpooledFile(staging / WEIGHTS_FILE, _expected(placed, options))
     try:
         converted, parameters = _convert(placed, options, norms, sample, spool, quiet=quiet)
-        modules = tuple(result.scalars for result in converted)
+        modules = tuple(scalars for scalars, _ in converted)
         if needs_magnitude(modules):
-            for item, result in zip(placed.modules, converted, strict=True):
-                spool.append(*peft_magnitude(item.module, result.magnitude))
+            for item, (_, magnitude) in zip(placed.modules, converted, strict=True):
+                spool.append(*peft_magnitude(item.module, magnitude))
         _keep_the_rest(placed, spool)
         spool.finish()
     finally:
@@ -99,8 +106,8 @@ def _convert(
     spool: SpooledFile,
     *,
     quiet: bool,
-) -> tuple[list[Converted], int]:
-    """Spool the factors of every module; returns what is left of each, and the number of MAP's parameters."""
+) -> tuple[list[tuple[MapModule, torch.Tensor | None]], int]:
+    """Spool every module's factors; returns its scalars and magnitude, and the number of MAP's parameters."""
     workers = worker_count(max(options.working_bytes(item) for item in placed.modules))
     total = sum(item.weight.nbytes for item in placed.modules)
     converted, parameters = {}, 0
@@ -122,7 +129,7 @@ def _convert(
                         spool.append(name, tensor)
                     stack.clear()
                 parameters += result.A.numel() + result.B.numel() + 2  # α and β
-                converted[item.key] = result.without_factors()
+                converted[item.key] = result.scalars, result.magnitude
                 advance(item.weight.nbytes)
     return [converted[item.key] for item in placed.modules], parameters
 
