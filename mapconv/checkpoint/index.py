@@ -7,9 +7,11 @@ must lie inside its file, with neither overlap nor hole, as the safetensors form
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,22 +89,20 @@ def read_tensor_file(path: Path) -> TensorFile:
     if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
         raise CheckpointError(f"{path} has __metadata__ that is not a table of strings: download the file again.")
     data_start = 8 + len(header_bytes)
-    refs = sorted(
-        (_tensor_ref(path, name, entry, data_start) for name, entry in header.items()),
-        key=lambda ref: (ref.start, ref.stop),
-    )
+    placed = [_tensor_ref(path, name, entry, data_start) for name, entry in header.items()]
+    placed.sort(key=itemgetter(0, 1))
     position = data_start
-    for ref in refs:
-        if ref.start != position:
-            fault = "overlaps the tensor before it" if ref.start < position else "leaves a hole before it"
+    for start, stop, ref in placed:
+        if start != position:
+            fault = "overlaps the tensor before it" if start < position else "leaves a hole before it"
             raise CheckpointError(f"{path}: tensor {ref.name} {fault}: the header is not to be trusted.")
-        position = ref.stop
+        position = stop
     if position != size:
         raise CheckpointError(
             f"{path} is {size:,} bytes long but its header describes {position:,}: the file is "
             f"{'truncated' if size < position else 'too long'}, download it again."
         )
-    return TensorFile(path, tuple(refs), metadata, FileMark.of(status))
+    return TensorFile(path, tuple(ref for _, _, ref in placed), metadata, FileMark.of(status))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -186,7 +186,8 @@ def _header_bytes(path: Path) -> tuple[bytes, os.stat_result]:
         return file.read(length), status
 
 
-def _tensor_ref(path: Path, name: str, entry: Any, data_start: int) -> TensorRef:
+def _tensor_ref(path: Path, name: str, entry: Any, data_start: int) -> tuple[int, int, TensorRef]:
+    """(start, stop, tensor) of one entry of the header."""
     if not _is_text(name):
         raise CheckpointError(f"{path}: the tensor name {name!r} is no valid Unicode: the header is not to be trusted.")
     if len(name) > MAX_NAME:
@@ -194,23 +195,29 @@ def _tensor_ref(path: Path, name: str, entry: Any, data_start: int) -> TensorRef
             f"{path}: the tensor name {name[:60]!r}… has {len(name):,} characters, expected at most {MAX_NAME:,}: the "
             "header is not to be trusted."
         )
-    where = f"{path}: tensor {name}"
     if not isinstance(entry, dict):
-        raise CheckpointError(f"{where} is described by {type(entry).__name__}, expected an object.")
+        raise _wrong(path, name, f"is described by {type(entry).__name__}, expected an object.")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise CheckpointError(f"{where} has dtype {dtype!r}, which mapconv does not know.")
+        raise _wrong(path, name, f"has dtype {dtype!r}, which mapconv does not know.")
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
-        raise CheckpointError(f"{where} has shape {shape!r}, expected a list of sizes.")
+        raise _wrong(path, name, f"has shape {shape!r}, expected a list of sizes.")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where} has data_offsets {offsets!r}, expected [start, stop].")
-    ref = TensorRef(path, name, dtype, tuple(shape), data_start + offsets[0])
-    if ref.nbytes != offsets[1] - offsets[0]:
-        raise CheckpointError(
-            f"{where} of shape {list(shape)} and dtype {dtype} needs {ref.nbytes:,} bytes, but its header gives it "
-            f"{offsets[1] - offsets[0]:,}."
+        raise _wrong(path, name, f"has data_offsets {offsets!r}, expected [start, stop].")
+    start, stop = offsets
+    nbytes = math.prod(shape) * ITEM_SIZES[dtype]
+    if nbytes != stop - start:
+        raise _wrong(
+            path,
+            name,
+            f"of shape {list(shape)} and dtype {dtype} needs {nbytes:,} bytes, but its header gives it "
+            f"{stop - start:,}.",
         )
-    return ref
+    return data_start + start, data_start + stop, TensorRef(path, name, dtype, tuple(shape), data_start + start)
+
+
+def _wrong(path: Path, name: str, what: str) -> CheckpointError:
+    return CheckpointError(f"{path}: tensor {name} {what}")
 
 
 def _naturals(value: Any) -> bool:
@@ -230,9 +237,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in table:
-            raise ValueError(f"the name {name!r} stands twice")
-        table[name] = value
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} stands twice")
     return table

@@ -7,6 +7,7 @@ and a positioned read is safe from several threads on one descriptor.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -52,6 +53,12 @@ class TensorReader:
         """The whole tensor, in its own dtype and shape."""
         return self.read_range(ref, 0, ref.numel, torch.empty(ref.nbytes, dtype=torch.uint8)).view(ref.shape)
 
+    def read_runs(self, refs: Sequence[TensorRef]) -> Iterator[tuple[list[TensorRef], torch.Tensor]]:
+        """All elements of whole tensors, flat: those that follow one another in a file, of one dtype, in one read."""
+        for run in _runs(refs):
+            buffer = torch.empty(run[-1].stop - run[0].start, dtype=torch.uint8)
+            yield run, self.read_range(run[0], 0, len(buffer) // TORCH_DTYPES[run[0].dtype].itemsize, buffer)
+
     def read_rows(self, ref: TensorRef, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
         """Rows ``start`` to ``stop`` (first dimension) as a view into ``buffer``, a flat uint8 tensor."""
         width = ref.numel // ref.shape[0]
@@ -71,3 +78,17 @@ class TensorReader:
                 raise CheckpointError(f"{ref.file} became shorter while it was read: tensor {ref.name} is incomplete.")
             view, offset = view[count:], offset + count
         return target.view(dtype)
+
+
+def _runs(refs: Sequence[TensorRef]) -> list[list[TensorRef]]:
+    """The tensors in their order, those together that follow one another in one file."""
+    runs: list[list[TensorRef]] = []
+    stop = 0
+    for ref in refs:
+        last = runs[-1][-1] if runs else None
+        if last is not None and ref.start == stop and ref.dtype == last.dtype and ref.file == last.file:
+            runs[-1].append(ref)
+        else:
+            runs.append([ref])
+        stop = ref.stop
+    return runs

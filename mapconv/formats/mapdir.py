@@ -143,13 +143,19 @@ def peft_config(
 
 def peft_factors(module: Module, A: torch.Tensor, B: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     """Keys and tensors of one module's factors, from matrices back to the shapes that PEFT gives its layer."""
-    prefix = f"{KEY_PREFIX}{module.path}"
-    if module.embedding:
-        return [(f"{prefix}.lora_embedding_A", A), (f"{prefix}.lora_embedding_B", B)]
-    kernel = module.lora_A.shape[2:]
+    shapes = factor_shapes(module, A.shape[0], *B.shape)
+    return [(name, factor.reshape(shape)) for (name, shape), factor in zip(shapes, (A, B), strict=True)]
+
+
+def factor_shapes(module: Module, rows: int, height: int, columns: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Key and shape of each factor as it is stored: ``rows`` of A, and B of (``height``, ``columns``)."""
+    prefix, shape = f"{KEY_PREFIX}{module.path}", module.lora_A.shape
+    name_A, name_B = (
+        ("lora_embedding_A", "lora_embedding_B") if module.embedding else ("lora_A.weight", "lora_B.weight")
+    )
     return [
-        (f"{prefix}.lora_A.weight", A.reshape(A.shape[0], module.lora_A.shape[1], *kernel)),
-        (f"{prefix}.lora_B.weight", B.reshape(*B.shape, *(1 for _ in kernel))),
+        (f"{prefix}.{name_A}", (rows, *shape[1:])),
+        (f"{prefix}.{name_B}", (height, columns, *(1 for _ in shape[2:]))),
     ]
 
 

@@ -86,10 +86,11 @@ def merge_record(placed: Sequence[PlacedAdapter], weights: Sequence[float] | Non
 def source_fingerprint(folder: Path) -> str:
     """SHA-256 of an adapter's configuration and weights."""
     digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 18))  # stays in a core's cache
     for name in (CONFIG_FILE, weights_name(folder)):
         with open_regular(folder / name, AdapterError) as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mapconv.adapter import MapModule, Module, TensorRef
+from mapconv.adapter import ITEM_SIZES, MapModule, Module, TensorRef
 from mapconv.algebra.fingerprint import Fingerprint, block_fingerprint, column_numbers, row_numbers
 from mapconv.algebra.norms import BLOCK_ELEMENTS, row_blocks
 from mapconv.checkpoint.reader import TensorReader
@@ -54,11 +54,8 @@ class WeightView:
 
     @property
     def nbytes(self) -> int:
-        itemsizes = (piece.tensor.nbytes // max(1, piece.tensor.numel) for piece in self.pieces)
-        return sum(
-            (piece.stop - piece.start) * self.shape[1] * size
-            for piece, size in zip(self.pieces, itemsizes, strict=True)
-        )
+        rows = ((piece.stop - piece.start) * ITEM_SIZES[piece.tensor.dtype] for piece in self.pieces)
+        return sum(rows) * self.shape[1]
 
     @property
     def numel(self) -> int:

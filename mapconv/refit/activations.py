@@ -65,7 +65,7 @@ def input_roots(
 
 
 class _Observer:
-    """Hooks on the adapted layers that count their inputs, and the blocks' parameters in float32 while they run."""
+    """Hooks on the adapted layers that count their inputs; while a block runs, its weights are merged, in float32."""
 
     def __init__(
         self, model: torch.nn.Module, modules: Sequence[PlacedModule], statistics: Statistics, units: Sequence[str]
@@ -76,10 +76,15 @@ class _Observer:
         self._moments: dict[str | None, dict[str, InputMoment]] = defaultdict(dict)
         self._seen: list[tuple[torch.Tensor, InputMoment]] = []
         self._stored: dict[str, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
+        #: Adapted linear layers, by block.
+        self._linears: dict[str | None, list[Any]] = defaultdict(list)
         layers = dict(model.named_modules())
         for module in {item.module.path: item.module for item in modules if item.experts == 1}.values():
             if len(module.lora_A.shape) == 2 and module.path in layers:
-                layers[module.path].register_forward_pre_hook(self._hook(module), with_kwargs=True)
+                layer = layers[module.path]
+                layer.register_forward_pre_hook(self._hook(module), with_kwargs=True)
+                if not module.embedding and module.bias is None:
+                    self._linears[_block_of(module)].append(layer)
         inside = {id(parameter) for unit in self.units.values() for parameter in unit.parameters()}
         for parameter in model.parameters():
             if id(parameter) not in inside:
@@ -93,11 +98,17 @@ class _Observer:
             self._stored[name] = [(parameter, parameter.data) for parameter in parameters]
             for parameter in parameters:
                 parameter.data = parameter.data.float()
+            for layer in self._linears[name]:
+                # Unmerged, PEFT forms a DoRA's whole weight and its row norms anew for every batch.
+                layer.merge()
 
     def leave(self, name: str | None) -> dict[str, InputRoot | None]:
         """The roots of a block (None: of all that is in no block); its statistics and float32 weights are dropped."""
-        for parameter, values in self._stored.pop(name, ()):
-            parameter.data = values
+        if name in self._stored:
+            for layer in self._linears[name]:
+                layer.unmerge()
+            for parameter, values in self._stored.pop(name):
+                parameter.data = values
         self._seen.clear()
         shared: dict[int, InputRoot | None] = {}
         roots = {}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -101,9 +102,6 @@ class Converted:
     B: torch.Tensor
     magnitude: torch.Tensor | None
 
-    def without_factors(self) -> Converted:
-        return replace(self, A=self.A[:0], B=self.B[:, :0])
-
 
 class Converter:
     """Turns placed modules into MAP form, one at a time; safe to call from several threads."""
@@ -114,9 +112,13 @@ class Converter:
         self._factors = FactorLoader(reader)
         self._local = threading.local()
 
-    def convert(self, placed: PlacedModule, root: InputRoot | None = None) -> Converted:
+    def convert_all(self, items: Sequence[PlacedModule], root: InputRoot | None = None) -> list[Converted]:
+        """Modules in MAP form, their factors read together; refits weigh errors by ``root``, as ``convert`` does."""
+        pairs = zip(items, self._factors.load_all(items), strict=True)
+        return [self.convert(item, factors, root) for item, factors in pairs]
+
+    def convert(self, placed: PlacedModule, factors: Factors, root: InputRoot | None = None) -> Converted:
         """One module in MAP form; a refit weighs errors by ``root``, the root of its inputs' second moment."""
-        factors = self._factors.load(placed)
         if self._options.keeps_lora(placed):
             return self._keep_lora(placed, factors)
         if self._options.keeps_factors(placed):
@@ -125,16 +127,18 @@ class Converter:
 
     def _keep_lora(self, placed: PlacedModule, factors: Factors) -> Converted:
         """W0 + s·BA is MAP already: α = ‖W0‖, β = ‖s·BA‖ (MATH.md section 2)."""
-        scaling = placed.scaling
-        A, B = self._stored(factors.A, placed), self._stored(factors.B * scaling, placed)
+        scaling, wide = placed.scaling, self._options.stored_dtype(placed) == torch.float32
+        A = factors.A if wide else self._stored(factors.A, placed)
+        B = self._stored(factors.B * scaling, placed)
         base = _finite(self._norms[placed.weight], placed)
         norm, error = product_norm(B, A), 0.0
-        wanted = factors.B.double() * scaling
-        # Mostly no bit is lost (float32, scaled by a power of two), which is cheaper to see than to measure.
-        if not (torch.equal(A.to(factors.A.dtype), factors.A) and torch.equal(B.double(), wanted)):
-            source_norm = abs(scaling) * product_norm(factors.B, factors.A)
-            difference = product_difference_norm(wanted, factors.A, B, A)
-            error = difference / source_norm if source_norm else 0.0
+        if not (wide and _loses_nothing(scaling)):
+            wanted = factors.B.double() * scaling
+            # Often no bit is lost here either, which is cheaper to see than to measure.
+            if not (torch.equal(A.to(factors.A.dtype), factors.A) and torch.equal(B.double(), wanted)):
+                source_norm = abs(scaling) * product_norm(factors.B, factors.A)
+                difference = product_difference_norm(wanted, factors.A, B, A)
+                error = difference / source_norm if source_norm else 0.0
         return _converted(placed, "low-rank", 1.0, base, norm, error, A, B, None)
 
     def _keep_dora(self, placed: PlacedModule, factors: Factors) -> Converted:
@@ -242,6 +246,11 @@ def _converted(
         base_projection=base.projection,
     )
     return Converted(scalars, A, B, None if magnitude is None else magnitude.float().cpu())
+
+
+def _loses_nothing(scaling: float) -> bool:
+    """Whether float32 values times ``scaling`` are exact, unless they overflow: a power of two, and no small one."""
+    return scaling >= 1 and math.frexp(scaling)[0] == 0.5
 
 
 def _finite(base: Fingerprint, placed: PlacedModule) -> Fingerprint:
