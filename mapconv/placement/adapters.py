@@ -15,7 +15,7 @@ from mapconv.formats import read_adapter
 from mapconv.hub import open_base
 from mapconv.placement.by_name import linear_paths, place, require_all_targets
 from mapconv.placement.starting_point import resolve_target
-from mapconv.placement.target_model import TargetModel, plain_target
+from mapconv.placement.target_model import Placed, TargetModel, plain_target
 from mapconv.placement.weights import Piece, PlacedModule, WeightView
 
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -53,14 +53,10 @@ def place_adapters(
     first = adapters[0]
     checkpoint = open_base(base, first.base, first.revision, sources[0], lean=lean)
     config = _read_config(checkpoint)
-    plain = _place_plain(adapters, checkpoint, config)
-    target, placed = plain or resolve_target(checkpoint, adapters)
+    target, placed = _place_plain(adapters, checkpoint, config) or resolve_target(checkpoint, adapters)
     _refuse_other_dtypes(placed)
-    _refuse_shared_dora(adapters, placed)
-    return tuple(
-        PlacedAdapter(adapter, target, _with_scalars(adapter, modules))
-        for adapter, modules in zip(adapters, placed, strict=True)
-    )
+    _refuse_shared_dora(placed)
+    return tuple(PlacedAdapter(adapter, target, _with_scalars(adapter, modules)) for adapter, modules in placed)
 
 
 def _is_plain(adapter: Adapter, config: Mapping[str, Any]) -> bool:
@@ -76,21 +72,19 @@ def _is_plain(adapter: Adapter, config: Mapping[str, Any]) -> bool:
     return all(len(m.lora_A.shape) == 2 and not m.embedding and m.bias is None for m in adapter.modules)
 
 
-def _place_plain(
-    adapters: Sequence[Adapter], checkpoint: Checkpoint, config: Mapping[str, Any]
-) -> tuple[TargetModel, tuple[tuple[PlacedModule, ...], ...]] | None:
+def _place_plain(adapters: Sequence[Adapter], checkpoint: Checkpoint, config: Mapping[str, Any]) -> Placed | None:
     """The quick way, or None where only the model's class can tell."""
     if not all(_is_plain(adapter, config) for adapter in adapters):
         return None
     try:
-        placed = tuple(_place_linears(adapter, checkpoint) for adapter in adapters)
+        placed = tuple((adapter, _place_linears(adapter, checkpoint)) for adapter in adapters)
     except PlacementError:
         # The names may be those of another transformers version, which the class knows.
         if "model_type" not in config:
             raise
         return None
     vocabularies = _vocabulary_sizes(config)
-    if any(item.weight.shape[0] in vocabularies for modules in placed for item in modules):
+    if any(item.weight.shape[0] in vocabularies for _, modules in placed for item in modules):
         return None  # an output embedding may be tied to the input's
     return plain_target(checkpoint), placed
 
@@ -125,9 +119,9 @@ def _with_scalars(adapter: Adapter, modules: tuple[PlacedModule, ...]) -> tuple[
     return tuple(item.with_scalars(scalars[item.key]) for item in modules)
 
 
-def _refuse_other_dtypes(placed: Sequence[Sequence[PlacedModule]]) -> None:
+def _refuse_other_dtypes(placed: Sequence[tuple[Adapter, Sequence[PlacedModule]]]) -> None:
     """An 8-bit tensor is the code of a weight, not the weight."""
-    for ref in (piece.tensor for modules in placed for item in modules for piece in item.weight.pieces):
+    for ref in (piece.tensor for _, modules in placed for item in modules for piece in item.weight.pieces):
         if ref.dtype not in FLOAT_DTYPES.values():
             raise CheckpointError(
                 f"{ref.file}: {ref.name} has dtype {ref.dtype}: an adapter fits the plain weight, so give the 16-bit "
@@ -135,10 +129,10 @@ def _refuse_other_dtypes(placed: Sequence[Sequence[PlacedModule]]) -> None:
             )
 
 
-def _refuse_shared_dora(adapters: Sequence[Adapter], placed: Sequence[Sequence[PlacedModule]]) -> None:
+def _refuse_shared_dora(placed: Sequence[tuple[Adapter, Sequence[PlacedModule]]]) -> None:
     """A DoRA rescales the whole weight, so that its merge does not add to another adapter's."""
     owners: dict[tuple, tuple[Adapter, PlacedModule]] = {}
-    for adapter, modules in zip(adapters, placed, strict=True):
+    for adapter, modules in placed:
         for item in modules:
             key = (item.parameter, item.expert)
             other, own = owners.setdefault(key, (adapter, item))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +24,6 @@ from mapconv.errors import CheckpointError
 from mapconv.runtime.models import model_class, quiet_libraries, refuse_code, translated
 
 Kind = Literal["linear", "transposed", "conv", "embedding", "parameters"]
-
-#: PEFT's task names, and the transformers class that they stand for.
-_TASKS = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 #: About three times those of the largest models; a class takes seconds to build as many.
 _MOST_MODULES = 200_000
@@ -85,6 +75,7 @@ class LiveModel:
         self.shapes_or_buffers = self.shapes | {name: tuple(b.shape) for name, b in self.model.named_buffers()}
         self._transforms: tuple[list, list] | None = None
         self._located: dict[str, Region] = {}
+        self._of_another_class: set[str] = set()
 
     def tied(self, parameter: str) -> tuple[str, ...]:
         """All names of the parameter, its own included."""
@@ -154,13 +145,27 @@ class LiveModel:
         found = self.locate(name).parameter
         return found if found in self.shapes else None
 
+    def respelling(self, name: str) -> Literal["none", "version", "class"]:
+        """Why the model does not call a parameter ``name`` itself: an older version or another class spelled it so.
+
+        Another class is one with or without this one's prefix: ``language_model.…`` is spelled as by a ``GemmaModel``
+        that stands in this class as ``model``.
+        """
+        if name in self.shapes:
+            return "none"
+        self.locate(name)
+        return "class" if name in self._of_another_class else "version"
+
     def _convert(self, name: str) -> Region:
         from transformers.core_model_loading import Concatenate, MergeModulelist, apply_renamings, rename_source_key
 
         renamings, converters = self._conversions()
+        own_name, _ = rename_source_key(name, renamings, converters)
         parameter, pattern = rename_source_key(
             name, renamings, converters, self.model.base_model_prefix, self.shapes_or_buffers
         )
+        if parameter != own_name:
+            self._of_another_class.add(name)
         if pattern is None:
             return Region(parameter)
         converter = next(item for item in converters if pattern in item.source_patterns)
@@ -202,21 +207,6 @@ def _bounded_modules(class_name: str) -> Iterator[None]:
         hook.remove()
 
 
-def class_candidates(config: dict[str, Any], adapter_config: dict[str, Any]) -> Iterable[str]:
-    """Class names that an adapter may have been trained on, the most telling first."""
-    mapping = adapter_config.get("auto_mapping")
-    if isinstance(mapping, dict) and isinstance(mapping.get("base_model_class"), str):
-        yield mapping["base_model_class"]
-    task = _TASKS.get(str(adapter_config.get("task_type")))
-    own = config.get("architectures") or []
-    task_class = _class_of_task(config, task) if task else None
-    # A model made for the adapter's task keeps its own class; so does a vision-language model under "CAUSAL_LM".
-    yield from own if task in (None, "AutoModelForCausalLM", "AutoModelForSeq2SeqLM") else []
-    if task_class:
-        yield task_class
-    yield from own
-
-
 def typed_model_config(folder: Path) -> dict[str, Any]:
     """The base model's ``config.json``, which must say the model's type.
 
@@ -230,22 +220,6 @@ def typed_model_config(folder: Path) -> dict[str, Any]:
     if config.get("model_type") is None:
         raise CheckpointError(f"{folder / MODEL_CONFIG} names no model_type, which this adapter needs to be placed.")
     return config
-
-
-def _class_of_task(config: dict[str, Any], task: str) -> str | None:
-    with quiet_libraries():
-        from transformers.models.auto import modeling_auto
-
-        mapping = {
-            "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-            "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-            "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-            "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-            "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-            "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
-        }[task]
-    name = mapping.get(config["model_type"])
-    return name if isinstance(name, str) else None
 
 
 def _number_at_star(pattern: str, name: str) -> int | None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mapconv.adapter import TensorRef, WholeTensor
+from mapconv.adapter import Adapter, TensorRef, WholeTensor
 from mapconv.checkpoint.index import Checkpoint, TensorFile
+from mapconv.placement.weights import PlacedModule
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class TargetModel:
     @property
     def folder(self) -> Path:
         return self.checkpoint.folder
+
+
+#: A target model, and the adapters, in its names, with their modules placed on it.
+Placed = tuple[TargetModel, tuple[tuple[Adapter, tuple[PlacedModule, ...]], ...]]
 
 
 def plain_target(checkpoint: Checkpoint) -> TargetModel:

@@ -12,6 +12,7 @@ import torch
 
 from mapconv.adapter import MapModule
 from mapconv.algebra.moments import InputRoot
+from mapconv.checkpoint.model_config import read_model_config
 from mapconv.checkpoint.reader import SAFETENSORS_DTYPES, TensorReader
 from mapconv.checkpoint.sidecars import copy_tokenizer
 from mapconv.checkpoint.staging import write_file
@@ -30,7 +31,6 @@ from mapconv.hub.ranges import prefetch
 from mapconv.metadata.card import CARD_FILE, local_card
 from mapconv.metadata.provenance import base_name, base_revision, map_config
 from mapconv.placement.adapters import PlacedAdapter
-from mapconv.placement.skeleton import read_model_config
 from mapconv.placement.target_model import TargetModel
 from mapconv.placement.weights import PlacedModule
 from mapconv.refit.activations import input_roots
