@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from mapconv.errors import CheckpointError
 from mapconv.jsonfile import read_object
 from mapconv.runtime.models import quiet_libraries, translated
 
-Kind = Literal["linear", "transposed", "conv", "embedding", "parameters"]
+Kind = Literal["linear", "transposed", "conv", "embedding", "attention", "parameters"]
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,13 @@ class LiveModel:
             return "embedding"
         if isinstance(module, torch.nn.modules.conv._ConvNd):
             return "conv"
+        if isinstance(module, torch.nn.MultiheadAttention):
+            return "attention"
         return "parameters"
 
     def adaptable_paths(self) -> list[str]:
         """The modules that ``target_modules`` can name."""
-        return [path for path in self._modules if self.kind(path) != "parameters"]
+        return [path for path in self._modules if self.kind(path) not in ("attention", "parameters")]
 
     def groups(self, path: str) -> int:
         """Groups of a convolution."""
@@ -152,12 +155,14 @@ class LiveModel:
         from transformers.core_model_loading import Concatenate, MergeModulelist, apply_renamings, rename_source_key
 
         renamings, converters = self._conversions()
-        own_name, _ = rename_source_key(name, renamings, converters)
-        parameter, pattern = rename_source_key(
-            name, renamings, converters, self.model.base_model_prefix, self.shapes_or_buffers
-        )
-        if parameter != own_name:
-            self._of_another_class.add(name)
+        parameter, pattern = rename_source_key(name, renamings, converters)
+        if parameter not in self.shapes_or_buffers:
+            own_name = parameter
+            parameter, pattern = rename_source_key(
+                name, renamings, converters, self.model.base_model_prefix, self.shapes_or_buffers
+            )
+            if parameter != own_name:
+                self._of_another_class.add(name)
         if pattern is None:
             return Region(parameter)
         converter = next(item for item in converters if pattern in item.source_patterns)
@@ -177,6 +182,26 @@ class LiveModel:
             converters = [item for item in transforms if isinstance(item, WeightConverter)]
             self._transforms = [item for item in transforms if not isinstance(item, WeightConverter)], converters
         return self._transforms
+
+
+def knows_type(config: Mapping[str, Any]) -> bool:
+    """Whether transformers has classes for the configuration's ``model_type``."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        return False
+    with quiet_libraries():
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    return model_type in CONFIG_MAPPING_NAMES
+
+
+def names_class(config: Mapping[str, Any]) -> bool:
+    """Whether the configuration is that of a class in transformers, not of code that the base brings along."""
+    if not knows_type(config):
+        return False
+    with quiet_libraries():
+        import transformers
+    architectures = config.get("architectures") or []
+    return not architectures or any(isinstance(n, str) and hasattr(transformers, n) for n in architectures)
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
