@@ -14,8 +14,10 @@ from mapconv.errors import AdapterError, CheckpointError, PlacementError, Unsupp
 from mapconv.formats import read_adapter
 from mapconv.hub import open_base
 from mapconv.placement.by_name import linear_paths, place, require_all_targets
+from mapconv.placement.skeleton import knows_type, names_class
 from mapconv.placement.starting_point import resolve_target
-from mapconv.placement.target_model import Placed, TargetModel, plain_target
+from mapconv.placement.stored_model import stored_target
+from mapconv.placement.target_model import Placed, TargetModel, plain_target, vocabulary_sizes
 from mapconv.placement.weights import Piece, PlacedModule, WeightView
 
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -53,10 +55,26 @@ def place_adapters(
     first = adapters[0]
     checkpoint = open_base(base, first.base, first.revision, sources[0], lean=lean)
     config = _read_config(checkpoint)
-    target, placed = _place_plain(adapters, checkpoint, config) or resolve_target(checkpoint, adapters)
+    target, placed = _place(adapters, checkpoint, config)
     _refuse_other_dtypes(placed)
     _refuse_shared_dora(placed)
     return tuple(PlacedAdapter(adapter, target, _with_scalars(adapter, modules)) for adapter, modules in placed)
+
+
+def _place(adapters: Sequence[Adapter], checkpoint: Checkpoint, config: Mapping[str, Any]) -> Placed:
+    """The quick way where it suffices, else by the model's class, or where there is none by shapes."""
+    plain = _place_plain(adapters, checkpoint, config)
+    if plain is not None:
+        return plain
+    if names_class(config):
+        return resolve_target(checkpoint, adapters)
+    try:
+        return stored_target(checkpoint, adapters, config)
+    except PlacementError:
+        # A class of somebody's own over a model that transformers knows: its names may be those of an older version.
+        if not knows_type(config):
+            raise
+        return resolve_target(checkpoint, adapters)
 
 
 def _is_plain(adapter: Adapter, config: Mapping[str, Any]) -> bool:
@@ -67,7 +85,7 @@ def _is_plain(adapter: Adapter, config: Mapping[str, Any]) -> bool:
         return False
     settings = adapter.settings
     special = settings.initialization or settings.layer_replication or settings.target_parameters or adapter.whole
-    if special or config.get("model_type") in _TRANSPOSING:
+    if special or config.get("model_type") in _TRANSPOSING or adapter.config.get("fan_in_fan_out"):
         return False
     return all(len(m.lora_A.shape) == 2 and not m.embedding and m.bias is None for m in adapter.modules)
 
@@ -79,11 +97,8 @@ def _place_plain(adapters: Sequence[Adapter], checkpoint: Checkpoint, config: Ma
     try:
         placed = tuple((adapter, _place_linears(adapter, checkpoint)) for adapter in adapters)
     except PlacementError:
-        # The names may be those of another transformers version, which the class knows.
-        if "model_type" not in config:
-            raise
-        return None
-    vocabularies = _vocabulary_sizes(config)
+        return None  # the names may be those of another transformers version, which the class knows
+    vocabularies = vocabulary_sizes(config)
     if any(item.weight.shape[0] in vocabularies for _, modules in placed for item in modules):
         return None  # an output embedding may be tied to the input's
     return plain_target(checkpoint), placed
@@ -99,11 +114,6 @@ def _place_linears(adapter: Adapter, checkpoint: Checkpoint) -> tuple[PlacedModu
         weight = WeightView((ref.shape[0], ref.shape[1]), (Piece(ref, 0, ref.shape[0]),))
         placed.append(PlacedModule(module, weight, ref.name, module.rank, module.scaling))
     return tuple(placed)
-
-
-def _vocabulary_sizes(config: Mapping[str, Any]) -> set[int]:
-    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-    return {part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)}
 
 
 def _with_scalars(adapter: Adapter, modules: tuple[PlacedModule, ...]) -> tuple[PlacedModule, ...]:

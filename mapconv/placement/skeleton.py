@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from mapconv.checkpoint.model_config import read_model_config
 from mapconv.errors import CheckpointError
 from mapconv.runtime.models import model_class, quiet_libraries, refuse_code, translated
 
-Kind = Literal["linear", "transposed", "conv", "embedding", "parameters"]
+Kind = Literal["linear", "transposed", "conv", "embedding", "attention", "parameters"]
 
 #: About three times those of the largest models; a class takes seconds to build as many.
 _MOST_MODULES = 200_000
@@ -101,11 +101,13 @@ class LiveModel:
             return "embedding"
         if isinstance(module, torch.nn.modules.conv._ConvNd):
             return "conv"
+        if isinstance(module, torch.nn.MultiheadAttention):
+            return "attention"
         return "parameters"
 
     def adaptable_paths(self) -> list[str]:
         """The modules that ``target_modules`` can name."""
-        return [path for path in self._modules if self.kind(path) != "parameters"]
+        return [path for path in self._modules if self.kind(path) not in ("attention", "parameters")]
 
     def groups(self, path: str) -> int:
         """Groups of a convolution."""
@@ -160,12 +162,14 @@ class LiveModel:
         from transformers.core_model_loading import Concatenate, MergeModulelist, apply_renamings, rename_source_key
 
         renamings, converters = self._conversions()
-        own_name, _ = rename_source_key(name, renamings, converters)
-        parameter, pattern = rename_source_key(
-            name, renamings, converters, self.model.base_model_prefix, self.shapes_or_buffers
-        )
-        if parameter != own_name:
-            self._of_another_class.add(name)
+        parameter, pattern = rename_source_key(name, renamings, converters)
+        if parameter not in self.shapes_or_buffers:
+            own_name = parameter
+            parameter, pattern = rename_source_key(
+                name, renamings, converters, self.model.base_model_prefix, self.shapes_or_buffers
+            )
+            if parameter != own_name:
+                self._of_another_class.add(name)
         if pattern is None:
             return Region(parameter)
         converter = next(item for item in converters if pattern in item.source_patterns)
@@ -205,6 +209,26 @@ def _bounded_modules(class_name: str) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def knows_type(config: Mapping[str, Any]) -> bool:
+    """Whether transformers has classes for the configuration's ``model_type``."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        return False
+    with quiet_libraries():
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    return model_type in CONFIG_MAPPING_NAMES
+
+
+def names_class(config: Mapping[str, Any]) -> bool:
+    """Whether the configuration is that of a class in transformers, not of code that the base brings along."""
+    if not knows_type(config):
+        return False
+    with quiet_libraries():
+        import transformers
+    architectures = config.get("architectures") or []
+    return not architectures or any(isinstance(n, str) and hasattr(transformers, n) for n in architectures)
 
 
 def typed_model_config(folder: Path) -> dict[str, Any]:

@@ -61,6 +61,12 @@ def plain_target(checkpoint: Checkpoint) -> TargetModel:
     return TargetModel(checkpoint, checkpoint.files, checkpoint.tensors)
 
 
+def vocabulary_sizes(config: Mapping[str, Any]) -> set[int]:
+    """Rows that an input or output embedding has by the configuration; the two may be tied."""
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    return {part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)}
+
+
 def common_dtype(checkpoint: Checkpoint) -> str:
     """The floating-point dtype of most of the base's bytes, for tensors that the base has not got."""
     sizes: dict[str, int] = defaultdict(int)
