@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from mapconv.checkpoint.quantization import without_quantization
 from mapconv.checkpoint.staging import write_file
 
 MODEL_CONFIG = "config.json"
@@ -67,12 +68,14 @@ def copy_model_files(base: Path, adapter: Path, target: Path) -> list[str]:
 def write_model_config(base: Path, target: Path, dtype: str, changed: dict[str, Any] | None = None) -> list[str]:
     """Write the model's ``config.json``: the base's or the ``changed`` one, with the dtype that the weights now have.
 
+    The weights are plain, whatever the base's are.
+
     Returns notes for the user.
     """
     path = base / MODEL_CONFIG
     if changed is None and not path.exists():
         return [f"{base} has no {MODEL_CONFIG}, so the merged folder has none either"]
-    config = json.loads(path.read_bytes()) if changed is None else dict(changed)
+    config = without_quantization(json.loads(path.read_bytes()) if changed is None else changed)
     if dtype != "auto":
         config.setdefault("dtype", dtype)
         _set_dtype(config, dtype)

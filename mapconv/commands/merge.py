@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mapconv.checkpoint.codecs import plain_dtype
 from mapconv.checkpoint.index import INDEX_FILE
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.sidecars import MERGE_RECORD, copy_model_files, write_model_config
@@ -113,7 +114,8 @@ def merge(
             notes += copy_model_files(folder, sources[0], staging)
             if len(plan.files) > 1 or plan.target.checkpoint.index_metadata is not None:
                 write_file(staging / INDEX_FILE, _index(plan))
-            notes += write_model_config(folder, staging, dtype, plan.target.config)
+            written = plain_dtype(plan.target.checkpoint) if dtype == "auto" else dtype
+            notes += write_model_config(folder, staging, written, plan.target.config)
             record = merge_record(placed, weights)
             write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")
     return MergeResult(

@@ -12,7 +12,7 @@ from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import AdapterError, CheckpointError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter
 from mapconv.hub import open_base
-from mapconv.jsonfile import read_object
+from mapconv.placement.bases import plain_base
 from mapconv.placement.by_name import linear_paths, place, require_all_targets
 from mapconv.placement.starting_point import resolve_target
 from mapconv.placement.target_model import TargetModel, plain_target
@@ -51,8 +51,7 @@ def place_adapters(
     """
     adapters = [read_adapter(source, allow_pickle=allow_pickle) for source in sources]
     first = adapters[0]
-    checkpoint = open_base(base, first.base, first.revision, sources[0], lean=lean)
-    config = _read_config(checkpoint)
+    checkpoint, config = plain_base(open_base(base, first.base, first.revision, sources[0], lean=lean))
     plain = _place_plain(adapters, checkpoint, config)
     target, placed = plain or resolve_target(checkpoint, adapters)
     _refuse_other_dtypes(placed)
@@ -127,7 +126,7 @@ def _with_scalars(adapter: Adapter, modules: tuple[PlacedModule, ...]) -> tuple[
 
 
 def _refuse_other_dtypes(placed: Sequence[Sequence[PlacedModule]]) -> None:
-    """An 8-bit tensor is the code of a weight, not the weight."""
+    """An 8-bit tensor without scales is the code of a weight, not the weight."""
     for ref in (piece.tensor for modules in placed for item in modules for piece in item.weight.pieces):
         if ref.dtype not in FLOAT_DTYPES.values():
             raise CheckpointError(
@@ -156,19 +155,3 @@ def _rescales(adapter: Adapter, item: PlacedModule) -> bool:
         return item.module.magnitude is not None
     scalars = next(s for s in adapter.map_modules if (s.path, s.expert) == item.key)
     return scalars.direction == "dora" or scalars.base_gain != 1.0
-
-
-def _read_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The base's ``config.json``, or nothing where there is none; a quantized base is refused."""
-    path = checkpoint.folder / "config.json"
-    if not path.exists():
-        return {}
-    config = read_object(path, CheckpointError)
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(
-            f"{checkpoint.folder} is quantized ({method}): an adapter fits the plain weight, so give the 16-bit or "
-            "32-bit model with --base."
-        )
-    return config

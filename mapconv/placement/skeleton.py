@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from mapconv.checkpoint.quantization import without_quantization
 from mapconv.errors import CheckpointError
 from mapconv.jsonfile import read_object
 from mapconv.runtime.models import quiet_libraries, translated
@@ -192,7 +193,7 @@ def class_candidates(config: dict[str, Any], adapter_config: dict[str, Any]) -> 
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """The base model's ``config.json``.
+    """The base model's ``config.json``, as that of the plain model where it is quantized.
 
     Raises:
         CheckpointError: absent, or without a model_type.
@@ -204,7 +205,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has no config.json, which this adapter needs to be placed.") from None
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path} names no model_type, which this adapter needs to be placed.")
-    return config
+    return without_quantization(config)
 
 
 def _class_of_task(config: dict[str, Any], task: str) -> str | None:

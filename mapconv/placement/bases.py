@@ -1,0 +1,28 @@
+"""The base that adapters are placed on, with its headers and its configuration as those of a plain model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mapconv.checkpoint.codecs import described_by, plain_view
+from mapconv.checkpoint.index import Checkpoint
+from mapconv.checkpoint.quantization import quantization_settings, without_quantization
+from mapconv.checkpoint.reader import TensorReader
+from mapconv.errors import CheckpointError
+from mapconv.hub.ranges import prefetch
+from mapconv.jsonfile import read_object
+
+
+def plain_base(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
+    """A base as if it were stored plain, and its ``config.json`` (empty where there is none).
+
+    Raises:
+        CheckpointError: a quantized base whose tensors are broken. UnsupportedError: one in an unknown storage.
+    """
+    path = checkpoint.folder / "config.json"
+    config = read_object(path, CheckpointError) if path.exists() else {}
+    settings = quantization_settings(checkpoint.folder, config)
+    prefetch(checkpoint.source, described_by(checkpoint, settings), quiet=True)
+    with TensorReader(checkpoint.source) as reader:
+        plain = plain_view(checkpoint, config, settings, reader)
+    return plain, without_quantization(config)
