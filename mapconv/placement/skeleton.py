@@ -208,6 +208,11 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     return without_quantization(config)
 
 
+def causal_class(config: dict[str, Any]) -> str | None:
+    """The class of a causal language model of this type, None where transformers has none."""
+    return _class_of_task(config, "AutoModelForCausalLM")
+
+
 def _class_of_task(config: dict[str, Any], task: str) -> str | None:
     with quiet_libraries():
         from transformers.models.auto import modeling_auto
