@@ -29,7 +29,7 @@ TORCH_DTYPES = {
 }  # fmt: skip
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 #: What a thread keeps at hand of the quantized weight that it reads.
-_KEPT = 4
+_KEPT = 6
 
 
 def row_ranges(ref: TensorRef) -> Iterator[tuple[int, int]]:

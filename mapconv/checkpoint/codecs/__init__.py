@@ -3,6 +3,13 @@
 =====================  ==============================================================================
 bitsandbytes           nf4 and fp4, single or double quantization; int8
 fp8                    float8 by blocks, or with one scale for the weight
+compressed-tensors     float8 and int8 by tensor, row, group or block; int1 to int8 packed; NVFP4, MXFP4
+mxfp4                  gpt-oss: experts in MXFP4, transposed
+modelopt               FP8, NVFP4
+fbgemm_fp8             float8 by rows
+gptq                   2, 3, 4 and 8 bits, both versions, act-order
+awq                    4 bits, the GEMM layout
+mlx                    2 to 8 bits, MXFP4, MXFP8, NVFP4; embeddings too
 =====================  ==============================================================================
 
 Another ``quant_method`` is refused by its name.
@@ -16,15 +23,24 @@ from dataclasses import replace
 from typing import Any
 
 from mapconv.adapter import TensorRef
+from mapconv.checkpoint.codecs.awq import Awq
 from mapconv.checkpoint.codecs.base import Bytes, Codec, EncodedTensor, QuantizedModel
 from mapconv.checkpoint.codecs.bitsandbytes import BitsAndBytes
 from mapconv.checkpoint.codecs.block_fp8 import BlockFp8
+from mapconv.checkpoint.codecs.compressed_tensors import CompressedTensors
+from mapconv.checkpoint.codecs.fbgemm_fp8 import FbgemmFp8
+from mapconv.checkpoint.codecs.gptq import Gptq
+from mapconv.checkpoint.codecs.mlx import Mlx
+from mapconv.checkpoint.codecs.modelopt import ModelOpt
+from mapconv.checkpoint.codecs.mxfp4 import Mxfp4
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import CheckpointError, UnsupportedError
 
 __all__ = ["described_by", "plain_dtype", "plain_view", "storages"]
 
-CODECS: tuple[Codec, ...] = (BitsAndBytes(), BlockFp8())
+CODECS: tuple[Codec, ...] = (
+    BitsAndBytes(), BlockFp8(), CompressedTensors(), Mxfp4(), ModelOpt(), FbgemmFp8(), Gptq(), Awq(), Mlx(),
+)  # fmt: skip
 #: What a server needs beside the weights: scales of inputs and of the cache. No plain model has them.
 _SERVING = (
     ".input_scale", ".activation_scale", ".input_global_scale", ".input_zero_point", ".output_scale", ".q_scale",
@@ -63,7 +79,7 @@ def plain_view(
     if codec is None:
         return checkpoint
     model = QuantizedModel(
-        checkpoint.folder, checkpoint.tensors, settings or {}, config, _output_dtype(checkpoint, config), reader
+        checkpoint.folder, checkpoint.tensors, settings or {}, config, _output_dtype(checkpoint, config, codec), reader
     )
     encoded = {weight.stored[0].name: weight for weight in codec.weights(model)}
     _refuse_leftovers(checkpoint, codec, model, encoded)
@@ -104,17 +120,14 @@ def _codec(checkpoint: Checkpoint, settings: Mapping[str, Any] | None) -> Codec 
     """The codec that the configuration names; without one, that of tensors which nothing else can be."""
     method = None if settings is None else settings.get("quant_method")
     if method is None:
-        return next((codec for codec in CODECS if _companion(checkpoint, codec)), None)
+        names = checkpoint.tensors
+        return next((codec for codec in CODECS if any(name.endswith(codec.signature) for name in names)), None)
     for codec in CODECS:
         if method in codec.methods:
             return codec
     raise UnsupportedError(
         f"{checkpoint.folder} is quantized ({method}), a storage that mapconv does not read: {_ADVICE}."
     )
-
-
-def _companion(checkpoint: Checkpoint, codec: Codec) -> str | None:
-    return next((name for name in checkpoint.tensors if name.endswith(codec.companions)), None)
 
 
 def _refuse_leftovers(
@@ -139,14 +152,14 @@ def _refuse_leftovers(
         )
 
 
-def _output_dtype(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str:
+def _output_dtype(checkpoint: Checkpoint, config: Mapping[str, Any], codec: Codec) -> str:
     """What the plain weights are written as: the configuration's dtype, else that of most plain tensors."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("dtype", "torch_dtype"):
             if part.get(key) in _OUTPUT_DTYPES:
                 return _OUTPUT_DTYPES[part[key]]
     sizes = Counter()
-    for ref in checkpoint.tensors.values():
-        if ref.dtype in ("F16", "BF16") and ref.numel > 1 and len(ref.shape) > 1:
+    for name, ref in checkpoint.tensors.items():
+        if ref.dtype in ("F16", "BF16") and not name.endswith(codec.companions):
             sizes[ref.dtype] += ref.nbytes
     return max(sizes, key=sizes.__getitem__, default="BF16")

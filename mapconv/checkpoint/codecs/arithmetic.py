@@ -95,7 +95,9 @@ def require_scales(scales: torch.Tensor, ref: TensorRef) -> None:
         raise fault(ref, "holds NaN or infinity, which scales no weight: download the model again")
 
 
-def scale_(values: torch.Tensor, scales: torch.Tensor, width: int, ref: TensorRef) -> None:
+def scale_(
+    values: torch.Tensor, scales: torch.Tensor, width: int, ref: TensorRef, *, zero_is_lost: bool = True
+) -> None:
     """Multiply each run of ``width`` columns of ``values`` (n, m) by its scale, in place; the last run may be short.
 
     Args:
@@ -103,13 +105,14 @@ def scale_(values: torch.Tensor, scales: torch.Tensor, width: int, ref: TensorRe
         scales: (n or 1, ⌈m / width⌉) float32.
         width: columns that share a scale.
         ref: where the scales are from, for messages.
+        zero_is_lost: whether a scale of zero loses codes, so that it is refused unless they are zero too.
 
     Raises:
         CheckpointError: a scale that is not finite, or one of zero for codes that are not.
     """
     require_scales(scales, ref)
     for part, factors in _runs(values, scales, width):
-        if not factors.all():
+        if zero_is_lost and not factors.all():
             lost = (factors == 0) & (part != 0)
             if lost.any():
                 raise fault(ref, "has a scale of zero for codes that are not zero: download the model again")

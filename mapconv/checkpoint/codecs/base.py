@@ -119,7 +119,9 @@ class Codec(Protocol):
 
     #: The values of ``quant_method`` that name it.
     methods: tuple[str, ...]
-    #: Endings of the names of the tensors that only it has, beside the codes.
+    #: Endings of tensors' names that tell it from all others, where the configuration does not.
+    signature: tuple[str, ...]
+    #: Endings of the names of its tensors that no plain weight has.
     companions: tuple[str, ...]
 
     def describing(self, tensors: Mapping[str, TensorRef]) -> list[TensorRef]:

@@ -116,6 +116,7 @@ class BitsAndBytes:
     """Recognises both by their companions."""
 
     methods = ("bitsandbytes",)
+    signature = (*_STATES, ".SCB")
     companions = (".weight.absmax", ".weight.quant_map", ".SCB", ".weight_format", *_STATES)
 
     def describing(self, tensors: Mapping[str, TensorRef]) -> list[TensorRef]:

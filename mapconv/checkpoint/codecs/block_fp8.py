@@ -24,6 +24,7 @@ class BlockFp8:
     """Recognises it by ``weight_scale_inv``."""
 
     methods = ("fp8",)
+    signature = (".weight_scale_inv",)
     companions = tuple(scale for _, scale in _PAIRS)
 
     def describing(self, tensors: Mapping[str, TensorRef]) -> list[TensorRef]:
