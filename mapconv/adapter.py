@@ -52,6 +52,11 @@ class TensorRef:
     def stop(self) -> int:
         return self.start + self.nbytes
 
+    @property
+    def stored(self) -> tuple[TensorRef, ...]:
+        """The tensors of the file whose bytes make the values: this one, but for a weight that is stored in codes."""
+        return (self,)
+
 
 @dataclass(frozen=True)
 class Module:

@@ -17,6 +17,7 @@ from typing import Any
 
 from mapconv.checkpoint.filenames import MERGE_RECORD, MODEL_CONFIG, MODEL_FILES, TOKENIZER_FILES
 from mapconv.checkpoint.model_config import read_model_config
+from mapconv.checkpoint.quantization import without_quantization
 from mapconv.checkpoint.staging import write_file
 from mapconv.errors import CheckpointError, MapconvError
 from mapconv.files import check_regular, open_regular
@@ -75,12 +76,14 @@ def copy_model_files(base: Path, adapter: Path, target: Path) -> list[str]:
 def write_model_config(base: Path, target: Path, dtype: str, changed: dict[str, Any] | None = None) -> list[str]:
     """Write the model's ``config.json``: the base's or the ``changed`` one, with the dtype that the weights now have.
 
+    The weights are plain, whatever the base's are.
+
     Returns notes for the user.
     """
     path = base / MODEL_CONFIG
     if changed is None and not path.exists():
         return [f"{base} has no {MODEL_CONFIG}, so the merged folder has none either"]
-    config = read_model_config(base) if changed is None else dict(changed)
+    config = without_quantization(read_model_config(base) if changed is None else changed)
     if dtype != "auto":
         config.setdefault("dtype", dtype)
         _set_dtype(config, dtype)

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mapconv.algebra.fingerprint import Fingerprint
+from mapconv.checkpoint.codecs import plain_dtype
 from mapconv.checkpoint.filenames import MERGE_RECORD
 from mapconv.checkpoint.flushing import BackgroundFlush
 from mapconv.checkpoint.index import INDEX_FILE
@@ -118,7 +119,8 @@ def merge(
         notes += copy_model_files(folder, sources[0], staging)
         if len(plan.files) > 1 or plan.target.checkpoint.index_metadata is not None:
             write_file(staging / INDEX_FILE, _index(plan))
-        notes += write_model_config(folder, staging, dtype, plan.target.config)
+        written = plain_dtype(plan.target.checkpoint) if dtype == "auto" else dtype
+        notes += write_model_config(folder, staging, written, plan.target.config)
         record = merge_record(placed, weights)
         write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")
     return MergeResult(

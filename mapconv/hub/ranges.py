@@ -60,7 +60,8 @@ def ranged_checkpoint(reference: HubReference, snapshot: Path) -> Checkpoint:
 def prefetch(source: ByteSource | None, refs: Iterable[TensorRef], *, quiet: bool) -> None:
     """Fetch the tensors ``refs`` of a ranged checkpoint in as few requests as that takes; others need no fetching."""
     if isinstance(source, RangedSource):
-        source.fetch([(ref.file, ref.start, ref.stop) for ref in refs if source.has(ref.file)], quiet=quiet)
+        stored = [part for ref in refs for part in ref.stored if source.has(part.file)]
+        source.fetch([(part.file, part.start, part.stop) for part in stored], quiet=quiet)
 
 
 class RangedSource:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mapconv.adapter import TensorRef
 from mapconv.algebra.dora import merge_rows_, row_scales
 from mapconv.algebra.fingerprint import Fingerprint, block_fingerprint
-from mapconv.algebra.norms import BLOCK_ELEMENTS, product_norm, row_blocks
-from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
+from mapconv.algebra.norms import BLOCK_ELEMENTS, all_finite, product_norm, row_blocks
+from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader, block_elements, row_ranges
 from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.errors import AdapterError, CheckpointError, MapconvError, OutputError
 from mapconv.merging.plan import ConvertJob, CopyJob, LowRankUpdate, MergeJob
@@ -92,9 +93,11 @@ class Merger:
 
     def _convert(self, job: ConvertJob) -> None:
         source, target = job.source, job.target
-        buffers, dtype = self._buffers(BLOCK_ELEMENTS), TORCH_DTYPES[target.dtype]
-        for start, stop in row_blocks(source.numel, 1):
+        buffers, dtype = self._buffers(block_elements(source)), TORCH_DTYPES[target.dtype]
+        for start, stop in row_ranges(source):
             values = self._reader.read_range(source, start, stop, buffers.raw)
+            if source.stored != (source,) and not all_finite(values):
+                raise _not_finite(source)
             rounded = buffers.out.view(dtype)[: stop - start].copy_(values)
             if dtype == torch.float16 and not torch.isfinite(rounded).all():
                 raise _overflow(target.name, target.dtype)
@@ -183,10 +186,10 @@ class Merger:
 
     def _not_finite(self, job: MergeJob) -> MapconvError:
         """Whether the base held NaN or infinity, or the merged values do not fit in the output's dtype."""
-        buffer = torch.empty(8 * BLOCK_ELEMENTS, dtype=torch.uint8)
-        for start, stop in row_blocks(job.source.numel, 1):
+        buffer = torch.empty(8 * block_elements(job.source), dtype=torch.uint8)
+        for start, stop in row_ranges(job.source):
             if not torch.isfinite(self._reader.read_range(job.source, start, stop, buffer)).all():
-                return CheckpointError(f"{job.source.file}: tensor {job.source.name} holds NaN or infinity.")
+                return _not_finite(job.source)
         return _overflow(job.target.name, job.target.dtype)
 
     def _replace_rows(self, item, rows: torch.Tensor, start: int, stop: int) -> None:
@@ -292,6 +295,10 @@ def _check_direction(item: LowRankUpdate, norm: float) -> None:
 def _square(values: torch.Tensor) -> float:
     flat = values.view(-1)
     return float(torch.dot(flat, flat))
+
+
+def _not_finite(ref: TensorRef) -> CheckpointError:
+    return CheckpointError(f"{ref.file}: tensor {ref.name} holds NaN or infinity.")
 
 
 def _overflow(name: str, dtype: str) -> OutputError:

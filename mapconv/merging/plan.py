@@ -36,7 +36,7 @@ class CopyJob:
 
 @dataclass(frozen=True)
 class ConvertJob:
-    """A tensor that no adapter touches, written in another dtype."""
+    """A tensor that no adapter touches, written in another dtype, or plain where it is stored in codes."""
 
     source: TensorRef
     target: TensorRef
@@ -147,7 +147,7 @@ def plan_merge(
             )
             if any(changes):
                 jobs.append(MergeJob(source, output, *(tuple(change) for change in changes)))
-            elif source.dtype != output.dtype:
+            elif source.dtype != output.dtype or source.stored != (source,):
                 jobs.append(ConvertJob(source, output))
             else:
                 _append_copy(jobs, source, output)

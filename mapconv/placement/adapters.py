@@ -9,10 +9,10 @@ from typing import Any
 
 from mapconv.adapter import Adapter
 from mapconv.checkpoint.index import Checkpoint
-from mapconv.checkpoint.model_config import read_model_config
 from mapconv.errors import AdapterError, CheckpointError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter
 from mapconv.hub import open_base
+from mapconv.placement.bases import plain_base
 from mapconv.placement.by_name import linear_paths, place, require_all_targets
 from mapconv.placement.skeleton import knows_type, names_class
 from mapconv.placement.starting_point import resolve_target
@@ -53,8 +53,7 @@ def place_adapters(
     """
     adapters = [read_adapter(source, allow_pickle=allow_pickle) for source in sources]
     first = adapters[0]
-    checkpoint = open_base(base, first.base, first.revision, sources[0], lean=lean)
-    config = _read_config(checkpoint)
+    checkpoint, config = plain_base(open_base(base, first.base, first.revision, sources[0], lean=lean))
     target, placed = _place(adapters, checkpoint, config)
     _refuse_other_dtypes(placed)
     _refuse_shared_dora(placed)
@@ -130,7 +129,7 @@ def _with_scalars(adapter: Adapter, modules: tuple[PlacedModule, ...]) -> tuple[
 
 
 def _refuse_other_dtypes(placed: Sequence[tuple[Adapter, Sequence[PlacedModule]]]) -> None:
-    """An 8-bit tensor is the code of a weight, not the weight."""
+    """An 8-bit tensor without scales is the code of a weight, not the weight."""
     for ref in (piece.tensor for _, modules in placed for item in modules for piece in item.weight.pieces):
         if ref.dtype not in FLOAT_DTYPES.values():
             raise CheckpointError(
@@ -159,19 +158,3 @@ def _rescales(adapter: Adapter, item: PlacedModule) -> bool:
         return item.module.magnitude is not None
     scalars = next(s for s in adapter.map_modules if (s.path, s.expert) == item.key)
     return scalars.direction == "dora" or scalars.base_gain != 1.0
-
-
-def _read_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The base's ``config.json``, or nothing where there is none; a quantized base is refused."""
-    try:
-        config = read_model_config(checkpoint.folder)
-    except FileNotFoundError:
-        return {}
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(
-            f"{checkpoint.folder} is quantized ({method}): an adapter fits the plain weight, so give the 16-bit or "
-            "32-bit model with --base."
-        )
-    return config

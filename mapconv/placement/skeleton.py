@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from mapconv.checkpoint.filenames import MODEL_CONFIG
 from mapconv.checkpoint.model_config import read_model_config
+from mapconv.checkpoint.quantization import without_quantization
 from mapconv.errors import CheckpointError
 from mapconv.runtime.models import model_class, quiet_libraries, refuse_code, translated
 
@@ -232,7 +233,7 @@ def names_class(config: Mapping[str, Any]) -> bool:
 
 
 def typed_model_config(folder: Path) -> dict[str, Any]:
-    """The base model's ``config.json``, which must say the model's type.
+    """The base model's ``config.json``, which must say the model's type, as that of the plain model if quantized.
 
     Raises:
         CheckpointError: absent, or without a model_type.
@@ -243,7 +244,7 @@ def typed_model_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has no {MODEL_CONFIG}, which this adapter needs to be placed.") from None
     if config.get("model_type") is None:
         raise CheckpointError(f"{folder / MODEL_CONFIG} names no model_type, which this adapter needs to be placed.")
-    return config
+    return without_quantization(config)
 
 
 def _number_at_star(pattern: str, name: str) -> int | None:

@@ -14,9 +14,10 @@ from mapconv.algebra.moments import InputMoment, InputRoot, Statistics
 from mapconv.data import Dataset
 from mapconv.errors import CheckpointError, DataError, UnsupportedError
 from mapconv.placement.adapters import FLOAT_DTYPES, PlacedAdapter
+from mapconv.placement.running import load_base
 from mapconv.placement.weights import PlacedModule
 from mapconv.runtime.lockstep import in_lockstep
-from mapconv.runtime.models import attach_with_peft, load_model, longest_text, reads_text
+from mapconv.runtime.models import attach_with_peft, longest_text, reads_text
 
 #: Sequences that run together. With an adapted head, one: the logits of a batch are the largest tensor by far.
 BATCH = 8
@@ -170,14 +171,7 @@ def _block_of(module: Module) -> str | None:
 
 def _source_model(placed: PlacedAdapter, device: torch.device) -> torch.nn.Module:
     """The base with the source adapter, as stock PEFT attaches it, in the base's own dtype."""
-    base = load_model(
-        placed.target.folder,
-        placed.target.class_name,
-        dtype=_DTYPES[placed.modules[0].weight.dtype],
-        device=device,
-        config=placed.target.source_config,
-        completed_later=bool(placed.adapter.whole),
-    )
+    base = load_base(placed, dtype=_DTYPES[placed.modules[0].weight.dtype], device=device)
     return attach_with_peft(base, placed.adapter.path, "source").get_base_model()
 
 

@@ -31,6 +31,7 @@ def load_model(
     dtype: str,
     device: Any,
     config: dict[str, Any] | None = None,
+    state: dict[str, torch.Tensor] | None = None,
     completed_later: bool = False,
 ) -> Any:
     """A model in eval mode.
@@ -41,6 +42,8 @@ def load_model(
         dtype: what to load its weights as.
         device: where to.
         config: a configuration in place of the folder's, for a head or a vocabulary that an adapter brings.
+        state: the weights by the names of a checkpoint, in place of the folder's; they need a ``class_name`` and a
+            ``config``.
         completed_later: accept weights that the folder lacks, because an adapter brings them.
 
     Raises:
@@ -57,8 +60,15 @@ def load_model(
             refuse_code(values, folder)
             settings["config"] = transformers.AutoConfig.for_model(config["model_type"], **values)
             settings["ignore_mismatched_sizes"] = True
+        if state is not None:
+            settings["state_dict"] = state
         model, report = loader.from_pretrained(
-            folder, dtype=getattr(torch, dtype), output_loading_info=True, use_safetensors=True, **_NO_CODE, **settings
+            folder if state is None else None,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            use_safetensors=True,
+            **_NO_CODE,
+            **settings,
         )
     for kind in () if completed_later else ("missing_keys", "mismatched_keys"):
         if report[kind]:

@@ -15,9 +15,10 @@ from mapconv.nn import detach, load_adapter, set_adapter
 from mapconv.nn.attaching import updates_of
 from mapconv.nn.updates import Update
 from mapconv.placement.adapters import PlacedAdapter
+from mapconv.placement.running import load_base
 from mapconv.placement.skeleton import typed_model_config
 from mapconv.placement.target_model import TargetModel
-from mapconv.runtime.models import load_model, longest_text, quiet_libraries, stored_text_classes
+from mapconv.runtime.models import longest_text, quiet_libraries, stored_text_classes
 
 #: What is trained: α and β of every weight alone, or its factors as well.
 Train = Literal["scalars", "all"]
@@ -66,14 +67,7 @@ class CalibrationModels:
         Raises:
             MapconvError: of the kind that fits, where an adapter does not fit the base.
         """
-        self._model = load_model(
-            source.target.folder,
-            source.target.class_name,
-            dtype="float32",
-            device=device,
-            config=source.target.source_config,
-            completed_later=bool(source.adapter.whole),
-        )
+        self._model = load_base(source, dtype="float32", device=device)
         self._device, self._classes = device, classes
         if classes is not None and self._model.config.pad_token_id is None:
             # By it such a model finds a text's last token.
