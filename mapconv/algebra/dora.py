@@ -69,14 +69,15 @@ class AdaptedWeight:
     @property
     def update_norm(self) -> float:
         """‖T − W0‖: what the adapter changes in all."""
-        return max(0.0, self.squared_norms()[0]) ** 0.5
+        return self.squared_norms()[0] ** 0.5
 
     def squared_norms(self) -> tuple[float, float, float]:
         """(‖S‖², ⟨S, W0⟩, ‖W0‖²) with S = T − W0, from row sums alone."""
         excess, d = self.scales - 1, self.scales
         shift = excess**2 * self._base_squares + 2 * excess * d * self._inner + d**2 * self._update_squares
         inner = excess * self._base_squares + d * self._inner
-        return float(shift.sum()), float(inner.sum()), float(self._base_squares.sum())
+        # Rounding can take the square of a zero change a hair below zero.
+        return max(0.0, float(shift.sum())), float(inner.sum()), float(self._base_squares.sum())
 
     def products(self, V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(S·V, W0·V): one pass over W0."""

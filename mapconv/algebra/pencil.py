@@ -6,6 +6,7 @@ is 1 + t. Weighted by inputs, S and W are (T − W0)·P and W0·P. A matrix that
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -84,6 +85,27 @@ class DensePencil:
 
     def squared_norms(self) -> tuple[float, float, float]:
         return self._norms
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``left @ right`` approximates E(shift), and ``squared_error`` is ‖E(shift) − left·right‖² as the solver knows it.
+
+    left (n, k) and right (k, m) in float32, or in float64 where the error is so small that it matters.
+    """
+
+    shift: float
+    left: torch.Tensor
+    right: torch.Tensor
+    squared_error: float
+
+
+def balanced(shift: float, left: torch.Tensor, right: torch.Tensor, squared_error: float) -> LowRank:
+    """The factors with ‖left‖ = ‖right‖ column by row: they survive a later rounding to 16 bits best."""
+    lengths = torch.linalg.vector_norm(left, dim=0), torch.linalg.vector_norm(right, dim=1)
+    ratio = lengths[1] / lengths[0]
+    roots = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0).sqrt()
+    return LowRank(shift, (left * roots).contiguous(), (right / roots[:, None]).contiguous(), squared_error)
 
 
 def residual_norm(

@@ -10,6 +10,7 @@ from typing import Any
 from mapconv.adapter import Adapter, Module, WholeTensor
 from mapconv.formats import read_adapter
 from mapconv.hub import locate_adapter
+from mapconv.options.commands import INSPECT
 from mapconv.placement.adapters import place_adapter
 
 
@@ -50,6 +51,7 @@ class Inspection:
         return asdict(self) | {"source": str(self.source), "fits": None if self.fits is None else str(self.fits)}
 
 
+@INSPECT.checks
 def inspect(source: str | Path, *, base: str | Path | None = None, allow_pickle: bool = False) -> Inspection:
     """Describe an adapter, and with ``base`` check that it fits there; no tensor's values are read.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,25 @@ import torch
 
 from mapconv.adapter import MapModule
 from mapconv.algebra.moments import InputRoot
+from mapconv.checkpoint.model_config import read_model_config
 from mapconv.checkpoint.reader import SAFETENSORS_DTYPES, TensorReader
 from mapconv.checkpoint.sidecars import copy_tokenizer
 from mapconv.checkpoint.staging import write_file
 from mapconv.checkpoint.writer import SpooledFile, TensorSpec
 from mapconv.data import Dataset, Rows, read_dataset, read_rows
-from mapconv.formats.mapdir import needs_magnitude, peft_config, peft_factors, peft_magnitude, write_configs
+from mapconv.formats.mapdir import (
+    factor_shapes,
+    needs_magnitude,
+    peft_config,
+    peft_factors,
+    peft_magnitude,
+    write_configs,
+)
 from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
 from mapconv.hub.ranges import prefetch
 from mapconv.metadata.card import CARD_FILE, local_card
 from mapconv.metadata.provenance import base_name, base_revision, map_config
 from mapconv.placement.adapters import PlacedAdapter
-from mapconv.placement.skeleton import read_model_config
 from mapconv.placement.target_model import TargetModel
 from mapconv.placement.weights import PlacedModule
 from mapconv.refit.activations import input_roots
@@ -32,6 +40,9 @@ from mapconv.runtime.devices import resolve_device
 from mapconv.runtime.models import load_tokenizer, stored_text_classes
 from mapconv.runtime.progress import progress_bar
 from mapconv.runtime.threads import in_order, worker_count
+
+#: Factors that one job keeps: they are in memory once as they are read and once as they are written.
+BATCH_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -66,10 +77,10 @@ def write_map_directory(
     spool = SpooledFile(staging / WEIGHTS_FILE, _expected(placed, options))
     try:
         converted, parameters = _convert(placed, options, norms, sample, spool, quiet=quiet)
-        modules = tuple(result.scalars for result in converted)
+        modules = tuple(scalars for scalars, _ in converted)
         if needs_magnitude(modules):
-            for item, result in zip(placed.modules, converted, strict=True):
-                spool.append(*peft_magnitude(item.module, result.magnitude))
+            for item, (_, magnitude) in zip(placed.modules, converted, strict=True):
+                spool.append(*peft_magnitude(item.module, magnitude))
         _keep_the_rest(placed, spool)
         spool.finish()
     finally:
@@ -82,7 +93,7 @@ def write_map_directory(
     config = peft_config(placed.adapter.config, modules, names, base=base, respelled=respelled)
     config["revision"] = base_revision(placed)
     record = map_config(placed, asdict(options), modules, data=None if sample is None else sample.record)
-    write_file(staging / CARD_FILE, local_card(config, record))
+    write_file(staging / CARD_FILE, local_card(config, record, modules))
     write_configs(staging, config, record)
     return modules, parameters
 
@@ -95,8 +106,8 @@ def _convert(
     spool: SpooledFile,
     *,
     quiet: bool,
-) -> tuple[list[Converted], int]:
-    """Spool the factors of every module; returns what is left of each, and the number of MAP's parameters."""
+) -> tuple[list[tuple[MapModule, torch.Tensor | None]], int]:
+    """Spool every module's factors; returns its scalars and magnitude, and the number of MAP's parameters."""
     workers = worker_count(max(options.working_bytes(item) for item in placed.modules))
     total = sum(item.weight.nbytes for item in placed.modules)
     converted, parameters = {}, 0
@@ -109,21 +120,43 @@ def _convert(
         converter = Converter(reader, options, norms)
         for modules, roots in _groups(placed, options, sample):
             stack: list[Converted] = []
-            jobs = [(item, roots.get(item.module.path)) for item in modules]
-            results = in_order(lambda job: converter.convert(*job), jobs, workers)
-            for item, result in zip(modules, results, strict=True):
+            jobs = [(batch, roots.get(batch[0].module.path)) for batch in _batches(modules, options)]
+            results = in_order(lambda job: converter.convert_all(*job), jobs, workers)
+            for item, result in zip(modules, chain.from_iterable(results), strict=True):
                 stack.append(result)
                 if len(stack) == item.experts:
-                    # Experts follow one another: A has them in turn, B side by side, with the expert counting fastest.
-                    A = torch.cat([expert.A for expert in stack])
-                    B = torch.stack([expert.B for expert in stack], dim=2).flatten(1)
-                    for name, tensor in peft_factors(item.module, A, B):
+                    for name, tensor in peft_factors(item.module, *_side_by_side(stack)):
                         spool.append(name, tensor)
                     stack.clear()
                 parameters += result.A.numel() + result.B.numel() + 2  # α and β
-                converted[item.key] = result.without_factors()
+                converted[item.key] = result.scalars, result.magnitude
                 advance(item.weight.nbytes)
     return [converted[item.key] for item in placed.modules], parameters
+
+
+def _side_by_side(stack: Sequence[Converted]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of a stack of experts: A has them in turn, B side by side, with the expert counting fastest."""
+    if len(stack) == 1:
+        return stack[0].A, stack[0].B
+    return torch.cat([expert.A for expert in stack]), torch.stack([expert.B for expert in stack], dim=2).flatten(1)
+
+
+def _batches(modules: Sequence[PlacedModule], options: ConvertOptions) -> Iterator[list[PlacedModule]]:
+    """Jobs worth a thread's while: modules that only keep their factors go together, a refit alone."""
+    batch: list[PlacedModule] = []
+    nbytes = 0
+    for item in modules:
+        light = options.keeps_lora(item) and item.experts == 1
+        if batch and (not light or nbytes >= BATCH_BYTES):
+            yield batch
+            batch, nbytes = [], 0
+        if not light:
+            yield [item]
+            continue
+        batch.append(item)
+        nbytes += item.module.lora_A.nbytes + item.module.lora_B.nbytes
+    if batch:
+        yield batch
 
 
 def _groups(
@@ -142,14 +175,9 @@ def _expected(placed: PlacedAdapter, options: ConvertOptions) -> list[TensorSpec
         return []
     specs = []
     for item in placed.modules:
-        dtype, (height, width) = options.stored_dtype(item), item.weight.shape
-        A, B = (
-            torch.empty(shape, dtype=dtype, device="meta")
-            for shape in ((item.effective_rank, width), (height, item.effective_rank))
-        )
-        specs += [
-            TensorSpec(name, SAFETENSORS_DTYPES[dtype], tuple(t.shape)) for name, t in peft_factors(item.module, A, B)
-        ]
+        dtype, (height, _) = SAFETENSORS_DTYPES[options.stored_dtype(item)], item.weight.shape
+        names = factor_shapes(item.module, item.effective_rank, height, item.effective_rank)
+        specs += [TensorSpec(name, dtype, shape) for name, shape in names]
     return specs
 
 
