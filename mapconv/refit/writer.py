@@ -8,33 +8,22 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mapconv.adapter import MapModule
 from mapconv.algebra.moments import InputRoot
 from mapconv.checkpoint.model_config import read_model_config
 from mapconv.checkpoint.reader import SAFETENSORS_DTYPES, TensorReader
-from mapconv.checkpoint.sidecars import copy_tokenizer
-from mapconv.checkpoint.staging import write_file
-from mapconv.checkpoint.writer import SpooledFile, TensorSpec
+from mapconv.checkpoint.writer import TensorSpec
 from mapconv.data import Dataset, Rows, read_dataset, read_rows
 from mapconv.formats.mapdir import (
     factor_shapes,
-    needs_magnitude,
-    peft_config,
-    peft_factors,
-    peft_magnitude,
-    write_configs,
 )
-from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
 from mapconv.hub.ranges import prefetch
-from mapconv.metadata.card import CARD_FILE, local_card
-from mapconv.metadata.provenance import base_name, base_revision, map_config
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.target_model import TargetModel
 from mapconv.placement.weights import PlacedModule
 from mapconv.refit.activations import input_roots
-from mapconv.refit.converter import Converted, Converter, ConvertOptions
+from mapconv.refit.converter import Converter, ConvertOptions
+from mapconv.refit.directory import MapDirectory
 from mapconv.refit.norms import BaseNorms
 from mapconv.runtime.devices import resolve_device
 from mapconv.runtime.models import load_tokenizer, stored_text_classes
@@ -74,28 +63,13 @@ def write_map_directory(
     quiet: bool,
 ) -> tuple[tuple[MapModule, ...], int]:
     """Convert every module into ``staging``; returns their scalars and the number of parameters."""
-    spool = SpooledFile(staging / WEIGHTS_FILE, _expected(placed, options))
+    directory = MapDirectory(placed, staging, _expected(placed, options))
     try:
-        converted, parameters = _convert(placed, options, norms, sample, spool, quiet=quiet)
-        modules = tuple(scalars for scalars, _ in converted)
-        if needs_magnitude(modules):
-            for item, (_, magnitude) in zip(placed.modules, converted, strict=True):
-                spool.append(*peft_magnitude(item.module, magnitude))
-        _keep_the_rest(placed, spool)
-        spool.finish()
+        _convert(placed, options, norms, sample, directory, quiet=quiet)
+        modules = directory.finish(asdict(options), None if sample is None else sample.record)
     finally:
-        spool.close()
-    copy_tokenizer(placed.adapter.path, staging)
-    base = base_name(placed)
-    names = {item.module.path: item.parameter if item.experts > 1 else item.module.path for item in placed.modules}
-    own_paths = {module.path for module in placed.adapter.modules}
-    respelled = any(item.module.path not in own_paths for item in placed.modules)
-    config = peft_config(placed.adapter.config, modules, names, base=base, respelled=respelled)
-    config["revision"] = base_revision(placed)
-    record = map_config(placed, asdict(options), modules, data=None if sample is None else sample.record)
-    write_file(staging / CARD_FILE, local_card(config, record, modules))
-    write_configs(staging, config, record)
-    return modules, parameters
+        directory.close()
+    return modules, directory.parameters
 
 
 def _convert(
@@ -103,14 +77,13 @@ def _convert(
     options: ConvertOptions,
     norms: BaseNorms,
     sample: Sample | None,
-    spool: SpooledFile,
+    directory: MapDirectory,
     *,
     quiet: bool,
-) -> tuple[list[tuple[MapModule, torch.Tensor | None]], int]:
-    """Spool every module's factors; returns its scalars and magnitude, and the number of MAP's parameters."""
+) -> None:
+    """Convert every module, and write its factors."""
     workers = worker_count(max(options.working_bytes(item) for item in placed.modules))
     total = sum(item.weight.nbytes for item in placed.modules)
-    converted, parameters = {}, 0
     source = placed.target.checkpoint.source
     light = [item.weight for item in placed.modules if options.keeps_lora(item)]
     needed = [item.weight for item in placed.modules if not options.keeps_lora(item) or item.initialization]
@@ -119,26 +92,11 @@ def _convert(
         norms.load(light, reader)
         converter = Converter(reader, options, norms)
         for modules, roots in _groups(placed, options, sample):
-            stack: list[Converted] = []
             jobs = [(batch, roots.get(batch[0].module.path)) for batch in _batches(modules, options)]
             results = in_order(lambda job: converter.convert_all(*job), jobs, workers)
             for item, result in zip(modules, chain.from_iterable(results), strict=True):
-                stack.append(result)
-                if len(stack) == item.experts:
-                    for name, tensor in peft_factors(item.module, *_side_by_side(stack)):
-                        spool.append(name, tensor)
-                    stack.clear()
-                parameters += result.A.numel() + result.B.numel() + 2  # α and β
-                converted[item.key] = result.scalars, result.magnitude
+                directory.add(item, result)
                 advance(item.weight.nbytes)
-    return [converted[item.key] for item in placed.modules], parameters
-
-
-def _side_by_side(stack: Sequence[Converted]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors of a stack of experts: A has them in turn, B side by side, with the expert counting fastest."""
-    if len(stack) == 1:
-        return stack[0].A, stack[0].B
-    return torch.cat([expert.A for expert in stack]), torch.stack([expert.B for expert in stack], dim=2).flatten(1)
 
 
 def _batches(modules: Sequence[PlacedModule], options: ConvertOptions) -> Iterator[list[PlacedModule]]:
@@ -179,14 +137,3 @@ def _expected(placed: PlacedAdapter, options: ConvertOptions) -> list[TensorSpec
         names = factor_shapes(item.module, item.effective_rank, height, item.effective_rank)
         specs += [TensorSpec(name, dtype, shape) for name, shape in names]
     return specs
-
-
-def _keep_the_rest(placed: PlacedAdapter, spool: SpooledFile) -> None:
-    """Carry over what is no low-rank update: heads, rows and biases as they are, LoRA biases with their scaling."""
-    with TensorReader() as reader:
-        for item in {item.module.path: item for item in placed.modules}.values():
-            if item.module.bias is not None:
-                bias = reader.read(item.module.bias).float() * item.scaling
-                spool.append(f"{KEY_PREFIX}{item.module.path}.lora_B.bias", bias)
-        for name, ref in placed.adapter.others.items():
-            spool.append(name, reader.read(ref))
