@@ -2,9 +2,9 @@
 
 With λ_1 ≥ λ_2 ≥ … the eigenvalues of G(t), Eckart–Young gives the squared error at rank k:
 f_k(t) = ‖E(t)‖² − Σ_{i≤k} λ_i. One eigendecomposition gives f_k, f_k′ and f_k″ for every k at once, by the perturbation
-theory of eigenvalues, so that Newton's method needs few of them. f_k″ ≤ 2‖W‖², because f_k is a minimum over parabolas of
-that curvature: a step that uses 2‖W‖² in place of f_k″ (the best t for the present low-rank part) never makes the error
-larger, and is the bracket.
+theory of eigenvalues, so that Newton's method needs few of them. f_k″ ≤ 2‖W‖², because f_k is a minimum over parabolas
+of that curvature: a step that uses 2‖W‖² in place of f_k″ (the best t for the present low-rank part) never makes the
+error larger, and is the bracket.
 """
 
 from __future__ import annotations

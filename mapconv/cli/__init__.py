@@ -16,7 +16,9 @@ from mapconv.cli.errors import errors_as_sentences
 from mapconv.version import __version__
 
 #: In the order of a user's day, which is the order of the help page.
-COMMANDS = ("inspect", "upgrade", "calibrate", "verify", "report", "merge", "push", "catalog", "demo", "env")
+COMMANDS = (
+    "inspect", "upgrade", "rebase", "calibrate", "verify", "report", "merge", "push", "catalog", "demo", "env",
+)  # fmt: skip
 
 
 class _Commands(click.Group):

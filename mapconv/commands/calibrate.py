@@ -13,6 +13,7 @@ from mapconv.checkpoint.staging import check_output, staged_folder
 from mapconv.commands.outputs import output_beside
 from mapconv.data import Objective, read_rows
 from mapconv.errors import AdapterError, OutputError
+from mapconv.fidelity.metrics import ModelNumbers
 from mapconv.formats import read_adapter
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
 from mapconv.hub import locate_adapter
@@ -22,7 +23,6 @@ from mapconv.options.commands import CALIBRATE
 from mapconv.placement.adapters import place_adapter
 from mapconv.training.calibration import WEIGHT_FILES, CalibrationOptions, CalibrationReport, calibrate_folder
 from mapconv.training.checkpoints import checkpoint_path
-from mapconv.training.evaluation import ModelNumbers
 from mapconv.training.models import Train
 from mapconv.training.processes import joined
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,14 +112,14 @@ def verify(
                 for block in blocks.rows():
                     _compare(compared, block, total)
                     advance(1)
-        if not total.positions:
+        if not total.result.positions:
             notes.append("the model was not run (it needs more than text, or has no logits): only weights are compared")
         modules = tuple(compared.module_errors())
     report = VerifyReport(
         result=result,
         source=against,
         base=placed.target.folder,
-        tokens=total.positions,
+        tokens=total.result.positions,
         modules=modules,
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
@@ -158,11 +157,9 @@ def _compare(compared: Comparison, block: list[int], total: Agreement) -> None:
 def _means(total: Agreement, *, causal: bool) -> dict[str, float | None]:
     names = ("kl", "kl_largest", "kl_base", "top1_agreement", "largest_logit_difference")
     perplexities = ("perplexity_base", "perplexity_source", "perplexity_result")
-    if not total.positions:
+    if not total.result.positions:
         return dict.fromkeys((*names, *perplexities))
-    count = total.positions
-    values = (total.kl / count, total.kl_largest, total.kl_base / count, total.agreements / count, total.difference)
-    losses = (total.loss_base, total.loss_source, total.loss_result)
-    return dict(zip(names, values, strict=True)) | {
-        name: math.exp(loss / count) if causal else None for name, loss in zip(perplexities, losses, strict=True)
-    }
+    base, source, result = (sums.means(causal=causal) for sums in (total.base, total.source, total.result))
+    values = (result.kl, total.result.kl_largest, base.kl, result.top1_agreement, total.result.difference)
+    means = (base.perplexity, source.perplexity, result.perplexity)
+    return dict(zip(names, values, strict=True)) | dict(zip(perplexities, means, strict=True))

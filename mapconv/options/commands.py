@@ -21,7 +21,7 @@ from mapconv.options.kinds import (
     Whole,
 )
 from mapconv.options.records import Command, Option
-from mapconv.options.rules import Check, Excludes, Spell
+from mapconv.options.rules import Check, Excludes, Requires, Spell
 from mapconv.options.shared import (
     AGAINST,
     ALLOW_PICKLE,
@@ -34,14 +34,17 @@ from mapconv.options.shared import (
     FORCE,
     JSON,
     LEAST_SHARD,
+    MAX_RANK,
     MESSAGE,
     OUT,
     QUIET,
+    RANK,
     REFIT,
     SAMPLES,
     SEQUENCE_LENGTH,
     SOURCE,
     TALK,
+    TOLERANCE,
     VERBOSE,
 )
 
@@ -60,6 +63,51 @@ UPGRADE = Command(
     ALLOW_PICKLE,
     TALK,
     rules=(Excludes("calibrate", "lora_compatible", "it would train the α that is to stay fixed"),),
+)
+
+REBASE = Command(
+    "rebase",
+    SOURCE,
+    BASE.but(help="Base that the adapter was trained on. Default: the one that its config names."),
+    Option(
+        "onto",
+        Source(),
+        "Base that the result is for: a folder or a Hub id, of the same architecture, quantized or not.",
+        metavar="OTHER",
+        required=True,
+    ),
+    OUT.but(help="Folder to write. Default: SOURCE-rebased beside SOURCE."),
+    RANK.but(help="Rank of the result. Default: the source's own. A higher one also repairs what OTHER lost."),
+    TOLERANCE,
+    MAX_RANK,
+    Option(
+        "free_gain",
+        Flag(),
+        "Fit a factor of OTHER's weights as well; the result then runs as a DoRA, not as a plain LoRA.",
+        default=False,
+    ),
+    DTYPE,
+    DATA.but(help="Sample text from the adapter's domain. Default: the source model writes its own."),
+    SAMPLES.but(help="Sequences to fit on."),
+    SEQUENCE_LENGTH,
+    Option(
+        "statistics",
+        Choice(("running", "source", "none")),
+        "running: fit each layer to the inputs it gets behind rebased layers. source: to the source's. none: weights.",
+        default="running",
+    ),
+    Option("seed", Whole(0), "Random seed of the text that the source model writes.", default=0, metavar="N"),
+    DEVICE,
+    Option(
+        "keep_worse",
+        Flag(),
+        "Write the result even if it is further from the source than the source itself on OTHER.",
+        default=False,
+    ),
+    DRY_RUN,
+    ALLOW_PICKLE,
+    TALK,
+    rules=(Excludes("rank", "tolerance"), Requires("max_rank", "tolerance")),
 )
 
 CALIBRATE = Command(
@@ -275,6 +323,6 @@ ENV = Command("env", JSON)
 COMMANDS = {
     command.name: command
     for command in (
-        INSPECT, UPGRADE, CALIBRATE, VERIFY, REPORT, MERGE, PUSH, CATALOG_RUN, CATALOG_STATUS, DEMO, ENV,
+        INSPECT, UPGRADE, REBASE, CALIBRATE, VERIFY, REPORT, MERGE, PUSH, CATALOG_RUN, CATALOG_STATUS, DEMO, ENV,
     )
 }  # fmt: skip

@@ -17,7 +17,7 @@ from mapconv.placement.adapters import FLOAT_DTYPES, PlacedAdapter
 from mapconv.placement.running import load_base
 from mapconv.placement.weights import PlacedModule
 from mapconv.runtime.lockstep import in_lockstep
-from mapconv.runtime.models import attach_with_peft, longest_text, reads_text
+from mapconv.runtime.models import attach_with_peft, longest_text, model_inputs, reads_text
 
 #: Sequences that run together. With an adapted head, one: the logits of a batch are the largest tensor by far.
 BATCH = 8
@@ -176,9 +176,4 @@ def _source_model(placed: PlacedAdapter, device: torch.device) -> torch.nn.Modul
 
 
 def _forward(model: torch.nn.Module, tokens: torch.Tensor) -> Callable[[], Any]:
-    inputs = {"input_ids": tokens}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = tokens
-    if hasattr(model.config, "use_cache"):
-        inputs["use_cache"] = False
-    return lambda: model(**inputs)
+    return lambda: model(**model_inputs(model, tokens))

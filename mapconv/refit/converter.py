@@ -130,7 +130,7 @@ class Converter:
         scaling, wide = placed.scaling, self._options.stored_dtype(placed) == torch.float32
         A = factors.A if wide else self._stored(factors.A, placed)
         B = self._stored(factors.B * scaling, placed)
-        base = _finite(self._norms[placed.weight], placed)
+        base = finite_base(self._norms[placed.weight], placed)
         norm, error = product_norm(B, A), 0.0
         if not (wide and _loses_nothing(scaling)):
             wanted = factors.B.double() * scaling
@@ -139,7 +139,7 @@ class Converter:
                 source_norm = abs(scaling) * product_norm(factors.B, factors.A)
                 difference = product_difference_norm(wanted, factors.A, B, A)
                 error = difference / source_norm if source_norm else 0.0
-        return _converted(placed, "low-rank", 1.0, base, norm, error, A, B, None)
+        return converted_module(placed, "low-rank", 1.0, base, norm, error, A, B, None)
 
     def _keep_dora(self, placed: PlacedModule, factors: Factors) -> Converted:
         """T is kept in DoRA's own factors, with Δ = T − W0 and a = b = 1 (MATH.md section 5)."""
@@ -158,7 +158,7 @@ class Converter:
             error_square += squared_norm(wanted - got)
         norm = update_square**0.5
         error = (error_square / update_square) ** 0.5 if update_square else 0.0
-        return _converted(placed, "dora", 1.0, _finite(found, placed), norm, error, A, B, factors.magnitude)
+        return converted_module(placed, "dora", 1.0, finite_base(found, placed), norm, error, A, B, factors.magnitude)
 
     def _refit(self, placed: PlacedModule, factors: Factors, root: InputRoot | None) -> Converted:
         """The optimum of MATH.md (2); ε and the magnitude are then measured on the factors as stored."""
@@ -167,7 +167,7 @@ class Converter:
         magnitude = None if factors.magnitude is None else factors.magnitude.to(device)
         scaled = (factors.B * placed.scaling).to(device)
         target = AdaptedWeight(base, factors.A.to(device), scaled, magnitude)
-        found = _finite(matrix_fingerprint(base), placed)
+        found = finite_base(matrix_fingerprint(base), placed)
         if not factors.B.any() and target.update_norm <= UNTRAINED * found.norm:
             return self._keep_base(placed, factors, target, found)
         if root is not None:
@@ -176,7 +176,7 @@ class Converter:
         refitted = ModuleRefit(target, self._wanted(placed), root, seen).solve()
         A, B = refitted.A, refitted.B
         magnitude = refitted.gain * target.approximation_row_norms(B.to(device).float(), A.to(device).float())
-        return _converted(
+        return converted_module(
             placed,
             "low-rank",
             refitted.gain,
@@ -194,7 +194,7 @@ class Converter:
         rank = min(self._options.rank or placed.rank, factors.A.shape[0])
         A, B = self._stored(factors.A[:rank], placed), self._stored(factors.B[:, :rank], placed)
         magnitude = target.approximation_row_norms(factors.B.to(self._device), factors.A.to(self._device))
-        return _converted(placed, "low-rank", 1.0, base, 0.0, 0.0, A, B, magnitude)
+        return converted_module(placed, "low-rank", 1.0, base, 0.0, 0.0, A, B, magnitude)
 
     def _wanted(self, placed: PlacedModule) -> Wanted:
         options = self._options
@@ -219,7 +219,7 @@ class Converter:
         return read_weight(placed.weight, self._reader, matrix)
 
 
-def _converted(
+def converted_module(
     placed: PlacedModule,
     direction: Direction,
     gain: float,
@@ -231,7 +231,7 @@ def _converted(
     magnitude: torch.Tensor | None,
     output_error: float | None = None,
 ) -> Converted:
-    # The stored direction is scaled so that b = a: what PEFT computes is a·(W0 + D).
+    """A module's factors and scalars. The direction is stored so that b = a: what PEFT computes is a·(W0 + D)."""
     scalars = MapModule(
         path=placed.module.path,
         expert=placed.expert,
@@ -253,7 +253,12 @@ def _loses_nothing(scaling: float) -> bool:
     return scaling >= 1 and math.frexp(scaling)[0] == 0.5
 
 
-def _finite(base: Fingerprint, placed: PlacedModule) -> Fingerprint:
+def finite_base(base: Fingerprint, placed: PlacedModule) -> Fingerprint:
+    """The base's fingerprint, unless it holds NaN or infinity.
+
+    Raises:
+        CheckpointError: it does.
+    """
     if not math.isfinite(base.square):
         raise CheckpointError(f"{placed.weight.pieces[0].tensor.file}: {placed.weight.name} holds NaN or infinity.")
     return base

@@ -38,6 +38,7 @@ class MapDirectory:
         self._converted: dict[tuple[str, int | None], tuple[MapModule, torch.Tensor | None]] = {}
         #: Parameters of MAP: factors, α and β.
         self.parameters = 0
+        self._written: tuple[dict[str, Any], dict[str, Any], tuple[MapModule, ...]]
 
     def add(self, item: PlacedModule, result: Converted) -> None:
         """Write a module's factors; the experts of a stack come one after another."""
@@ -70,10 +71,16 @@ class MapDirectory:
         respelled = any(item.module.path not in own_paths for item in placed.modules)
         config = peft_config(placed.adapter.config, modules, names, base=base_name(placed), respelled=respelled)
         config["revision"] = base_revision(placed)
-        record = map_config(placed, options, modules, data=data) | more
+        self._written = config, map_config(placed, options, modules, data=data), modules
+        self.amend(**more)
+        return modules
+
+    def amend(self, **more: Any) -> None:
+        """Put further entries into ``map_config.json``, such as what was measured on the folder."""
+        config, record, modules = self._written
+        record.update(more)
         write_file(self._staging / CARD_FILE, local_card(config, record, modules))
         write_configs(self._staging, config, record)
-        return modules
 
     def close(self) -> None:
         self._spool.close()

@@ -10,14 +10,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from mapconv.algebra.moments import InputMoment
 from mapconv.algebra.regression import PairedMoment, RegressionInputs
 from mapconv.errors import CheckpointError
 from mapconv.runtime.lockstep import paused_before
+from mapconv.runtime.models import model_inputs
 from mapconv.runtime.widening import WideBlocks
+
+
+class Run(Protocol):
+    """Models that wait before each layer."""
+
+    def run(self, batches: Sequence[torch.Tensor]) -> Iterator[Waiting]:
+        """Yield each layer in the order in which it runs; ``fit`` is to be called before the next is asked for."""
+        ...
+
+    def fit(self, path: str, weight: torch.Tensor) -> None:
+        """Take note of a layer's fitted weight (out, in)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,28 @@ class Mixture:
         layer.weight.data = values.to(layer.weight.device).reshape(layer.weight.shape).contiguous()
 
 
+class SourceInputs:
+    """The source's model alone: each layer's inputs are taken to be those of the source, whatever lies before it."""
+
+    def __init__(self, source: torch.nn.Module, paths: Sequence[str]) -> None:
+        layers = dict(source.named_modules())
+        self._source, self._layers = source, {path: layers[path] for path in paths if path in layers}
+        WideBlocks(source, dict.fromkeys(name for path in self._layers if (name := block_of(path)) is not None))
+
+    def run(self, batches: Sequence[torch.Tensor]) -> Iterator[Waiting]:
+        """As ``Mixture.run``."""
+        known: tuple[tuple[int, ...], RegressionInputs | None] = ((), None)
+        with closing(paused_before(self._layers, [_forward(self._source, batch) for batch in batches])) as steps:
+            for path, x in steps:
+                place = tuple(id(tensor) for tensor in x.values())
+                if place != known[0]:
+                    known = (place, _alone(path, x))
+                yield Waiting(path, known[1])
+
+    def fit(self, path: str, weight: torch.Tensor) -> None:
+        """Nothing: the source stays as it is."""
+
+
 def block_of(path: str) -> str | None:
     """The numbered part of the model that a path lies in, ``model.layers.0``; None for one in none."""
     parts = path.split(".")
@@ -99,10 +135,18 @@ def _paired(path: str, x: dict[int, torch.Tensor], x_made: dict[int, torch.Tenso
     return moment.inputs()
 
 
+def _alone(path: str, x: dict[int, torch.Tensor]) -> RegressionInputs | None:
+    """The second moment of the inputs of every batch; None where they are no vectors."""
+    if not all(tensor.is_floating_point() and tensor.ndim >= 2 for tensor in x.values()):
+        return None
+    moment = InputMoment(next(iter(x.values())).shape[-1], "full")
+    for tensor in x.values():
+        moment.add(tensor.float())
+    if not moment.finite:
+        raise CheckpointError(f"the inputs of {path} overflow: the base or the adapter has diverged.")
+    root = moment.root()
+    return None if root is None else RegressionInputs(root, None, moment.count)
+
+
 def _forward(model: Any, tokens: torch.Tensor) -> Callable[[], Any]:
-    inputs = {"input_ids": tokens}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = tokens
-    if hasattr(model.config, "use_cache"):
-        inputs["use_cache"] = False
-    return lambda: model(**inputs)
+    return lambda: model(**model_inputs(model, tokens))

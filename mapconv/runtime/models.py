@@ -155,6 +155,21 @@ def reads_text(model: Any) -> bool:
     return getattr(model, "main_input_name", "input_ids") == "input_ids"
 
 
+def is_causal(model: Any) -> bool:
+    """Whether a model predicts each next token of a text."""
+    return "ForCausalLM" in type(model).__name__ or "LMHead" in type(model).__name__
+
+
+def model_inputs(model: Any, tokens: torch.Tensor) -> dict[str, Any]:
+    """What a model is called with for one pass over whole sequences, (sequences, length) token ids."""
+    inputs: dict[str, Any] = {"input_ids": tokens}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = tokens
+    if hasattr(model.config, "use_cache"):
+        inputs["use_cache"] = False
+    return inputs
+
+
 def longest_text(model: Any) -> int:
     """Tokens that the model's positions allow."""
     parts = (model.config, getattr(model.config, "text_config", None))

@@ -14,6 +14,7 @@ import torch
 from mapconv.checkpoint.sidecars import brings_tokenizer
 from mapconv.data import Objective, Rows, read_dataset
 from mapconv.errors import DataError, ResourceError
+from mapconv.fidelity.metrics import ModelNumbers
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
 from mapconv.formats.peft import CONFIG_FILE, WEIGHTS_FILE
 from mapconv.metadata.provenance import source_fingerprint
@@ -23,7 +24,7 @@ from mapconv.placement.adapters import PlacedAdapter
 from mapconv.runtime.models import load_tokenizer
 from mapconv.runtime.progress import step_bar
 from mapconv.training.checkpoints import Checkpoint, every
-from mapconv.training.evaluation import Evaluator, ModelNumbers
+from mapconv.training.evaluation import Evaluator
 from mapconv.training.loop import Recipe, Trainer
 from mapconv.training.models import MAP, SOURCE, WRITTEN, CalibrationModels, Train, target_classes
 from mapconv.training.processes import Processes

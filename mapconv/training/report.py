@@ -10,6 +10,7 @@ from typing import Any
 from mapconv.adapter import MapModule
 from mapconv.checkpoint.staging import write_file
 from mapconv.errors import AdapterError
+from mapconv.fidelity.metrics import ModelNumbers
 from mapconv.fidelity.weight_errors import weight_errors
 from mapconv.formats import read_adapter
 from mapconv.formats.mapdir import MAP_CONFIG_FILE, read_record, write_configs
@@ -18,7 +19,6 @@ from mapconv.jsonfile import finite, read_object
 from mapconv.metadata.card import CARD_FILE, local_card
 from mapconv.metadata.readme import read_readme
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
-from mapconv.training.evaluation import ModelNumbers
 from mapconv.training.loop import Recipe
 
 
