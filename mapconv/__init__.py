@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mapconv.commands.push import push
     from mapconv.commands.rebase import rebase
     from mapconv.commands.report import report
+    from mapconv.commands.statistics import statistics
     from mapconv.commands.upgrade import upgrade
     from mapconv.commands.verify import verify
     from mapconv.errors import MapconvError
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MapConfig", "MapconvError", "__version__", "calibrate", "convert_catalog", "detach", "disabled", "get_map_model",
     "inspect", "load_adapter", "map_layers", "merge", "push", "rebase", "report", "save_adapter", "set_adapter",
-    "upgrade", "verify",
+    "statistics", "upgrade", "verify",
 ]  # fmt: skip
 
 _HOMES = {
@@ -54,6 +55,7 @@ _HOMES = {
     "report": "mapconv.commands.report",
     "save_adapter": "mapconv.nn.saving",
     "set_adapter": "mapconv.nn.attaching",
+    "statistics": "mapconv.commands.statistics",
     "upgrade": "mapconv.commands.upgrade",
     "verify": "mapconv.commands.verify",
 }

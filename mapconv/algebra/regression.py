@@ -30,12 +30,15 @@ class RegressionInputs:
     cross: torch.Tensor | None
     tokens: int
 
-    def pencil(self, T: torch.Tensor, W: torch.Tensor) -> DensePencil:
-        """M as the pencil E(t) = M(1) − t·W·P, for T and W (n, m) float32; the gain is 1 + t."""
+    def pencil(self, T: torch.Tensor, W: torch.Tensor, *, gains: bool) -> DensePencil:
+        """M as the pencil E(t) = M(1) − t·W·P, for T and W (n, m) float32; the gain is 1 + t.
+
+        Without ``gains`` t = 0 alone will be looked at, and W·P is left out.
+        """
         if self.cross is None:
-            return DensePencil(self.root.multiply(T - W), self.root.multiply(W))
+            return DensePencil(self.root.multiply(T - W), self.root.multiply(W) if gains else None)
         seen = self.root.multiply(W)
-        return DensePencil(self.root.divide_transposed(T @ self.cross).sub_(seen), seen)
+        return DensePencil(self.root.divide_transposed(T @ self.cross).sub_(seen), seen if gains else None)
 
 
 class PairedMoment:

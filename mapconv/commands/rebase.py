@@ -82,6 +82,7 @@ def rebase(
     samples: int | None = None,
     sequence_length: int | None = None,
     statistics: Literal["running", "source", "none"] = "running",
+    statistics_from: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
     keep_worse: bool = False,
@@ -106,6 +107,8 @@ def rebase(
         samples: sequences to fit on (32), each of ``sequence_length`` tokens (256).
         statistics: ``running``: fit each layer to the inputs that it gets behind the layers rebased before it.
             ``source``: to the source's own inputs. ``none``: to the weights alone.
+        statistics_from: what ``mapconv.statistics`` collected of ``base``: no model runs, and ``data`` only serves to
+            measure the result.
         seed: of the text that the source model writes.
         device: ``auto``, ``cpu`` or ``cuda``.
         keep_worse: write a result even if it is further from the source than the source itself put on ``onto``.
@@ -123,7 +126,7 @@ def rebase(
     out = output_beside(source, "rebased") if out is None else Path(out)
     source = locate_adapter(source, allow_pickle=allow_pickle)
     marks = marks_in(source)
-    runs = statistics != "none"
+    runs = (statistics != "none" and statistics_from is None) or data is not None
     trained = place_adapter(source, base, allow_pickle=allow_pickle, lean=not runs)
     served = place_adapter(source, onto, allow_pickle=allow_pickle, lean=not runs)
     pair_bases(trained, served)
@@ -139,7 +142,7 @@ def rebase(
         with staged_folder(out, force=force) as staging, unchanged(marks):
             evidence = gather(
                 trained, served, statistics, None if data is None else Path(data), samples, length, seed, place,
-                quiet=quiet,
+                collected=None if statistics_from is None else Path(statistics_from), quiet=quiet,
             )  # fmt: skip
             directory = MapDirectory(served, staging)
             try:

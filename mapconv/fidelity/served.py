@@ -18,7 +18,6 @@ from mapconv.placement.running import load_base
 from mapconv.runtime.models import attach_with_peft, is_causal, model_inputs
 from mapconv.runtime.progress import progress_bar
 
-
 #: In nats. Two float32 forward passes of one function differ by 1e-6 in a logit, and by its square in the divergence;
 #: this leaves room for the sums of a large vocabulary.
 ROUNDING = 1e-8

@@ -96,6 +96,12 @@ REBASE = Command(
         "running: fit each layer to the inputs it gets behind rebased layers. source: to the source's. none: weights.",
         default="running",
     ),
+    Option(
+        "statistics_from",
+        Folder(),
+        "What `mapconv statistics` collected of the base: no model runs; --data only serves to measure the result.",
+        metavar="STATS",
+    ),
     Option("seed", Whole(0), "Random seed of the text that the source model writes.", default=0, metavar="N"),
     DEVICE,
     Option(
@@ -107,7 +113,23 @@ REBASE = Command(
     DRY_RUN,
     ALLOW_PICKLE,
     TALK,
-    rules=(Excludes("rank", "tolerance"), Requires("max_rank", "tolerance")),
+    rules=(
+        Excludes("rank", "tolerance"),
+        Requires("max_rank", "tolerance"),
+        Excludes("statistics", "statistics_from", "the folder says how they were collected"),
+        Excludes("samples", "statistics_from", "the folder says how many there were"),
+    ),
+)
+
+STATISTICS_COMMAND = Command(
+    "statistics",
+    BASE.but(positional=True, required=True, help=""),
+    DATA.but(required=True, help="Sample text from the domain of the adapters."),
+    OUT.but(required=True, help="Folder to write."),
+    SAMPLES,
+    SEQUENCE_LENGTH,
+    DEVICE,
+    TALK,
 )
 
 CALIBRATE = Command(
@@ -323,6 +345,7 @@ ENV = Command("env", JSON)
 COMMANDS = {
     command.name: command
     for command in (
-        INSPECT, UPGRADE, REBASE, CALIBRATE, VERIFY, REPORT, MERGE, PUSH, CATALOG_RUN, CATALOG_STATUS, DEMO, ENV,
+        INSPECT, UPGRADE, REBASE, STATISTICS_COMMAND, CALIBRATE, VERIFY, REPORT, MERGE, PUSH, CATALOG_RUN,
+        CATALOG_STATUS, DEMO, ENV,
     )
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Two bases for one adapter: every adapted weight of the one has its counterpart in the other, or the list of misfits."""
+"""Two bases for one adapter: each adapted weight has its counterpart in the other, or is listed."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.bases import plain_base
 from mapconv.placement.model_class import causal_class
 from mapconv.placement.skeleton import typed_model_config
+from mapconv.placement.target_model import TargetModel
 from mapconv.runtime.devices import free_memory
 from mapconv.runtime.models import load_model
 from mapconv.runtime.progress import progress_bar
@@ -32,7 +33,16 @@ def load_base(placed: PlacedAdapter, *, dtype: str, device: Any, quiet: bool = T
         CheckpointError: transformers cannot load it, or had to invent weights that the base lacks.
         ResourceError: a quantized base whose plain weights do not fit in the free memory.
     """
-    target, settings = placed.target, {}
+    return load_target(
+        placed.target, dtype=dtype, device=device, completed_later=bool(placed.adapter.whole), quiet=quiet
+    )
+
+
+def load_target(
+    target: TargetModel, *, dtype: str, device: Any, completed_later: bool = False, quiet: bool = True
+) -> Any:
+    """As ``load_base``, without an adapter; ``completed_later`` accepts weights that the base lacks."""
+    settings: dict[str, Any] = {}
     class_name, config = target.class_name, target.source_config
     if storages(target.checkpoint):
         # As it is in its files: a live model repeats layers by itself.
@@ -48,7 +58,7 @@ def load_base(placed: PlacedAdapter, *, dtype: str, device: Any, quiet: bool = T
         dtype=dtype,
         device=device,
         config=config,
-        completed_later=bool(placed.adapter.whole),
+        completed_later=completed_later,
         **settings,
     )
 

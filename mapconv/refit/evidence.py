@@ -17,6 +17,7 @@ from mapconv.placement.running import load_base
 from mapconv.placement.weights import PlacedModule
 from mapconv.refit.mixture import Mixture, Run, SourceInputs
 from mapconv.refit.rebase import Rebased, Rebaser
+from mapconv.refit.stored_statistics import read_statistics
 from mapconv.runtime.models import attach_with_peft, load_tokenizer, longest_text, reads_text, stored_text_classes
 from mapconv.runtime.sampling import sample_sequences
 
@@ -54,6 +55,7 @@ def gather(
     seed: int,
     device: torch.device,
     *,
+    collected: Path | None,
     quiet: bool,
 ) -> Evidence:
     """The text and the models that run on it.
@@ -62,14 +64,15 @@ def gather(
         trained, served: the adapter on the base it was trained on, and on the other.
         statistics: ``none`` runs no model for the refit; with ``data`` the result is still measured on it.
         data: the user's text; None: the source model writes its own.
+        collected: what ``mapconv statistics`` wrote: no model runs for the refit.
 
     Raises:
         DataError: the data does not suit the model, or the model writes none and there is none.
     """
-    if statistics == "none":
+    if statistics == "none" or collected is not None:
         text = None if data is None else _from_file(trained, data, samples, length)
         held_out = [] if text is None else text.held_out
-        return Evidence(Rebaser.by_weights, None, held_out, ())
+        return Evidence(Rebaser.by_weights, None, held_out) if collected is None else _stored(collected, held_out)
     source = attach_with_peft(_load(trained, device), trained.adapter.path, "source").get_base_model()
     if not reads_text(source):
         raise DataError(
@@ -77,7 +80,7 @@ def gather(
         )
     length = min(length, longest_text(source)) if data is None else length
     text = _own(trained, source, samples, length, seed) if data is None else _from_file(trained, data, samples, length)
-    batches = [torch.tensor(batch, device=device) for batch in _batches(text.rows, BATCH)]
+    batches = [torch.tensor(batch, device=device) for batch in batches_of(text.rows, BATCH)]
     paths = [item.module.path for item in served.modules if item.experts == 1 and not item.module.embedding]
     run: Run = SourceInputs(source, paths)
     if statistics == "running":
@@ -90,6 +93,16 @@ def gather(
         return rebaser.by_inputs(run, batches)
 
     return Evidence(refits, text.record, text.held_out, text.notes)
+
+
+def _stored(folder: Path, held_out: list[list[int]]) -> Evidence:
+    stored = read_statistics(folder)
+    record = {"name": "statistics of the base", **stored.data}
+
+    def refits(rebaser: Rebaser, modules: Sequence[PlacedModule]) -> Iterator[Rebased]:
+        return rebaser.by_statistics(stored, modules)
+
+    return Evidence(refits, record, held_out)
 
 
 @dataclass(frozen=True)
@@ -125,7 +138,7 @@ def _load(placed: PlacedAdapter, device: torch.device) -> Any:
     return load_base(placed, dtype=_DTYPES.get(dtype, "float32"), device=device)
 
 
-def _batches(rows: Sequence[list[int]], size: int) -> list[list[list[int]]]:
+def batches_of(rows: Sequence[list[int]], size: int) -> list[list[list[int]]]:
     """Sequences of equal length together, so that no batch needs padding, which would count as inputs."""
     by_length: dict[int, list[list[int]]] = {}
     for row in rows:

@@ -25,6 +25,7 @@ from mapconv.placement.weights import PlacedModule, read_weight
 from mapconv.refit.converter import Converted, Dtype, converted_module, finite_base
 from mapconv.refit.mixture import Run
 from mapconv.refit.solving import ModuleRefit, Wanted
+from mapconv.refit.stored_statistics import StoredStatistics
 from mapconv.refit.targets.adapted import adapted_weight_
 
 
@@ -113,11 +114,28 @@ class Rebaser:
             yield rebased
         yield from self.by_weights(list(waiting.values()))
 
-    def _rebase(self, item: PlacedModule, inputs: RegressionInputs | None) -> tuple[Rebased, torch.Tensor]:
+    def by_statistics(self, stored: StoredStatistics, modules: Sequence[PlacedModule]) -> Iterator[Rebased]:
+        """Each module by the inputs that were collected of the base it was trained on; no model runs."""
+        known: tuple[str, RegressionInputs | None] = ("", None)
+        with TensorReader() as reader:
+            for item in modules:
+                path = item.module.path
+                if path not in stored or item.experts > 1:
+                    yield self._rebase(item, None)[0]
+                    continue
+                if stored.shared(path) != known[0]:
+                    known = (stored.shared(path), stored.inputs(path, reader))
+                yield self._rebase(item, known[1], stored)[0]
+
+    def _rebase(
+        self, item: PlacedModule, inputs: RegressionInputs | None, stored: StoredStatistics | None = None
+    ) -> tuple[Rebased, torch.Tensor]:
         """The module, and its weight as written."""
         trained = self._trained[item.key]
         factors = self._factors.load(trained)
         base = read_weight(trained.weight, self._readers[0], torch.empty(trained.weight.numel))
+        if stored is not None:
+            stored.check(item.module.path, matrix_fingerprint(base))
         W = read_weight(item.weight, self._readers[1], torch.empty(item.weight.numel))
         found = finite_base(matrix_fingerprint(W), item)
         fault = None if trained.scalars is None else base_fault(trained.scalars, matrix_fingerprint(base))
@@ -128,10 +146,11 @@ class Rebaser:
         # The source's update put on the other base as it is: T − W0 + W.
         T = adapted_weight_(trained, factors, base.clone())
         moved = (T - base).add_(W)
-        target = DensePencil(T - W, W)
-        seen = None if inputs is None else inputs.pencil(T, W)
+        wanted = self._options.wanted(item)
+        target = DensePencil(T - W, W if wanted.gain is None else None)
+        seen = None if inputs is None else inputs.pencil(T, W, gains=wanted.gain is None)
         root = None if inputs is None else inputs.root
-        refitted = ModuleRefit(target, self._options.wanted(item), root, seen).solve()
+        refitted = ModuleRefit(target, wanted, root, seen).solve()
         A, B = refitted.A, refitted.B
         weight = torch.addmm(W, B.float(), A.float()) * refitted.gain
         magnitude = None
