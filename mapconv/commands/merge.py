@@ -13,13 +13,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mapconv.algebra.fingerprint import Fingerprint
-from mapconv.checkpoint.filenames import MERGE_RECORD
+from mapconv.checkpoint.filenames import ADAPTER_FILES, MERGE_RECORD
 from mapconv.checkpoint.flushing import BackgroundFlush
 from mapconv.checkpoint.index import INDEX_FILE
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.sidecars import copy_model_files, write_model_config
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
-from mapconv.checkpoint.unchanged import marks_in, unchanged
+from mapconv.checkpoint.unchanged import marks_of, unchanged
 from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.errors import BaseMismatchError
 from mapconv.hub import locate_adapter
@@ -101,7 +101,7 @@ def merge(
     if weights is not None and len(weights) != len(named):
         raise ValueError(f"{len(weights)} weights for {len(named)} adapters")
     sources = [locate_adapter(adapter, allow_pickle=allow_pickle) for adapter in named]
-    marks = {path: mark for source in sources for path, mark in marks_in(source).items()}
+    marks = marks_of(sources, ADAPTER_FILES)
     out = Path(out)
     placed = place_adapters(sources, base, allow_pickle=allow_pickle)
     plan = plan_merge(placed, weights=weights, dtype=dtype, max_shard_size=max_shard_size)

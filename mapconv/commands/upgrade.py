@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.moments import Statistics
+from mapconv.checkpoint.filenames import ADAPTER_FILES
 from mapconv.checkpoint.staging import check_output, staged_folder
-from mapconv.checkpoint.unchanged import marks_in, unchanged
+from mapconv.checkpoint.unchanged import marks_of, unchanged
 from mapconv.errors import UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude
 from mapconv.hub import hub_reference, locate_adapter
@@ -118,7 +119,7 @@ def upgrade(
         raise ValueError("calibration trains the gain that lora_compatible holds at 1")
     out = default_output(source) if out is None else Path(out)
     source = locate_adapter(source, allow_pickle=allow_pickle)
-    marks = marks_in(source)
+    marks = marks_of([source], ADAPTER_FILES)
     options = ConvertOptions(
         rank, tolerance, max_rank, direction, lora_compatible, dtype, device, None if data is None else statistics
     )
