@@ -25,5 +25,7 @@ INDEX_FILES = (
 )  # fmt: skip
 #: Each tells what a folder is, whatever its weights are called.
 RECORD_FILES = ("map_config.json", "adapter_config.json", MERGE_RECORD)
+#: What an adapter is read from.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "map_config.json")
 #: What else mapconv and PEFT write beside the weights: the card, its picture, a saved report.
 COMPANION_FILES = ("README.md", "scalars.png", "verify.json")

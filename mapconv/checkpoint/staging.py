@@ -39,7 +39,8 @@ def check_output(
         OutputError: with the sentence that says which, before anything was computed.
     """
     resolved = out.resolve()
-    _restore(resolved)
+    if not os.path.lexists(resolved):
+        _tidy(resolved, remove=False)
     for path in inputs:
         other = path.resolve()
         if resolved == other or resolved in other.parents:
@@ -104,8 +105,7 @@ def staged_folder(out: Path, *, force: bool) -> Iterator[Path]:
     """
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    _restore(out)
-    _remove_leftovers(out)
+    _tidy(out, remove=True)
     staging = hidden_sibling(out, f".partial-{_token()}")
     staging.mkdir()
     lock = os.open(staging, os.O_RDONLY)
@@ -173,13 +173,15 @@ def _replace_in_two_steps(staging: Path, out: Path) -> None:
             aside.rename(out)
 
 
-def _restore(out: Path) -> None:
-    """Give an old result its name back if a run was killed while it had stepped aside."""
+def _tidy(out: Path, *, remove: bool) -> None:
+    """Give an old result its name back if a run was killed while it had stepped aside; remove what dead runs left."""
     for aside in _siblings(out, ".replaced-"):
-        if os.path.lexists(out):
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
+        if not os.path.lexists(out):
             aside.rename(out)
+        elif remove:
+            shutil.rmtree(aside, ignore_errors=True)
+    if remove:
+        _remove_leftovers(out)
 
 
 def _flush(folder: Path) -> None:
@@ -212,7 +214,8 @@ def _remove_leftovers(out: Path) -> None:
 def _siblings(out: Path, ending: str) -> list[Path]:
     prefix = hidden_sibling(out, ending).name
     try:
-        return [path for path in out.parent.iterdir() if path.name.startswith(prefix)]
+        # Names alone: a catalog's folder holds thousands.
+        return [out.parent / name for name in os.listdir(out.parent) if name.startswith(prefix)]
     except OSError:
         return []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,10 @@ class FileMark:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def marks_in(folder: Path) -> dict[Path, FileMark]:
-    """The marks of the files that lie in ``folder``, which may not be one; its links are followed."""
-    try:
-        return {path: FileMark.of(path.stat()) for path in folder.iterdir() if path.is_file()}
-    except OSError:
-        return {}
+def marks_of(folders: Iterable[Path], names: Iterable[str]) -> dict[Path, FileMark]:
+    """The marks of those of these files that are there; links are followed."""
+    paths = [folder / name for folder in folders for name in names]
+    return {path: FileMark.of(path.stat()) for path in paths if os.path.exists(path)}
 
 
 @contextmanager

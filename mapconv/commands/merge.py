@@ -14,13 +14,13 @@ from typing import Any
 
 from mapconv.algebra.fingerprint import Fingerprint
 from mapconv.checkpoint.codecs import plain_dtype
-from mapconv.checkpoint.filenames import MERGE_RECORD
+from mapconv.checkpoint.filenames import ADAPTER_FILES, MERGE_RECORD
 from mapconv.checkpoint.flushing import BackgroundFlush
 from mapconv.checkpoint.index import INDEX_FILE
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.sidecars import copy_model_files, write_model_config
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
-from mapconv.checkpoint.unchanged import marks_in, unchanged
+from mapconv.checkpoint.unchanged import marks_of, unchanged
 from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.errors import BaseMismatchError
 from mapconv.hub import locate_adapter
@@ -102,7 +102,7 @@ def merge(
     started = time.perf_counter()
     named = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     sources = [locate_adapter(adapter, allow_pickle=allow_pickle) for adapter in named]
-    marks = {path: mark for source in sources for path, mark in marks_in(source).items()}
+    marks = marks_of(sources, ADAPTER_FILES)
     out = Path(out)
     placed = place_adapters(sources, base, allow_pickle=allow_pickle)
     plan = plan_merge(placed, weights=weights, dtype=dtype, max_shard_size=max_shard_size)

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 
 from mapconv.adapter import MapModule
+from mapconv.checkpoint.filenames import ADAPTER_FILES
 from mapconv.checkpoint.staging import check_output, staged_folder
-from mapconv.checkpoint.unchanged import marks_in, unchanged
+from mapconv.checkpoint.unchanged import marks_of, unchanged
 from mapconv.commands.outputs import output_beside
 from mapconv.errors import FidelityError
 from mapconv.fidelity.served import ServedNumbers, measure_served
@@ -125,7 +126,7 @@ def rebase(
     samples, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
     out = output_beside(source, "rebased") if out is None else Path(out)
     source = locate_adapter(source, allow_pickle=allow_pickle)
-    marks = marks_in(source)
+    marks = marks_of([source], ADAPTER_FILES)
     runs = (statistics != "none" and statistics_from is None) or data is not None
     trained = place_adapter(source, base, allow_pickle=allow_pickle, lean=not runs)
     served = place_adapter(source, onto, allow_pickle=allow_pickle, lean=not runs)

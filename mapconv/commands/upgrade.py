@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.moments import Statistics
+from mapconv.checkpoint.filenames import ADAPTER_FILES
 from mapconv.checkpoint.staging import check_output, staged_folder
-from mapconv.checkpoint.unchanged import marks_in, unchanged
+from mapconv.checkpoint.unchanged import marks_of, unchanged
 from mapconv.commands.outputs import output_beside
 from mapconv.errors import UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude
@@ -113,7 +114,7 @@ def upgrade(
     samples, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
     out = output_beside(source, "map") if out is None else Path(out)
     source = locate_adapter(source, allow_pickle=allow_pickle)
-    marks = marks_in(source)
+    marks = marks_of([source], ADAPTER_FILES)
     options = ConvertOptions(
         rank,
         tolerance,
