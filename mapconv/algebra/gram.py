@@ -1,9 +1,10 @@
 """The best t and rank of a pencil from three small Gram matrices: G(t) = E(t)ᵀE(t) is quadratic in t.
 
-With λ_1 ≥ λ_2 ≥ … the eigenvalues of G(t), Eckart–Young gives the squared error at rank k:
-f_k(t) = ‖E(t)‖² − Σ_{i≤k} λ_i. One eigendecomposition gives f_k, f_k′ and f_k″ for every k at once, by the perturbation theory of eigenvalues, so that
-Newton's method needs few of them. f_k″ ≤ 2‖W‖², because f_k is a minimum over parabolas of that curvature: a step that
-uses 2‖W‖² in place of f_k″ (the best t for the present low-rank part) never makes the error larger, and is the bracket.
+With λ_1 ≥ λ_2 ≥ … the eigenvalues of G(t), Eckart–Young gives the squared error at rank k: f_k(t) = ‖E(t)‖² − Σ_{i≤k}
+λ_i. One eigendecomposition gives f_k, f_k′ and f_k″ for every k at once, by the perturbation theory of eigenvalues, so
+that Newton's method needs few of them. f_k″ ≤ 2‖W‖², because f_k is a minimum over parabolas of that curvature: a step
+that uses 2‖W‖² in place of f_k″ (the best t for the present low-rank part) never makes the error larger, and is the
+bracket.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ ENOUGH = 1e-3
 #: Below this fraction of its largest possible value, f_k″ is taken for that value: f_k bends down where λ_k and λ_{k+1}
 #: nearly cross.
 LEAST_CURVATURE = 1e-4
+#: Eigenvalues closer than this fraction of the largest are taken for a crossing.
+NEARLY_EQUAL = 1e-6
 MAX_STEPS = 20
 
 
@@ -105,16 +108,17 @@ class GramPencil:
         change = (2 * t) * self.ww - self.sw
         turned = change @ vectors
         slopes = 2 * (t * norm_w - inner) - _sums((turned * vectors).sum(0))
-        # Curvatures steer and stop the search, and are not part of any result: float32 is enough for them.
-        thin = vectors.float()
-        couplings = (thin.T @ turned.float()).double().square()
-        gaps = values[:, None] - values
-        gaps = torch.where(gaps < 0, -1.0, 1.0) * gaps.abs().clamp_min(1e-9 * float(values[:1].sum()) or 1.0)
-        gaps.fill_diagonal_(torch.inf)
-        bends = 2 * ((self.ww.float() @ thin) * thin).sum(0).double() + 2 * (couplings / gaps).sum(1)
+        # Curvatures steer and stop the search, and are no part of any result: float32 is enough for them.
+        thin, scale = vectors.float(), float(values[0]) or 1.0
+        couplings = (thin.T @ turned.float()).square_().div_(scale)
+        relative = (values / scale).float()
+        gaps = relative[:, None] - relative
+        # 1/gap, held finite where two values nearly meet; the terms of two values on the same side of k cancel.
+        couplings.mul_(gaps.div_(gaps.square().add_(NEARLY_EQUAL**2)))
+        bends = 2 * (((self.ww.float() @ thin) * thin).sum(0) + couplings.sum(1)).double()
         highest = 2 * norm_w
         curvatures = highest - _sums(bends)
-        curvatures = torch.where(curvatures < LEAST_CURVATURE * highest, highest, curvatures.clamp_max(highest))
+        curvatures = torch.where(curvatures >= LEAST_CURVATURE * highest, curvatures.clamp_max(highest), highest)
         return Spectrum(t, values, vectors, errors.clamp_min(0), slopes, curvatures)
 
     def _any_t_serves(self, rank: int) -> bool:
