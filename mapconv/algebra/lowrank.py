@@ -46,7 +46,7 @@ def best_low_rank(
     rank = min(rank, *pencil.shape)
     if rank == min(pencil.shape) and shift is None:
         shift = 0.0  # no t leaves anything over, so rounding alone would choose one
-    if not dense and not prefers_dense(pencil, rank):
+    if not dense and is_thin(pencil, rank) and not prefers_dense(pencil, rank):
         sketch = Sketch(pencil, rank, t=shift, seed=seed)
         if sketch.settled:
             return sketch.cut(sketch.spectrum, rank)
@@ -74,7 +74,7 @@ def least_rank(
     """
     max_rank = min(max_rank, *pencil.shape)
     rank, basis = min(first, max_rank), None
-    while not dense and not prefers_dense(pencil, max_rank):
+    while not dense and is_thin(pencil, max_rank) and not prefers_dense(pencil, max_rank):
         sketch = Sketch(pencil, rank, t=shift, seed=seed, start=basis)
         if not sketch.settled:
             break
@@ -83,6 +83,11 @@ def least_rank(
         rank, basis = min(2 * rank, max_rank), sketch.basis
     decomposition = Dense(pencil, t=shift)
     return (*decomposition.least_rank(allowed, max_rank), decomposition)
+
+
+def is_thin(pencil: Pencil, rank: int) -> bool:
+    """Whether a sketch is less than half of the matrix: a wider one settles on t slowly, and saves nothing."""
+    return 2 * (rank + OVERSAMPLING) < min(pencil.shape)
 
 
 def prefers_dense(pencil: Pencil, rank: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from mapconv.algebra.pencil import DensePencil, residual_norm
 from tests.algebra.test_moments import accumulated, inputs
 
 SPECTRA = ["steep", "flat", "noisy"]
-SHAPES = [(24, 17), (15, 26)]
+SHAPES = [(40, 28), (26, 48)]
 
 
 def matrices(spectrum: str, shape: tuple[int, int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,6 +32,11 @@ def matrices(spectrum: str, shape: tuple[int, int], seed: int = 0) -> tuple[torc
     return ((U * values) @ V).float() + 0.02 * W, W
 
 
+@lru_cache
+def oracle(spectrum: str, shape: tuple[int, int], shift: float | None) -> torch.Tensor:
+    return optima(*matrices(spectrum, shape), shift)
+
+
 def optima(S: torch.Tensor, W: torch.Tensor, t: float | None) -> torch.Tensor:
     """The least error at every rank 1 … min(n, m): of a given t, or of any in a grid that narrows around each best."""
     S, W = S.double(), W.double()
@@ -40,14 +47,14 @@ def optima(S: torch.Tensor, W: torch.Tensor, t: float | None) -> torch.Tensor:
 
     if t is not None:
         return torch.cat([errors(torch.tensor([t]).double())[0], torch.zeros(1)]).sqrt()
-    grid = torch.linspace(-0.3, 0.3, 601).double()
+    grid = torch.linspace(-0.2, 0.2, 161).double()
     coarse, best = errors(grid), []
     for rank in range(coarse.shape[1]):
-        low, high = grid[coarse[:, rank].argmin()] - 1e-3, grid[coarse[:, rank].argmin()] + 1e-3
-        for _ in range(5):
-            fine = torch.linspace(float(low), float(high), 21).double()
+        low, high = grid[coarse[:, rank].argmin()] - 2.5e-3, grid[coarse[:, rank].argmin()] + 2.5e-3
+        for _ in range(3):
+            fine = torch.linspace(float(low), float(high), 11).double()
             found = errors(fine)[:, rank]
-            middle, width = fine[found.argmin()], (high - low) / 20
+            middle, width = fine[found.argmin()], (high - low) / 10
             low, high = middle - width, middle + width
         best.append(found.min())
     return torch.stack([*best, torch.zeros((), dtype=torch.float64)]).sqrt()
@@ -59,14 +66,13 @@ def way(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("shift", [None, 0.0, 0.02])
+@pytest.mark.parametrize(("shift", "threads"), [(None, 1), (None, 2), (0.0, 1), (0.02, 2)])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.usefixtures("way")
 def test_every_rank_is_within_one_percent_of_the_optimum(spectrum, shape, shift, threads):
     S, W = matrices(spectrum, shape)
-    best, before = optima(S, W, shift), torch.get_num_threads()
+    best, before = oracle(spectrum, shape, shift), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for rank in range(1, min(shape) + 1):
@@ -76,8 +82,8 @@ def test_every_rank_is_within_one_percent_of_the_optimum(spectrum, shape, shift,
             # Factors in float32: their product is off by about 2⁻²⁴ of itself.
             floor = 2**-23 * float(S.norm())
             assert error <= 1.01 * float(best[rank - 1]) + floor, rank
-            # The solver's square is of float32 products, at worst: the bound of refit.agrees for 26 terms.
-            allowed = 2 * (26 * 26) ** 0.5 * 2**-24 * float(S.norm() + abs(solution.shift) * W.norm()) ** 2
+            # The solver's square is of float32 products, at worst: the bound of refit.agrees for 48 terms.
+            allowed = 2 * (48 * 48) ** 0.5 * 2**-24 * float(S.norm() + abs(solution.shift) * W.norm()) ** 2
             assert abs(solution.squared_error - error**2) <= allowed, rank
     finally:
         torch.set_num_threads(before)
@@ -87,8 +93,8 @@ def test_every_rank_is_within_one_percent_of_the_optimum(spectrum, shape, shift,
 @pytest.mark.usefixtures("way")
 def test_factors_in_bfloat16_add_their_rounding_and_no_more(spectrum):
     S, W = matrices(spectrum, SHAPES[0])
-    best = optima(S, W, None)
-    for rank in range(1, 18):
+    best = oracle(spectrum, SHAPES[0], None)
+    for rank in range(1, 29):
         pencil = DensePencil(S, W)
         solution = best_low_rank(pencil, rank)
         left, right = solution.left.bfloat16(), solution.right.bfloat16()
@@ -101,10 +107,10 @@ def test_factors_in_bfloat16_add_their_rounding_and_no_more(spectrum):
 @pytest.mark.parametrize("statistics", ["full", "diagonal"])
 @pytest.mark.usefixtures("way")
 def test_every_rank_seen_through_inputs(statistics):
-    (S, W), root = matrices("noisy", (24, 17)), accumulated(inputs(100, 17), statistics).root()
+    (S, W), root = matrices("noisy", (40, 28)), accumulated(inputs(200, 28), statistics).root()
     S, W = root.multiply(S), root.multiply(W)
     best = optima(S, W, None)
-    for rank in range(1, 18):
+    for rank in range(1, 29):
         pencil = DensePencil(S, W)
         solution = best_low_rank(pencil, rank)
         error = residual_norm(pencil, solution.shift, solution.left, solution.right, torch.float64)
@@ -116,7 +122,7 @@ def test_every_rank_seen_through_inputs(statistics):
 def test_a_matrix_without_a_base(spectrum):
     S, _ = matrices(spectrum, SHAPES[1])
     best = optima(S, torch.zeros_like(S), 0.0)
-    for rank in range(1, 16):
+    for rank in range(1, 27):
         solution = best_low_rank(DensePencil(S), rank)
         assert solution.shift == 0.0
         error = float((S.double() - solution.left.double() @ solution.right.double()).norm())
@@ -128,14 +134,14 @@ def test_a_matrix_without_a_base(spectrum):
 @pytest.mark.usefixtures("way")
 def test_the_least_rank_of_every_tolerance_is_within_one(spectrum, shift):
     S, W = matrices(spectrum, SHAPES[1])
-    best = optima(S, W, shift)
+    best = oracle(spectrum, SHAPES[1], shift)
     for tolerance in (0.9, 0.5, 0.2, 0.1, 0.05, 0.02):
         allowed = tolerance**2 * float(S.double().square().sum())
         rank, spectrum_, decomposition = least_rank(DensePencil(S, W), allowed, 99, first=2, shift=shift)
         optimum = 1 + int((best.square() > allowed).sum())
         assert optimum <= rank <= optimum + 1
         solution = decomposition.cut(spectrum_, rank)
-        assert solution.squared_error <= allowed * (1 + 1e-6) or rank == 15
+        assert solution.squared_error <= allowed * (1 + 1e-6) or rank == 26
 
 
 def test_one_decomposition_serves_a_whole_search(monkeypatch):
@@ -148,9 +154,9 @@ def test_one_decomposition_serves_a_whole_search(monkeypatch):
         return build(*arguments, **options)
 
     monkeypatch.setattr(lowrank, "Dense", counting)
-    S, W = matrices("flat", (24, 17))
-    rank, _, _ = least_rank(DensePencil(S, W), 0.3 * float(S.norm()) ** 2, 17, first=1)
-    assert 8 <= rank <= 16
+    S, W = matrices("flat", (40, 28))
+    rank, _, _ = least_rank(DensePencil(S, W), 0.3 * float(S.norm()) ** 2, 28, first=1)
+    assert 12 <= rank <= 27
     assert len(made) == 1
 
 
