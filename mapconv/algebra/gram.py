@@ -1,10 +1,10 @@
 """The best t and rank of a pencil from three small Gram matrices: G(t) = E(t)ᵀE(t) is quadratic in t.
 
-With λ_1 ≥ λ_2 ≥ … the eigenvalues of G(t), Eckart–Young gives the squared error at rank k:
-f_k(t) = ‖E(t)‖² − Σ_{i≤k} λ_i. One eigendecomposition gives f_k, f_k′ and f_k″ for every k at once, by the perturbation
-theory of eigenvalues, so that Newton's method needs few of them. f_k″ ≤ 2‖W‖², because f_k is a minimum over parabolas
-of that curvature: a step that uses 2‖W‖² in place of f_k″ (the best t for the present low-rank part) never makes the
-error larger, and is the bracket.
+With λ_1 ≥ λ_2 ≥ … the eigenvalues of G(t), Eckart–Young gives the squared error at rank k: f_k(t) = ‖E(t)‖² − Σ_{i≤k}
+λ_i. One eigendecomposition gives f_k, f_k′ and f_k″ for every k at once, by the perturbation theory of eigenvalues, so
+that Newton's method needs few of them. f_k″ ≤ 2‖W‖², because f_k is a minimum over parabolas of that curvature: a step
+that uses 2‖W‖² in place of f_k″ (the best t for the present low-rank part) never makes the error larger, and is the
+bracket.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ ENOUGH = 1e-3
 #: Below this fraction of its largest possible value, f_k″ is taken for that value: f_k bends down where λ_k and λ_{k+1}
 #: nearly cross.
 LEAST_CURVATURE = 1e-4
+#: Eigenvalues closer than this fraction of the largest are taken for a crossing.
+NEARLY_EQUAL = 1e-12
 MAX_STEPS = 20
+#: Where at most FEW_LEFT eigenvalues are left over, or the matrix is SMALL, f_k has valleys, and t is scanned first.
+SMALL, FEW_LEFT, SCANNED = 64, 16, 41
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class GramPencil:
     Args:
         ss, sw, ww: (l, l) float64: SᵀS, SᵀW and WᵀW; the last two None where there is no W.
         norms: (‖S‖², ⟨S, W⟩, ‖W‖²).
+        complete: whether the matrices are of the whole pencil, not of a sketch.
         rounding: fraction of ‖S‖² below which squared errors are noise, and t = 0 is as good as any other.
     """
 
@@ -66,7 +71,9 @@ class GramPencil:
         *,
         rounding: float,
         enough: float = ENOUGH,
+        complete: bool = True,
     ) -> None:
+        self.complete = complete
         self.ss, self.sw, self.ww, self.norms = ss, None if sw is None else sw + sw.T, ww, norms
         self.noise, self.enough = rounding * norms[0], enough
 
@@ -75,6 +82,9 @@ class GramPencil:
         if t is not None or self._any_t_serves(rank):
             return self.at(t or 0.0)
         best = self._descend(self.at(start), lambda spectrum: rank)
+        if self._has_valleys(rank):
+            other = self._descend(self.at(self._scan(rank, start)), lambda spectrum: rank)
+            best = min(best, other, key=lambda spectrum: float(spectrum.squared_errors[rank]))
         return self._zero_if_exact(best, rank)
 
     def least_rank(
@@ -91,7 +101,13 @@ class GramPencil:
         best = self._descend(self.at(start), wanted, allowed)
         rank = _first_below(best.squared_errors, allowed, max_rank)
         best = self._zero_if_exact(best, rank)
-        return _first_below(best.squared_errors, allowed, max_rank), best
+        rank = _first_below(best.squared_errors, allowed, max_rank)
+        while rank > 1 and self._has_valleys(rank - 1):
+            smaller = self.solve(rank - 1, start=start)
+            if float(smaller.squared_errors[rank - 1]) > allowed:
+                break
+            rank, best = rank - 1, smaller
+        return rank, best
 
     def at(self, t: float) -> Spectrum:
         """The eigendecomposition of G(t), and the errors' derivatives from it."""
@@ -106,21 +122,36 @@ class GramPencil:
         change = (2 * t) * self.ww - self.sw
         turned = change @ vectors
         slopes = 2 * (t * norm_w - inner) - _sums((turned * vectors).sum(0))
-        # Curvatures steer and stop the search, and are not part of any result: float32 is enough for them.
-        thin = vectors.float()
-        couplings = (thin.T @ turned.float()).double().square()
+        couplings = (vectors.T @ turned).square_()
         gaps = values[:, None] - values
-        gaps = torch.where(gaps < 0, -1.0, 1.0) * gaps.abs().clamp_min(1e-9 * float(values[:1].sum()) or 1.0)
-        gaps.fill_diagonal_(torch.inf)
-        bends = 2 * ((self.ww.float() @ thin) * thin).sum(0).double() + 2 * (couplings / gaps).sum(1)
+        # 1/gap, held finite where two values nearly meet; the terms of two values on the same side of k cancel.
+        couplings.mul_(gaps.div_(gaps.square().add_((NEARLY_EQUAL * float(values[0])) ** 2 or 1.0)))
+        bends = 2 * (((self.ww @ vectors) * vectors).sum(0) + couplings.sum(1))
         highest = 2 * norm_w
         curvatures = highest - _sums(bends)
-        curvatures = torch.where(curvatures < LEAST_CURVATURE * highest, highest, curvatures.clamp_max(highest))
+        curvatures = torch.where(curvatures >= LEAST_CURVATURE * highest, curvatures.clamp_max(highest), highest)
         return Spectrum(t, values, vectors, errors.clamp_min(0), slopes, curvatures)
 
     def _any_t_serves(self, rank: int) -> bool:
         """Whether no W is there, or no t leaves anything over, so that rounding alone would choose one."""
         return self.sw is None or self.norms[2] == 0 or rank >= len(self.ss)
+
+    def _has_valleys(self, rank: int) -> bool:
+        """Whether so few eigenvalues are left over that each crossing makes a valley of its own in f_k."""
+        return self.complete and (len(self.ss) <= SMALL or len(self.ss) - rank <= FEW_LEFT)
+
+    def _scan(self, rank: int, middle: float) -> float:
+        """The t of least error among some around ``middle``, closer together near it."""
+        norm_s, inner, norm_w = self.norms
+        reach = 2 * (norm_s / norm_w) ** 0.5
+        places = torch.linspace(-1, 1, SCANNED, dtype=torch.float64)
+        tried = [middle + reach * x * abs(x) for x in places.tolist()]
+        errors = [
+            norm_s - 2 * t * inner + t * t * norm_w
+            - float(torch.linalg.eigvalsh(self.ss - t * self.sw + t * t * self.ww)[len(self.ss) - rank :].sum())
+            for t in tried
+        ]  # fmt: skip
+        return tried[errors.index(min(errors))]
 
     def _descend(self, here: Spectrum, wanted, allowed: float | None = None) -> Spectrum:
         """Newton steps for the rank that ``wanted`` reads off a spectrum, as long as they have something to gain."""

@@ -19,11 +19,13 @@ Decomposition = Sketch | Dense
 #: A product with a thin block, for each element of the matrix: reading it, and one column's multiplication.
 READ, MULTIPLY = 1.0e-9, 0.025e-9
 #: Householder QR and Gram matrices of a thin block, for each of its elements and columns.
-ORTHONORMALIZE = 0.25e-9
+ORTHONORMALIZE = 0.3e-9
 #: A float64 multiplication in a Gram matrix, and everything around one eigendecomposition, for each of its n³.
-GRAM, EIGEN = 0.06e-9, 0.55e-9
+GRAM, EIGEN = 0.06e-9, 0.4e-9
+#: Eigendecompositions in the search for t on one sketch.
+SEARCHES = 10
 #: Iterations of the one, without and with directions for all of the rank, and eigendecompositions of the other.
-ITERATIONS, FEW_ITERATIONS, DECOMPOSITIONS = 8, 2, 1.5
+ITERATIONS, FEW_ITERATIONS, DECOMPOSITIONS = 9, 2, 1.3
 
 
 def best_low_rank(
@@ -44,7 +46,7 @@ def best_low_rank(
     rank = min(rank, *pencil.shape)
     if rank == min(pencil.shape) and shift is None:
         shift = 0.0  # no t leaves anything over, so rounding alone would choose one
-    if not dense and not prefers_dense(pencil, rank):
+    if not dense and is_thin(pencil, rank) and not prefers_dense(pencil, rank):
         sketch = Sketch(pencil, rank, t=shift, seed=seed)
         if sketch.settled:
             return sketch.cut(sketch.spectrum, rank)
@@ -72,7 +74,7 @@ def least_rank(
     """
     max_rank = min(max_rank, *pencil.shape)
     rank, basis = min(first, max_rank), None
-    while not dense and not prefers_dense(pencil, max_rank):
+    while not dense and is_thin(pencil, max_rank) and not prefers_dense(pencil, max_rank):
         sketch = Sketch(pencil, rank, t=shift, seed=seed, start=basis)
         if not sketch.settled:
             break
@@ -83,12 +85,17 @@ def least_rank(
     return (*decomposition.least_rank(allowed, max_rank), decomposition)
 
 
+def is_thin(pencil: Pencil, rank: int) -> bool:
+    """Whether a sketch is less than half of the matrix: a wider one settles on t slowly, and saves nothing."""
+    return 2 * (rank + OVERSAMPLING) < min(pencil.shape)
+
+
 def prefers_dense(pencil: Pencil, rank: int) -> bool:
     """Whether the dense way is expected to be the cheaper one."""
     height, width = pencil.shape
     side, columns = min(height, width), min(rank + OVERSAMPLING, height, width)
     dense = 3 * GRAM * height * width * side + DECOMPOSITIONS * EIGEN * side**3
     passes = 2 * height * width * (READ + MULTIPLY * columns)
-    iteration = passes + (height + width) * columns**2 * ORTHONORMALIZE + 4 * EIGEN * columns**3
+    iteration = passes + (height + width) * columns**2 * ORTHONORMALIZE + SEARCHES * EIGEN * columns**3
     known = 0 if pencil.directions is None else pencil.directions.shape[1]
     return dense <= (FEW_ITERATIONS if rank <= known else ITERATIONS) * iteration

@@ -14,8 +14,8 @@ from mapconv.algebra.refinement import refined
 
 #: Columns beyond the wanted rank. They absorb the directions that a finite number of iterations cannot separate.
 OVERSAMPLING = 8
-#: Stop once further iterations would lower the squared error by less than this fraction: 0.1 % of the error itself.
-RELATIVE_GAIN = 2e-3
+#: Stop once further iterations would lower the squared error by less than this fraction, by the rate that it has.
+RELATIVE_GAIN = 5e-4
 MAX_ITERATIONS = 12
 #: Squared errors below this fraction of ‖S‖² are rounding of float32 products, not signal.
 ROUNDING = 1e-7
@@ -41,7 +41,7 @@ class Sketch:
         self.basis = _first_basis(pencil, rank, pencil.directions if start is None else start, seed)
         for iteration in range(MAX_ITERATIONS):
             self._SV, self._WV = pencil.products(self.basis)
-            self._search = _search(self._SV, self._WV, norms)
+            self._search = _search(self._SV, self._WV, norms, complete=self.basis.shape[1] == min(pencil.shape))
             self.spectrum = self._solve(rank, near)
             near = self.spectrum.t
             errors.append(float(self.spectrum.squared_errors[rank]))
@@ -86,15 +86,17 @@ def orthonormal(columns: torch.Tensor) -> torch.Tensor:
     return torch.linalg.qr(columns).Q
 
 
-def _search(SV: torch.Tensor, WV: torch.Tensor | None, norms: tuple[float, float, float]) -> GramPencil:
+def _search(
+    SV: torch.Tensor, WV: torch.Tensor | None, norms: tuple[float, float, float], *, complete: bool
+) -> GramPencil:
     # Small matrices: the processor is faster than the trip through a device's queue.
     SV = SV.double()
     ss = (SV.T @ SV).cpu()
     if WV is None:
-        return GramPencil(ss, None, None, norms, rounding=ROUNDING)
+        return GramPencil(ss, None, None, norms, rounding=ROUNDING, complete=complete)
     WV = WV.double()
     sw, ww = (SV.T @ WV).cpu(), (WV.T @ WV).cpu()
-    return GramPencil(ss, sw, ww, norms, rounding=ROUNDING, enough=SEARCH_ENOUGH)
+    return GramPencil(ss, sw, ww, norms, rounding=ROUNDING, enough=SEARCH_ENOUGH, complete=complete)
 
 
 def _first_shift(norms: tuple[float, float, float]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -13,6 +14,7 @@ from mapconv.cli.options import Chosen, command
 from mapconv.cli.output import notes, print_json, print_table, show, size, small, spread
 from mapconv.hub.reference import shown
 from mapconv.options.commands import UPGRADE
+from mapconv.options.shared import MAX_RANK
 
 if TYPE_CHECKING:
     from mapconv.adapter import MapModule
@@ -32,19 +34,20 @@ def upgrade(chosen: Chosen) -> None:
     from mapconv.commands.upgrade import upgrade
 
     result, dry_run, tolerance = upgrade(**chosen.arguments), chosen["dry_run"], chosen["tolerance"]
+    max_rank = chosen["max_rank"] or MAX_RANK.fallback
     if chosen["as_json"]:
         print_json(result.to_dict())
     elif dry_run:
         show(f"would convert {result.planned} {result.method} modules on {shown(result.base)}")
         show(f"would write {result.out} (about {size(result.nbytes)})")
     else:
-        _report(result, tolerance)
+        _report(result, tolerance, max_rank)
     notes(result.notes)
     if result.calibration is not None and result.calibration.interrupted:
         raise click.exceptions.Exit(INTERRUPTED)
 
 
-def _report(result: UpgradeResult, tolerance: float | None) -> None:
+def _report(result: UpgradeResult, tolerance: float | None, max_rank: int) -> None:
     groups = defaultdict(list)
     for module in result.modules:
         groups[module.path.rpartition(".")[2]].append(module)
@@ -67,7 +70,7 @@ def _report(result: UpgradeResult, tolerance: float | None) -> None:
         print_calibration(result.calibration)
     also = "a plain LoRA" if result.plain_lora else "a DoRA"
     show(f"  stock PEFT loads it as {also} adapter: PeftModel.from_pretrained(base, {str(result.out)!r})")
-    advice = _advice(result, tolerance)
+    advice = _advice(result, tolerance, max_rank)
     if advice:
         show(f"  advice: {advice}")
 
@@ -88,14 +91,9 @@ def _row(name: str, modules: list[MapModule], *, with_data: bool) -> list[str]:
     ]
 
 
-def _advice(result: UpgradeResult, tolerance: float | None) -> str | None:
+def _advice(result: UpgradeResult, tolerance: float | None, max_rank: int) -> str | None:
     if tolerance is not None:
-        over = sum(_felt_error(module) > tolerance for module in result.modules)
-        return (
-            f"{over} modules stay above ε = {tolerance:g} at --max-rank: raise it, or use --direction dora"
-            if over
-            else None
-        )
+        return _advice_on_tolerance(result.modules, tolerance, max_rank)
     worst = max((_felt_error(module) for module in result.modules), default=0.0)
     if worst <= LARGE_ERROR:
         return None
@@ -107,6 +105,25 @@ def _advice(result: UpgradeResult, tolerance: float | None) -> str | None:
         f"ε is large where DoRA's magnitudes do not fit in this rank: {fit}--direction dora is exact, "
         "--tolerance 0.1 chooses ranks, and `mapconv verify` shows what it means for the outputs"
     )
+
+
+def _advice_on_tolerance(modules: Sequence[MapModule], tolerance: float, max_rank: int) -> str | None:
+    """What to do about modules that a tolerance could not be met for: at the highest rank allowed, or at their own."""
+    over = [module for module in modules if _felt_error(module) > tolerance]
+    if not over:
+        return None
+    held = sum(module.rank == max_rank for module in over)
+    parts = []
+    if held:
+        parts.append(f"{_stay(held)} above ε = {tolerance:g} at --max-rank {max_rank}: raise it")
+    if len(over) > held:
+        # A full rank leaves nothing but the rounding of its factors.
+        parts.append(f"{_stay(len(over) - held)} above it at full rank, by rounding: --dtype float32")
+    return "; ".join(parts) + "; or use --direction dora"
+
+
+def _stay(count: int) -> str:
+    return "1 module stays" if count == 1 else f"{count} modules stay"
 
 
 def _felt_error(module: MapModule) -> float:
