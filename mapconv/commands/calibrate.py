@@ -145,7 +145,8 @@ def _copy_sidecars(adapter: Path, staging: Path, *, all_files: bool) -> None:
     """Copy the tokenizer and the card; in place, all that lies there, but for what was made of the old weights."""
     if all_files:
         old = shutil.ignore_patterns(*WEIGHT_FILES, REPORT_FILE, PLOT_FILE)
-        shutil.copytree(adapter, staging, dirs_exist_ok=True, ignore=old)
+        # Links stay links: what they lead to is none of the result's.
+        shutil.copytree(adapter, staging, symlinks=True, dirs_exist_ok=True, ignore=old)
         return
     copy_tokenizer(adapter, staging)
     if (adapter / CARD_FILE).is_file():

@@ -6,14 +6,17 @@ that commit (``origin_of``). Only the files that are needed are fetched.
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from mapconv.checkpoint.filenames import MODEL_CONFIG, MODEL_FILES, TOKENIZER_FILES
 from mapconv.checkpoint.index import INDEX_FILE, SINGLE_FILE, Checkpoint, read_checkpoint
-from mapconv.errors import AdapterError, CheckpointError, UnsupportedError
-from mapconv.files import LARGE
+from mapconv.errors import AdapterError, CheckpointError, HubError, UnsupportedError
+from mapconv.files import LARGE, open_regular
 from mapconv.hub.faults import ask_hub
 from mapconv.hub.ranges import RangesUnsupportedError, ranged_checkpoint
 from mapconv.hub.reference import HubReference, parse_reference
@@ -24,6 +27,7 @@ _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safete
 _ADAPTER_PICKLE = "adapter_model.bin"
 _ADAPTER_FILES = (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS, "map_config.json", CARD_FILE, *TOKENIZER_FILES)
 _OR_BASE = "or give the base model's folder with --base"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SMALL_MODEL_FILES = (MODEL_CONFIG, INDEX_FILE, CARD_FILE, *MODEL_FILES, *TOKENIZER_FILES)
 
 
@@ -157,20 +161,53 @@ def _snapshot(reference: HubReference, patterns: Iterable[str], hint: str = "") 
 
     ``hint`` ends the sentence of an error: what else the user may do.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
-    from mapconv.hub.client import quiet_client
+    from mapconv.hub.client import limit_waits, quiet_client
 
     prefix = f"{reference.subfolder}/" if reference.subfolder else ""
     wanted = [prefix + pattern for pattern in patterns]
+    blobs = Path(constants.HF_HUB_CACHE, "models--" + reference.repo_id.replace("/", "--"), "blobs")
+    before = _names_in(blobs)
+
+    def fetch() -> str:
+        limit_waits()
+        return snapshot_download(reference.repo_id, revision=reference.revision, allow_patterns=wanted)
+
     with quiet_client():
         folder = ask_hub(
-            lambda: snapshot_download(reference.repo_id, revision=reference.revision, allow_patterns=wanted),
+            fetch,
             str(reference),
             "read",
             hint=lambda error: hint,
         )
+    _check_hashes(blobs, _names_in(blobs) - before, reference)
     return Path(folder, reference.subfolder or "")
+
+
+def _names_in(folder: Path) -> set[str]:
+    return set(os.listdir(folder)) if folder.is_dir() else set()
+
+
+def _check_hashes(blobs: Path, names: set[str], reference: HubReference) -> None:
+    """Hold the large files that were fetched to their SHA-256, which is the name that the Hub gives them in the cache.
+
+    The client itself compares no more than their length.
+
+    Raises:
+        HubError: the content is another one; it is removed, so that the next run fetches it again.
+    """
+    for name in sorted(filter(_SHA256.fullmatch, names)):
+        digest = hashlib.sha256()
+        with open_regular(blobs / name, HubError) as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        if digest.hexdigest() != name:
+            (blobs / name).unlink()
+            raise HubError(
+                f"{reference}: a file arrived damaged (its SHA-256 is {digest.hexdigest()[:12]}…, the Hub says "
+                f"{name[:12]}…) and was removed from the cache: run the same command again."
+            )
 
 
 def _refuse_without_adapter(reference: HubReference, folder: Path) -> None:

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mapconv.errors import HubError
 from mapconv.files import read_bytes
+from mapconv.metadata.public import first_private
 from mapconv.untrusted import yamltext
 
 _FRONT = re.compile(
@@ -116,8 +117,13 @@ def compose(data: Mapping[str, Any], block: str, own: Readme) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def check_card(text: str, where: str = "README.md") -> None:
-    """Refuse a card that the Hub would refuse, or that names a local path, before anything is sent.
+def check_card(text: str, where: str = "README.md", known: Collection[str] = ()) -> None:
+    """Refuse a card that the Hub would refuse, or whose metadata is not known to be public, before anything is sent.
+
+    Args:
+        text: the whole README.md.
+        where: what to call it.
+        known: ids of the Hub that are public wherever they stand.
 
     Raises:
         HubError: with the field that is wrong.
@@ -141,22 +147,12 @@ def check_card(text: str, where: str = "README.md") -> None:
             raise HubError(
                 f"{where}: base_model is {base!r} in the metadata, expected a Hub id (owner/name): --base-id."
             )
-    for place, value in strings_in(data):
-        if is_local_path(value):
-            raise HubError(f"{where}: {place} is {value!r} in the metadata, a path on this machine: remove it.")
-
-
-def is_local_path(value: str) -> bool:
-    """Whether a value is a path of somebody's machine; a lone token such as ``/`` or ``//`` is not."""
-    return bool(re.fullmatch(r"file:[^\n]+|(~|\.{0,2})/[^\s/][^\n]*|[A-Za-z]:[\\/][^\n]+|\\\\[^\n]+", value))
-
-
-def strings_in(value: Any, place: str = "") -> list[tuple[str, str]]:
-    """(place, string) of every string below a JSON or YAML value."""
-    if isinstance(value, str):
-        return [(place, value)]
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [found for key, item in items for found in strings_in(item, f"{place}.{key}" if place else str(key))]
+    private = first_private(data, known)
+    if private is not None:
+        raise HubError(
+            f"{where}: {private[0]} is {private[1]!r} in the metadata, which may name a place on this machine: remove "
+            "it, or replace it with a name on the Hub or a URL."
+        )
 
 
 def _read_yaml(text: str, where: str) -> dict[str, Any]:
