@@ -21,7 +21,7 @@ from mapconv.metadata.readme import parse_readme
 from mapconv.placement import skeleton
 from mapconv.placement.skeleton import LiveModel
 from mapconv.runtime.models import attach_with_peft, load_model
-from mapconv.untrusted.schema import COUNT, NULL, NUMBER, TEXT, Each, fault
+from mapconv.untrusted.schema import COUNT, NULL, NUMBER, TEXT, Each, fault, with_nulls
 from tests.files import edit_json, write_header
 
 FRONTS = (
@@ -86,6 +86,8 @@ def test_a_schema_names_the_field():
         "modules[0].rank is -1, expected a whole number of at least 0"
     )
     assert fault({}, schema) == "modules is null, expected a list"
+    filled = {"kl": None, "names": None, "modules": [{"path": "a", "rank": 1, "more": []}], "other": {}}
+    assert with_nulls(good, schema) == filled
 
 
 @pytest.mark.parametrize(
