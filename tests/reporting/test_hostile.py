@@ -58,10 +58,10 @@ def test_names_are_text_in_an_adapter(tmp_path, visit):
     paths = [f"model.layers.{n}.{name}" for n, name in enumerate(("<img src=x>", '"onmouseover="alert(1)', "a&b"))]
     folder = save_adapter(tmp_path / "adapter", paths)
     record = json.loads((folder / "map_config.json").read_text())
-    record["base"] = {"name": NAMES[0], "revision": NAMES[1], "fingerprint": [NAMES[0]]}
-    record["source"] = {"name": NAMES[1], "method": {"a": NAMES[0]}, "source": {"name": NAMES[2]}}
+    record["base"] = {"name": NAMES[0], "revision": NAMES[1], "fingerprint": NAMES[0]}
+    record["source"] = {"name": NAMES[1], "method": NAMES[0], "source": {"name": NAMES[2]}}
     record["options"] = {NAMES[0]: NAMES[1]}
-    record["modules"][0] |= {"base_tensor": NAMES[0], "base_shape": [NAMES[0], None]}
+    record["modules"][0] |= {"base_tensor": NAMES[0]}
     (folder / "map_config.json").write_text(json.dumps(record))
     page = visit(mapconv.report(folder, tmp_path / "adapter.html").out)
     assert page.evaluate("[document.scripts.length, document.images.length]") == [2, 0]
