@@ -39,6 +39,7 @@ from mapconv.formats import read_adapter
 from mapconv.metadata.card import card_facts
 from mapconv.metadata.readme import check_card, parse_readme
 from mapconv.placement.adapters import place_adapter
+from mapconv.placement.skeleton import LiveModel
 from mapconv.publishing.package import pack
 from mapconv.reporting.catalog_page import catalog_page
 from mapconv.reporting.ledger import read_ledger
@@ -133,6 +134,7 @@ def _print_row(name: str, found: Counter[str], seconds: float) -> None:
 def targets(folder: Path) -> list[Target]:
     """Sound files of every kind below ``folder``, to start from."""
     base, sharded = write_base(folder / "base"), write_sharded(folder / "sharded")
+    LiveModel(read_model_config(base), "LlamaForCausalLM")  # imports transformers, which takes seconds
     lora = write_adapter(folder / "lora", base)
     converted, merged = folder / "lora-map", folder / "merged"
     mapconv.upgrade(lora, converted)

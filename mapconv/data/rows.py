@@ -196,6 +196,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
         number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
+                batch.validate(full=True)  # offsets and text: a broken page is no error until it is looked at
                 for entry in batch.to_pylist():
                     number += 1
                     yield number, entry

@@ -18,7 +18,7 @@ from mapconv.formats.peft import WEIGHTS_FILE
 from mapconv.hub.reference import origin_of
 from mapconv.jsonfile import finite, read_object
 from mapconv.metadata.card import REPORT_FILE
-from mapconv.untrusted.schema import COUNT, NULL, NUMBER, TEXT
+from mapconv.untrusted.schema import COUNT, NULL, NUMBER, TEXT, with_nulls
 
 _REPORT = {
     "format_version": COUNT,
@@ -66,6 +66,9 @@ def read_report(folder: Path) -> dict[str, Any] | None:
         return None
     again = f"run `mapconv verify {folder} --against SOURCE --save` again, or delete the file."
     report = read_object(path, AdapterError, schema=_REPORT, advice=again.removesuffix("."))
+    report = with_nulls(report, _REPORT)
+    if not report["modules"]:
+        raise AdapterError(f"{path} has no modules: {again}")
     if report["format_version"] != FORMAT_VERSION:
         raise AdapterError(f"{path} was written by another version of mapconv: {again}")
     if report["weights"] != weights_mark(folder):

@@ -72,11 +72,11 @@ def local_card(
     config: Mapping[str, Any], record: Mapping[str, Any], modules: Sequence[MapModule], own: Readme | None = None
 ) -> str:
     """The README.md of a MAP directory as it is first written, before anybody publishes it."""
-    name = record["base"]["name"]
+    name = record["base"].get("name")
     facts = CardFacts(
         kind="adapter",
         base=name if name and is_repo_id(name) else None,
-        base_revision=record["base"]["revision"],
+        base_revision=record["base"].get("revision"),
         record=record,
         modules=modules,
         task=config.get("task_type"),

@@ -44,9 +44,9 @@ def calibration_table(record: Mapping[str, Any]) -> str:
     rows = [
         (
             markdown_text(name),
-            "-" if numbers["perplexity"] is None else f"{numbers['perplexity']:.4f}",
-            number(numbers["kl"]),
-            percent(numbers["top1_agreement"]),
+            "-" if numbers.get("perplexity") is None else f"{numbers['perplexity']:.4f}",
+            number(numbers.get("kl")),
+            percent(numbers.get("top1_agreement")),
         )
         for name, numbers in record["models"].items()
     ]

@@ -13,8 +13,8 @@ import re
 
 #: A further line of one of our messages is indented; a line that begins at the margin is a message's first.
 _OWN_BREAK = "\n  "
-#: What may begin a construct of Markdown within a line, or end a cell of a table.
-_MARKDOWN = re.compile(r"([\\`*_\[\]|~#!])")
+#: What may begin a construct of Markdown within a line, or end a cell of a table; an underscore within a word does not.
+_MARKDOWN = re.compile(r"([\\`*\[\]|~#!]|(?<![^\W_])_|_(?![^\W_]))")
 #: What HTML cannot hold (controls, halves of surrogate pairs), and what turns the text around it (bidirectional marks).
 _UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufeff]")
 #: What the Hub and others turn into a link on sight.

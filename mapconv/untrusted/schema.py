@@ -67,6 +67,19 @@ def fault(value: Any, schema: Schema, place: str = "") -> str | None:
     return next((text for text in found if text is not None), None)
 
 
+def with_nulls(value: Any, schema: Schema) -> Any:
+    """A value that fits, with null for each field that is absent, so that all of them may be looked up."""
+    if isinstance(schema, tuple):
+        schema = next((part for part in schema if fault(value, part) is None), schema[0])
+    if isinstance(schema, list):
+        return [with_nulls(item, schema[0]) for item in value]
+    if isinstance(schema, Each):
+        return {name: with_nulls(item, schema.schema) for name, item in value.items()}
+    if isinstance(schema, dict):
+        return value | {name: with_nulls(value.get(name), part) for name, part in schema.items()}
+    return value
+
+
 def _fault_of_all(value: Any, schemas: tuple[Any, ...], place: str) -> str | None:
     for schema in schemas:
         text = fault(value, schema, place)
