@@ -13,6 +13,7 @@ import click
 
 from mapconv.cli import options
 from mapconv.cli.output import notes, print_json, print_table, small, spread
+from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 
 if TYPE_CHECKING:
@@ -120,7 +121,8 @@ def command(
     """
     if os.environ.get("RANK", "0") != "0":
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the first process speaks for all, to the end of this one
-    from mapconv.commands.calibrate import calibrate
+    with starting([adapter, against], base, whole_base=True, quiet=quiet):
+        from mapconv.commands.calibrate import calibrate
 
     result = calibrate(
         adapter,

@@ -8,6 +8,7 @@ import click
 
 from mapconv.cli import options
 from mapconv.cli.output import notes, print_json, size, small
+from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 
 
@@ -63,7 +64,8 @@ def command(
     """
     if weights is not None and len(weights) != len(adapters):
         raise click.UsageError(f"--weights has {len(weights)} numbers for {len(adapters)} adapters.")
-    from mapconv.commands.merge import merge
+    with starting(adapters, base, whole_base=True, quiet=quiet):
+        from mapconv.commands.merge import merge
 
     result = merge(
         adapters,

@@ -12,6 +12,7 @@ import click
 from mapconv.cli import options
 from mapconv.cli.calibrate import INTERRUPTED, print_calibration
 from mapconv.cli.output import notes, print_json, print_table, size, small, spread
+from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ def command(
     about_data = {name: value for name, value in about_data.items() if value is not None}
     if data is None and about_data:
         raise click.UsageError(f"--{min(about_data).replace('_', '-')} goes with --data.")
-    from mapconv.commands.upgrade import DEFAULT_MAX_RANK, upgrade
+    with starting([source], base, whole_base=data is not None, quiet=quiet):
+        from mapconv.commands.upgrade import DEFAULT_MAX_RANK, upgrade
 
     result = upgrade(
         source,

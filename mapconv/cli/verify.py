@@ -11,6 +11,7 @@ import click
 
 from mapconv.cli import options
 from mapconv.cli.output import notes, print_json, print_table, small
+from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 
 if TYPE_CHECKING:
@@ -70,8 +71,9 @@ def command(
 
     Both run as functions on the same text, with stock PEFT playing the source, and every weight is compared as well.
     """
-    from mapconv.commands.verify import verify
-    from mapconv.errors import FidelityError
+    with starting([result, against], base, whole_base=True, quiet=quiet):
+        from mapconv.commands.verify import verify
+        from mapconv.errors import FidelityError
 
     report = verify(
         result,
