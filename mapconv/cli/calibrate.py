@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mapconv.cli.options import Chosen, command
 from mapconv.cli.output import notes, print_json, print_table, show, small, spread
+from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import CALIBRATE
 
@@ -30,7 +31,8 @@ def calibrate(chosen: Chosen) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the first process speaks for all, to the end of this one
-    from mapconv.commands.calibrate import calibrate
+    with starting([chosen["adapter"], chosen["against"]], chosen["base"], whole_base=True, quiet=chosen["quiet"]):
+        from mapconv.commands.calibrate import calibrate
 
     result = calibrate(**chosen.arguments)
     if result is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mapconv.cli.options import Chosen, command
 from mapconv.cli.output import notes, print_json, show, size, small
+from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import MERGE
 
@@ -16,7 +17,8 @@ def merge(chosen: Chosen) -> None:
 
     The merged model loads with from_pretrained. Weights are computed in float32 and rounded once.
     """
-    from mapconv.commands.merge import merge
+    with starting(chosen["adapters"], chosen["base"], whole_base=True, quiet=chosen["quiet"]):
+        from mapconv.commands.merge import merge
 
     result, dry_run = merge(**chosen.arguments), chosen["dry_run"]
     if chosen["as_json"]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mapconv.cli.options import Chosen, command
 from mapconv.cli.output import notes, print_json, print_table, show, size, small
+from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import REBASE
 
@@ -24,7 +25,8 @@ def rebase(chosen: Chosen) -> None:
     outputs differ. The result is an adapter for OTHER whose layers give the outputs of the source on its own base, as
     nearly as its rank allows, and it makes up for what OTHER lost. By default it is a plain LoRA.
     """
-    from mapconv.commands.rebase import rebase
+    with starting([chosen["source"]], chosen["base"], whole_base=True, quiet=chosen["quiet"]):
+        from mapconv.commands.rebase import rebase
 
     result = rebase(**chosen.arguments)
     if chosen["as_json"]:

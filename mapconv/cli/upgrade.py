@@ -12,6 +12,7 @@ import click
 from mapconv.cli.calibrate import INTERRUPTED, print_calibration
 from mapconv.cli.options import Chosen, command
 from mapconv.cli.output import notes, print_json, print_table, show, size, small, spread
+from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import UPGRADE
 from mapconv.options.shared import MAX_RANK
@@ -31,7 +32,8 @@ def upgrade(chosen: Chosen) -> None:
     A LoRA converts exactly. A DoRA is refitted: the closest MAP weight of the same rank, solved to the optimum, with
     its relative error ε for each module. The result is a folder that stock PEFT loads.
     """
-    from mapconv.commands.upgrade import upgrade
+    with starting([chosen["source"]], chosen["base"], whole_base=chosen["data"] is not None, quiet=chosen["quiet"]):
+        from mapconv.commands.upgrade import upgrade
 
     result, dry_run, tolerance = upgrade(**chosen.arguments), chosen["dry_run"], chosen["tolerance"]
     max_rank = chosen["max_rank"] or MAX_RANK.fallback

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mapconv.cli.options import Chosen, command
 from mapconv.cli.output import notes, print_json, print_table, show, small
+from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import VERIFY
 
@@ -21,8 +22,9 @@ def verify(chosen: Chosen) -> None:
 
     Both run as functions on the same text, using stock PEFT for the source, and every weight is compared as well.
     """
-    from mapconv.commands.verify import verify
-    from mapconv.errors import FidelityError
+    with starting([chosen["result"], chosen["against"]], chosen["base"], whole_base=True, quiet=chosen["quiet"]):
+        from mapconv.commands.verify import verify
+        from mapconv.errors import FidelityError
 
     report, result, max_kl = verify(**chosen.arguments), chosen["result"], chosen["max_kl"]
     if chosen["as_json"]:

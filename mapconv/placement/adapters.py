@@ -19,6 +19,7 @@ from mapconv.placement.starting_point import resolve_target
 from mapconv.placement.stored_model import stored_target
 from mapconv.placement.target_model import Placed, TargetModel, plain_target, vocabulary_sizes
 from mapconv.placement.weights import Piece, PlacedModule, WeightView
+from mapconv.runtime.collector import collector_paused
 
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 #: transformers' model types whose Conv1D layers store a weight transposed, which a square one does not show.
@@ -51,6 +52,13 @@ def place_adapters(
     Raises:
         MapconvError: of the kind that fits; nothing has been computed or written.
     """
+    with collector_paused():
+        return _place_adapters(sources, base, allow_pickle=allow_pickle, lean=lean)
+
+
+def _place_adapters(
+    sources: Sequence[Path], base: str | Path | None, *, allow_pickle: bool, lean: bool
+) -> tuple[PlacedAdapter, ...]:
     adapters = [read_adapter(source, allow_pickle=allow_pickle) for source in sources]
     first = adapters[0]
     checkpoint, config = plain_base(open_base(base, first.base, first.revision, sources[0], lean=lean))

@@ -11,7 +11,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,26 +21,13 @@ from mapconv.checkpoint.filenames import MODEL_CONFIG
 from mapconv.checkpoint.model_config import read_model_config
 from mapconv.checkpoint.quantization import without_quantization
 from mapconv.errors import CheckpointError
+from mapconv.placement.numbering import NumberedNames, Region
 from mapconv.runtime.models import model_class, quiet_libraries, refuse_code, translated
 
 Kind = Literal["linear", "transposed", "conv", "embedding", "attention", "parameters"]
 
 #: About three times those of the largest models; a class takes seconds to build as many.
 _MOST_MODULES = 200_000
-
-
-@dataclass(frozen=True)
-class Region:
-    """Where a name's values lie in the live model: a parameter, one of its stacked matrices, a part of its rows.
-
-    ``plain`` is false where they are also rearranged (permuted, split, transposed) on the way there.
-    """
-
-    parameter: str
-    index: int | None = None
-    part: int = 0
-    parts: int = 1
-    plain: bool = True
 
 
 class LiveModel:
@@ -77,6 +63,7 @@ class LiveModel:
         self._transforms: tuple[list, list] | None = None
         self._located: dict[str, Region] = {}
         self._of_another_class: set[str] = set()
+        self._names: NumberedNames | None = None
 
     def tied(self, parameter: str) -> tuple[str, ...]:
         """All names of the parameter, its own included."""
@@ -140,8 +127,15 @@ class LiveModel:
     def locate(self, name: str) -> Region:
         """Where the values that a checkpoint calls ``name`` belong, by transformers' conversion tables."""
         if name not in self._located:
-            self._located[name] = Region(name) if name in self.shapes else self._convert(name)
+            self._located[name] = Region(name) if name in self.shapes else self._numbered_names().locate(name)
         return self._located[name]
+
+    def _numbered_names(self) -> NumberedNames:
+        if self._names is None:
+            transforms = [item for kind in self._conversions() for item in kind]
+            patterns = [pattern for item in transforms for pattern in item.source_patterns]
+            self._names = NumberedNames(self._convert, patterns, self.shapes)
+        return self._names
 
     def parameter_name(self, name: str) -> str | None:
         """The parameter that a checkpoint or an adapter calls ``name``; None where the model has no such parameter."""
