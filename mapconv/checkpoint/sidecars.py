@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from mapconv.checkpoint.quantization import without_quantization
+from mapconv.checkpoint.quantization import MODELOPT_FILE, QUANTIZATION_KEYS, without_quantization
 from mapconv.checkpoint.staging import write_file
 
 MODEL_CONFIG = "config.json"
@@ -65,17 +65,23 @@ def copy_model_files(base: Path, adapter: Path, target: Path) -> list[str]:
     return []
 
 
-def write_model_config(base: Path, target: Path, dtype: str, changed: dict[str, Any] | None = None) -> list[str]:
+def write_model_config(
+    base: Path, target: Path, dtype: str, changed: dict[str, Any] | None = None, *, quantized: bool = False
+) -> list[str]:
     """Write the model's ``config.json``: the base's or the ``changed`` one, with the dtype that the weights now have.
 
-    The weights are plain, whatever the base's are.
+    The weights are plain, whatever the base's are, unless they stay ``quantized`` as those are.
 
     Returns notes for the user.
     """
     path = base / MODEL_CONFIG
     if changed is None and not path.exists():
         return [f"{base} has no {MODEL_CONFIG}, so the merged folder has none either"]
-    config = without_quantization(json.loads(path.read_bytes()) if changed is None else changed)
+    own = json.loads(path.read_bytes()) if path.exists() else {}
+    config = without_quantization(own if changed is None else changed)
+    if quantized:
+        config |= {key: own[key] for key in QUANTIZATION_KEYS if key in own}
+        _copy(base, target, _matching(base, (MODELOPT_FILE,)))
     if dtype != "auto":
         config.setdefault("dtype", dtype)
         _set_dtype(config, dtype)

@@ -32,6 +32,9 @@ def command(source: str, base: str | None, allow_pickle: bool, as_json: bool) ->
     click.echo(f"  base      {found.base or 'not recorded'}{f' @ {found.revision}' if found.revision else ''}")
     if found.fits is not None:
         click.echo(f"  placed    every tensor fits {shown(found.fits)}")
+    if found.storages:
+        stored = ", ".join(f"{count} weights as {label}" for label, count in found.storages.items())
+        click.echo(f"  stored    {stored}")
     if found.task_type:
         click.echo(f"  task      {found.task_type}")
     if found.peft_version:

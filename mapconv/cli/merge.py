@@ -35,6 +35,13 @@ from mapconv.hub.reference import shown
     metavar="W,W,...",
     help="A factor for each adapter's update. Default: 1 for each.",
 )
+@click.option(
+    "--quantized",
+    type=click.Choice(["dequantize", "copy"]),
+    default="dequantize",
+    show_default=True,
+    help="Of a quantized base: write plain weights, or copy codes where the adapter changes none.",
+)
 @options.allow_pickle
 @options.dry_run
 @options.as_json
@@ -49,6 +56,7 @@ def command(
     dtype: str,
     max_shard_size: int | None,
     weights: tuple[float, ...] | None,
+    quantized: str,
     allow_pickle: bool,
     dry_run: bool,
     as_json: bool,
@@ -63,6 +71,8 @@ def command(
     """
     if weights is not None and len(weights) != len(adapters):
         raise click.UsageError(f"--weights has {len(weights)} numbers for {len(adapters)} adapters.")
+    if quantized == "copy" and dtype != "auto":
+        raise click.UsageError("--quantized copy keeps the codes as they are: it takes no --dtype.")
     from mapconv.commands.merge import merge
 
     result = merge(
@@ -72,6 +82,7 @@ def command(
         dtype=dtype,
         max_shard_size=max_shard_size,
         weights=weights,
+        quantized=quantized,
         allow_pickle=allow_pickle,
         force=force,
         dry_run=dry_run,

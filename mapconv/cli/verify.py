@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 )
 @options.base
 @click.option(
+    "--against-base",
+    metavar="BASE",
+    help="Base that SOURCE runs on, where it was trained on another, as a quantized copy. Default: the same.",
+)
+@click.option(
     "--data",
     type=options.FOLDER,
     metavar="FILE",
@@ -56,6 +61,7 @@ def command(
     result: str,
     against: str,
     base: str | None,
+    against_base: str | None,
     data: Path | None,
     samples: int,
     max_kl: float | None,
@@ -77,6 +83,7 @@ def command(
         result,
         against,
         base=base,
+        against_base=against_base,
         data=data,
         samples=samples,
         device=device,
