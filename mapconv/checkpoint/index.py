@@ -53,13 +53,17 @@ class ByteSource(Protocol):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's weights: one safetensors file, or several with an index; ``source`` None is all on this disk."""
+    """A model's weights: one safetensors file, or several with an index; ``source`` None is all on this disk.
+
+    Where ``files`` show a quantized model as one of plain weights, ``stored_files`` are what they really hold.
+    """
 
     folder: Path
     files: tuple[TensorFile, ...]
     index_metadata: dict[str, Any] | None = None
     tensors: dict[str, TensorRef] = field(default_factory=dict)
     source: ByteSource | None = None
+    stored_files: tuple[TensorFile, ...] = ()
 
     @property
     def nbytes(self) -> int:

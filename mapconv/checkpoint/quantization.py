@@ -10,7 +10,7 @@ from mapconv.errors import CheckpointError
 from mapconv.jsonfile import read_object
 
 #: transformers' key, and mlx-lm's.
-_KEYS = ("quantization_config", "quantization")
+QUANTIZATION_KEYS = ("quantization_config", "quantization")
 #: Where older exports of ModelOpt say it, beside ``config.json``.
 MODELOPT_FILE = "hf_quant_config.json"
 
@@ -22,7 +22,7 @@ def quantization_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, 
         CheckpointError: one that is no object.
     """
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
-        for key in _KEYS:
+        for key in QUANTIZATION_KEYS:
             settings = part.get(key)
             if not settings:
                 continue
@@ -42,5 +42,5 @@ def quantization_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of the same model in plain weights."""
-    plain = {key: value for key, value in config.items() if key not in _KEYS}
+    plain = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     return {key: without_quantization(value) if isinstance(value, Mapping) else value for key, value in plain.items()}

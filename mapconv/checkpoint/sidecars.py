@@ -17,7 +17,7 @@ from typing import Any
 
 from mapconv.checkpoint.filenames import MERGE_RECORD, MODEL_CONFIG, MODEL_FILES, TOKENIZER_FILES
 from mapconv.checkpoint.model_config import read_model_config
-from mapconv.checkpoint.quantization import without_quantization
+from mapconv.checkpoint.quantization import MODELOPT_FILE, QUANTIZATION_KEYS, without_quantization
 from mapconv.checkpoint.staging import write_file
 from mapconv.errors import CheckpointError, MapconvError
 from mapconv.files import check_regular, open_regular
@@ -73,17 +73,23 @@ def copy_model_files(base: Path, adapter: Path, target: Path) -> list[str]:
     return []
 
 
-def write_model_config(base: Path, target: Path, dtype: str, changed: dict[str, Any] | None = None) -> list[str]:
+def write_model_config(
+    base: Path, target: Path, dtype: str, changed: dict[str, Any] | None = None, *, quantized: bool = False
+) -> list[str]:
     """Write the model's ``config.json``: the base's or the ``changed`` one, with the dtype that the weights now have.
 
-    The weights are plain, whatever the base's are.
+    The weights are plain, whatever the base's are, unless they stay ``quantized`` as those are.
 
     Returns notes for the user.
     """
     path = base / MODEL_CONFIG
     if changed is None and not path.exists():
         return [f"{base} has no {MODEL_CONFIG}, so the merged folder has none either"]
-    config = without_quantization(read_model_config(base) if changed is None else changed)
+    own = read_model_config(base) if path.exists() else {}
+    config = without_quantization(own if changed is None else changed)
+    if quantized:
+        config |= {key: own[key] for key in QUANTIZATION_KEYS if key in own}
+        _copy(base, target, _matching(base, (MODELOPT_FILE,)))
     if dtype != "auto":
         config.setdefault("dtype", dtype)
         _set_dtype(config, dtype)

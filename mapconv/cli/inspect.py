@@ -27,6 +27,9 @@ def inspect(chosen: Chosen) -> None:
     show(f"  base      {found.base or 'not recorded'}{f' @ {found.revision}' if found.revision else ''}")
     if found.fits is not None:
         show(f"  placed    every tensor fits {shown(found.fits)}")
+    if found.storages:
+        stored = ", ".join(f"{count} weights as {label}" for label, count in found.storages.items())
+        show(f"  stored    {stored}")
     if found.task_type:
         show(f"  task      {found.task_type}")
     if found.peft_version:

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from mapconv.algebra.fingerprint import Fingerprint
-from mapconv.checkpoint.codecs import plain_dtype
+from mapconv.checkpoint.codecs import plain_dtype, storages
 from mapconv.checkpoint.filenames import ADAPTER_FILES, MERGE_RECORD
 from mapconv.checkpoint.flushing import BackgroundFlush
-from mapconv.checkpoint.index import INDEX_FILE
+from mapconv.checkpoint.index import INDEX_FILE, Checkpoint
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.sidecars import copy_model_files, write_model_config
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
@@ -24,15 +24,20 @@ from mapconv.checkpoint.unchanged import marks_of, unchanged
 from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.errors import BaseMismatchError
 from mapconv.hub import locate_adapter
+from mapconv.hub.reference import shown
 from mapconv.merging.merger import MergedTensor, Merger
 from mapconv.merging.plan import MergePlan, plan_merge
 from mapconv.metadata.provenance import merge_record
 from mapconv.options.commands import MERGE
 from mapconv.placement.adapters import PlacedAdapter, place_adapters
 from mapconv.placement.base_check import base_fault
+from mapconv.placement.kept_codes import keep_codes
 from mapconv.refit.converter import Dtype
 from mapconv.runtime.progress import progress_bar
 from mapconv.runtime.threads import in_order, worker_count
+
+#: What becomes of weights that the base stores in codes.
+Quantized = Literal["dequantize", "copy"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ def merge(
     weights: Sequence[float] | None = None,
     dtype: Dtype = "auto",
     max_shard_size: int | str | None = None,
+    quantized: Quantized = "dequantize",
     allow_pickle: bool = False,
     force: bool = False,
     dry_run: bool = False,
@@ -90,6 +96,8 @@ def merge(
         weights: a factor for each adapter's update; None: 1 for each.
         dtype: ``auto`` (each tensor keeps its own), ``float32``, ``bfloat16`` or ``float16``.
         max_shard_size: bytes of tensors in one file, or a text such as ``5GB``; None keeps the base's files.
+        quantized: what to do with weights that the base stores in codes: ``dequantize`` all, so that the result is an
+            ordinary model in 16 bits; ``copy`` them as they are, where the adapters change plain ones alone.
         allow_pickle: read weights from ``.bin`` files (with torch's weights-only loader).
         force: replace ``out``, and accept a base whose weights are not those a MAP adapter was made for.
         dry_run: do all of it but write, so that what would stop the merge stops this.
@@ -97,7 +105,8 @@ def merge(
 
     Raises:
         MapconvError: of the kind that fits; ``out`` then does not exist.
-        ValueError: an option out of its range, or another number of weights than of adapters.
+        ValueError: an option out of its range, another number of weights than of adapters,
+            or a dtype for weights that are copied in codes.
     """
     started = time.perf_counter()
     named = [adapters] if isinstance(adapters, str | Path) else list(adapters)
@@ -105,10 +114,13 @@ def merge(
     marks = marks_of(sources, ADAPTER_FILES)
     out = Path(out)
     placed = place_adapters(sources, base, allow_pickle=allow_pickle)
+    if quantized == "copy":
+        placed = keep_codes(placed)
     plan = plan_merge(placed, weights=weights, dtype=dtype, max_shard_size=max_shard_size)
     folder = plan.target.folder
     check_output(out, force=force, inputs=[*sources, folder], nbytes=plan.nbytes)
     notes = [*(note for item in placed for note in item.adapter.notes), *plan.target.notes]
+    notes += quantization_notes(plan.target.checkpoint, copied=quantized == "copy")
     marks |= plan.target.checkpoint.marks
     place = TemporaryDirectory(prefix="mapconv-") if dry_run else staged_folder(out, force=force)
     with place as name, unchanged(marks):
@@ -119,8 +131,9 @@ def merge(
         notes += copy_model_files(folder, sources[0], staging)
         if len(plan.files) > 1 or plan.target.checkpoint.index_metadata is not None:
             write_file(staging / INDEX_FILE, _index(plan))
-        written = plain_dtype(plan.target.checkpoint) if dtype == "auto" else dtype
-        notes += write_model_config(folder, staging, written, plan.target.config)
+        copied = quantized == "copy"
+        written = plain_dtype(plan.target.checkpoint) if dtype == "auto" and not copied else dtype
+        notes += write_model_config(folder, staging, written, plan.target.config, quantized=copied)
         record = merge_record(placed, weights)
         write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")
     return MergeResult(
@@ -135,6 +148,13 @@ def merge(
         dry_run=dry_run,
         notes=tuple(notes),
     )
+
+
+def quantization_notes(checkpoint: Checkpoint, *, copied: bool = False) -> list[str]:
+    """What the base is quantized as, and what becomes of that; nothing for a plain base."""
+    found = ", ".join(f"{count} weights as {label}" for label, count in storages(checkpoint).items())
+    what = "which are copied as they are" if copied else "which are written as the values that the codes stand for"
+    return [f"{shown(checkpoint.folder)} is quantized ({found}), {what}"] if found else []
 
 
 def _write_weights(plan: MergePlan, staging: Path | None, *, quiet: bool) -> tuple[MergedTensor, ...]:

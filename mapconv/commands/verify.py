@@ -15,6 +15,7 @@ from mapconv.errors import BaseMismatchError
 from mapconv.fidelity.comparison import Agreement, Comparison, ModuleError
 from mapconv.fidelity.saved import check_report_place, save_report
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
+from mapconv.formats.peft import CONFIG_FILE
 from mapconv.hub import locate_adapter, locate_result
 from mapconv.options.commands import VERIFY
 from mapconv.placement.adapters import place_adapter
@@ -66,6 +67,7 @@ def verify(
     against: str | Path,
     *,
     base: str | Path | None = None,
+    against_base: str | Path | None = None,
     data: str | Path | None = None,
     samples: int = 8,
     device: str = "auto",
@@ -80,6 +82,8 @@ def verify(
         result: a MAP directory (or any PEFT adapter), or a merged model.
         against: the LoRA or DoRA adapter that it was made from.
         base: the base model's folder or Hub id; None takes it from the source's configuration.
+        against_base: the base that the source runs on, where it was trained on another one than the result is for (a
+            quantized copy); None: the same.
         data: a text file, or a ``.jsonl`` or ``.parquet`` file with text, chats or labelled texts (``mapconv.data``);
             None uses the text that ships with mapconv.
         samples: sequences of 256 tokens to run.
@@ -98,9 +102,12 @@ def verify(
     if save:
         check_report_place(result)
     rows = read_rows(data)
-    placed = place_adapter(against, base, allow_pickle=allow_pickle)
-    _check_base(result, placed.target.folder)
-    compared = Comparison(result, placed, dtype=dtype, device=resolve_device(device))
+    own = None
+    if against_base is not None and (result / CONFIG_FILE).is_file():
+        own = place_adapter(result, base, allow_pickle=allow_pickle)
+    placed = place_adapter(against, base if against_base is None else against_base, allow_pickle=allow_pickle)
+    _check_base(result, (own or placed).target.folder)
+    compared = Comparison(result, placed, dtype=dtype, device=resolve_device(device), result_base=own, quiet=quiet)
     total, notes = Agreement(), []
     with torch.inference_mode():
         if compared.reads_text:

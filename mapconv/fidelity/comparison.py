@@ -49,8 +49,27 @@ class Agreement:
 class Comparison:
     """The models of a verification, loaded once."""
 
-    def __init__(self, result: Path, source: PlacedAdapter, *, dtype: str, device: torch.device) -> None:
-        self._device = device
+    def __init__(
+        self,
+        result: Path,
+        source: PlacedAdapter,
+        *,
+        dtype: str,
+        device: torch.device,
+        result_base: PlacedAdapter | None = None,
+        quiet: bool = True,
+    ) -> None:
+        """Load them.
+
+        Args:
+            result: an adapter's or a merged model's folder.
+            source: the adapter that it was made from, on its base.
+            dtype: what the models compute in.
+            device: where they run.
+            result_base: the result, an adapter, on its base; None: on the source's, whose weights they share.
+            quiet: no progress bar.
+        """
+        self._device, self._quiet = device, quiet
         self._is_adapter = (result / CONFIG_FILE).is_file()
         if not self._is_adapter:
             # First, because a broken result should not cost the loading of two models.
@@ -58,14 +77,16 @@ class Comparison:
         self._model = self._base_with(source, source.adapter.path, "source", dtype)
         base = self._model.get_base_model()
         self.is_causal = is_causal(base)
-        if self._is_adapter and source.adapter.settings.layer_replication:
+        if result_base is not None:
+            self._merged = self._base_with(result_base, result, "result", dtype)
+        elif self._is_adapter and source.adapter.settings.layer_replication:
             # A second adapter would repeat the layers again: it takes a base of its own.
             self._merged = self._base_with(source, result, "result", dtype)
         elif self._is_adapter:
             self._merged = attach_with_peft(self._model, result, "result")
 
     def _base_with(self, source: PlacedAdapter, adapter: Path, name: str, dtype: str) -> Any:
-        base = load_base(source, dtype=dtype, device=self._device)
+        base = load_base(source, dtype=dtype, device=self._device, quiet=self._quiet)
         return attach_with_peft(base, adapter, name)
 
     @property
@@ -110,7 +131,9 @@ class Comparison:
             base = getattr(layer.get_base_layer(), parameter).detach().clone()
             source = _merged_by_peft(layer, parameter, "source", base)
             if self._is_adapter:
-                result = _merged_by_peft(results[name], parameter, "result", base)
+                other = results[name]
+                own = getattr(other.get_base_layer(), parameter).detach().clone()
+                result = _merged_by_peft(other, parameter, "result", own)
             else:
                 result = self._merged.get_parameter(f"{path}.{parameter}").detach()
             change = float((source.double() - base.double()).norm())

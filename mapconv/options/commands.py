@@ -175,6 +175,13 @@ VERIFY = Command(
     Option("result", Source(), positional=True, required=True, in_catalog=False),
     AGAINST,
     BASE,
+    Option(
+        "against_base",
+        Source(),
+        "Base that SOURCE runs on, where it was trained on another one than RESULT is for. Default: the same.",
+        metavar="BASE",
+        in_catalog=False,
+    ),
     DATA.but(help="Text, .jsonl or .parquet to run on. Default: a text that ships with mapconv."),
     SAMPLES.but(help="Sequences of 256 tokens to run.", default=8, fallback=None),
     Option(
@@ -225,6 +232,13 @@ def _as_many_weights(given: Mapping[str, Any], spell: Spell) -> str | None:
     return f"{text}: separate them with commas ({spell('weights', together)})" if numbers else text
 
 
+def _copied_codes(given: Mapping[str, Any], spell: Spell) -> str | None:
+    if given.get("quantized") == "copy" and given.get("dtype", "auto") != "auto":
+        copied = spell("quantized", "copy")
+        return f"weights that are copied in codes keep their dtype: {copied} requires {spell('dtype', 'auto')}"
+    return None
+
+
 MERGE = Command(
     "merge",
     Option("adapters", Source(), metavar="ADAPTER", positional=True, many=True, required=True, in_catalog=False),
@@ -250,13 +264,23 @@ MERGE = Command(
         in_catalog=False,
         refusal="an entry merges one adapter",
     ),
+    Option(
+        "quantized",
+        Choice(("dequantize", "copy")),
+        "Of a quantized base: write plain weights, or copy codes where the adapter changes none.",
+        default="dequantize",
+    ),
     ALLOW_PICKLE,
     DRY_RUN,
     JSON,
     FORCE.but(help="Replace OUT if it exists, and accept a base other than the one that a MAP adapter was made for."),
     VERBOSE,
     QUIET,
-    rules=(Check(("weights", "adapters"), _as_many_weights), Excludes("verbose", "quiet")),
+    rules=(
+        Check(("weights", "adapters"), _as_many_weights),
+        Check(("quantized", "dtype"), _copied_codes),
+        Excludes("verbose", "quiet"),
+    ),
 )
 
 PUSH = Command(

@@ -25,7 +25,7 @@ _DTYPES = {stored: name for name, stored in FLOAT_DTYPES.items()}
 
 
 def input_roots(
-    placed: PlacedAdapter, data: Dataset, *, statistics: Statistics, device: torch.device
+    placed: PlacedAdapter, data: Dataset, *, statistics: Statistics, device: torch.device, quiet: bool = True
 ) -> Iterator[tuple[list[PlacedModule], Mapping[str, InputRoot | None]]]:
     """Yield the modules of each block of the model with the roots of their inputs' second moments, by module path.
 
@@ -41,7 +41,7 @@ def input_roots(
     """
     groups = _by_block(placed.modules)
     rest = groups.pop(None, [])
-    model = _source_model(placed, device)
+    model = _source_model(placed, device, quiet=quiet)
     if not reads_text(model):
         raise UnsupportedError(f"{placed.target.folder} needs more than text to run: convert it without --data.")
     length = max(len(row) for row in data.rows())
@@ -169,9 +169,9 @@ def _block_of(module: Module) -> str | None:
     return None if number is None else ".".join(parts[: number + 1])
 
 
-def _source_model(placed: PlacedAdapter, device: torch.device) -> torch.nn.Module:
+def _source_model(placed: PlacedAdapter, device: torch.device, *, quiet: bool) -> torch.nn.Module:
     """The base with the source adapter, as stock PEFT attaches it, in the base's own dtype."""
-    base = load_base(placed, dtype=_DTYPES[placed.modules[0].weight.dtype], device=device)
+    base = load_base(placed, dtype=_DTYPES[placed.modules[0].weight.dtype], device=device, quiet=quiet)
     return attach_with_peft(base, placed.adapter.path, "source").get_base_model()
 
 

@@ -91,7 +91,7 @@ def _convert(
     with TensorReader(source) as reader, progress_bar(total, "upgrading", quiet=quiet) as advance:
         norms.load(light, reader)
         converter = Converter(reader, options, norms)
-        for modules, roots in _groups(placed, options, sample):
+        for modules, roots in _groups(placed, options, sample, quiet=quiet):
             jobs = [(batch, roots.get(batch[0].module.path)) for batch in _batches(modules, options)]
             results = in_order(lambda job: converter.convert_all(*job), jobs, workers)
             for item, result in zip(modules, chain.from_iterable(results), strict=True):
@@ -118,12 +118,13 @@ def _batches(modules: Sequence[PlacedModule], options: ConvertOptions) -> Iterat
 
 
 def _groups(
-    placed: PlacedAdapter, options: ConvertOptions, sample: Sample | None
+    placed: PlacedAdapter, options: ConvertOptions, sample: Sample | None, *, quiet: bool
 ) -> Iterable[tuple[Sequence[PlacedModule], Mapping[str, InputRoot | None]]]:
     """The modules that are converted together, and what is known of their inputs."""
     if sample is None or options.statistics is None:
         return [(placed.modules, {})]
-    return input_roots(placed, sample.sequences, statistics=options.statistics, device=resolve_device(options.device))
+    device = resolve_device(options.device)
+    return input_roots(placed, sample.sequences, statistics=options.statistics, device=device, quiet=quiet)
 
 
 def _expected(placed: PlacedAdapter, options: ConvertOptions) -> list[TensorSpec]:

@@ -98,7 +98,7 @@ def plain_view(
 
     files = tuple(replace(file, tensors=tuple(shown(file.tensors))) for file in checkpoint.files)
     tensors = {ref.name: ref for file in files for ref in file.tensors}
-    return replace(checkpoint, files=files, tensors=tensors)
+    return replace(checkpoint, files=files, tensors=tensors, stored_files=checkpoint.files)
 
 
 def storages(checkpoint: Checkpoint) -> Counter[str]:
