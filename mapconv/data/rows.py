@@ -202,7 +202,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
                     yield number, entry
     except OSError as error:
         raise _unreadable(path, error) from None
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter for the names of its columns
         raise DataError(f"{path} is no Parquet file ({_first_line(error)}): write it again.") from None
 
 
