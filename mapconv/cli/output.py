@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
 
 from mapconv.jsonfile import finite
+
+#: Before any table that shows them.
+EXPLANATION = (
+    "α scales the base weight W0, β its update Δ: α/‖W0‖ = 1 leaves the base as it",
+    "is, β/α is the size of the update beside it. ε is the error as a share of the",
+    "update: 0 is exact, 1 is as far off as no adapter at all.",
+)
+
+
+def show(line: str = "") -> None:
+    """A line of the result."""
+    click.echo(line)
 
 
 def talk(*, verbose: bool) -> None:
@@ -66,3 +79,17 @@ def small(value: float) -> str:
     if value == 0:
         return "0"
     return f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.1e}"
+
+
+def roughly(seconds: float) -> str:
+    """An estimate, with no more digits than it deserves: ``5 s``, ``2 min``, ``3 h``."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * length:
+            return f"{_coarse(seconds / length)} {unit}"
+    return f"{_coarse(max(1.0, seconds))} s"
+
+
+def _coarse(value: float) -> int:
+    """To one digit: 1, 2, … 9, 10, 20."""
+    magnitude = 10 ** max(0, math.floor(math.log10(value)))
+    return round(value / magnitude) * magnitude

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mapconv.cli.calibrate import INTERRUPTED, print_calibration
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import notes, print_json, print_table, size, small, spread
+from mapconv.cli.output import EXPLANATION, notes, print_json, print_table, roughly, show, size, small, spread
 from mapconv.hub.reference import shown
 from mapconv.options.commands import UPGRADE
 
@@ -31,25 +32,43 @@ def upgrade(chosen: Chosen) -> None:
     """
     from mapconv.commands.upgrade import upgrade
 
-    result, dry_run, tolerance = upgrade(**chosen.arguments), chosen["dry_run"], chosen["tolerance"]
+    result, dry_run = upgrade(**chosen.arguments), chosen["dry_run"]
     if chosen["as_json"]:
         print_json(result.to_dict())
     elif dry_run:
-        click.echo(f"would convert {result.planned} {result.method} modules on {shown(result.base)}")
-        click.echo(f"would write {result.out} (about {size(result.nbytes)})")
+        _show_plan(result)
     else:
-        _report(result, tolerance)
+        _report(result, chosen)
     notes(result.notes)
     if result.calibration is not None and result.calibration.interrupted:
         raise click.exceptions.Exit(INTERRUPTED)
 
 
-def _report(result: UpgradeResult, tolerance: float | None) -> None:
+def _show_plan(result: UpgradeResult) -> None:
+    """What would be done, and roughly what it takes."""
+    plan = result.plan
+    show(f"{shown(result.source)} ({result.method}) on {shown(result.base)}: would convert {plan.modules:,} modules")
+    kept = f"  kept      {plan.exact:,} in their own factors, exactly"
+    show(f"{kept}; {plan.whole:,} other tensors carried over whole" if plan.whole else kept)
+    show(f"  refitted  {plan.refitted:,} to the closest MAP weight")
+    ranks = str(plan.ranks[0]) if len(plan.ranks) == 1 else f"{plan.ranks[0]} to {plan.ranks[-1]}"
+    chosen = f"the smallest with ε ≤ {plan.tolerance:g}; the source's is {ranks}" if plan.tolerance else ranks
+    show(f"  rank      {chosen}")
+    if plan.tokens:
+        show(f"  data      {plan.sequences:,} sequences, {plan.tokens:,} tokens: fits layer outputs")
+    show(f"  output    would write {result.out} ({'about ' if plan.tolerance else ''}{size(plan.nbytes)})")
+    show(f"  takes     roughly {roughly(plan.seconds)} and {size(float(f'{plan.memory:.1g}'))} of memory")
+
+
+def _report(result: UpgradeResult, chosen: Chosen) -> None:
     groups = defaultdict(list)
     for module in result.modules:
         groups[module.path.rpartition(".")[2]].append(module)
     click.echo(f"{shown(result.source)} ({result.method}) → {result.out} (MAP)")
-    click.echo()
+    show()
+    for line in EXPLANATION:
+        show(f"  {line}")
+    show()
     with_data = any(module.output_error is not None for module in result.modules)
     print_table(
         ["target", "modules", "rank", "α/‖W0‖", "β/α", "ε worst", "ε median"]
@@ -67,7 +86,7 @@ def _report(result: UpgradeResult, tolerance: float | None) -> None:
         print_calibration(result.calibration)
     also = "a plain LoRA" if result.plain_lora else "a DoRA"
     click.echo(f"  stock PEFT loads it as {also} adapter: PeftModel.from_pretrained(base, {str(result.out)!r})")
-    advice = _advice(result, tolerance)
+    advice = advice_for(result, chosen)
     if advice:
         click.echo(f"  advice: {advice}")
 
@@ -88,25 +107,30 @@ def _row(name: str, modules: list[MapModule], *, with_data: bool) -> list[str]:
     ]
 
 
-def _advice(result: UpgradeResult, tolerance: float | None) -> str | None:
+def advice_for(result: UpgradeResult, chosen: Mapping[str, Any]) -> str | None:
+    """What else the user may try where ε is large: only options that can be added to those that were chosen."""
+    tolerance = chosen["tolerance"]
+    exact = [] if chosen["lora_compatible"] else ["--direction dora is exact"]
     if tolerance is not None:
         over = sum(_felt_error(module) > tolerance for module in result.modules)
-        return (
-            f"{over} modules stay above ε = {tolerance:g} at --max-rank: raise it, or use --direction dora"
-            if over
-            else None
-        )
+        if not over:
+            return None
+        ways = ["raise it", *(["use --direction dora in place of --tolerance"] if exact else [])]
+        return f"{over} modules stay above ε = {tolerance:g} at --max-rank: {', or '.join(ways)}"
     worst = max((_felt_error(module) for module in result.modules), default=0.0)
     if worst <= LARGE_ERROR:
         return None
     if result.method == "LoRA":
         return "ε is large because --rank is below the source's own rank: without --rank the result is exact"
-    has_data = any(module.output_error is not None for module in result.modules) or result.calibration is not None
-    fit = "" if has_data else "--data FILE fits the outputs, "
-    return (
-        f"ε is large where DoRA's magnitudes do not fit in this rank: {fit}--direction dora is exact, "
-        "--tolerance 0.1 chooses ranks, and `mapconv verify` shows what it means for the outputs"
-    )
+    ways = [] if chosen["data"] is not None else ["--data FILE fits layer outputs instead of weights"]
+    if chosen["rank"] is None:
+        ways += [*exact, "--tolerance 0.1 chooses ranks"]
+    else:
+        ways += [f"a --rank above {chosen['rank']} lowers it", *(f"without --rank, {way}" for way in exact)]
+    if chosen["lora_compatible"]:
+        ways.append("without --lora-compatible α is free")
+    reason = "the rank is too low" if chosen["rank"] is not None else "DoRA's magnitudes do not fit in this rank"
+    return f"ε is large because {reason}: {', '.join(ways)}; `mapconv verify` shows what it means for the outputs"
 
 
 def _felt_error(module: MapModule) -> float:

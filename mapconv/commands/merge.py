@@ -23,7 +23,7 @@ from mapconv.merging.plan import MergePlan, plan_merge
 from mapconv.metadata.provenance import merge_record
 from mapconv.options.commands import MERGE
 from mapconv.placement.adapters import PlacedAdapter, place_adapters
-from mapconv.refit.converter import Dtype
+from mapconv.refit.plan import Dtype
 from mapconv.runtime.progress import progress_bar
 from mapconv.runtime.threads import in_order, worker_count
 

@@ -26,12 +26,13 @@ from mapconv.placement.skeleton import read_model_config
 from mapconv.placement.target_model import TargetModel
 from mapconv.placement.weights import PlacedModule
 from mapconv.refit.activations import input_roots
-from mapconv.refit.converter import Converted, Converter, ConvertOptions
+from mapconv.refit.converter import Converted, Converter
 from mapconv.refit.norms import BaseNorms
+from mapconv.refit.plan import UpgradePlan
 from mapconv.runtime.devices import resolve_device
 from mapconv.runtime.models import load_tokenizer, stored_text_classes
-from mapconv.runtime.progress import progress_bar
-from mapconv.runtime.threads import in_order, worker_count
+from mapconv.runtime.progress import work_bar
+from mapconv.runtime.threads import in_order
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,18 @@ def read_data(path: Path, target: TargetModel, *, samples: int, length: int) -> 
 
 
 def write_map_directory(
-    placed: PlacedAdapter,
-    options: ConvertOptions,
+    plan: UpgradePlan,
     norms: BaseNorms,
     sample: Sample | None,
     staging: Path,
     *,
     quiet: bool,
-) -> tuple[tuple[MapModule, ...], int]:
-    """Convert every module into ``staging``; returns their scalars and the number of parameters."""
-    spool = SpooledFile(staging / WEIGHTS_FILE, _expected(placed, options))
+) -> tuple[MapModule, ...]:
+    """Convert every module into ``staging``; returns their scalars."""
+    placed, options = plan.placed, plan.options
+    spool = SpooledFile(staging / WEIGHTS_FILE, _expected(plan))
     try:
-        converted, parameters = _convert(placed, options, norms, sample, spool, quiet=quiet)
+        converted = _convert(plan, norms, sample, spool, quiet=quiet)
         modules = tuple(result.scalars for result in converted)
         if needs_magnitude(modules):
             for item, result in zip(placed.modules, converted, strict=True):
@@ -84,33 +85,32 @@ def write_map_directory(
     record = map_config(placed, asdict(options), modules, data=None if sample is None else sample.record)
     write_file(staging / CARD_FILE, local_card(config, record))
     write_configs(staging, config, record)
-    return modules, parameters
+    return modules
 
 
 def _convert(
-    placed: PlacedAdapter,
-    options: ConvertOptions,
+    plan: UpgradePlan,
     norms: BaseNorms,
     sample: Sample | None,
     spool: SpooledFile,
     *,
     quiet: bool,
-) -> tuple[list[Converted], int]:
-    """Spool the factors of every module; returns what is left of each, and the number of MAP's parameters."""
-    workers = worker_count(max(options.working_bytes(item) for item in placed.modules))
-    total = sum(item.weight.nbytes for item in placed.modules)
-    converted, parameters = {}, 0
+) -> list[Converted]:
+    """Spool the factors of every module; returns what is left of each."""
+    placed, tokens = plan.placed, 0 if sample is None else sample.sequences.tokens
+    # A module takes its refit and its share of the passes that find its inputs.
+    costs = {job.placed.key: job.work + 2 * tokens * job.placed.weight.numel for job in plan.jobs}
+    converted = {}
     source = placed.target.checkpoint.source
-    light = [item.weight for item in placed.modules if options.keeps_lora(item)]
-    needed = [item.weight for item in placed.modules if not options.keeps_lora(item) or item.initialization]
+    light, needed = ([item.weight for item in items] for items in (plan.light, plan.reading))
     prefetch(source, [piece.tensor for w in (*needed, *norms.missing(light)) for piece in w.pieces], quiet=quiet)
-    with TensorReader(source) as reader, progress_bar(total, "upgrading", quiet=quiet) as advance:
+    with TensorReader(source) as reader, work_bar(costs.values(), "upgrading", unit="module", quiet=quiet) as advance:
         norms.load(light, reader)
-        converter = Converter(reader, options, norms)
-        for modules, roots in _groups(placed, options, sample):
+        converter = Converter(reader, plan, norms)
+        for modules, roots in _groups(plan, sample):
             stack: list[Converted] = []
             jobs = [(item, roots.get(item.module.path)) for item in modules]
-            results = in_order(lambda job: converter.convert(*job), jobs, workers)
+            results = in_order(lambda job: converter.convert(*job), jobs, plan.workers)
             for item, result in zip(modules, results, strict=True):
                 stack.append(result)
                 if len(stack) == item.experts:
@@ -120,24 +120,27 @@ def _convert(
                     for name, tensor in peft_factors(item.module, A, B):
                         spool.append(name, tensor)
                     stack.clear()
-                parameters += result.A.numel() + result.B.numel() + 2  # α and β
                 converted[item.key] = result.without_factors()
-                advance(item.weight.nbytes)
-    return [converted[item.key] for item in placed.modules], parameters
+                advance(costs[item.key])
+    return [converted[item.key] for item in placed.modules]
 
 
 def _groups(
-    placed: PlacedAdapter, options: ConvertOptions, sample: Sample | None
+    plan: UpgradePlan, sample: Sample | None
 ) -> Iterable[tuple[Sequence[PlacedModule], Mapping[str, InputRoot | None]]]:
     """The modules that are converted together, and what is known of their inputs."""
+    placed, options = plan.placed, plan.options
     if sample is None or options.statistics is None:
         return [(placed.modules, {})]
     return input_roots(placed, sample.sequences, statistics=options.statistics, device=resolve_device(options.device))
 
 
-def _expected(placed: PlacedAdapter, options: ConvertOptions) -> list[TensorSpec]:
+def _expected(plan: UpgradePlan) -> list[TensorSpec]:
     """The tensors of the result in their order, where that is known before any is computed: a LoRA of linear layers."""
-    simple = all(options.keeps_lora(m) and m.experts == 1 and m.module.bias is None for m in placed.modules)
+    placed, options = plan.placed, plan.options
+    simple = all(
+        job.kind == "keep-lora" and job.placed.experts == 1 and job.placed.module.bias is None for job in plan.jobs
+    )
     if not simple or placed.adapter.others:
         return []
     specs = []
