@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -23,6 +26,14 @@ EXPLANATION = (
 def show(line: str = "") -> None:
     """A line of the result."""
     click.echo(line)
+
+
+def coloured(text: str, colour: str, *, err: bool = False) -> str:
+    """The text in a colour where a terminal shows it and NO_COLOR does not forbid it (no-color.org)."""
+    stream = sys.stderr if err else sys.stdout
+    if os.environ.get("NO_COLOR") or stream is None or not stream.isatty():
+        return text
+    return click.style(text, fg=colour)
 
 
 def talk(*, verbose: bool) -> None:
@@ -51,11 +62,28 @@ def print_json(table: dict[str, Any]) -> None:
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as they need; the first is flush left, the others flush right."""
+    """Columns as wide as they need; the first is flush left, the others flush right.
+
+    Where a terminal is too narrow, each row becomes a block of lines, a column a line: nothing breaks inside a row.
+    """
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    if sum(widths) + 2 * len(widths) > _columns():
+        label = max(map(len, head))
+        for row in rows:
+            show(f"  {row[0]}")
+            for name, cell in zip(head[1:], row[1:], strict=True):
+                show(f"    {name.ljust(label)}  {cell}")
+        return
     for row in [head, ["─" * width for width in widths], *rows]:
         cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        click.echo("  " + "  ".join(cells).rstrip())
+        show("  " + "  ".join(cells).rstrip())
+
+
+def _columns() -> int:
+    """The width of the terminal that watches; a file or a pipe takes any."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return sys.maxsize
+    return shutil.get_terminal_size().columns
 
 
 def size(nbytes: int) -> str:

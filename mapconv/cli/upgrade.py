@@ -11,7 +11,7 @@ import click
 
 from mapconv.cli.calibrate import INTERRUPTED, print_calibration
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import EXPLANATION, notes, print_json, print_table, roughly, show, size, small, spread
+from mapconv.cli.output import EXPLANATION, coloured, notes, print_json, print_table, roughly, show, size, small, spread
 from mapconv.hub.reference import shown
 from mapconv.options.commands import UPGRADE
 
@@ -76,10 +76,11 @@ def _report(result: UpgradeResult, chosen: Chosen) -> None:
         [_row(name, modules, with_data=with_data) for name, modules in groups.items()],
     )
     errors = [module.error for module in result.modules]
+    worst = f"ε worst {small(max(errors))}"
     click.echo()
     click.echo(
         f"  {len(errors)} modules, {result.parameters:,} parameters, {size(result.nbytes)}, {result.seconds:.1f} s; "
-        f"ε worst {small(max(errors))}, median {small(statistics.median(errors))}"
+        f"{coloured(worst, 'yellow') if max(errors) > LARGE_ERROR else worst}, median {small(statistics.median(errors))}"
     )
     if result.calibration is not None:
         click.echo()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,9 @@ from mapconv.runtime.threads import in_order, worker_count
 
 #: Norms of the same bytes agree far better than this; those of another base do not (DESIGN.md, fingerprint).
 NORM_TOLERANCE = 1e-9
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ def _write_weights(plan: MergePlan, staging: Path, *, quiet: bool) -> tuple[Merg
             for job, result in zip(plan.jobs, results, strict=True):
                 advance(job.nbytes)
                 if result is not None:
+                    log.info("merged %s, %d bytes", result.tensor, job.nbytes)
                     merged.append(result)
     return tuple(merged)
 

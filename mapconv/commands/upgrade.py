@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -27,6 +28,9 @@ from mapconv.runtime.devices import resolve_device
 
 if TYPE_CHECKING:
     from mapconv.training.calibration import CalibrationReport
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ def upgrade(
     if placed.adapter.method == "MAP":
         raise UnsupportedError(f"{source} is a MAP adapter already: upgrade the adapter that it was made from.")
     plan = plan_upgrade(placed, options)
+    log.info("placed %d modules of %s on %s", len(plan.jobs), source, placed.target.folder)
     nbytes = plan.nbytes
     check_output(out, force=force, inputs=[source, placed.target.folder], nbytes=nbytes)
     sample = None
@@ -146,6 +151,7 @@ def upgrade(
         with staged_folder(out, force=force) as staging:
             refitted = write_map_directory(plan, norms, sample, staging, quiet=quiet)
             modules = refitted
+            log.info("wrote %d modules to %s", len(modules), staging)
             if calibrate and sample is not None:
                 training = {"steps": calibrate, "sequence_length": length}
                 calibration = _calibrate(placed, sample, staging, training, device, allow_pickle, quiet=quiet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from mapconv.data import read_blocks, read_rows
+from mapconv.errors import AdapterError
 from mapconv.fidelity.comparison import Agreement, Comparison, ModuleError
 from mapconv.fidelity.saved import check_report_place, save_report
 from mapconv.hub import locate_adapter, locate_result
@@ -21,6 +23,9 @@ from mapconv.runtime.models import load_tokenizer
 from mapconv.runtime.progress import progress_bar
 
 SEQUENCE_LENGTH = 256
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,11 +96,16 @@ def verify(
     """
     started = time.perf_counter()
     result, against = locate_result(result), locate_adapter(against, allow_pickle=allow_pickle)
+    if result.resolve() == against.resolve():
+        raise AdapterError(
+            f"{result} is the source itself: give what `mapconv upgrade` or `mapconv merge` made of it as RESULT."
+        )
     if save:
         check_report_place(result)
     rows = read_rows(data)
     placed = place_adapter(against, base, allow_pickle=allow_pickle)
     compared = Comparison(result, placed, dtype=dtype, device=resolve_device(device))
+    log.info("loaded %s and its source", result)
     total, notes = Agreement(), []
     with torch.inference_mode():
         if compared.reads_text:
@@ -109,7 +119,9 @@ def verify(
                     advance(1)
         if not total.positions:
             notes.append("the model was not run (it needs more than text, or has no logits): only weights are compared")
+        log.info("ran both on %d positions", total.positions)
         modules = tuple(compared.module_errors())
+        log.info("compared %d weights", len(modules))
     report = VerifyReport(
         result=result,
         source=against,

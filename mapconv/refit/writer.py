@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ from mapconv.runtime.devices import resolve_device
 from mapconv.runtime.models import load_tokenizer, stored_text_classes
 from mapconv.runtime.progress import work_bar
 from mapconv.runtime.threads import in_order
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,13 @@ def _convert(
                     stack.clear()
                 converted[item.key] = result.without_factors()
                 advance(costs[item.key])
+                log.info("%s: %s, rank %d, ε %.3g", *_told(item, plan, result))
     return [converted[item.key] for item in placed.modules]
+
+
+def _told(item: PlacedModule, plan: UpgradePlan, result: Converted) -> tuple[str, str, int, float]:
+    expert = "" if item.expert is None else f", expert {item.expert}"
+    return f"{item.module.path}{expert}", plan.kind_of(item), result.scalars.rank, result.scalars.error or 0.0
 
 
 def _groups(
