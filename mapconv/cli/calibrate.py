@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import notes, print_json, print_table, small, spread
+from mapconv.cli.output import EPSILON, SCALARS, explain, notes, print_json, print_table, small, spread
 from mapconv.hub.reference import shown
 from mapconv.options.commands import CALIBRATE
 
@@ -42,6 +42,7 @@ def calibrate(chosen: Chosen) -> None:
     else:
         click.echo(f"{shown(result.adapter)} → {result.out}, against {shown(result.source)}")
         click.echo()
+        explain(SCALARS, EPSILON)
         print_calibration(result.report)
     notes(result.report.notes)
     if result.report.interrupted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import notes, print_json, size, small
+from mapconv.cli.output import notes, percent, print_json, size
 from mapconv.hub.reference import shown
 from mapconv.options.commands import MERGE
 
@@ -32,8 +32,6 @@ def merge(chosen: Chosen) -> None:
     if not chosen["as_json"] and not dry_run:
         worst = max(result.merged, key=lambda item: item.rounding_error)
         click.echo(f"  {len(result.merged)} tensors merged in {result.seconds:.1f} s")
-        click.echo(
-            f"  rounding to {worst.dtype} moves a tensor by at most {small(worst.rounding_error)} of its update "
-            f"({worst.tensor})"
-        )
+        most = percent(worst.rounding_error)
+        click.echo(f"  {worst.dtype} rounding changes up to {most} of an update (worst: {worst.tensor})")
     notes(result.notes)

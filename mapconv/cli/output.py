@@ -15,12 +15,21 @@ import click
 
 from mapconv.jsonfile import finite
 
-#: Before any table that shows them.
-EXPLANATION = (
-    "α scales the base weight W0, β its update Δ: α/‖W0‖ = 1 leaves the base as it",
-    "is, β/α is the size of the update beside it. ε is the error as a share of the",
-    "update: 0 is exact, 1 is as far off as no adapter at all.",
+#: What the symbols say, in lines for 80 columns: shown before a table that has them.
+SCALARS = (
+    "α scales the base weight W0 and β its update Δ: α/‖W0‖ = 1 leaves the base as",
+    "it is, and β/α is the size of the update beside it.",
 )
+EPSILON = (
+    "ε is the error as a share of the update: 0 is exact, 1 is as far off as no",
+    "adapter at all.",
+)
+
+
+def explain(*symbols: Sequence[str]) -> None:
+    for line in (line for lines in symbols for line in lines):
+        show(f"  {line}")
+    show()
 
 
 def show(line: str = "") -> None:
@@ -107,6 +116,12 @@ def small(value: float) -> str:
     if value == 0:
         return "0"
     return f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.1e}"
+
+
+def percent(share: float) -> str:
+    """``54 %``, ``0.4 %``, ``0 %``, ``2e-05 %``."""
+    value = 100 * share
+    return f"{value:.0f} %" if value >= 10 or value == 0 else f"{value:.2g} %"
 
 
 def roughly(seconds: float) -> str:

@@ -11,7 +11,20 @@ import click
 
 from mapconv.cli.calibrate import INTERRUPTED, print_calibration
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import EXPLANATION, coloured, notes, print_json, print_table, roughly, show, size, small, spread
+from mapconv.cli.output import (
+    EPSILON,
+    SCALARS,
+    coloured,
+    explain,
+    notes,
+    print_json,
+    print_table,
+    roughly,
+    show,
+    size,
+    small,
+    spread,
+)
 from mapconv.hub.reference import shown
 from mapconv.options.commands import UPGRADE
 
@@ -66,9 +79,7 @@ def _report(result: UpgradeResult, chosen: Chosen) -> None:
         groups[module.path.rpartition(".")[2]].append(module)
     click.echo(f"{shown(result.source)} ({result.method}) → {result.out} (MAP)")
     show()
-    for line in EXPLANATION:
-        show(f"  {line}")
-    show()
+    explain(SCALARS, EPSILON)
     with_data = any(module.output_error is not None for module in result.modules)
     print_table(
         ["target", "modules", "rank", "α/‖W0‖", "β/α", "ε worst", "ε median"]
@@ -77,10 +88,12 @@ def _report(result: UpgradeResult, chosen: Chosen) -> None:
     )
     errors = [module.error for module in result.modules]
     worst = f"ε worst {small(max(errors))}"
+    if max(errors) > LARGE_ERROR:
+        worst = coloured(worst, "yellow")
     click.echo()
     click.echo(
         f"  {len(errors)} modules, {result.parameters:,} parameters, {size(result.nbytes)}, {result.seconds:.1f} s; "
-        f"{coloured(worst, 'yellow') if max(errors) > LARGE_ERROR else worst}, median {small(statistics.median(errors))}"
+        f"{worst}, median {small(statistics.median(errors))}"
     )
     if result.calibration is not None:
         click.echo()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import notes, print_json, print_table, small
+from mapconv.cli.output import EPSILON, explain, notes, print_json, print_table, small
 from mapconv.hub.reference import shown
 from mapconv.options.commands import VERIFY
 
@@ -44,6 +44,7 @@ def _report(report: VerifyReport) -> None:
     click.echo()
     if report.kl is not None:
         _functions(report)
+    explain(EPSILON)
     groups = defaultdict(list)
     for module in report.modules:
         groups[module.path.rpartition(".")[2]].append(module.error)
