@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mapconv.catalog.claims import Claims
 from mapconv.catalog.entries import STAGES, Entry, Options
 from mapconv.catalog.records import Faults, Record
 from mapconv.options.commands import COMMANDS
@@ -26,8 +27,7 @@ class Checker:
     def __init__(self, folder: Path, faults: Faults) -> None:
         self._folder, self._faults = folder, faults
         self._defaults: dict[str, Any] = {"upgrade": {}}
-        self._taken: dict[str, int] = {}
-        self._repositories: dict[str, int] = {}
+        self._claims = Claims()
         self._interned: dict[str, Options] = {}
         self._checked: dict[str, list[tuple[str, str, str]]] = {}
         self._plain = self._merged({})
@@ -62,14 +62,10 @@ class Checker:
             return None
         self._check(record, options)
         entry = Entry(name, self._resolved(source), base, options, record.line)
-        self._claim(self._taken, record.line_of("output"), name, f"the output {name!r}")
-        if entry.merged:
-            self._claim(self._taken, record.line_of("output"), entry.merged, f"the output {entry.merged!r}")
+        for folder in (name, entry.merged):
+            self._claim(record.line_of("output"), folder, self._claims.folder)
         repository = options.stages.get("push", {}).get("repo_id")
-        if repository is not None:
-            self._claim(
-                self._repositories, record.line_of("push", "repo_id"), repository, f"the repository {repository}"
-            )
+        self._claim(record.line_of("push", "repo_id"), repository, self._claims.repository)
         return entry
 
     def _known_keys(self, record: Record) -> None:
@@ -148,10 +144,9 @@ class Checker:
             self._faults.add(line, f"output {_shown(name)} {fault}")
         return None if fault else name
 
-    def _claim(self, taken: dict[str, int], line: int, key: str, what: str) -> None:
-        first = taken.setdefault(key, line)
-        if first != line:
-            self._faults.add(line, f"{what} is taken by line {first}: give this entry another with `output`")
+    def _claim(self, line: int, name: str | None, claim: Callable[[str, int], str | None]) -> None:
+        if name is not None and (fault := claim(name, line)):
+            self._faults.add(line, fault)
 
     def _resolved(self, name: str) -> str:
         """A path from the catalog's folder where that exists, else as it is: a Hub reference, or a path from here."""

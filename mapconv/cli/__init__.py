@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import os
 import sys
 from difflib import get_close_matches
@@ -63,8 +64,14 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line in this process; ends with SystemExit only where the status is not 0."""
+    for stream in (sys.stdout, sys.stderr):
+        # A name that this terminal's encoding lacks is spelled out, and never the end of a command.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with errors_as_sentences():
         cli(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where what it raises becomes a sentence
 
 
 def run() -> NoReturn:
@@ -74,15 +81,24 @@ def run() -> NoReturn:
     torch down again. Everything registered for exit still runs, and both streams are flushed.
     """
     gc.set_threshold(100_000, 50, 50)
+    _open_closed_streams()
     status: object = 0
     try:
         main()
     except SystemExit as request:
         status = request.code
     atexit._run_exitfuncs()
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BrokenPipeError:
-        status = status or 1
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            status = status or 1
     os._exit(status if isinstance(status, int) else 0)
+
+
+def _open_closed_streams() -> None:
+    """Give standard streams that the caller closed (``>&-``) to nobody: the next file that is opened would be one."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)

@@ -8,10 +8,8 @@ import sys
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-import click
-
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import EPSILON, SCALARS, explain, notes, print_json, print_table, small, spread
+from mapconv.cli.output import EPSILON, SCALARS, explain, notes, print_json, print_table, show, small, spread
 from mapconv.hub.reference import shown
 from mapconv.options.commands import CALIBRATE
 
@@ -40,8 +38,8 @@ def calibrate(chosen: Chosen) -> None:
     if chosen["as_json"]:
         print_json(result.to_dict())
     else:
-        click.echo(f"{shown(result.adapter)} → {result.out}, against {shown(result.source)}")
-        click.echo()
+        show(f"{shown(result.adapter)} → {result.out}, against {shown(result.source)}")
+        show()
         explain(SCALARS, EPSILON)
         print_calibration(result.report)
     notes(result.report.notes)
@@ -63,7 +61,7 @@ def print_calibration(report: CalibrationReport) -> None:
             for name, numbers in report.models.items()
         ],
     )
-    click.echo()
+    show()
     groups = defaultdict(list)
     for module in report.modules:
         groups[module.path.rpartition(".")[2]].append(module)
@@ -71,12 +69,12 @@ def print_calibration(report: CalibrationReport) -> None:
         ["target", "modules", "α after/before", "β after/before", "ε median before", "after"],
         [_row(name, modules) for name, modules in groups.items()],
     )
-    click.echo()
-    click.echo(
+    show()
+    show(
         f"  {report.trained_parameters:,} numbers trained for {report.steps} steps on {report.tokens:,} tokens in "
         f"{report.seconds:.1f} s; step {report.best_step} is the best of {len(report.history)} that were measured"
     )
-    click.echo(
+    show(
         f"  measured on the written files at {report.held_out_positions:,} positions of "
         f"{report.held_out_sequences} held-out sequences"
     )

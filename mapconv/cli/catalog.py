@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import notes, print_json, print_table, say, size, small
+from mapconv.cli.output import notes, print_json, print_table, say, show, size, small
 from mapconv.options.commands import CATALOG_RUN, CATALOG_STATUS
 
 if TYPE_CHECKING:
@@ -53,15 +53,15 @@ def run(chosen: Chosen) -> None:
 
 def _report(result: CatalogResult) -> None:
     rate = f", {result.converted / result.seconds:.2f} a second" if result.converted else ""
-    click.echo(f"{result.catalog} → {result.out}: {result.entries:,} adapters")
-    click.echo(
+    show(f"{result.catalog} → {result.out}: {result.entries:,} adapters")
+    show(
         f"  {result.done:,} done ({result.converted:,} now, {size(result.nbytes)}), {result.failed:,} failed, "
         f"{result.left:,} left; {result.seconds:.1f} s{rate}"
     )
     for kind in result.by_kind:
-        click.echo(f"  {kind.count:,} × {kind.kind}, such as {kind.entry}: {_one_line(kind.error)}")
+        show(f"  {kind.count:,} × {kind.kind}, such as {kind.entry}: {_one_line(kind.error)}")
     if result.failed:
-        click.echo("  failed entries are tried again when their files change, or with --retry-failed")
+        show("  failed entries are tried again when their files change, or with --retry-failed")
 
 
 @command(CATALOG_STATUS, "Show a run's progress.", group=catalog)
@@ -89,21 +89,21 @@ def _show(found: Status) -> None:
     width = 40
     filled = width * (found.done + found.failed) // max(1, total)
     state = "running" if found.running else "finished" if not found.left else "stopped"
-    click.echo(f"{found.out} ({state}{f', {found.engine} × {found.workers}' if found.engine else ''})")
-    click.echo(f"  [{'█' * filled}{'·' * (width - filled)}] {found.done + found.failed:,} of {total:,}")
+    show(f"{found.out} ({state}{f', {found.engine} × {found.workers}' if found.engine else ''})")
+    show(f"  [{'█' * filled}{'·' * (width - filled)}] {found.done + found.failed:,} of {total:,}")
     words = [f"{found.done:,} done", f"{found.failed:,} failed", f"{found.left:,} left", size(found.nbytes)]
     if found.per_second:
         words.append(f"{found.per_second:.2f} a second")
     if found.seconds_left is not None:
         words.append(f"{duration(found.seconds_left)} left")
-    click.echo(f"  {', '.join(words)}")
+    show(f"  {', '.join(words)}")
     for kind in found.by_kind:
-        click.echo(f"  {kind['count']:,} × {kind['kind']}, such as {kind['entry']}: {_one_line(kind['error'])}")
+        show(f"  {kind['count']:,} × {kind['kind']}, such as {kind['entry']}: {_one_line(kind['error'])}")
     if found.slowest:
-        click.echo()
+        show()
         print_table(["slowest", "seconds"], [[name, f"{seconds:.1f}"] for name, seconds in found.slowest])
     if found.least_faithful:
-        click.echo()
+        show()
         print_table(
             ["least faithful", "ε worst", "KL"],
             [[name, small(error), "-" if kl is None else small(kl)] for name, error, kl in found.least_faithful],

@@ -8,8 +8,9 @@ import time
 import click
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import say
+from mapconv.cli.output import say, show
 from mapconv.options.commands import DEMO
+from mapconv.untrusted.printable import printable
 
 
 @command(DEMO, "Show the main job on a real language model.")
@@ -42,10 +43,12 @@ def demo(chosen: Chosen) -> None:
     merged = folder / "dora-merged"
     _run("merge", folder / "dora-map", "-o", merged, *again)
     _run("verify", merged, "--against", folder / "dora")
-    say(f"\n# one answer, before and after ({PROMPT.splitlines()[0]})")
+    say()
+    say(f"# one answer, before and after ({PROMPT.splitlines()[0]})")
     for name, model in (("base", base), ("merged", merged)):
-        click.echo(f"  {name:7s} {answer(load_model(model, dtype='float32', device='cpu'), model)}")
-    say(f"\n# done in {time.perf_counter() - started:.0f} s; everything is in {folder}")
+        show(f"  {name:7s} {answer(load_model(model, dtype='float32', device='cpu'), model)}")
+    say()
+    say(f"# done in {time.perf_counter() - started:.0f} s; everything is in {folder}")
 
 
 def _run(*arguments: object) -> None:
@@ -53,5 +56,6 @@ def _run(*arguments: object) -> None:
     from mapconv.cli import cli
 
     words = [str(argument) for argument in arguments]
-    click.echo(click.style(f"\n$ {shlex.join(['mapconv', *words])}", bold=True))
+    show()
+    click.secho(f"$ {printable(shlex.join(['mapconv', *words]))}", bold=True)
     cli.main(words, prog_name="mapconv", standalone_mode=False)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import click
-
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import notes, print_json, print_table, size
+from mapconv.cli.output import notes, print_json, print_table, show, size
 from mapconv.hub.reference import shown
 from mapconv.options.commands import INSPECT
 
@@ -22,19 +20,19 @@ def inspect(chosen: Chosen) -> None:
     if chosen["as_json"]:
         print_json(found.to_dict())
         return
-    click.echo(
+    show(
         f"{chosen['source']}: {found.method} adapter, {found.modules} modules, {found.parameters:,} parameters, "
         f"{size(found.nbytes)} of {'/'.join(found.dtypes)}"
     )
-    click.echo(f"  base      {found.base or 'not recorded'}{f' @ {found.revision}' if found.revision else ''}")
+    show(f"  base      {found.base or 'not recorded'}{f' @ {found.revision}' if found.revision else ''}")
     if found.fits is not None:
-        click.echo(f"  placed    every tensor fits {shown(found.fits)}")
+        show(f"  placed    every tensor fits {shown(found.fits)}")
     if found.task_type:
-        click.echo(f"  task      {found.task_type}")
+        show(f"  task      {found.task_type}")
     if found.peft_version:
-        click.echo(f"  written   by PEFT {found.peft_version}")
-    click.echo(f"  upgrade   {found.upgrade}")
-    click.echo()
+        show(f"  written   by PEFT {found.peft_version}")
+    show(f"  upgrade   {found.upgrade}")
+    show()
     print_table(
         ["target", "modules", "layers", "rank", "scaling", "weight", "parameters"],
         [
@@ -51,8 +49,8 @@ def inspect(chosen: Chosen) -> None:
         ],
     )
     if found.whole_tensors:
-        click.echo()
-        click.echo(f"  whole tensors   {', '.join(found.whole_tensors)}")
+        show()
+        show(f"  whole tensors   {', '.join(found.whole_tensors)}")
     notes(found.notes)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import click
-
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import notes, percent, print_json, size
+from mapconv.cli.output import notes, percent, print_json, show, size
 from mapconv.hub.reference import shown
 from mapconv.options.commands import MERGE
 
@@ -25,13 +23,11 @@ def merge(chosen: Chosen) -> None:
         print_json(result.to_dict())
     else:
         verb = "would write" if dry_run else "wrote"
-        click.echo(f"{' + '.join(map(str, chosen['adapters']))} ({result.method}) + {shown(result.base)}")
-        click.echo(
-            f"  {verb} {result.out}: {result.tensors} tensors in {len(result.files)} files, {size(result.nbytes)}"
-        )
-    if not chosen["as_json"] and not dry_run:
+        show(f"{' + '.join(map(str, chosen['adapters']))} ({result.method}) + {shown(result.base)}")
+        show(f"  {verb} {result.out}: {result.tensors} tensors in {len(result.files)} files, {size(result.nbytes)}")
         worst = max(result.merged, key=lambda item: item.rounding_error)
-        click.echo(f"  {len(result.merged)} tensors merged in {result.seconds:.1f} s")
+        verb, changes = ("would be merged", "would change") if dry_run else ("merged", "changes")
+        show(f"  {len(result.merged)} tensors {verb} in {result.seconds:.1f} s")
         most = percent(worst.rounding_error)
-        click.echo(f"  {worst.dtype} rounding changes up to {most} of an update (worst: {worst.tensor})")
+        show(f"  {worst.dtype} rounding {changes} up to {most} of an update (worst: {worst.tensor})")
     notes(result.notes)

@@ -14,6 +14,13 @@ from typing import Any
 import click
 
 from mapconv.jsonfile import finite
+from mapconv.untrusted.printable import printable, printable_message
+
+
+def show(line: str = "", colour: str | None = None) -> None:
+    """A line of the result; whatever names it holds, it stays one line."""
+    click.echo(printable(line) if colour is None else coloured(printable(line), colour))
+
 
 #: What the symbols say, in lines for 80 columns: shown before a table that has them.
 SCALARS = (
@@ -30,11 +37,6 @@ def explain(*symbols: Sequence[str]) -> None:
     for line in (line for lines in symbols for line in lines):
         show(f"  {line}")
     show()
-
-
-def show(line: str = "") -> None:
-    """A line of the result."""
-    click.echo(line)
 
 
 def coloured(text: str, colour: str, *, err: bool = False) -> str:
@@ -56,8 +58,8 @@ def talk(*, verbose: bool) -> None:
 
 
 def say(message: str = "") -> None:
-    """A line for the user that is no data."""
-    click.echo(message, err=True)
+    """A line for the user that is no data, with indented details where it has any."""
+    click.echo(printable_message(message), err=True)
 
 
 def notes(lines: Iterable[str]) -> None:
@@ -75,6 +77,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
     Where a terminal is too narrow, each row becomes a block of lines, a column a line: nothing breaks inside a row.
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     if sum(widths) + 2 * len(widths) > _columns():
         label = max(map(len, head))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import notes, print_json, print_table, say, size
+from mapconv.cli.output import notes, print_json, print_table, say, show, size
 from mapconv.options.commands import PUSH
 from mapconv.options.shared import MESSAGE
 
@@ -55,21 +55,21 @@ def push(chosen: Chosen) -> None:
 
 def _show(plan: PushResult, create_pr: bool) -> None:
     what = "MAP adapter" if plan.kind == "adapter" else "merged model"
-    click.echo(f"{plan.path} ({what}) → {plan.repo_id}{' (as a pull request)' if create_pr else ''}")
-    click.echo(f"  base      {plan.base}{f' @ {plan.base_revision[:12]}' if plan.base_revision else ''}")
-    click.echo(f"  source    {plan.source or 'not on the Hub'}")
-    click.echo(f"  license   {plan.license or 'none: give one with --license'}")
-    click.echo()
+    show(f"{plan.path} ({what}) → {plan.repo_id}{' (as a pull request)' if create_pr else ''}")
+    show(f"  base      {plan.base}{f' @ {plan.base_revision[:12]}' if plan.base_revision else ''}")
+    show(f"  source    {plan.source or 'not on the Hub'}")
+    show(f"  license   {plan.license or 'none: give one with --license'}")
+    show()
     print_table(["file", "size", ""], [[file.name, size(file.nbytes), file.note] for file in plan.files])
-    click.echo()
-    click.echo(f"  {len(plan.files)} files, {size(plan.nbytes)}")
+    show()
+    show(f"  {len(plan.files)} files, {size(plan.nbytes)}")
     if plan.left_behind:
         notes([f"not sent, because mapconv does not know them: {', '.join(plan.left_behind)}"])
 
 
 def _report(result: PushResult) -> None:
-    click.echo()
+    show()
     if not result.changed and result.pull_request is None:
-        click.echo(f"nothing to send: {result.repo_id} has these files already")
-    click.echo(result.pull_request or result.url)
-    click.echo(f"commit {result.commit}")
+        show(f"nothing to send: {result.repo_id} has these files already")
+    show(result.pull_request or result.url)
+    show(f"commit {result.commit}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import click
-
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import print_json, size
+from mapconv.cli.output import print_json, show, size
 from mapconv.options.commands import REPORT
 
 
@@ -23,7 +21,7 @@ def report(chosen: Chosen) -> None:
         print_json(result.to_dict())
         return
     what = "modules" if result.kind == "adapter" else "entries"
-    click.echo(f"{result.path} ({result.kind}, {result.items:,} {what}) → {result.out}")
-    click.echo(f"  {size(result.nbytes)}, {result.seconds:.1f} s; open it in any browser")
+    show(f"{result.path} ({result.kind}, {result.items:,} {what}) → {result.out}")
+    show(f"  {size(result.nbytes)}, {result.seconds:.1f} s; open it in any browser")
     if result.png is not None:
-        click.echo(f"  picture   {result.png}")
+        show(f"  picture   {result.png}")

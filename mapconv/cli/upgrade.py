@@ -14,7 +14,6 @@ from mapconv.cli.options import Chosen, command
 from mapconv.cli.output import (
     EPSILON,
     SCALARS,
-    coloured,
     explain,
     notes,
     print_json,
@@ -77,7 +76,7 @@ def _report(result: UpgradeResult, chosen: Chosen) -> None:
     groups = defaultdict(list)
     for module in result.modules:
         groups[module.path.rpartition(".")[2]].append(module)
-    click.echo(f"{shown(result.source)} ({result.method}) → {result.out} (MAP)")
+    show(f"{shown(result.source)} ({result.method}) → {result.out} (MAP)")
     show()
     explain(SCALARS, EPSILON)
     with_data = any(module.output_error is not None for module in result.modules)
@@ -87,22 +86,20 @@ def _report(result: UpgradeResult, chosen: Chosen) -> None:
         [_row(name, modules, with_data=with_data) for name, modules in groups.items()],
     )
     errors = [module.error for module in result.modules]
-    worst = f"ε worst {small(max(errors))}"
-    if max(errors) > LARGE_ERROR:
-        worst = coloured(worst, "yellow")
-    click.echo()
-    click.echo(
+    show()
+    show(
         f"  {len(errors)} modules, {result.parameters:,} parameters, {size(result.nbytes)}, {result.seconds:.1f} s; "
-        f"{worst}, median {small(statistics.median(errors))}"
+        f"ε worst {small(max(errors))}, median {small(statistics.median(errors))}",
+        "yellow" if max(errors) > LARGE_ERROR else None,
     )
     if result.calibration is not None:
-        click.echo()
+        show()
         print_calibration(result.calibration)
     also = "a plain LoRA" if result.plain_lora else "a DoRA"
-    click.echo(f"  stock PEFT loads it as {also} adapter: PeftModel.from_pretrained(base, {str(result.out)!r})")
+    show(f"  stock PEFT loads it as {also} adapter: PeftModel.from_pretrained(base, {str(result.out)!r})")
     advice = advice_for(result, chosen)
     if advice:
-        click.echo(f"  advice: {advice}")
+        show(f"  advice: {advice}")
 
 
 def _row(name: str, modules: list[MapModule], *, with_data: bool) -> list[str]:

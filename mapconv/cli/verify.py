@@ -6,10 +6,8 @@ import statistics
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-import click
-
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import EPSILON, explain, notes, print_json, print_table, small
+from mapconv.cli.output import EPSILON, explain, notes, print_json, print_table, show, small
 from mapconv.hub.reference import shown
 from mapconv.options.commands import VERIFY
 
@@ -40,8 +38,8 @@ def verify(chosen: Chosen) -> None:
 
 def _report(report: VerifyReport) -> None:
     where = f"{shown(report.result)} against {shown(report.source)}"
-    click.echo(f"{where}, {report.tokens:,} positions, {report.seconds:.1f} s")
-    click.echo()
+    show(f"{where}, {report.tokens:,} positions, {report.seconds:.1f} s")
+    show()
     if report.kl is not None:
         _functions(report)
     explain(EPSILON)
@@ -67,8 +65,8 @@ def _functions(report: VerifyReport) -> None:
         ["model", "perplexity", "KL(source ‖ model)"],
         [[name, "-" if perplexity is None else f"{perplexity:.4f}", small(kl)] for name, perplexity, kl in rows],
     )
-    click.echo()
-    click.echo(f"  top-1 agreement               {report.top1_agreement:.2%}")
-    click.echo(f"  largest KL at one position    {small(report.kl_largest)}")
-    click.echo(f"  largest logit difference      {small(report.largest_logit_difference)}")
-    click.echo()
+    show()
+    show(f"  top-1 agreement               {report.top1_agreement:.2%}")
+    show(f"  largest KL at one position    {small(report.kl_largest)}")
+    show(f"  largest logit difference      {small(report.largest_logit_difference)}")
+    show()

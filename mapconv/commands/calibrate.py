@@ -119,7 +119,7 @@ def calibrate(
     _check_pair(map_adapter, source.adapter, force=force)
     in_place = out.resolve() == adapter_path.resolve()
     inputs = [source_path, source.target.folder] + ([] if in_place else [adapter_path])
-    check_output(out, force=force, inputs=inputs, nbytes=2 * map_adapter.nbytes)
+    check_output(out, force=force, inputs=inputs, nbytes=2 * map_adapter.nbytes, carries_over=in_place)
     checkpoint = checkpoint_path(out)
     if checkpoint.exists() and not (resume or force):
         raise OutputError(

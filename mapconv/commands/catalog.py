@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+from mapconv.catalog.claims import check_repositories
 from mapconv.catalog.entries import Entry
 from mapconv.catalog.reading import read_catalog
 from mapconv.catalog.run import Run, Tally, first_by_kind
@@ -121,11 +122,12 @@ def convert_catalog(
         )
     workers = workers or (1 if engine == "serial" else len(os.sched_getaffinity(0)))
     catalogued = read_catalog(catalog)
+    if verify or push_to is not None:
+        catalogued = _with_stages(catalogued, verify=verify, push_to=push_to)
+        check_repositories(catalogued, catalog)
     entries = [entry for entry in catalogued if only is None or fnmatchcase(entry.name, only)]
     if not entries:
         raise CatalogError(f"{catalog} has no entry that matches {only!r}: nothing was converted.")
-    if verify or push_to is not None:
-        entries = _with_stages(entries, verify=verify, push_to=push_to)
     run = Run(entries, out, engine=engine, workers=workers, ray_address=ray_address)
     with tally_bar("converting", unit="adapter", quiet=quiet) as bar:
 

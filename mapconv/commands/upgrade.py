@@ -13,6 +13,7 @@ from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.moments import Statistics
 from mapconv.checkpoint.index import read_tensor_file
 from mapconv.checkpoint.staging import check_output, staged_folder
+from mapconv.checkpoint.unchanged import marks_in, unchanged
 from mapconv.commands.outputs import output_beside
 from mapconv.errors import UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude
@@ -123,6 +124,7 @@ def upgrade(
     samples, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
     out = output_beside(source, "map") if out is None else Path(out)
     source = locate_adapter(source, allow_pickle=allow_pickle)
+    marks = marks_in(source)
     options = ConvertOptions(
         rank,
         tolerance,
@@ -148,7 +150,8 @@ def upgrade(
     modules, parameters, calibration = refitted, 0, None
     norms = BaseNorms(placed.target.checkpoint)
     if not dry_run:
-        with staged_folder(out, force=force) as staging:
+        marks |= placed.target.checkpoint.marks
+        with staged_folder(out, force=force) as staging, unchanged(marks):
             refitted = write_map_directory(plan, norms, sample, staging, quiet=quiet)
             modules = refitted
             log.info("wrote %d modules to %s", len(modules), staging)

@@ -11,13 +11,17 @@ from typing import Any, Literal
 
 import torch
 
+from mapconv.checkpoint.reader import TensorReader
 from mapconv.data import read_blocks, read_rows
-from mapconv.errors import AdapterError
+from mapconv.errors import AdapterError, BaseMismatchError
 from mapconv.fidelity.comparison import Agreement, Comparison, ModuleError
 from mapconv.fidelity.saved import check_report_place, save_report
+from mapconv.formats.mapdir import MAP_CONFIG_FILE
 from mapconv.hub import locate_adapter, locate_result
 from mapconv.options.commands import VERIFY
 from mapconv.placement.adapters import place_adapter
+from mapconv.placement.base_check import base_fault
+from mapconv.refit.norms import BaseNorms
 from mapconv.runtime.devices import resolve_device
 from mapconv.runtime.models import load_tokenizer
 from mapconv.runtime.progress import progress_bar
@@ -104,6 +108,7 @@ def verify(
         check_report_place(result)
     rows = read_rows(data)
     placed = place_adapter(against, base, allow_pickle=allow_pickle)
+    _check_base(result, placed.target.folder)
     compared = Comparison(result, placed, dtype=dtype, device=resolve_device(device))
     log.info("loaded %s and its source", result)
     total, notes = Agreement(), []
@@ -135,6 +140,21 @@ def verify(
     if save:
         save_report(result, report.to_dict())
     return report
+
+
+def _check_base(result: Path, base: Path) -> None:
+    """Refuse a MAP directory that was made for another base: what it is to its source cannot be seen on this one."""
+    if not (result / MAP_CONFIG_FILE).is_file():
+        return
+    placed = place_adapter(result, base)
+    norms = BaseNorms(placed.target.checkpoint)
+    with TensorReader() as reader:
+        norms.load([item.weight for item in placed.modules], reader)
+    for item in placed.modules:
+        fault = base_fault(item.scalars, norms[item.weight])
+        if fault is not None:
+            file = item.weight.pieces[0].tensor.file
+            raise BaseMismatchError(f"{file}: {item.weight.name} {fault}: give that base with --base.")
 
 
 def _compare(compared: Comparison, block: list[int], total: Agreement) -> None:

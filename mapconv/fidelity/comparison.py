@@ -12,6 +12,7 @@ import torch
 from mapconv.errors import AdapterError
 from mapconv.formats.peft import CONFIG_FILE, KEY_PREFIX
 from mapconv.placement.adapters import PlacedAdapter
+from mapconv.placement.running import load_base
 from mapconv.runtime.models import attach_with_peft, load_model, longest_text, reads_text, text_classes
 
 #: Positions whose outputs are compared at once, in float64: 64 × 256,000 tokens take 131 MB.
@@ -82,14 +83,7 @@ class Comparison:
             self._merged = attach_with_peft(self._model, result, "result")
 
     def _base_with(self, source: PlacedAdapter, adapter: Path, name: str, dtype: str) -> Any:
-        base = load_model(
-            source.target.folder,
-            source.target.class_name,
-            dtype=dtype,
-            device=self._device,
-            config=source.target.source_config,
-            completed_later=bool(source.adapter.whole),
-        )
+        base = load_base(source, dtype=dtype, device=self._device)
         return attach_with_peft(base, adapter, name)
 
     @property

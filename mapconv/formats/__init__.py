@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mapconv.adapter import Adapter
-from mapconv.checkpoint.sidecars import MODEL_CONFIG
+from mapconv.checkpoint.sidecars import MODEL_CONFIG, check_folder
 from mapconv.errors import AdapterError
 from mapconv.formats import mapdir, peft
 from mapconv.formats.base import Dialect
@@ -20,6 +20,7 @@ def read_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:
     Raises:
         AdapterError: nothing there, no dialect's, or broken; UnsupportedError: sound, but with a refused feature.
     """
+    check_folder(path, AdapterError)
     for dialect in DIALECTS:
         if dialect.detect(path):
             return dialect.read(path, allow_pickle=allow_pickle)

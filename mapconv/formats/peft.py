@@ -11,6 +11,7 @@ from pathlib import Path
 from mapconv.adapter import Adapter, LoraSettings, Module, TensorRef, WholeTensor
 from mapconv.checkpoint.index import read_tensor_file
 from mapconv.errors import AdapterError, UnsupportedError
+from mapconv.files import check_regular
 from mapconv.formats.config import parse_settings, read_config
 from mapconv.formats.pickle import PICKLE_FILE, as_safetensors
 
@@ -110,6 +111,7 @@ def _weights(folder: Path, *, allow_pickle: bool) -> tuple[TensorRef, ...]:
                 f"{weights} is a pickle, which can run code when it is opened: convert it to {WEIGHTS_FILE}, or pass "
                 "--allow-pickle to read it with torch's weights-only loader."
             )
+        check_regular(weights, AdapterError)
         weights = as_safetensors(weights)
     if not weights.exists():
         raise AdapterError(f"{folder} has {CONFIG_FILE} but no {WEIGHTS_FILE}: download the weights.")

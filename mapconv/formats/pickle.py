@@ -9,12 +9,15 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+import zipfile
 from functools import cache
 from pathlib import Path
 
 from mapconv.errors import AdapterError
 
 PICKLE_FILE = "adapter_model.bin"
+#: Tensors may share memory, which a safetensors file holds once for each.
+_MOST_GROWTH = 16
 
 
 @cache
@@ -27,6 +30,7 @@ def as_safetensors(path: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
+    _refuse_bomb(path)
     try:
         table = torch.load(path, map_location="cpu", weights_only=True, mmap=None)
     except Exception as error:  # the unpickler raises whatever a broken or hostile file makes it raise
@@ -35,9 +39,30 @@ def as_safetensors(path: Path) -> Path:
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in table.items()
     ):
         raise AdapterError(f"{path} holds more than a table of tensors: it is no adapter's weights.")
+    size, claimed = path.stat().st_size, sum(value.nbytes for value in table.values())
+    if claimed > _MOST_GROWTH * size:
+        raise AdapterError(
+            f"{path} is {size:,} bytes long but its tensors have {claimed:,}: they repeat the same few numbers, "
+            "so it is no adapter's weights."
+        )
     folder = Path(tempfile.mkdtemp(prefix="mapconv-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     target = folder / "adapter_model.safetensors"
     # clone: tensors of a pickle may share memory, which safetensors refuses to write
     save_file({key: value.clone().contiguous() for key, value in table.items()}, target)
     return target
+
+
+def _refuse_bomb(path: Path) -> None:
+    """torch stores its tensors uncompressed in a zip file; one whose parts expand would fill the memory."""
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            expanded = sum(part.file_size for part in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return  # the older form, or none at all, which torch's loader says
+    if expanded > _MOST_GROWTH * size:
+        raise AdapterError(
+            f"{path} is {size:,} bytes long and expands to {expanded:,}: torch compresses nothing, so it is no "
+            "adapter's weights."
+        )

@@ -6,17 +6,18 @@ that commit (``origin_of``). Only the files that are needed are fetched.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from mapconv.checkpoint.filenames import MODEL_CONFIG, MODEL_FILES, TOKENIZER_FILES
 from mapconv.checkpoint.index import INDEX_FILE, SINGLE_FILE, Checkpoint, read_checkpoint
-from mapconv.checkpoint.sidecars import MODEL_CONFIG, MODEL_FILES, TOKENIZER_FILES
 from mapconv.errors import AdapterError, CheckpointError, UnsupportedError
+from mapconv.files import LARGE
 from mapconv.hub.faults import ask_hub
 from mapconv.hub.ranges import RangesUnsupportedError, ranged_checkpoint
 from mapconv.hub.reference import HubReference, parse_reference
+from mapconv.jsonfile import read_object
 
 CARD_FILE = "README.md"
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -151,9 +152,9 @@ def _has_weights(folder: Path) -> bool:
 def _shards(folder: Path) -> list[str]:
     """The files that the index lists; read_checkpoint reports what is wrong with an index."""
     try:
-        weight_map = json.loads((folder / INDEX_FILE).read_bytes())["weight_map"]
+        weight_map = read_object(folder / INDEX_FILE, CheckpointError, limit=LARGE)["weight_map"]
         return sorted({str(name) for name in weight_map.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, CheckpointError, KeyError, AttributeError):
         return []
 
 

@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mapconv.adapter import TensorRef
 from mapconv.algebra.dora import merge_rows_, row_scales
-from mapconv.algebra.norms import BLOCK_ELEMENTS, product_norm, row_blocks, squared_norm
-from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
-from mapconv.checkpoint.writer import FixedFile
+from mapconv.algebra.fingerprint import Fingerprint, block_fingerprint
+from mapconv.algebra.norms import BLOCK_ELEMENTS, all_finite, product_norm, row_blocks
+from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader, block_elements, row_ranges
+from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.errors import AdapterError, CheckpointError, MapconvError, OutputError
 from mapconv.merging.plan import ConvertJob, CopyJob, LowRankUpdate, MergeJob
 from mapconv.placement.factors import FactorLoader
-from mapconv.placement.weights import Piece, read_rows
+from mapconv.placement.weights import Piece, WeightView, block_numbers, read_rows
 
 #: ‖Δ‖ comes from a Gram matrix of the stored factors, whose rounding its conditioning can enlarge.
 DIRECTION_TOLERANCE = 1e-6
@@ -29,7 +31,7 @@ DIRECTION_TOLERANCE = 1e-6
 class MergedTensor:
     """One tensor that a merge changed: how far, and how far rounding to the output's dtype moved it again.
 
-    ``base_squares`` has ‖·‖² of the base rows that each adapted weight has in this tensor, by the weight's identity.
+    ``base`` has the fingerprint of the base rows that each adapted weight has in this tensor, by the weight's identity.
     """
 
     tensor: str
@@ -37,7 +39,7 @@ class MergedTensor:
     dtype: str
     update_norm: float
     rounding_norm: float
-    base_squares: Mapping[tuple, float] = field(default_factory=dict)
+    base: Mapping[tuple, Fingerprint] = field(default_factory=dict)
 
     @property
     def rounding_error(self) -> float:
@@ -74,7 +76,7 @@ class Merger:
 
     WORKING_BYTES = _Buffers.NBYTES
 
-    def __init__(self, reader: TensorReader, files: Mapping[str, FixedFile]) -> None:
+    def __init__(self, reader: TensorReader, files: Mapping[str, FixedFile | NoFile]) -> None:
         self._reader, self._files = reader, files
         self._factors = FactorLoader(reader)
         self._local = threading.local()
@@ -91,9 +93,11 @@ class Merger:
 
     def _convert(self, job: ConvertJob) -> None:
         source, target = job.source, job.target
-        buffers, dtype = self._buffers(BLOCK_ELEMENTS), TORCH_DTYPES[target.dtype]
-        for start, stop in row_blocks(source.numel, 1):
+        buffers, dtype = self._buffers(block_elements(source)), TORCH_DTYPES[target.dtype]
+        for start, stop in row_ranges(source):
             values = self._reader.read_range(source, start, stop, buffers.raw)
+            if source.stored != (source,) and not all_finite(values):
+                raise _not_finite(source)
             rounded = buffers.out.view(dtype)[: stop - start].copy_(values)
             if dtype == torch.float16 and not torch.isfinite(rounded).all():
                 raise _overflow(target.name, target.dtype)
@@ -105,7 +109,7 @@ class Merger:
         matrices, height, width = job.grid
         buffers = self._buffers(max(width, BLOCK_ELEMENTS))
         bias = self._bias(job)
-        base_squares: dict[tuple, float] = {}
+        base: dict[tuple, Fingerprint] = {}
         update_square = rounding_square = 0.0
         for index in range(matrices):
             updates = [self._prepare(item, buffers) for item in job.updates if item.piece.index == index]
@@ -131,13 +135,11 @@ class Merger:
             if known_norm is not None:
                 update_square += known_norm**2
             for update in updates:
-                base_squares[update.identity] = base_squares.get(update.identity, 0.0) + update.base_square
+                base[update.identity] = base.get(update.identity, Fingerprint()) + update.base
         if not math.isfinite(rounding_square):
             raise self._not_finite(job)
         paths = dict.fromkeys(item.placed.module.path for item in job.updates)
-        return MergedTensor(
-            target.name, tuple(paths), target.dtype, update_square**0.5, rounding_square**0.5, base_squares
-        )
+        return MergedTensor(target.name, tuple(paths), target.dtype, update_square**0.5, rounding_square**0.5, base)
 
     def _prepare(self, item: LowRankUpdate, buffers: _Buffers) -> _Update:
         """Load an update's factors, bring in its gains, and cut out the rows that this tensor holds."""
@@ -156,7 +158,15 @@ class Merger:
         part = slice(piece.start, piece.stop)
         magnitude = None if magnitude is None else magnitude[part]
         update = _Update(
-            piece, placed.identity, A, B[part], base_gain, update_gain, magnitude, measures_base=scalars is not None
+            placed.weight,
+            piece,
+            placed.identity,
+            A,
+            B[part],
+            base_gain,
+            update_gain,
+            magnitude,
+            measures_base=scalars is not None,
         )
         if piece.transposed and magnitude is not None:
             update.scales = row_scales(update.magnitude, self._merged_column_norms(update, buffers))
@@ -176,10 +186,10 @@ class Merger:
 
     def _not_finite(self, job: MergeJob) -> MapconvError:
         """Whether the base held NaN or infinity, or the merged values do not fit in the output's dtype."""
-        buffer = torch.empty(8 * BLOCK_ELEMENTS, dtype=torch.uint8)
-        for start, stop in row_blocks(job.source.numel, 1):
+        buffer = torch.empty(8 * block_elements(job.source), dtype=torch.uint8)
+        for start, stop in row_ranges(job.source):
             if not torch.isfinite(self._reader.read_range(job.source, start, stop, buffer)).all():
-                return CheckpointError(f"{job.source.file}: tensor {job.source.name} holds NaN or infinity.")
+                return _not_finite(job.source)
         return _overflow(job.target.name, job.target.dtype)
 
     def _replace_rows(self, item, rows: torch.Tensor, start: int, stop: int) -> None:
@@ -206,9 +216,10 @@ class Merger:
 class _Update:
     """One weight's update, ready to be applied to rows of the stored matrix that ``piece`` lies in.
 
-    ``base_square`` collects ‖·‖² of the base rows that it meets, if it ``measures_base``.
+    ``base`` collects the fingerprint of the base rows that it meets, if it ``measures_base``.
     """
 
+    view: WeightView
     piece: Piece
     identity: tuple
     A: torch.Tensor
@@ -218,7 +229,7 @@ class _Update:
     magnitude: torch.Tensor | None
     measures_base: bool
     scales: torch.Tensor | None = None
-    base_square: float = 0.0
+    base: Fingerprint = field(default_factory=Fingerprint)
 
     @property
     def known_norm(self) -> float | None:
@@ -242,8 +253,7 @@ class _Update:
         if self.piece.transposed:
             self._apply_transposed(rows[:, self.columns], raw[:, self.columns], low, high, buffers)
             return
-        if self.measures_base:
-            self.base_square += squared_norm(raw, buffers.wide)
+        self._measure(raw, low, high, buffers)
         part = slice(low - first, high - first)
         merge_rows_(
             rows,
@@ -255,11 +265,16 @@ class _Update:
             into_wide=buffers.widen,
         )
 
+    def _measure(self, raw: torch.Tensor, start: int, stop: int, buffers: _Buffers) -> None:
+        if self.measures_base:
+            first = self.piece.stored_rows[0]
+            numbers = block_numbers(self.view, self.piece, start - first, stop - first)
+            self.base += block_fingerprint(raw, *numbers, buffers.wide)
+
     def _apply_transposed(
         self, rows: torch.Tensor, raw: torch.Tensor, start: int, stop: int, buffers: _Buffers
     ) -> None:
-        if self.measures_base:
-            self.base_square += squared_norm(raw.contiguous(), buffers.wide)
+        self._measure(raw, start, stop, buffers)
         A, B, a, b = self.A[:, start:stop].T, self.B.T, self.base_gain, self.update_gain
         if self.scales is None:
             rows.copy_(torch.addmm(rows, A, B, beta=a, alpha=b))
@@ -280,6 +295,10 @@ def _check_direction(item: LowRankUpdate, norm: float) -> None:
 def _square(values: torch.Tensor) -> float:
     flat = values.view(-1)
     return float(torch.dot(flat, flat))
+
+
+def _not_finite(ref: TensorRef) -> CheckpointError:
+    return CheckpointError(f"{ref.file}: tensor {ref.name} holds NaN or infinity.")
 
 
 def _overflow(name: str, dtype: str) -> OutputError:

@@ -12,10 +12,12 @@ from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import AdapterError, CheckpointError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter
 from mapconv.hub import open_base
-from mapconv.jsonfile import read_object
+from mapconv.placement.bases import plain_base
 from mapconv.placement.by_name import linear_paths, place, require_all_targets
+from mapconv.placement.skeleton import knows_type, names_class
 from mapconv.placement.starting_point import resolve_target
-from mapconv.placement.target_model import TargetModel, plain_target
+from mapconv.placement.stored_model import stored_target
+from mapconv.placement.target_model import Placed, TargetModel, plain_target, vocabulary_sizes
 from mapconv.placement.weights import Piece, PlacedModule, WeightView
 
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -51,47 +53,52 @@ def place_adapters(
     """
     adapters = [read_adapter(source, allow_pickle=allow_pickle) for source in sources]
     first = adapters[0]
-    checkpoint = open_base(base, first.base, first.revision, sources[0], lean=lean)
-    config = _read_config(checkpoint)
-    plain = _place_plain(adapters, checkpoint, config)
-    target, placed = plain or resolve_target(checkpoint, adapters)
+    checkpoint, config = plain_base(open_base(base, first.base, first.revision, sources[0], lean=lean))
+    target, placed = _place(adapters, checkpoint, config)
     _refuse_other_dtypes(placed)
-    _refuse_shared_dora(adapters, placed)
-    return tuple(
-        PlacedAdapter(adapter, target, _with_scalars(adapter, modules))
-        for adapter, modules in zip(adapters, placed, strict=True)
-    )
+    _refuse_shared_dora(placed)
+    return tuple(PlacedAdapter(adapter, target, _with_scalars(adapter, modules)) for adapter, modules in placed)
+
+
+def _place(adapters: Sequence[Adapter], checkpoint: Checkpoint, config: Mapping[str, Any]) -> Placed:
+    """The quick way where it suffices, else by the model's class, or where there is none by shapes."""
+    plain = _place_plain(adapters, checkpoint, config)
+    if plain is not None:
+        return plain
+    if names_class(config):
+        return resolve_target(checkpoint, adapters)
+    try:
+        return stored_target(checkpoint, adapters, config)
+    except PlacementError:
+        # A class of somebody's own over a model that transformers knows: its names may be those of an older version.
+        if not knows_type(config):
+            raise
+        return resolve_target(checkpoint, adapters)
 
 
 def _is_plain(adapter: Adapter, config: Mapping[str, Any]) -> bool:
     """Whether names and shapes alone may tell where the adapter goes: linear factors on weights stored as they are."""
     # A causal language model has the same names in its file as in the model, whichever transformers wrote it; composite
     # models and others need not, and stock PEFT goes by the model's.
-    architectures = config.get("architectures") or []
-    if not all(str(name).endswith("ForCausalLM") for name in architectures):
+    if not all(name.endswith("ForCausalLM") for name in config.get("architectures") or []):
         return False
     settings = adapter.settings
     special = settings.initialization or settings.layer_replication or settings.target_parameters or adapter.whole
-    if special or config.get("model_type") in _TRANSPOSING:
+    if special or config.get("model_type") in _TRANSPOSING or adapter.config.get("fan_in_fan_out"):
         return False
     return all(len(m.lora_A.shape) == 2 and not m.embedding and m.bias is None for m in adapter.modules)
 
 
-def _place_plain(
-    adapters: Sequence[Adapter], checkpoint: Checkpoint, config: Mapping[str, Any]
-) -> tuple[TargetModel, tuple[tuple[PlacedModule, ...], ...]] | None:
+def _place_plain(adapters: Sequence[Adapter], checkpoint: Checkpoint, config: Mapping[str, Any]) -> Placed | None:
     """The quick way, or None where only the model's class can tell."""
     if not all(_is_plain(adapter, config) for adapter in adapters):
         return None
     try:
-        placed = tuple(_place_linears(adapter, checkpoint) for adapter in adapters)
+        placed = tuple((adapter, _place_linears(adapter, checkpoint)) for adapter in adapters)
     except PlacementError:
-        # The names may be those of another transformers version, which the class knows.
-        if "model_type" not in config:
-            raise
-        return None
-    vocabularies = _vocabulary_sizes(config)
-    if any(item.weight.shape[0] in vocabularies for modules in placed for item in modules):
+        return None  # the names may be those of another transformers version, which the class knows
+    vocabularies = vocabulary_sizes(config)
+    if any(item.weight.shape[0] in vocabularies for _, modules in placed for item in modules):
         return None  # an output embedding may be tied to the input's
     return plain_target(checkpoint), placed
 
@@ -108,11 +115,6 @@ def _place_linears(adapter: Adapter, checkpoint: Checkpoint) -> tuple[PlacedModu
     return tuple(placed)
 
 
-def _vocabulary_sizes(config: Mapping[str, Any]) -> set[int]:
-    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-    return {part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)}
-
-
 def _with_scalars(adapter: Adapter, modules: tuple[PlacedModule, ...]) -> tuple[PlacedModule, ...]:
     if adapter.method != "MAP":
         return modules
@@ -126,9 +128,9 @@ def _with_scalars(adapter: Adapter, modules: tuple[PlacedModule, ...]) -> tuple[
     return tuple(item.with_scalars(scalars[item.key]) for item in modules)
 
 
-def _refuse_other_dtypes(placed: Sequence[Sequence[PlacedModule]]) -> None:
-    """An 8-bit tensor is the code of a weight, not the weight."""
-    for ref in (piece.tensor for modules in placed for item in modules for piece in item.weight.pieces):
+def _refuse_other_dtypes(placed: Sequence[tuple[Adapter, Sequence[PlacedModule]]]) -> None:
+    """An 8-bit tensor without scales is the code of a weight, not the weight."""
+    for ref in (piece.tensor for _, modules in placed for item in modules for piece in item.weight.pieces):
         if ref.dtype not in FLOAT_DTYPES.values():
             raise CheckpointError(
                 f"{ref.file}: {ref.name} has dtype {ref.dtype}: an adapter fits the plain weight, so give the 16-bit "
@@ -136,10 +138,10 @@ def _refuse_other_dtypes(placed: Sequence[Sequence[PlacedModule]]) -> None:
             )
 
 
-def _refuse_shared_dora(adapters: Sequence[Adapter], placed: Sequence[Sequence[PlacedModule]]) -> None:
+def _refuse_shared_dora(placed: Sequence[tuple[Adapter, Sequence[PlacedModule]]]) -> None:
     """A DoRA rescales the whole weight, so that its merge does not add to another adapter's."""
     owners: dict[tuple, tuple[Adapter, PlacedModule]] = {}
-    for adapter, modules in zip(adapters, placed, strict=True):
+    for adapter, modules in placed:
         for item in modules:
             key = (item.parameter, item.expert)
             other, own = owners.setdefault(key, (adapter, item))
@@ -156,19 +158,3 @@ def _rescales(adapter: Adapter, item: PlacedModule) -> bool:
         return item.module.magnitude is not None
     scalars = next(s for s in adapter.map_modules if (s.path, s.expert) == item.key)
     return scalars.direction == "dora" or scalars.base_gain != 1.0
-
-
-def _read_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The base's ``config.json``, or nothing where there is none; a quantized base is refused."""
-    path = checkpoint.folder / "config.json"
-    if not path.exists():
-        return {}
-    config = read_object(path, CheckpointError)
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(
-            f"{checkpoint.folder} is quantized ({method}): an adapter fits the plain weight, so give the 16-bit or "
-            "32-bit model with --base."
-        )
-    return config

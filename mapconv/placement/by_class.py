@@ -6,10 +6,10 @@ This is the careful way, for all that names and shapes alone cannot tell (``plac
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from mapconv.adapter import Adapter, Module
 from mapconv.errors import PlacementError, UnsupportedError
+from mapconv.placement.agreement import attention_refusal, on_stack, on_weight, require_bijection
 from mapconv.placement.by_name import misfit_report, nearest, require_all_targets
 from mapconv.placement.regions import StoredParameters
 from mapconv.placement.skeleton import LiveModel
@@ -33,7 +33,7 @@ def place_on_live_model(adapter: Adapter, live: LiveModel, stored: StoredParamet
             misfits.append(str(error))
     if misfits:
         raise PlacementError(misfit_report(misfits, len(adapter.modules)))
-    _require_bijection(placed)
+    require_bijection(placed)
     taken = {item.parameter.removesuffix(".weight") for item in placed}
     # A target inside a module that was trained in full has no factors of its own.
     saved = [f".{name}." for name in adapter.settings.modules_to_save]
@@ -50,6 +50,8 @@ def live_parameter(path: str, adapter: Adapter, live: LiveModel) -> str | None:
     if kind is None:
         region = live.locate(f"{inner}.weight")
         return region.parameter if region.parameter in live.shapes else None
+    if kind == "attention":
+        raise attention_refusal(path)
     if kind != "parameters":
         return f"{inner}.weight"
     targets = adapter.settings.target_parameters
@@ -78,70 +80,21 @@ def _place(module: Module, adapter: Adapter, live: LiveModel, stored: StoredPara
             )
         # From here on the module goes by its name in the live model, whichever version's it was saved under.
         weight = _stored_weight(parameter, kind, live, stored)
-        yield from _one(module, adapter, parameter, weight, live_path=inner)
+        yield on_weight(module, adapter, parameter, weight, live_path=inner)
         return
     region = live.locate(f"{module.path.replace(_WRAPPER, '')}.weight")
     if region.index is not None:
         transposed = live.stores_in_by_out(parameter.rpartition(".")[0])
-        yield from _one(module, adapter, parameter, stored.part(region, transposed=transposed))
+        yield on_weight(module, adapter, parameter, stored.part(region, transposed=transposed))
         return
     if len(live.shapes[parameter]) == 2:
         weight = _stored_weight(parameter, "linear", live, stored)
-        yield from _one(module, adapter, parameter, weight, pattern_name=parameter)
+        yield on_weight(module, adapter, parameter, weight, pattern_name=parameter)
         return
-    yield from _experts(module, adapter, parameter, live, stored)
-
-
-def _one(
-    module: Module,
-    adapter: Adapter,
-    parameter: str,
-    weight: WeightView,
-    *,
-    pattern_name: str | None = None,
-    live_path: str | None = None,
-) -> Iterator[PlacedModule]:
-    if weight.shape != module.weight_shape:
-        raise PlacementError(
-            f"{module.path}: {weight.name} is {list(weight.shape)} (out, in), the adapter fits "
-            f"{list(module.weight_shape)}"
-        )
-    settings, name = adapter.settings, pattern_name or module.path
-    if settings.rank_of(name) != module.rank:
-        raise PlacementError(
-            f"{module.path}: the factors have rank {module.rank}, the configuration says {settings.rank_of(name)}"
-        )
-    # Only linear layers take part in an initialization that changes the base; PEFT ignores it elsewhere.
-    init = settings.initialization if not module.embedding else None
-    module = replace(module, path=live_path or module.path)
-    yield PlacedModule(module, weight, parameter, module.rank, settings.scaling_of(name), initialization=init)
-
-
-def _experts(
-    module: Module, adapter: Adapter, parameter: str, live: LiveModel, stored: StoredParameters
-) -> Iterator[PlacedModule]:
-    experts = live.shapes[parameter][0]
-    settings = adapter.settings
-    if settings.initialization is not None:
-        raise UnsupportedError(
-            f"{module.path}: init_lora_weights={settings.initialization!r} on a stack of experts has no defined base: "
-            "export the adapter as plain LoRA first."
-        )
-    rank = settings.rank_of(parameter)
-    if module.rank != rank * experts:
-        raise PlacementError(
-            f"{module.path}: {module.rank} rows of lora_A for {experts} experts of {parameter}, expected {rank} each"
-        )
     transposed = live.stores_in_by_out(parameter.rpartition(".")[0])
-    scaling = settings.scaling_of(parameter)
-    for expert in range(experts):
-        weight = stored.expert(parameter, expert, transposed=transposed)
-        if weight.shape != module.weight_shape:
-            raise PlacementError(
-                f"{module.path}: an expert of {weight.name} is {list(weight.shape)} (out, in), the adapter fits "
-                f"{list(module.weight_shape)}"
-            )
-        yield PlacedModule(module, weight, parameter, rank, scaling, expert=expert, experts=experts)
+    experts = range(live.shapes[parameter][0])
+    views = [stored.expert(parameter, expert, transposed=transposed) for expert in experts]
+    yield from on_stack(module, adapter, parameter, views)
 
 
 def _stored_weight(parameter: str, kind, live: LiveModel, stored: StoredParameters) -> WeightView:
@@ -150,12 +103,3 @@ def _stored_weight(parameter: str, kind, live: LiveModel, stored: StoredParamete
         if stored.holds(name):
             return stored.weight(name, kind)
     raise PlacementError(f"{parameter}: no tensor of the base holds it{nearest(parameter, stored.tensor_names)}")
-
-
-def _require_bijection(placed: list[PlacedModule]) -> None:
-    owners: dict[tuple, str] = {}
-    for item in placed:
-        key = (item.parameter, item.expert, tuple((p.tensor.name, p.index, p.offset) for p in item.weight.pieces))
-        if key in owners:
-            raise PlacementError(f"{item.module.path} and {owners[key]} both adapt {item.weight.name}.")
-        owners[key] = item.module.path

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,12 +45,12 @@ def place(
     Raises:
         PlacementError: a module without a tensor, of another shape, or two modules on one tensor.
     """
-    renaming = _best_renaming(modules, tensors)
+    renaming = best_renaming(modules, tensors)
     placed: dict[str, str] = {}
     owners: dict[str, str] = {}
     misfits: list[str] = []
     for path, shape in modules.items():
-        name = _tensor_name(path, renaming, tensors)
+        name = tensor_name(path, renaming, tensors)
         if name not in tensors:
             misfits.append(f"{path}: no tensor {name}{nearest(name, tensors) if len(misfits) < _LISTED else ''}")
         elif tensors[name] != shape:
@@ -96,19 +96,20 @@ def linear_paths(tensors: Mapping[str, tuple[int, ...]]) -> list[str]:
     ]
 
 
-def _best_renaming(modules: Mapping[str, Any], tensors: Mapping[str, Any]) -> Renaming:
+def best_renaming(modules: Collection[str], tensors: Mapping[str, Any]) -> Renaming:
     """The renaming under which most modules have a tensor; the plainest one where several do equally well."""
     heads = {path.partition(".")[0] + "." for path in modules if "." in path}
     tensor_heads = {name.partition(".")[0] + "." for name in tensors if name.count(".") > 1}
     candidates = [Renaming(), *(Renaming(drop=head) for head in sorted(heads))]
     candidates += [Renaming(add=head) for head in sorted(tensor_heads)]
     return max(
-        candidates, key=lambda renaming: sum(_tensor_name(path, renaming, tensors) in tensors for path in modules)
+        candidates, key=lambda renaming: sum(tensor_name(path, renaming, tensors) in tensors for path in modules)
     )
 
 
-def _tensor_name(path: str, renaming: Renaming, tensors: Mapping[str, Any]) -> str:
-    name, plain = f"{renaming.to_checkpoint(path)}.weight", f"{path}.weight"
+def tensor_name(path: str, renaming: Renaming, tensors: Mapping[str, Any], leaf: str = "weight") -> str:
+    """What the checkpoint calls a parameter of the module that the adapter calls ``path``, if it has it."""
+    name, plain = f"{renaming.to_checkpoint(path)}.{leaf}", f"{path}.{leaf}"
     # A head such as lm_head lies outside the prefix that the rest of the checkpoint has.
     return plain if renaming.add and name not in tensors and plain in tensors else name
 

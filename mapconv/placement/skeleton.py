@@ -9,28 +9,25 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
 
+from mapconv.checkpoint.filenames import MODEL_CONFIG
+from mapconv.checkpoint.model_config import read_model_config
+from mapconv.checkpoint.quantization import without_quantization
 from mapconv.errors import CheckpointError
-from mapconv.jsonfile import read_object
-from mapconv.runtime.models import quiet_libraries, translated
+from mapconv.runtime.models import model_class, quiet_libraries, refuse_code, translated
 
-Kind = Literal["linear", "transposed", "conv", "embedding", "parameters"]
+Kind = Literal["linear", "transposed", "conv", "embedding", "attention", "parameters"]
 
-#: PEFT's task names, and the transformers class that they stand for.
-_TASKS = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
+#: About three times those of the largest models; a class takes seconds to build as many.
+_MOST_MODULES = 200_000
 
 
 @dataclass(frozen=True)
@@ -59,11 +56,12 @@ class LiveModel:
         with quiet_libraries(), translated(f"a {class_name}", CheckpointError):
             import transformers
 
+            refuse_code(config, Path("config.json"))
             settings = copy.deepcopy(config)
             model_type = settings.pop("model_type")
             built = transformers.AutoConfig.for_model(model_type, **settings)
-            with torch.device("meta"):
-                self.model = getattr(transformers, class_name)(built)
+            with torch.device("meta"), _bounded_modules(class_name):
+                self.model = model_class(class_name)(built)
                 self.model.tie_weights()
         self.class_name = class_name
         self.config = config
@@ -78,6 +76,7 @@ class LiveModel:
         self.shapes_or_buffers = self.shapes | {name: tuple(b.shape) for name, b in self.model.named_buffers()}
         self._transforms: tuple[list, list] | None = None
         self._located: dict[str, Region] = {}
+        self._of_another_class: set[str] = set()
 
     def tied(self, parameter: str) -> tuple[str, ...]:
         """All names of the parameter, its own included."""
@@ -103,11 +102,13 @@ class LiveModel:
             return "embedding"
         if isinstance(module, torch.nn.modules.conv._ConvNd):
             return "conv"
+        if isinstance(module, torch.nn.MultiheadAttention):
+            return "attention"
         return "parameters"
 
     def adaptable_paths(self) -> list[str]:
         """The modules that ``target_modules`` can name."""
-        return [path for path in self._modules if self.kind(path) != "parameters"]
+        return [path for path in self._modules if self.kind(path) not in ("attention", "parameters")]
 
     def groups(self, path: str) -> int:
         """Groups of a convolution."""
@@ -147,13 +148,29 @@ class LiveModel:
         found = self.locate(name).parameter
         return found if found in self.shapes else None
 
+    def respelling(self, name: str) -> Literal["none", "version", "class"]:
+        """Why the model does not call a parameter ``name`` itself: an older version or another class spelled it so.
+
+        Another class is one with or without this one's prefix: ``language_model.…`` is spelled as by a ``GemmaModel``
+        that stands in this class as ``model``.
+        """
+        if name in self.shapes:
+            return "none"
+        self.locate(name)
+        return "class" if name in self._of_another_class else "version"
+
     def _convert(self, name: str) -> Region:
         from transformers.core_model_loading import Concatenate, MergeModulelist, apply_renamings, rename_source_key
 
         renamings, converters = self._conversions()
-        parameter, pattern = rename_source_key(
-            name, renamings, converters, self.model.base_model_prefix, self.shapes_or_buffers
-        )
+        parameter, pattern = rename_source_key(name, renamings, converters)
+        if parameter not in self.shapes_or_buffers:
+            own_name = parameter
+            parameter, pattern = rename_source_key(
+                name, renamings, converters, self.model.base_model_prefix, self.shapes_or_buffers
+            )
+            if parameter != own_name:
+                self._of_another_class.add(name)
         if pattern is None:
             return Region(parameter)
         converter = next(item for item in converters if pattern in item.source_patterns)
@@ -175,52 +192,59 @@ class LiveModel:
         return self._transforms
 
 
-def class_candidates(config: dict[str, Any], adapter_config: dict[str, Any]) -> Iterable[str]:
-    """Class names that an adapter may have been trained on, the most telling first."""
-    mapping = adapter_config.get("auto_mapping")
-    if isinstance(mapping, dict) and isinstance(mapping.get("base_model_class"), str):
-        yield mapping["base_model_class"]
-    task = _TASKS.get(str(adapter_config.get("task_type")))
+@contextmanager
+def _bounded_modules(class_name: str) -> Iterator[None]:
+    """Stop a configuration whose counts, each of them possible, multiply to a model that no machine could build."""
+    count = 0
+
+    def add(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > _MOST_MODULES:
+            raise CheckpointError(
+                f"{class_name} with this configuration has more than {_MOST_MODULES:,} modules: correct config.json."
+            )
+
+    hook = register_module_module_registration_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def knows_type(config: Mapping[str, Any]) -> bool:
+    """Whether transformers has classes for the configuration's ``model_type``."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        return False
+    with quiet_libraries():
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    return model_type in CONFIG_MAPPING_NAMES
+
+
+def names_class(config: Mapping[str, Any]) -> bool:
+    """Whether the configuration is that of a class in transformers, not of code that the base brings along."""
+    if not knows_type(config):
+        return False
+    with quiet_libraries():
+        import transformers
     architectures = config.get("architectures") or []
-    own = [name for name in architectures if isinstance(name, str)]
-    task_class = _class_of_task(config, task) if task else None
-    # A model made for the adapter's task keeps its own class; so does a vision-language model under "CAUSAL_LM".
-    yield from own if task in (None, "AutoModelForCausalLM", "AutoModelForSeq2SeqLM") else []
-    if task_class:
-        yield task_class
-    yield from own
+    return not architectures or any(isinstance(n, str) and hasattr(transformers, n) for n in architectures)
 
 
-def read_model_config(folder: Path) -> dict[str, Any]:
-    """The base model's ``config.json``.
+def typed_model_config(folder: Path) -> dict[str, Any]:
+    """The base model's ``config.json``, which must say the model's type, as that of the plain model if quantized.
 
     Raises:
         CheckpointError: absent, or without a model_type.
     """
-    path = folder / "config.json"
     try:
-        config = read_object(path, CheckpointError)
+        config = read_model_config(folder)
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no config.json, which this adapter needs to be placed.") from None
-    if not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"{path} names no model_type, which this adapter needs to be placed.")
-    return config
-
-
-def _class_of_task(config: dict[str, Any], task: str) -> str | None:
-    with quiet_libraries():
-        from transformers.models.auto import modeling_auto
-
-        mapping = {
-            "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-            "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-            "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-            "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-            "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-            "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
-        }[task]
-    name = mapping.get(config["model_type"])
-    return name if isinstance(name, str) else None
+        raise CheckpointError(f"{folder} has no {MODEL_CONFIG}, which this adapter needs to be placed.") from None
+    if config.get("model_type") is None:
+        raise CheckpointError(f"{folder / MODEL_CONFIG} names no model_type, which this adapter needs to be placed.")
+    return without_quantization(config)
 
 
 def _number_at_star(pattern: str, name: str) -> int | None:

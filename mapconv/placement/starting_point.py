@@ -10,21 +10,19 @@ from typing import Any
 
 from mapconv.adapter import Adapter, TensorRef, WholeTensor
 from mapconv.checkpoint.index import Checkpoint
-from mapconv.errors import CheckpointError, PlacementError, UnsupportedError
+from mapconv.errors import PlacementError, UnsupportedError
 from mapconv.placement.by_class import live_parameter, place_on_live_model
-from mapconv.placement.by_name import misfit_report, nearest
+from mapconv.placement.model_class import in_names_of, trained_class
 from mapconv.placement.regions import StoredParameters
 from mapconv.placement.replication import replicate_config, replicated_checkpoint
 from mapconv.placement.resizing import SIZE_FIELDS, resized_model
-from mapconv.placement.skeleton import LiveModel, class_candidates, read_model_config
-from mapconv.placement.target_model import BiasUpdate, TargetModel, common_dtype, files_with
+from mapconv.placement.skeleton import LiveModel, typed_model_config
+from mapconv.placement.target_model import BiasUpdate, Placed, TargetModel, common_dtype, files_with
 from mapconv.placement.weights import PlacedModule
 
 
-def resolve_target(
-    checkpoint: Checkpoint, adapters: Sequence[Adapter]
-) -> tuple[TargetModel, tuple[tuple[PlacedModule, ...], ...]]:
-    """The target model of some adapters on a base, and each adapter's placed modules on it.
+def resolve_target(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Placed:
+    """The target model of some adapters on a base, and each adapter in its names with the modules placed on it.
 
     Raises:
         MapconvError: a tensor that has no place, or a change that the model's class cannot express.
@@ -36,8 +34,7 @@ class _Resolution:
     """Follows the adapters' whole tensors and ties through the live model, step by step."""
 
     def __init__(self, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
-        self.adapters = adapters
-        base_config = read_model_config(checkpoint.folder)
+        base_config = typed_model_config(checkpoint.folder)
         layer_maps = {adapter.settings.layer_replication for adapter in adapters}
         if len(layer_maps) > 1:
             raise UnsupportedError("adapters with different layer_replication cannot be merged together.")
@@ -53,7 +50,8 @@ class _Resolution:
         self.base_config = base_config
         if layers:
             replicate_config(self.config, layers)
-        self.live = self._live_model()
+        self.live = resized_model(trained_class(self.config, adapters, checkpoint.folder), self.config, adapters)
+        self.adapters = [in_names_of(self.live, adapter) for adapter in adapters]
         # PEFT repeats the layers and keeps the ties itself: it takes the base with no more than the adapter's sizes.
         sized = {key: self.config[key] for key in SIZE_FIELDS if key in self.config}
         sized |= {key: value for key, value in self.config.items() if isinstance(value, dict)}
@@ -61,7 +59,7 @@ class _Resolution:
         self.live_ties = self.live.ties_embeddings
         self.groups = {name: self.live.tied(name) for name in self.live.shapes}
 
-    def run(self) -> tuple[TargetModel, tuple[tuple[PlacedModule, ...], ...]]:
+    def run(self) -> Placed:
         self._drop_foreign_heads()
         self._replace_in_place()
         self._untie()
@@ -82,43 +80,7 @@ class _Resolution:
             class_name=self.live.class_name,
             notes=tuple(self.notes),
         )
-        return target, placed
-
-    # The live model
-
-    def _live_model(self) -> LiveModel:
-        """The class that all of the adapters' tensors fit, with sizes that follow the tensors they bring."""
-        names = list(dict.fromkeys(class_candidates(self.config, self.adapters[0].config)))
-        if not names:
-            raise PlacementError(f"{self.checkpoint.folder}/config.json names no architecture to place the adapter on.")
-        misfits: list[str] = []
-        for name in names:
-            try:
-                live = LiveModel(self.config, name)
-            except CheckpointError as error:
-                misfits.append(str(error))
-                continue
-            found = self._homeless(live)
-            if not found:
-                return resized_model(live, self.config, self.adapters)
-            misfits = found if len(misfits) < 2 else misfits
-        total = sum(len(adapter.modules) + len(adapter.whole) for adapter in self.adapters)
-        raise PlacementError(misfit_report(misfits, total))
-
-    def _homeless(self, live: LiveModel) -> list[str]:
-        """What has no parameter in a live model."""
-        misfits = []
-        for adapter in self.adapters:
-            for module in adapter.modules:
-                if live_parameter(module.path, adapter, live) is None:
-                    misfits.append(
-                        f"{module.path}: {live.class_name} has no such weight{nearest(module.path, live.shapes)}"
-                    )
-            for item in adapter.whole:
-                if live.parameter_name(item.parameter) is None:
-                    near = nearest(item.parameter, live.shapes)
-                    misfits.append(f"{item.tensor.name}: {live.class_name} has no parameter {item.parameter}{near}")
-        return misfits
+        return target, tuple(zip(self.adapters, placed, strict=True))
 
     def _stored(self) -> StoredParameters:
         """The present tensors by live parameter; made anew only where tensors or the model have changed since."""

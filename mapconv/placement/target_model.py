@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mapconv.adapter import TensorRef, WholeTensor
+from mapconv.adapter import Adapter, TensorRef, WholeTensor
 from mapconv.checkpoint.index import Checkpoint, TensorFile
+from mapconv.placement.weights import PlacedModule
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,19 @@ class TargetModel:
         return self.checkpoint.folder
 
 
+#: A target model, and the adapters, in its names, with their modules placed on it.
+Placed = tuple[TargetModel, tuple[tuple[Adapter, tuple[PlacedModule, ...]], ...]]
+
+
 def plain_target(checkpoint: Checkpoint) -> TargetModel:
     """The base as it is: all that an adapter of plain linear factors needs."""
     return TargetModel(checkpoint, checkpoint.files, checkpoint.tensors)
+
+
+def vocabulary_sizes(config: Mapping[str, Any]) -> set[int]:
+    """Rows that an input or output embedding has by the configuration; the two may be tied."""
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    return {part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)}
 
 
 def common_dtype(checkpoint: Checkpoint) -> str:

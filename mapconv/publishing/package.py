@@ -12,16 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mapconv.checkpoint.filenames import MERGE_RECORD, MODEL_CONFIG
 from mapconv.checkpoint.index import INDEX_FILE, SINGLE_FILE, read_checkpoint, read_tensor_file
-from mapconv.checkpoint.sidecars import MERGE_RECORD, MODEL_CONFIG, model_files, tokenizer_files
+from mapconv.checkpoint.model_config import read_model_config
+from mapconv.checkpoint.sidecars import model_files, tokenizer_files
 from mapconv.errors import AdapterError, HubError
 from mapconv.fidelity.saved import read_report
+from mapconv.files import LARGE, check_regular, read_bytes
 from mapconv.formats import read_adapter
-from mapconv.formats.mapdir import FORMAT_VERSION, MAP_CONFIG_FILE
+from mapconv.formats.mapdir import MAP_CONFIG_FILE, map_modules, read_record
 from mapconv.formats.peft import CONFIG_FILE, WEIGHTS_FILE
 from mapconv.hub.reference import is_repo_id
 from mapconv.jsonfile import read_object
-from mapconv.metadata.card import CARD_FILE, PLOT_FILE, REPORT_FILE, CardFacts, read_scalars, write_card
+from mapconv.metadata.card import CARD_FILE, PLOT_FILE, REPORT_FILE, CardFacts, write_card
 from mapconv.metadata.readme import Readme, check_card, is_local_path, merge_readmes, parse_readme, strings_in
 
 Kind = Literal["adapter", "merged"]
@@ -87,15 +90,14 @@ def pack(folder: Path, *, base_id: str | None = None, license_: str | None = Non
     if base_id is not None and not is_repo_id(base_id):
         raise HubError(f"--base-id {base_id!r} is no Hub id: give it as owner/name.")
     kind = _kind(folder)
-    record = _read_json(folder / (MAP_CONFIG_FILE if kind == "adapter" else MERGE_RECORD))
-    if record.get("format_version") != FORMAT_VERSION or not isinstance(record.get("base"), dict):
-        raise AdapterError(f"{folder} was written by another version of mapconv: make it again with this one.")
+    place = folder / (MAP_CONFIG_FILE if kind == "adapter" else MERGE_RECORD)
+    record = read_record(place)
     base = _public_base(record["base"], base_id, folder)
     public = _public_record(record, base)
     names = _adapter_files(folder) if kind == "adapter" else _merged_files(folder)
     files = [_outgoing(folder, name, kind, base, public) for name in sorted(names)]
-    modules = read_scalars(record)
-    config = _read_json(folder / (CONFIG_FILE if kind == "adapter" else MODEL_CONFIG))
+    modules = map_modules(record, place)
+    config = _read_json(folder / CONFIG_FILE) if kind == "adapter" else read_model_config(folder)
     facts = CardFacts(
         kind=kind,
         base=base,
@@ -111,7 +113,7 @@ def pack(folder: Path, *, base_id: str | None = None, license_: str | None = Non
         files.append(plot)
         facts = replace(facts, has_plot=True)
     readme = folder / CARD_FILE
-    own = parse_readme(readme.read_text(encoding="utf-8"), str(readme)) if readme.exists() else Readme()
+    own = parse_readme(_readme_text(readme), str(readme)) if readme.exists() else Readme()
     sent = {file.name for file in files} | {CARD_FILE, REPORT_FILE}
     return Parcel(folder, kind, base, tuple(files), facts, own, license_, _left_behind(folder, sent))
 
@@ -146,8 +148,7 @@ def _merged_files(folder: Path) -> list[str]:
 
 def _outgoing(folder: Path, name: str, kind: Kind, base: str, record: Mapping[str, Any]) -> Outgoing:
     path = folder / name
-    if path.is_symlink():
-        raise HubError(f"{path} is a symbolic link: put the file itself in its place, so that nothing else is sent.")
+    check_regular(path, HubError, folder=folder)
     if name.endswith(".safetensors"):
         for key, value in read_tensor_file(path).metadata.items():
             _refuse_path(path, f"__metadata__.{key}", value)
@@ -184,8 +185,8 @@ def _public_base(record: Mapping[str, Any], base_id: str | None, folder: Path) -
         return "/".join(name.split("/")[:2])
     for place, key in ((MODEL_CONFIG, "_name_or_path"), (CONFIG_FILE, "base_model_name_or_path")):
         try:
-            found = json.loads((Path(name) / place).read_bytes()).get(key)
-        except (OSError, ValueError, AttributeError):
+            found = read_object(Path(name) / place, HubError).get(key)
+        except (OSError, HubError):
             continue
         if isinstance(found, str) and is_repo_id(found) and not Path(found).exists():
             return found
@@ -236,6 +237,13 @@ def _task(config: Mapping[str, Any]) -> str | None:
     return next((task for ending, task in endings.items() if architecture.endswith(ending)), None)
 
 
+def _readme_text(path: Path) -> str:
+    try:
+        return read_bytes(path, HubError).decode()
+    except UnicodeDecodeError as error:
+        raise HubError(f"{path} is not UTF-8 text (byte {error.start}): convert it, and push again.") from None
+
+
 def _refuse_path(path: Path, place: str, value: str) -> None:
     if is_local_path(value):
         raise HubError(
@@ -245,6 +253,6 @@ def _refuse_path(path: Path, place: str, value: str) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return read_object(path, AdapterError, advice="make the folder again")
+        return read_object(path, AdapterError, advice="make the folder again", limit=LARGE)
     except FileNotFoundError:
         raise AdapterError(f"{path} is missing: make the folder again.") from None

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mapconv.adapter import MapModule
 from mapconv.algebra.moments import InputRoot
+from mapconv.checkpoint.model_config import read_model_config
 from mapconv.checkpoint.reader import SAFETENSORS_DTYPES, TensorReader
-from mapconv.checkpoint.sidecars import copy_tokenizer
-from mapconv.checkpoint.staging import write_file
-from mapconv.checkpoint.writer import SpooledFile, TensorSpec
+from mapconv.checkpoint.writer import TensorSpec
 from mapconv.data import Dataset, Rows, read_dataset, read_rows
-from mapconv.formats.mapdir import needs_magnitude, peft_config, peft_factors, peft_magnitude, write_configs
-from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
+from mapconv.formats.mapdir import (
+    factor_shapes,
+)
 from mapconv.hub.ranges import prefetch
-from mapconv.metadata.card import CARD_FILE, local_card
-from mapconv.metadata.provenance import base_name, base_revision, map_config
-from mapconv.placement.adapters import PlacedAdapter
-from mapconv.placement.skeleton import read_model_config
 from mapconv.placement.target_model import TargetModel
 from mapconv.placement.weights import PlacedModule
 from mapconv.refit.activations import input_roots
 from mapconv.refit.converter import Converted, Converter
+from mapconv.refit.directory import MapDirectory
 from mapconv.refit.norms import BaseNorms
 from mapconv.refit.plan import UpgradePlan
 from mapconv.runtime.devices import resolve_device
@@ -36,6 +32,9 @@ from mapconv.runtime.progress import work_bar
 from mapconv.runtime.threads import in_order
 
 log = logging.getLogger(__name__)
+
+#: Factors that one job keeps: they are in memory once as they are read and once as they are written.
+BATCH_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -66,44 +65,26 @@ def write_map_directory(
     quiet: bool,
 ) -> tuple[MapModule, ...]:
     """Convert every module into ``staging``; returns their scalars."""
-    placed, options = plan.placed, plan.options
-    spool = SpooledFile(staging / WEIGHTS_FILE, _expected(plan))
+    directory = MapDirectory(plan.placed, staging, _expected(plan))
     try:
-        converted = _convert(plan, norms, sample, spool, quiet=quiet)
-        modules = tuple(result.scalars for result in converted)
-        if needs_magnitude(modules):
-            for item, result in zip(placed.modules, converted, strict=True):
-                spool.append(*peft_magnitude(item.module, result.magnitude))
-        _keep_the_rest(placed, spool)
-        spool.finish()
+        _convert(plan, norms, sample, directory, quiet=quiet)
+        return directory.finish(asdict(plan.options), None if sample is None else sample.record)
     finally:
-        spool.close()
-    copy_tokenizer(placed.adapter.path, staging)
-    base = base_name(placed)
-    names = {item.module.path: item.parameter if item.experts > 1 else item.module.path for item in placed.modules}
-    own_paths = {module.path for module in placed.adapter.modules}
-    respelled = any(item.module.path not in own_paths for item in placed.modules)
-    config = peft_config(placed.adapter.config, modules, names, base=base, respelled=respelled)
-    config["revision"] = base_revision(placed)
-    record = map_config(placed, asdict(options), modules, data=None if sample is None else sample.record)
-    write_file(staging / CARD_FILE, local_card(config, record))
-    write_configs(staging, config, record)
-    return modules
+        directory.close()
 
 
 def _convert(
     plan: UpgradePlan,
     norms: BaseNorms,
     sample: Sample | None,
-    spool: SpooledFile,
+    directory: MapDirectory,
     *,
     quiet: bool,
-) -> list[Converted]:
-    """Spool the factors of every module; returns what is left of each."""
+) -> None:
+    """Convert every module, and write its factors."""
     placed, tokens = plan.placed, 0 if sample is None else sample.sequences.tokens
     # A module takes its refit and its share of the passes that find its inputs.
     costs = {job.placed.key: job.work + 2 * tokens * job.placed.weight.numel for job in plan.jobs}
-    converted = {}
     source = placed.target.checkpoint.source
     light, needed = ([item.weight for item in items] for items in (plan.light, plan.reading))
     prefetch(source, [piece.tensor for w in (*needed, *norms.missing(light)) for piece in w.pieces], quiet=quiet)
@@ -111,27 +92,35 @@ def _convert(
         norms.load(light, reader)
         converter = Converter(reader, plan, norms)
         for modules, roots in _groups(plan, sample):
-            stack: list[Converted] = []
-            jobs = [(item, roots.get(item.module.path)) for item in modules]
-            results = in_order(lambda job: converter.convert(*job), jobs, plan.workers)
-            for item, result in zip(modules, results, strict=True):
-                stack.append(result)
-                if len(stack) == item.experts:
-                    # Experts follow one another: A has them in turn, B side by side, with the expert counting fastest.
-                    A = torch.cat([expert.A for expert in stack])
-                    B = torch.stack([expert.B for expert in stack], dim=2).flatten(1)
-                    for name, tensor in peft_factors(item.module, A, B):
-                        spool.append(name, tensor)
-                    stack.clear()
-                converted[item.key] = result.without_factors()
+            jobs = [(batch, roots.get(batch[0].module.path)) for batch in _batches(modules, plan)]
+            results = in_order(lambda job: converter.convert_all(*job), jobs, plan.workers)
+            for item, result in zip(modules, chain.from_iterable(results), strict=True):
+                directory.add(item, result)
                 advance(costs[item.key])
                 log.info("%s: %s, rank %d, ε %.3g", *_told(item, plan, result))
-    return [converted[item.key] for item in placed.modules]
 
 
 def _told(item: PlacedModule, plan: UpgradePlan, result: Converted) -> tuple[str, str, int, float]:
     expert = "" if item.expert is None else f", expert {item.expert}"
     return f"{item.module.path}{expert}", plan.kind_of(item), result.scalars.rank, result.scalars.error or 0.0
+
+
+def _batches(modules: Sequence[PlacedModule], plan: UpgradePlan) -> Iterator[list[PlacedModule]]:
+    """Jobs worth a thread's while: modules that only keep their factors go together, a refit alone."""
+    batch: list[PlacedModule] = []
+    nbytes = 0
+    for item in modules:
+        light = plan.kind_of(item) == "keep-lora" and item.experts == 1
+        if batch and (not light or nbytes >= BATCH_BYTES):
+            yield batch
+            batch, nbytes = [], 0
+        if not light:
+            yield [item]
+            continue
+        batch.append(item)
+        nbytes += item.module.lora_A.nbytes + item.module.lora_B.nbytes
+    if batch:
+        yield batch
 
 
 def _groups(
@@ -154,23 +143,7 @@ def _expected(plan: UpgradePlan) -> list[TensorSpec]:
         return []
     specs = []
     for item in placed.modules:
-        dtype, (height, width) = options.stored_dtype(item), item.weight.shape
-        A, B = (
-            torch.empty(shape, dtype=dtype, device="meta")
-            for shape in ((item.effective_rank, width), (height, item.effective_rank))
-        )
-        specs += [
-            TensorSpec(name, SAFETENSORS_DTYPES[dtype], tuple(t.shape)) for name, t in peft_factors(item.module, A, B)
-        ]
+        dtype, (height, _) = SAFETENSORS_DTYPES[options.stored_dtype(item)], item.weight.shape
+        names = factor_shapes(item.module, item.effective_rank, height, item.effective_rank)
+        specs += [TensorSpec(name, dtype, shape) for name, shape in names]
     return specs
-
-
-def _keep_the_rest(placed: PlacedAdapter, spool: SpooledFile) -> None:
-    """Carry over what is no low-rank update: heads, rows and biases as they are, LoRA biases with their scaling."""
-    with TensorReader() as reader:
-        for item in {item.module.path: item for item in placed.modules}.values():
-            if item.module.bias is not None:
-                bias = reader.read(item.module.bias).float() * item.scaling
-                spool.append(f"{KEY_PREFIX}{item.module.path}.lora_B.bias", bias)
-        for name, ref in placed.adapter.others.items():
-            spool.append(name, reader.read(ref))

@@ -16,6 +16,7 @@ from mapconv.checkpoint.index import read_checkpoint, read_tensor_file
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.writer import FixedFile, SpooledFile, TensorSpec, copy_range, lay_out
 from mapconv.errors import CheckpointError
+from tests.files import cached
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.uint8, torch.bool]
 
@@ -164,10 +165,9 @@ def test_single_and_sharded_checkpoints_hold_the_same(base, sharded):
 
 
 def test_a_shard_may_be_a_link_as_in_the_hubs_cache(sharded, tmp_path):
-    (tmp_path / "snapshot").mkdir()
-    for path in sharded.iterdir():
-        (tmp_path / "snapshot" / path.name).symlink_to(path)
-    assert read_checkpoint(tmp_path / "snapshot").tensors.keys() == read_checkpoint(sharded).tensors.keys()
+    snapshot = cached(sharded, tmp_path / "models--lab--llama")
+    assert (snapshot / "config.json").is_symlink()
+    assert read_checkpoint(snapshot).tensors.keys() == read_checkpoint(sharded).tensors.keys()
 
 
 def test_a_tensor_in_two_shards(sharded, tmp_path):

@@ -109,6 +109,10 @@ def version_4_names(tiny: Tiny, folder: Path, base: Path) -> None:
     tensors, targets = {}, set()
     for key, value in load_file(folder / WEIGHTS).items():
         match = _PART.fullmatch(key.removeprefix(PREFIX))
+        if match is None:  # a whole tensor
+            path, _, leaf = key.removeprefix(PREFIX).rpartition(".")
+            tensors[f"{PREFIX}{old_path[path]}.{leaf}"] = value
+            continue
         path = old_path[match[1]]
         targets.add(path)
         tensors[f"{PREFIX}{path}.{match[2]}{match[3] or ''}"] = value

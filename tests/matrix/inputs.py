@@ -59,3 +59,21 @@ def llava() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(6)
     ids = torch.tensor([[3, 36, 36, 36, 36, 5, 7]])
     return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 8, 8, generator=generator)}
+
+
+def paligemma() -> dict[str, torch.Tensor]:
+    """As LLaVA's, with the types of tokens by which PaliGemma sees which of them it was given."""
+    fed = llava()
+    return fed | {"token_type_ids": torch.zeros_like(fed["input_ids"])}
+
+
+def gemma3() -> dict[str, torch.Tensor]:
+    fed = llava()
+    return fed | {"token_type_ids": (fed["input_ids"] == 36).long()}
+
+
+def idefics3() -> dict[str, torch.Tensor]:
+    """One row, one picture: four patches that are shuffled into one image token."""
+    generator = torch.Generator().manual_seed(8)
+    ids = torch.tensor([[3, 36, 5, 7]])
+    return {"input_ids": ids, "pixel_values": torch.randn(1, 1, 3, 8, 8, generator=generator)}

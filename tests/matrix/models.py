@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import inputs
+from . import inputs, vision_text
 from .sizes import BERT, BERT_ROLES, DECODER, DECODER_ROLES, EXPERT_ROLES, GPT2, GPT2_ROLES, VISION_TEXT
 from .tiny import HIDDEN, VOCAB, WIDE, Tiny
 
@@ -268,6 +268,7 @@ MODELS: dict[str, Tiny] = {
             DECODER_ROLES | {"conv": ("patch_embedding",), "linear": ("q_proj", "down_proj", "linear_1")},
             layers="layers",
         ),
+        *vision_text.MODELS,
         _experts("mixtral", "Mixtral", num_local_experts=3),
         _experts("qwen3-moe", "Qwen3Moe", num_experts=3, moe_intermediate_size=12, head_dim=8, decoder_sparse_step=1),
         _experts("gpt-oss", "GptOss", num_local_experts=3, head_dim=8, layer_types=["full_attention"] * 2),

@@ -63,6 +63,7 @@ class Option:
 _TEXT = tuple(name for name, tiny in MODELS.items() if "embedding" in tiny.roles)
 _DECODERS = ("llama", "llama-tied", "qwen3", "gemma", "gemma3")
 _MOE = ("mixtral", "qwen3-moe", "gpt-oss")
+_VISION_TEXT = ("qwen2-vl", "llava", "paligemma", "gemma3-vl", "qwen3-vl", "idefics3")
 _SPREAD = ("llama", "gpt2", "bert-classifier", "t5", "vit", "qwen2-vl", "mixtral")
 #: PEFT's wrapper of a tied output layer forgets the layer's bias in its forward pass (trainable_tokens/layer.py calls
 #: F.linear without one), so that an untrained adapter changes BERT's logits by exactly that bias. Its merge keeps it.
@@ -102,6 +103,8 @@ OPTIONS: tuple[Option, ...] = (
         lambda tiny: plain(tiny) | {"exclude_modules": rf".*\.0\..*{linear(tiny)[0]}"},
         only=("llama", "gpt2", "vit", "qwen2-vl"),
     ),
+    # The task is no class: retrievers are trained on whole vision-language models as well as on bare ones.
+    Option("feature-extraction", with_settings(task_type="FEATURE_EXTRACTION"), only=_VISION_TEXT),
     # Biases
     Option("lora-bias", on("biased", lora_bias=True)),
     Option("bias-all", needs("biased", lambda tiny, _: plain(tiny) | {"bias": "all"})),
@@ -257,6 +260,13 @@ OPTIONS: tuple[Option, ...] = (
         rewrite=dialects.version_4_names,
         peft_reads=False,
         only=("qwen2-vl", "llava", "vit"),
+    ),
+    Option(
+        "v4-names-save-head",
+        saving("head"),
+        rewrite=dialects.version_4_names,
+        peft_reads=False,
+        only=("qwen2-vl", "llava"),
     ),
     Option(
         "v4-names-fused-base",

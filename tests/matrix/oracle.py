@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 from .bases import Bases, load_base
 from .options import Option
@@ -96,12 +96,21 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 
 def load_adapter(case: Case, adapter: Path) -> torch.nn.Module:
     """The base with an adapter directory, loaded by stock PEFT, which must find and use every tensor of it."""
-    model = load_base(case.tiny, case.base, vocab=case.option.vocab)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        peft_model = PeftModel.from_pretrained(model, adapter)
-    complaints = [str(warning.message) for warning in caught if "missing adapter keys" in str(warning.message)]
-    assert not complaints, complaints
+    return attach_whole(load_base(case.tiny, case.base, vocab=case.option.vocab), adapter)
+
+
+def attach_whole(model: torch.nn.Module, adapter: Path) -> PeftModel:
+    """A model with an adapter directory on it, by stock PEFT: no tensor of either may be without its counterpart."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PEFT warns of is asserted below
+        config = PeftConfig.from_pretrained(adapter)
+        kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+        peft_model = kind(model, config)
+        report = peft_model.load_adapter(adapter, "default", is_trainable=False)
+    trained = ("lora_", "modules_to_save", "trainable_tokens")
+    missing = [key for key in report.missing_keys if any(part in key for part in trained)]
+    assert not missing, f"missing adapter keys: {missing[:3]}"
+    assert not report.unexpected_keys, f"unexpected adapter keys: {report.unexpected_keys[:3]}"
     return peft_model.eval()
 
 

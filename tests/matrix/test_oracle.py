@@ -47,7 +47,10 @@ UNREADABLE = [(tiny, option) for tiny, option in CASES if not option.peft_reads]
 def test_peft_cannot_read_it(tiny, option, workshop: Workshop):
     """Where the matrix does not ask PEFT for an opinion, PEFT has none: missing keys, or no module matches."""
     case = workshop.case(tiny, option)
-    with pytest.raises((AssertionError, ValueError), match=r"missing adapter keys|not found in the base model"):
+    unreadable = (AssertionError, KeyError, ValueError)
+    with pytest.raises(
+        unreadable, match=r"(missing|unexpected) adapter keys|not found in the base model|lm_head\.weight"
+    ):
         load_adapter(case, case.adapter)
 
 

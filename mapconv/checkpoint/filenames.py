@@ -1,0 +1,29 @@
+"""The files that model and adapter folders are made of, by name."""
+
+from __future__ import annotations
+
+MODEL_CONFIG = "config.json"
+#: Written into a merged model: what it was made from. transformers leaves a file of this name alone.
+MERGE_RECORD = "map_merge.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+MODEL_FILES = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "image_processor_config.json", "configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py",
+    "LICENSE*", "NOTICE*",
+)  # fmt: skip
+#: Weights as transformers, PEFT and diffusers name them, and the indexes of their shards.
+WEIGHT_FILES = (
+    "model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors", "adapter_model.bin",
+    "pytorch_model.bin", "pytorch_model-*-of-*.bin", "diffusion_pytorch_model*.safetensors",
+)  # fmt: skip
+INDEX_FILES = (
+    "model.safetensors.index.json", "pytorch_model.bin.index.json", "diffusion_pytorch_model.safetensors.index.json",
+)  # fmt: skip
+#: Each tells what a folder is, whatever its weights are called.
+RECORD_FILES = ("map_config.json", "adapter_config.json", MERGE_RECORD)
+#: What else mapconv and PEFT write beside the weights: the card, its picture, a saved report.
+COMPANION_FILES = ("README.md", "scalars.png", "verify.json")
