@@ -12,7 +12,7 @@ from mapconv.catalog.claims import Claims
 from mapconv.catalog.entries import STAGES, Entry, Options
 from mapconv.catalog.records import Faults, Record
 from mapconv.options.commands import COMMANDS
-from mapconv.options.kinds import File, Folder, Repository
+from mapconv.options.kinds import File, Folder, Repository, Source
 from mapconv.options.records import Option
 
 #: Required options that the command line can give instead (``--push-to``).
@@ -117,7 +117,7 @@ class Checker:
             ValueError: with what was expected.
         """
         value = option.read(value)
-        if value is None or not isinstance(option.kind, File | Folder | Repository):
+        if value is None or not isinstance(option.kind, File | Folder | Repository | Source):
             return value
         if isinstance(option.kind, Repository):
             if len(value.split("/")) != 2 or not all(value.split("/")):
@@ -162,6 +162,11 @@ class Checker:
 
 def _faults(options: Options) -> Iterator[tuple[str, str, str]]:
     """(stage, option, what is wrong) of options that are each in order."""
+    if "rebase" in options.stages:
+        for name in options.stages["upgrade"]:
+            yield "upgrade", name, "an entry is upgraded or rebased: give its options below rebase"
+        if "calibrate" in options.stages:
+            yield "calibrate", "calibrate", "a rebased entry runs on another base than its source: leave calibrate out"
     for stage, given in options.stages.items():
         for name, option in COMMANDS[stage].options.items():
             if option.required and option.in_catalog and name not in given and (stage, name) not in _GIVEN_LATER:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-#: What an entry may ask for, in the order in which it is done; ``upgrade`` always is.
-STAGES = ("upgrade", "calibrate", "verify", "merge", "push")
+#: What an entry may ask for, in the order in which it is done; ``rebase`` takes the place of ``upgrade``, and one of the
+#: two always is.
+STAGES = ("upgrade", "rebase", "calibrate", "verify", "merge", "push")
 
 
 class Options:

@@ -65,34 +65,44 @@ def _convert(job: Job, table: dict[str, Any]) -> None:
     from mapconv.jsonfile import read_object
 
     stages = job.stages
-    result = mapconv.upgrade(job.source, job.output, base=job.base, force=True, **stages["upgrade"])
+    # What a result of ``rebase`` is measured against runs on another base than the result itself.
+    apart: dict[str, Any] = {}
+    if "rebase" in stages:
+        table["stage"] = "rebase"
+        result = mapconv.rebase(job.source, job.output, base=job.base, force=True, **stages["rebase"])
+        base, apart = result.onto, {"against_base": result.base}
+        if result.served is not None:
+            table["kl"] = result.served.rebased.kl
+    else:
+        result = mapconv.upgrade(job.source, job.output, base=job.base, force=True, **stages["upgrade"])
+        base = result.base
     modules = result.modules
     if "calibrate" in stages:
         table["stage"] = "calibrate"
         trained = mapconv.calibrate(
-            job.output, against=job.source, base=result.base, out=job.output, force=True, **stages["calibrate"]
+            job.output, against=job.source, base=base, out=job.output, force=True, **stages["calibrate"]
         )
         modules = trained.modules
     errors = [module.error for module in modules]
     record = read_object(result.out / "map_config.json", AdapterError)
     table |= {
-        "base": shown(result.base),
+        "base": shown(base),
         "method": result.method,
         "rank": max(module.rank for module in modules),
         "modules": len(errors),
         "worst_error": max(errors),
         "median_error": statistics.median(errors),
         "parameters": result.parameters,
-        "nbytes": result.nbytes,
+        "nbytes": sum(path.stat().st_size for path in result.out.rglob("*") if path.is_file()),
         "content": record["source"]["fingerprint"],
     }
     if "verify" in stages:
         table["stage"] = "verify"
-        report = mapconv.verify(job.output, job.source, base=result.base, **stages["verify"])
+        report = mapconv.verify(job.output, job.source, base=base, **apart, **stages["verify"])
         table["kl"] = report.kl
     if "merge" in stages:
         table["stage"] = "merge"
-        merged = mapconv.merge(job.output, job.merged, base=result.base, force=True, **stages["merge"])
+        merged = mapconv.merge(job.output, job.merged, base=base, force=True, **stages["merge"])
         table["nbytes"] += merged.nbytes
     if "push" in stages:
         table["stage"] = "push"
