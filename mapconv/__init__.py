@@ -10,10 +10,14 @@ The functions of this module are what the commands run; each returns a typed res
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mapconv.version import __version__
+
+if sys.platform == "win32":
+    raise ImportError("mapconv runs on Linux and macOS, not on Windows itself: install and run it in WSL.")
 
 if TYPE_CHECKING:
     from mapconv.commands.calibrate import calibrate

@@ -111,7 +111,7 @@ class WholeTensor:
 
 @dataclass(frozen=True)
 class MapModule:
-    """The scalars of one weight in MAP form, ``W' = α·W0/‖W0‖ + β·Δ/‖Δ‖`` (MATH.md equation 1, arXiv 2505.23094).
+    """The scalars of one weight in MAP form, ``W' = α·W0/‖W0‖ + β·Δ/‖Δ‖`` (``mapconv.algebra`` section 1).
 
     Each expert of a stacked tensor is a weight of its own, counted by ``expert``.
     ``error`` is ε = ‖T − W'‖ / ‖T − W0‖, measured on the factors that were written; T is the source's weight. It is

@@ -1,4 +1,4 @@
-"""Second moments of a layer's inputs, and the root P that weighs a weight's columns by them (MATH.md section 4).
+"""Second moments of a layer's inputs, and the root P that weighs a weight's columns by them (section 4).
 
 With C = E[x xᵀ] + λI = P·Pᵀ, ‖E·P‖² is the expected squared output error E‖E·x‖² of a weight that is off by E, plus
 the ridge λ‖E‖². Symbols: m is the number of inputs of the layer.

@@ -1,6 +1,6 @@
 """Frobenius norms and inner products in float64, of plain tensors and of products that are never formed.
 
-Symbols as in MATH.md: A is (r, m), B is (n, r); BA is their (n, m) product.
+Symbols as in the package: A is (r, m), B is (n, r); BA is their (n, m) product.
 """
 
 from __future__ import annotations

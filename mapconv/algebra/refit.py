@@ -1,4 +1,4 @@
-"""Problem (2) of MATH.md: the closest MAP weight to an adapted weight, and the certificate that says how close.
+"""Section 4: the closest MAP weight to an adapted weight, and the certificate that says how close.
 
     minimise over a ∈ R, rank(R) ≤ k :   ‖(T − a·W0 − R)·P‖²
 

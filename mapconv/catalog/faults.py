@@ -15,7 +15,7 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _PASSING = {
     errno.EIO, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT,
     errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN,
-    errno.EREMOTEIO,
+    getattr(errno, "EREMOTEIO", errno.EIO),  # Linux's own
 }  # fmt: skip
 
 

@@ -40,8 +40,9 @@ class BackgroundFlush:
         if running is not None:
             running.result()
         self._written[descriptor] = 0
-        self._running[descriptor] = self._pool.submit(_flush, descriptor)
+        self._running[descriptor] = self._pool.submit(flush_data, descriptor)
 
 
-def _flush(descriptor: int) -> None:
-    os.fdatasync(descriptor)
+def flush_data(descriptor: int) -> None:
+    """Push a file's content to the disk; macOS has no call that leaves out its times."""
+    getattr(os, "fdatasync", os.fsync)(descriptor)

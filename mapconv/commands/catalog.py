@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -15,6 +14,7 @@ from mapconv.catalog.reading import read_catalog
 from mapconv.catalog.run import Run, Tally, first_by_kind
 from mapconv.errors import CatalogError
 from mapconv.options.commands import CATALOG_RUN
+from mapconv.runtime.cores import core_count
 from mapconv.runtime.progress import tally_bar
 
 
@@ -120,7 +120,7 @@ def convert_catalog(
         engine = (
             "serial" if ray_address is None and (workers or 1) == 1 else "process" if ray_address is None else "ray"
         )
-    workers = workers or (1 if engine == "serial" else len(os.sched_getaffinity(0)))
+    workers = workers or (1 if engine == "serial" else core_count())
     catalogued = read_catalog(catalog)
     if verify or push_to is not None:
         catalogued = _with_stages(catalogued, verify=verify, push_to=push_to)

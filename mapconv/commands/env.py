@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from mapconv.refit.norms import cache_folder
-from mapconv.runtime.threads import core_count
+from mapconv.runtime.cores import core_count
 from mapconv.version import __version__
 
 _PACKAGES = ("torch", "safetensors", "huggingface-hub", "peft", "transformers", "numpy", "click")

@@ -1,8 +1,8 @@
 """MAP directories: a PEFT adapter that stock PEFT loads, with the scalars beside it in ``map_config.json``.
 
 The stored factors hold D = (b/a)·Δ, so that W' = a·(W0 + D) is at once a DoRA adapter with magnitude a·‖W0 + D‖_row,
-and for a = 1 a plain LoRA adapter (MATH.md section 6). For the direction ``dora`` the factors and the magnitude are the
-source's own, and the scalars multiply T − W0.
+and for a = 1 a plain LoRA adapter (``mapconv.algebra`` section 6). For the direction ``dora`` the factors and the
+magnitude are the source's own, and the scalars multiply T − W0.
 """
 
 from __future__ import annotations

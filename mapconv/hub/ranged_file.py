@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mapconv.checkpoint.flushing import flush_data
 from mapconv.checkpoint.index import MAX_HEADER_BYTES
 from mapconv.errors import CheckpointError, HubError
 from mapconv.files import LARGE
@@ -123,7 +124,7 @@ class RangedFile:
                         advance(len(chunk))
                 finally:
                     if position > first:
-                        os.fdatasync(descriptor)
+                        flush_data(descriptor)
                         self._add(first, position)
                     os.close(descriptor)
             if position < answer_stop:

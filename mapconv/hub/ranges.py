@@ -9,7 +9,6 @@ The files lie in the client's assets cache (``HF_ASSETS_CACHE``), under a folder
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+
+from filelock import FileLock
 
 from mapconv.adapter import TensorRef
 from mapconv.checkpoint.index import INDEX_FILE, SINGLE_FILE, ByteSource, Checkpoint, read_checkpoint
@@ -125,15 +126,10 @@ class RangedSource:
     @contextmanager
     def _only_one(self) -> Iterator[None]:
         """One thread of one process at a time: two runs on the same base share what the first one fetches."""
-        with self._lock:
-            lock = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                for remote in self._files.values():
-                    remote.read_record()
-                yield
-            finally:
-                os.close(lock)
+        with self._lock, FileLock(self._folder / ".lock", mode=0o600, poll_interval=0.02):
+            for remote in self._files.values():
+                remote.read_record()
+            yield
 
 
 def _fetch_all(requests: Sequence[tuple[RangedFile, Span]], *, quiet: bool) -> None:

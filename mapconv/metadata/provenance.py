@@ -36,7 +36,7 @@ def map_config(
     *,
     data: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of ``map_config.json`` (DESIGN.md); ``data`` describes the text that refits weighed errors by."""
+    """The content of ``map_config.json``; ``data`` describes the text that refits weighed errors by."""
     entries = [
         scalars.to_dict()
         | {"base_tensor": item.weight.name, "base_dtype": item.weight.dtype, "base_shape": list(item.weight.shape)}

@@ -1,4 +1,4 @@
-"""Differentiable pieces of ``y = a·W0x + b·B(Ax)`` that save no more than LoRA does (MATH.md section 7).
+"""Differentiable pieces of ``y = a·W0x + b·B(Ax)`` that save no more than LoRA does (``mapconv.algebra`` section 7).
 
 Shapes: x (…, m), W0 (n, m), A (r, m), B (n, r); the gains a and b are 0-d, in float32 or wider.
 Double backward is refused: nothing here needs it.

@@ -171,7 +171,7 @@ class Update(nn.Module):
 
 
 class DoraUpdate(Update):
-    """``W' = (a − b)·W0 + b·diag(d)(W0 + BA)`` with d = magnitude ⊘ ‖W0 + BA‖_row (MATH.md section 5).
+    """``W' = (a − b)·W0 + b·diag(d)(W0 + BA)`` with d = magnitude ⊘ ‖W0 + BA‖_row (``mapconv.algebra`` section 5).
 
     The row norms are computed once while A and B are frozen, and anew in each forward pass while they train; no
     gradient flows through them, as in DoRA.

@@ -38,7 +38,7 @@ class FactorLoader:
         self._lock = Lock()
 
     def load(self, placed: PlacedModule) -> Factors:
-        """The factors of one weight; those of an initialization that changed the base are undone (MATH: W − s·B0A0).
+        """The factors of one weight; those of an initialization that changed the base are undone (W − s·B0A0).
 
         Raises:
             AdapterError: a tensor that holds NaN or infinity.

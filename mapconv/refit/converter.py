@@ -1,7 +1,8 @@
 """Convert one placed module into MAP form: exactly where its own factors serve, to the optimum where they do not.
 
-LoRA is exact: its factors are kept and the scalars follow from norms. DoRA is solved to the optimum of MATH.md (2),
-or kept in its own factors with the direction ``dora``. ε is measured on the factors as they will be written.
+LoRA is exact: its factors are kept and the scalars follow from norms. DoRA is solved to the optimum
+(``mapconv.algebra`` section 4), or kept in its own factors with the direction ``dora``. ε is measured on the factors as
+they will be written.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Converter:
         return self._refit(placed, factors, root)
 
     def _keep_lora(self, placed: PlacedModule, factors: Factors) -> Converted:
-        """W0 + s·BA is MAP already: α = ‖W0‖, β = ‖s·BA‖ (MATH.md section 2)."""
+        """W0 + s·BA is MAP already: α = ‖W0‖, β = ‖s·BA‖ (``mapconv.algebra`` section 2)."""
         scaling, wide = placed.scaling, self._options.stored_dtype(placed) == torch.float32
         A = factors.A if wide else self._stored(factors.A, placed)
         B = self._stored(factors.B * scaling, placed)
@@ -96,7 +97,7 @@ class Converter:
         return converted_module(placed, "low-rank", 1.0, base, norm, error, A, B, None)
 
     def _keep_dora(self, placed: PlacedModule, factors: Factors) -> Converted:
-        """T is kept in DoRA's own factors, with Δ = T − W0 and a = b = 1 (MATH.md section 5)."""
+        """T is kept in DoRA's own factors, with Δ = T − W0 and a = b = 1 (``mapconv.algebra`` section 5)."""
         scaled = factors.B.double() * placed.scaling
         A, B = self._stored(factors.A, placed), self._stored(factors.B * placed.scaling, placed)
         base = self._base_matrix(placed)
@@ -115,7 +116,7 @@ class Converter:
         return converted_module(placed, "dora", 1.0, finite_base(found, placed), norm, error, A, B, factors.magnitude)
 
     def _refit(self, placed: PlacedModule, factors: Factors, root: InputRoot | None) -> Converted:
-        """The optimum of MATH.md (2); ε and the magnitude are then measured on the factors as stored."""
+        """The optimum of section 4; ε and the magnitude are then measured on the factors as stored."""
         device = self._device
         base = self._base_matrix(placed).to(device)
         magnitude = None if factors.magnitude is None else factors.magnitude.to(device)

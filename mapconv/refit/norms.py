@@ -1,8 +1,8 @@
 """The norms ‖W0‖ and random projections of a base model's weights, computed once and kept in the user's cache folder.
 
-A LoRA needs nothing else of its base (MATH.md section 2), so that the second adapter on a base reads none of the base's
-weights. The cache is keyed by the base's files (path, size, times of modification and change) and by their headers: a
-base that changed has another key, and a cache file that is broken is made again, with a note.
+A LoRA needs nothing else of its base (``mapconv.algebra`` section 2), so that the second adapter on a base reads none
+of the base's weights. The cache is keyed by the base's files (path, size, times of modification and change) and by
+their headers: a base that changed has another key, and a cache file that is broken is made again, with a note.
 
 ``MAPCONV_CACHE`` names the folder, or is ``off``; without it, ``mapconv`` in the platform's cache folder.
 """
@@ -10,7 +10,6 @@ base that changed has another key, and a cache file that is broken is made again
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -22,6 +21,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from threading import Lock
 
+from filelock import FileLock
+
 from mapconv.algebra.fingerprint import Fingerprint
 from mapconv.algebra.norms import BLOCK_ELEMENTS
 from mapconv.checkpoint.index import Checkpoint
@@ -30,6 +31,8 @@ from mapconv.placement.weights import Piece, WeightView, weight_fingerprint
 from mapconv.runtime.threads import in_order, worker_count
 
 _CACHE_VERSION = 2
+#: Seconds between two looks at a lock that another process holds.
+_POLL = 0.02
 #: Bases whose norms a process keeps at hand.
 _KEPT = 8
 _kept: OrderedDict[str, dict[str, Fingerprint]] = OrderedDict()
@@ -133,15 +136,15 @@ class BaseNorms:
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self._folder / f"{self._key}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+            lock = FileLock(self._folder / f"{self._key}.lock", poll_interval=_POLL)
+            lock.acquire()
         except OSError:
             yield
             return
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(descriptor)
+            lock.release()
 
 
 def cache_folder() -> Path | None:

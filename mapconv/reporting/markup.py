@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Iterable
 from typing import Any
+
+import markupsafe
+from markupsafe import Markup as Html
 
 from mapconv.jsonfile import finite
 from mapconv.untrusted.printable import page_text
@@ -13,15 +15,9 @@ from mapconv.untrusted.printable import page_text
 _VOID = ("br", "input", "meta", "link")
 
 
-class Html(str):
-    """Text that is HTML already."""
-
-    __slots__ = ()
-
-
 def escape(text: object) -> Html:
     """Any value as HTML text; quotes are escaped too, so that it serves within attributes."""
-    return text if isinstance(text, Html) else Html(html.escape(page_text(str(text))))
+    return text if isinstance(text, Html) else markupsafe.escape(page_text(str(text)))
 
 
 def element(name: str, *children: object, **attributes: object) -> Html:
@@ -35,7 +31,7 @@ def element(name: str, *children: object, **attributes: object) -> Html:
         if value is None or value is False:
             continue
         key = key.rstrip("_").replace("_", "-")
-        words.append(key if value is True else f'{key}="{html.escape(page_text(str(value)))}"')
+        words.append(key if value is True else f'{key}="{markupsafe.escape(page_text(str(value)))}"')
     start = f"<{' '.join(words)}>"
     return Html(start) if name in _VOID else Html(f"{start}{join(children)}</{name}>")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from collections.abc import Sequence
 from importlib import resources
+
+from jinja2 import Environment, StrictUndefined
 
 from mapconv.reporting.datatable import DataTable
 from mapconv.reporting.markup import Html, element, escape, script_data
@@ -19,22 +20,22 @@ def build_page(title: str, lead: Html, sections: Sequence[Html], tables: Sequenc
     """The whole page: ``lead`` stands below the title, and ``tables`` are the data of those that sections hold."""
     script = _asset("report.js") + _asset("tables.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    parts = {
+    # What is no Html is escaped by the template.
+    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(_asset("report.html")).render(
         # Nothing is loaded from anywhere, and no script runs but this page's own.
-        "policy": (
+        policy=Html(
             f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; "
             "base-uri 'none'; form-action 'none'"
         ),
-        "version": escape(__version__),
-        "title": escape(title),
-        "style": palette_css() + _asset("report.css"),
-        "lead": lead,
-        "content": "\n".join(sections),
-        "data": script_data({table.key: table.to_json() for table in tables}),
-        "script": script,
-    }
-    # One pass: what a part brings in is never searched for marks again.
-    return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], _asset("report.html"))
+        version=__version__,
+        title=escape(title),
+        style=Html(palette_css() + _asset("report.css")),
+        lead=lead,
+        content=Html("\n").join(sections),
+        data=Html(script_data({table.key: table.to_json() for table in tables})),
+        script=Html(script),
+    )
 
 
 def section(key: str, title: str, *children: object) -> Html:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,26 +9,13 @@ from typing import TypeVar
 
 import torch
 
+from mapconv.runtime.cores import core_count
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 #: More threads than this wait for memory and disk, not for each other's arithmetic.
 MAX_WORKERS = 8
-
-
-_cores: int | None = None
-
-
-def limit_cores(count: int) -> None:
-    """Use at most ``count`` cores in this process, which shares the machine with others of its kind."""
-    global _cores
-    _cores = count
-    torch.set_num_threads(count)
-
-
-def core_count() -> int:
-    """The cores that this process may use."""
-    return _cores or len(os.sched_getaffinity(0))
 
 
 def worker_count(bytes_per_worker: int, budget: int = 256 << 20) -> int:

@@ -1,1 +1,4 @@
-"""Calibration training of a MAP adapter (MATH.md section 7): losses, models, the loop, and what it can resume from."""
+"""Calibration training of a MAP adapter: losses, models, the loop, and what it can resume from.
+
+The gradients are those of ``mapconv.algebra``, section 7.
+"""

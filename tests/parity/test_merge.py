@@ -27,7 +27,7 @@ def test_weights_in_float32_are_those_of_peft_in_float64(method, base, request, 
     merged = read_tensors(tmp_path / "merged")
     expected = merged_by_peft(base, adapter)
     assert merged.keys() == expected.keys()
-    # Rounding a result once costs at most 2^-24 = 6e-8 of each weight; issue 2 allows 1e-7 in all.
+    # Rounding a result once costs at most 2^-24 = 6e-8 of each weight; 1e-7 leaves the rest to both sums.
     assert max(relative_errors(merged, expected).values()) <= 1e-7
 
 

@@ -20,6 +20,7 @@ from mapconv.catalog.engines.base import RETRIES_AFTER_DEATH, died
 from mapconv.catalog.entries import Job
 from mapconv.catalog.work import Outcome
 from mapconv.errors import DependencyError
+from mapconv.runtime.cores import core_count
 
 #: Workers in a row that may be killed before they are ready (too little memory, somebody's `kill`).
 _KILLED_AT_START = 3
@@ -31,7 +32,7 @@ class ProcessEngine:
 
     def __init__(self, workers: int, lock: int | None = None) -> None:
         self._count, self._lock = workers, lock
-        self._cores = max(1, len(os.sched_getaffinity(0)) // workers)
+        self._cores = max(1, core_count() // workers)
 
     def run(self, jobs: Iterable[Job]) -> Iterator[list[tuple[Job, Outcome]]]:
         waiting, again = iter(jobs), deque()
