@@ -9,6 +9,9 @@ from typing import Any
 
 from mapconv.errors import MapconvError
 
+#: How the text begins that Git-LFS puts in a file's place until the file is pulled.
+LFS_POINTER = b"version https://git-lfs"
+
 
 def read_object(path: Path, kind: type[MapconvError], *, advice: str = "download it again") -> dict[str, Any]:
     """The table in a JSON file.
@@ -16,8 +19,11 @@ def read_object(path: Path, kind: type[MapconvError], *, advice: str = "download
     Raises:
         kind: not JSON, or not an object. FileNotFoundError: absent; what that means is the caller's to say.
     """
+    content = path.read_bytes()
+    if content.startswith(LFS_POINTER):
+        raise kind(f"{path} is a Git-LFS pointer, not the file itself: run `git lfs pull` in its folder.")
     try:
-        table = json.loads(path.read_bytes())
+        table = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise kind(f"{path} is not JSON ({error}): {advice}.") from None
     if not isinstance(table, dict):

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from mapconv.adapter import ITEM_SIZES, TensorRef
 from mapconv.errors import CheckpointError
+from mapconv.jsonfile import read_object
 
+#: What the weights files of a model are called, without their endings: transformers' name, and diffusers'.
+STEMS = ("model", "diffusion_pytorch_model", "diffusion_pytorch_model.fp16")
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+#: What a pipeline of several diffusers models has at its top.
+PIPELINE_FILE = "model_index.json"
 #: The format's own limit on the header's length (safetensors' MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
 #: The largest size that a file system or torch can speak of, and the most dimensions of a torch tensor.
@@ -42,17 +48,36 @@ class ByteSource(Protocol):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's weights: one safetensors file, or several with an index; ``source`` None is all on this disk."""
+    """A model's weights: one safetensors file, or several with an index; ``source`` None is all on this disk.
+
+    ``stem`` is what its files are called, one of ``STEMS``.
+    """
 
     folder: Path
     files: tuple[TensorFile, ...]
     index_metadata: dict[str, Any] | None = None
     tensors: dict[str, TensorRef] = field(default_factory=dict)
     source: ByteSource | None = None
+    stem: str = STEMS[0]
+
+    @property
+    def single_file(self) -> str:
+        """The name of the weights file where there is one."""
+        return weights_files(self.stem)[0]
+
+    @property
+    def index_file(self) -> str:
+        """The name of the index where there are several."""
+        return weights_files(self.stem)[1]
 
     @property
     def nbytes(self) -> int:
         return sum(ref.nbytes for ref in self.tensors.values())
+
+
+def weights_files(stem: str) -> tuple[str, str]:
+    """The names of a single weights file and of an index."""
+    return f"{stem}.safetensors", f"{stem}.safetensors.index.json"
 
 
 def read_tensor_file(path: Path) -> TensorFile:
@@ -93,17 +118,17 @@ def read_tensor_file(path: Path) -> TensorFile:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read the headers of the model in ``folder``.
 
-    A single ``model.safetensors`` wins over an index, as it does in transformers.
+    A single file wins over an index, as it does in transformers.
 
     Raises:
         CheckpointError: no safetensors weights, or an index and shards that do not agree.
     """
-    single = folder / SINGLE_FILE
-    if single.exists():
-        return _checkpoint(folder, [read_tensor_file(single)], None)
-    index_path = folder / INDEX_FILE
-    if index_path.exists():
-        return _read_sharded(folder, index_path)
+    for stem in STEMS:
+        single, index_path = (folder / name for name in weights_files(stem))
+        if single.exists():
+            return replace(_checkpoint(folder, [read_tensor_file(single)], None), stem=stem)
+        if index_path.exists():
+            return replace(_read_sharded(folder, index_path), stem=stem)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder: give the base model's folder with --base.")
     if any(folder.glob("*.bin")):
@@ -111,7 +136,19 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} holds its weights as a pickle (.bin) only, and mapconv reads safetensors: convert the model "
             "with save_pretrained() first."
         )
+    if (folder / PIPELINE_FILE).exists():
+        parts = ", ".join(str(folder / name) for name in _pipeline_models(folder / PIPELINE_FILE))
+        raise CheckpointError(
+            f"{folder} is a pipeline of several models: give the one that the adapter was trained on with --base "
+            f"({parts or 'such as its unet or transformer folder'})."
+        )
     raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: it is not a model folder.")
+
+
+def _pipeline_models(path: Path) -> list[str]:
+    """The folders of a pipeline that an adapter may be for: what it denoises with, and its text encoders."""
+    names = read_object(path, CheckpointError)
+    return [name for name in names if re.fullmatch(r"(unet|transformer|prior|decoder|text_encoder)(_\d)?", name)]
 
 
 def _read_sharded(folder: Path, index_path: Path) -> Checkpoint:

@@ -73,7 +73,7 @@ def write_model_config(base: Path, target: Path, dtype: str, changed: dict[str, 
     if changed is None and not path.exists():
         return [f"{base} has no {MODEL_CONFIG}, so the merged folder has none either"]
     config = json.loads(path.read_bytes()) if changed is None else dict(changed)
-    if dtype != "auto":
+    if dtype != "auto" and "_class_name" not in config:  # diffusers' configurations name no dtype
         config.setdefault("dtype", dtype)
         _set_dtype(config, dtype)
     write_file(target / MODEL_CONFIG, json.dumps(config, indent=2) + "\n")

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mapconv.checkpoint.index import INDEX_FILE
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.sidecars import MERGE_RECORD, copy_model_files, write_model_config
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
@@ -112,7 +111,7 @@ def merge(
                 _check_base(placed, merged)
             notes += copy_model_files(folder, sources[0], staging)
             if len(plan.files) > 1 or plan.target.checkpoint.index_metadata is not None:
-                write_file(staging / INDEX_FILE, _index(plan))
+                write_file(staging / plan.target.checkpoint.index_file, _index(plan))
             notes += write_model_config(folder, staging, dtype, plan.target.config)
             record = merge_record(placed, weights)
             write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mapconv.checkpoint.staging import check_output_file, replace_file
 from mapconv.errors import AdapterError, DependencyError
+from mapconv.formats.base import Found
 from mapconv.formats.mapdir import MapDirectory
 from mapconv.formats.peft import CONFIG_FILE
 from mapconv.reporting.adapter_facts import adapter_facts
@@ -72,7 +73,7 @@ def report(path: str | Path, out: str | Path, *, png: str | Path | None = None, 
 
 
 def _kind(path: Path) -> Literal["adapter", "catalog"]:
-    if MapDirectory().detect(path):
+    if MapDirectory().recognise(Found(path)):
         return "adapter"
     if (path / LEDGER_FILE).is_file():
         return "catalog"

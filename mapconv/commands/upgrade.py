@@ -12,6 +12,7 @@ from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.moments import Statistics
 from mapconv.checkpoint.staging import check_output, staged_folder
 from mapconv.errors import UnsupportedError
+from mapconv.formats.base import CONFIG_FILE, WEIGHTS_FILE
 from mapconv.formats.mapdir import needs_magnitude
 from mapconv.hub import hub_reference, locate_adapter
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
@@ -170,6 +171,8 @@ def default_output(source: str | Path) -> Path:
     if reference is not None:
         return Path(f"{reference.name}-map")
     source = Path(source)
+    if source.is_file():
+        source = source.parent if source.name in (CONFIG_FILE, WEIGHTS_FILE) else source.with_suffix("")
     resolved = source.resolve()
     return resolved.parent / f"{resolved.name}-map" if source.name in ("", "..") else Path(f"{source}-map")
 

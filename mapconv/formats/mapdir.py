@@ -20,6 +20,7 @@ import torch
 from mapconv.adapter import Adapter, MapModule, Module
 from mapconv.checkpoint.staging import write_file
 from mapconv.errors import AdapterError
+from mapconv.formats.base import Found
 from mapconv.formats.config import parse_settings, read_config
 from mapconv.formats.peft import CONFIG_FILE, KEY_PREFIX, read_tensors
 
@@ -32,12 +33,12 @@ _MEASURED = ("error", "output_error", "alpha_before", "beta_before", "error_befo
 class MapDirectory:
     """The dialect that ``mapconv upgrade`` writes."""
 
-    def detect(self, path: Path) -> bool:
-        return (path / MAP_CONFIG_FILE).is_file() and (path / CONFIG_FILE).is_file()
+    def recognise(self, found: Found) -> bool:
+        return (found.path / MAP_CONFIG_FILE).is_file() and found.config is not None
 
-    def read(self, path: Path, *, allow_pickle: bool = False) -> Adapter:
+    def read(self, found: Found, *, allow_pickle: bool = False) -> Adapter:
+        path, config = found.path, found.config or {}
         map_config = read_config(path / MAP_CONFIG_FILE)
-        config = read_config(path / CONFIG_FILE)
         settings = parse_settings(config, path / CONFIG_FILE)
         version = map_config.get("format_version")
         if version != FORMAT_VERSION:

@@ -13,8 +13,20 @@ from functools import cache
 from pathlib import Path
 
 from mapconv.errors import AdapterError
+from mapconv.jsonfile import LFS_POINTER
 
 PICKLE_FILE = "adapter_model.bin"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Say that a file is a Git-LFS pointer, which is neither a pickle nor anything else to be opened.
+
+    Raises:
+        AdapterError: it is one.
+    """
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise AdapterError(f"{path} is a Git-LFS pointer, not the weights: run `git lfs pull` in its folder.")
 
 
 @cache

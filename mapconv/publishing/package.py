@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mapconv.checkpoint.index import INDEX_FILE, SINGLE_FILE, read_checkpoint, read_tensor_file
+from mapconv.checkpoint.index import INDEX_FILE, read_checkpoint, read_tensor_file
 from mapconv.checkpoint.sidecars import MERGE_RECORD, MODEL_CONFIG, model_files, tokenizer_files
 from mapconv.errors import AdapterError, HubError
 from mapconv.fidelity.saved import read_report
@@ -139,7 +139,7 @@ def _adapter_files(folder: Path) -> list[str]:
 def _merged_files(folder: Path) -> list[str]:
     checkpoint = read_checkpoint(folder)
     weights = [file.path.name for file in checkpoint.files]
-    index = [INDEX_FILE] if weights != [SINGLE_FILE] else []
+    index = [checkpoint.index_file] if weights != [checkpoint.single_file] else []
     small = [name.as_posix() for name in (*tokenizer_files(folder), *model_files(folder))]
     return [MODEL_CONFIG, MERGE_RECORD, *weights, *index, *small]
 
@@ -151,7 +151,7 @@ def _outgoing(folder: Path, name: str, kind: Kind, base: str, record: Mapping[st
     if name.endswith(".safetensors"):
         for key, value in read_tensor_file(path).metadata.items():
             _refuse_path(path, f"__metadata__.{key}", value)
-    if not name.endswith(".json") or name in _TOKEN_TABLES or name == INDEX_FILE:
+    if not name.endswith(".json") or name in _TOKEN_TABLES or name.endswith(INDEX_FILE.removeprefix("model")):
         return Outgoing(name, path, path.stat().st_size)
     table = _read_json(path)
     public = dict(record) if name in (MAP_CONFIG_FILE, MERGE_RECORD) else _public_json(table, base)
