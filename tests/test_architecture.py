@@ -74,7 +74,7 @@ ALGEBRA = [name for name in FILES if inside(name, "mapconv.algebra")]
 CLI = [name for name in FILES if inside(name, "mapconv.cli")]
 #: The rooms, lowest first. A file imports from its own room and from the rooms of lower layers, never from a neighbour.
 LAYERS = [
-    {"errors", "version", "options", "adapter", "jsonfile", "algebra"},
+    {"errors", "version", "options", "adapter", "jsonfile", "wording", "algebra"},
     {"checkpoint", "data", "runtime"},
     {"formats", "hub"},
     {"placement"},

@@ -11,6 +11,7 @@ import click
 
 from mapconv.cli import options
 from mapconv.cli.output import notes, print_json, print_table, say, size, small
+from mapconv.wording import counted
 
 if TYPE_CHECKING:
     from mapconv.catalog.status import Status
@@ -98,7 +99,7 @@ def run(
 
 def _report(result: CatalogResult) -> None:
     rate = f", {result.converted / result.seconds:.2f} a second" if result.converted else ""
-    click.echo(f"{result.catalog} → {result.out}: {result.entries:,} adapters")
+    click.echo(f"{result.catalog} → {result.out}: {counted(result.entries, 'adapter')}")
     click.echo(
         f"  {result.done:,} done ({result.converted:,} now, {size(result.nbytes)}), {result.failed:,} failed, "
         f"{result.left:,} left; {result.seconds:.1f} s{rate}"

@@ -7,6 +7,7 @@ import click
 from mapconv.cli import options
 from mapconv.cli.output import notes, print_json, print_table, size
 from mapconv.hub.reference import shown
+from mapconv.wording import counted
 
 
 @click.command("inspect", short_help="Say what an adapter is, and what upgrade would do.")
@@ -26,7 +27,8 @@ def command(source: str, base: str | None, allow_pickle: bool, as_json: bool) ->
         print_json(found.to_dict())
         return
     click.echo(
-        f"{source}: {found.method} adapter, {found.modules} modules, {found.parameters:,} parameters, "
+        f"{source}: {found.method} adapter, {counted(found.modules, 'module')}, "
+        f"{counted(found.parameters, 'parameter')}, "
         f"{size(found.nbytes)} of {'/'.join(found.dtypes)}"
     )
     click.echo(f"  base      {found.base or 'not recorded'}{f' @ {found.revision}' if found.revision else ''}")

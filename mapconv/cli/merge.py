@@ -9,6 +9,7 @@ import click
 from mapconv.cli import options
 from mapconv.cli.output import notes, print_json, size, small
 from mapconv.hub.reference import shown
+from mapconv.wording import counted
 
 
 @click.command("merge", short_help="Merge an adapter into its base weights.")
@@ -83,11 +84,12 @@ def command(
         verb = "would write" if dry_run else "wrote"
         click.echo(f"{' + '.join(map(str, adapters))} ({result.method}) + {shown(result.base)}")
         click.echo(
-            f"  {verb} {result.out}: {result.tensors} tensors in {len(result.files)} files, {size(result.nbytes)}"
+            f"  {verb} {result.out}: {counted(result.tensors, 'tensor')} in "
+            f"{counted(len(result.files), 'file')}, {size(result.nbytes)}"
         )
     if not as_json and not dry_run:
         worst = max(result.merged, key=lambda item: item.rounding_error)
-        click.echo(f"  {len(result.merged)} tensors merged in {result.seconds:.1f} s")
+        click.echo(f"  {counted(len(result.merged), 'tensor')} merged in {result.seconds:.1f} s")
         click.echo(
             f"  rounding to {worst.dtype} moves a tensor by at most {small(worst.rounding_error)} of its update "
             f"({worst.tensor})"

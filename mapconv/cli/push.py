@@ -10,6 +10,7 @@ import click
 
 from mapconv.cli import options
 from mapconv.cli.output import notes, print_json, print_table, say, size
+from mapconv.wording import counted
 
 if TYPE_CHECKING:
     from mapconv.commands.push import PushResult
@@ -90,7 +91,7 @@ def _show(plan: PushResult, create_pr: bool) -> None:
     click.echo()
     print_table(["file", "size", ""], [[file.name, size(file.nbytes), file.note] for file in plan.files])
     click.echo()
-    click.echo(f"  {len(plan.files)} files, {size(plan.nbytes)}")
+    click.echo(f"  {counted(len(plan.files), 'file')}, {size(plan.nbytes)}")
     if plan.left_behind:
         notes([f"not sent, because mapconv does not know them: {', '.join(plan.left_behind)}"])
 

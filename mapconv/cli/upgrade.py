@@ -13,6 +13,7 @@ from mapconv.cli import options
 from mapconv.cli.calibrate import INTERRUPTED, print_calibration
 from mapconv.cli.output import notes, print_json, print_table, size, small, spread
 from mapconv.hub.reference import shown
+from mapconv.wording import counted
 
 if TYPE_CHECKING:
     from mapconv.adapter import MapModule
@@ -147,7 +148,7 @@ def command(
     if as_json:
         print_json(result.to_dict())
     elif dry_run:
-        click.echo(f"would convert {result.planned} {result.method} modules on {shown(result.base)}")
+        click.echo(f"would convert {counted(result.planned, f'{result.method} module')} on {shown(result.base)}")
         click.echo(f"would write {result.out} (about {size(result.nbytes)})")
     else:
         _report(result, tolerance)
@@ -171,7 +172,8 @@ def _report(result: UpgradeResult, tolerance: float | None) -> None:
     errors = [module.error for module in result.modules]
     click.echo()
     click.echo(
-        f"  {len(errors)} modules, {result.parameters:,} parameters, {size(result.nbytes)}, {result.seconds:.1f} s; "
+        f"  {counted(len(errors), 'module')}, {result.parameters:,} parameters, {size(result.nbytes)}, "
+        f"{result.seconds:.1f} s; "
         f"ε worst {small(max(errors))}, median {small(statistics.median(errors))}"
     )
     if result.calibration is not None:
@@ -204,7 +206,7 @@ def _advice(result: UpgradeResult, tolerance: float | None) -> str | None:
     if tolerance is not None:
         over = sum(_felt_error(module) > tolerance for module in result.modules)
         return (
-            f"{over} modules stay above ε = {tolerance:g} at --max-rank: raise it, or use --direction dora"
+            f"{counted(over, 'module')} above ε = {tolerance:g} at --max-rank: raise it, or use --direction dora"
             if over
             else None
         )

@@ -15,6 +15,7 @@ from typing import Any
 from mapconv.adapter import LoraSettings
 from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.jsonfile import read_object
+from mapconv.wording import counted
 
 #: Fields that do not change what the saved weights mean (training, bookkeeping, or settings of another field).
 _INERT = frozenset(
@@ -81,7 +82,7 @@ def parse_settings(config: Mapping[str, Any], path: Path) -> LoraSettings:
     if method is None:
         raise AdapterError(f"{path} has no peft_type: expected LORA.")
     if method.upper() != "LORA":
-        raise UnsupportedError(f"{path} describes a {method} adapter: mapconv converts LoRA and DoRA (peft_type LORA).")
+        raise UnsupportedError(f"{path}: peft_type is {_short(method)}, and mapconv converts LoRA and DoRA (LORA).")
     _refuse_features(config, field)
     return LoraSettings(
         rank=field.rank("r", config.get("r", 8)),
@@ -214,5 +215,14 @@ def _is_empty(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
+    """A value as JSON, or what is sure to be told apart from a whole one: where a text was cut, how long a table is."""
     text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    if len(text) <= 60:
+        return text
+    if isinstance(value, str):
+        return f'{json.dumps(value[:50])[:-1]}…"'
+    return (
+        f"<{type(value).__name__} of {counted(len(value), 'item')}>"
+        if isinstance(value, list | dict)
+        else f"{text[:50]}…"
+    )

@@ -14,6 +14,7 @@ from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.formats.base import CONFIG_FILE, WEIGHTS_FILE, Found
 from mapconv.formats.config import parse_settings
 from mapconv.formats.pickle import PICKLE_FILE, as_safetensors, refuse_pointer
+from mapconv.wording import counted
 
 #: PEFT wraps a model twice, and every key of a file starts with the two attribute names.
 KEY_PREFIX = "base_model.model."
@@ -210,6 +211,7 @@ def _rows_of(path: str, ref: TensorRef, settings: LoraSettings) -> tuple[int, ..
     rows = (named or [settings.token_rows.get("", ())])[0]
     if len(ref.shape) != 2 or len(rows) != ref.shape[0]:
         raise AdapterError(
-            f"{ref.file}: {ref.name} has shape {list(ref.shape)}, but trainable_token_indices names {len(rows)} tokens."
+            f"{ref.file}: {ref.name} has shape {list(ref.shape)}, but trainable_token_indices names "
+            f"{counted(len(rows), 'token')}."
         )
     return rows
