@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from mapconv.commands.inspect import inspect
     from mapconv.commands.merge import merge
     from mapconv.commands.push import push
+    from mapconv.commands.rebase import rebase
     from mapconv.commands.report import report
+    from mapconv.commands.statistics import statistics
     from mapconv.commands.upgrade import upgrade
     from mapconv.commands.verify import verify
     from mapconv.errors import MapconvError
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MapConfig", "MapconvError", "__version__", "calibrate", "convert_catalog", "detach", "disabled", "get_map_model",
-    "inspect", "load_adapter", "map_layers", "merge", "push", "report", "save_adapter", "set_adapter", "upgrade",
-    "verify",
+    "inspect", "load_adapter", "map_layers", "merge", "push", "rebase", "report", "save_adapter", "set_adapter",
+    "statistics", "upgrade", "verify",
 ]  # fmt: skip
 
 _HOMES = {
@@ -49,9 +51,11 @@ _HOMES = {
     "map_layers": "mapconv.nn.attaching",
     "merge": "mapconv.commands.merge",
     "push": "mapconv.commands.push",
+    "rebase": "mapconv.commands.rebase",
     "report": "mapconv.commands.report",
     "save_adapter": "mapconv.nn.saving",
     "set_adapter": "mapconv.nn.attaching",
+    "statistics": "mapconv.commands.statistics",
     "upgrade": "mapconv.commands.upgrade",
     "verify": "mapconv.commands.verify",
 }

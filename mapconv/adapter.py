@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mapconv.untrusted.patterns import PatternTable
+
 Direction = Literal["low-rank", "dora"]
 
 #: Bytes per element of every dtype that the safetensors format knows, by the format's own names.
@@ -19,6 +21,8 @@ ITEM_SIZES = {
     "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 _LAYER = re.compile("[0-9]{1,6}")
+#: Scalars of a module that a MAP directory leaves out where there are none.
+OPTIONAL_SCALARS = ("alpha_before", "beta_before", "error_before", "base_projection")
 
 
 def layer_of(path: str) -> int | None:
@@ -47,6 +51,11 @@ class TensorRef:
     @property
     def stop(self) -> int:
         return self.start + self.nbytes
+
+    @property
+    def stored(self) -> tuple[TensorRef, ...]:
+        """The tensors of the file whose bytes make the values: this one, but for a weight that is stored in codes."""
+        return (self,)
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,8 @@ class MapModule:
     ``error`` is ε = ‖T − W'‖ / ‖T − W0‖, measured on the factors that were written; T is the source's weight. It is
     None where it was not measured: after training, the distance from a source says nothing. ``output_error`` is the
     same of the layer's outputs, over the inputs that a refit with data saw; None without data. ``alpha_before``,
-    ``beta_before`` and ``error_before`` are those of the closed form that a calibration began with.
+    ``beta_before`` and ``error_before`` are those of the closed form that a calibration began with. ``base_projection``
+    is W0's projection on fixed random numbers (``algebra.fingerprint``); adapters of older versions have none.
     """
 
     path: str
@@ -124,6 +134,7 @@ class MapModule:
     alpha_before: float | None = None
     beta_before: float | None = None
     error_before: float | None = None
+    base_projection: float | None = None
 
     @property
     def base_gain(self) -> float:
@@ -138,7 +149,7 @@ class MapModule:
     def to_dict(self) -> dict[str, Any]:
         # vars, not asdict: the fields are plain values, and a catalog makes millions of these.
         table = vars(self) | {"base_gain": self.base_gain, "update_gain": self.update_gain}
-        return {name: value for name, value in table.items() if value is not None or not name.endswith("_before")}
+        return {name: value for name, value in table.items() if value is not None or name not in OPTIONAL_SCALARS}
 
 
 @dataclass(frozen=True)
@@ -149,8 +160,8 @@ class LoraSettings:
     alpha: float
     use_rslora: bool
     use_dora: bool
-    rank_pattern: Mapping[re.Pattern[str], int]
-    alpha_pattern: Mapping[re.Pattern[str], float]
+    rank_pattern: PatternTable[int]
+    alpha_pattern: PatternTable[float]
     initialization: str | None
     modules_to_save: tuple[str, ...]
     target_parameters: tuple[str, ...]
@@ -160,17 +171,12 @@ class LoraSettings:
     revision: str | None
 
     def rank_of(self, path: str) -> int:
-        return int(_by_pattern(self.rank_pattern, path, self.rank))
+        return self.rank_pattern.get(path, self.rank)
 
     def scaling_of(self, path: str) -> float:
         """alpha/r, or alpha/√r for rsLoRA, with this module's own alpha and rank."""
-        rank, alpha = self.rank_of(path), _by_pattern(self.alpha_pattern, path, self.alpha)
+        rank, alpha = self.rank_of(path), self.alpha_pattern.get(path, self.alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-
-
-def _by_pattern(patterns: Mapping[re.Pattern[str], Any], path: str, default: Any) -> Any:
-    """The value of the first pattern, in file order, that matches the path's end (PEFT's ``get_pattern_key``)."""
-    return next((value for pattern, value in patterns.items() if pattern.match(path)), default)
 
 
 @dataclass(frozen=True)

@@ -100,15 +100,32 @@ class DependencyError(MapconvError):
     """An optional package or a device is absent."""
 
 
+#: How libraries spell it that an allocation failed, whatever the type of their error.
+_OUT_OF_MEMORY = (
+    "can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "std::bad_alloc",
+    "failed to map segment", "unable to allocate", "can't start new thread",
+)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the machine, of its GPU or of this process's limit does not suffice."""
+    text = str(error).lower()
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError | OSError | ImportError) and any(words in text for words in _OUT_OF_MEMORY))
+    )
+
+
 def sentence(error: Exception) -> str:
     """What to tell a user of any error."""
     if isinstance(error, MapconvError):
         return str(error)
+    if is_out_of_memory(error):
+        return "out of memory: close other programs, use --device cpu, or convert on a larger machine."
     if isinstance(error, OSError):
         reason = _SYSTEM_ERRORS.get(error.errno) or error.strerror or str(error)
         return f"{error.filename}: {reason}." if error.filename else f"{reason}."
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "out of memory: close other programs, use --device cpu, or convert on a larger machine."
     if isinstance(error, ValueError):
         return f"{error}."
     lines = str(error).strip().splitlines() or [""]

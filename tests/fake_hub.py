@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,6 +30,8 @@ __all__ = ["READ_TOKEN", "WRITE_TOKEN", "FakeHub", "Fault", "Request"]
 
 #: No wait of the fake is longer than this, whatever a test forgets to release.
 LONGEST_WAIT = 30.0
+#: An endless answer ends here, where a client takes all of it.
+MOST_BYTES = 256 << 20
 
 
 @dataclass
@@ -48,8 +51,9 @@ class Request:
 class Fault:
     """What to do instead of answering, or (``after``) when the work is done and the answer is lost.
 
-    ``truncate`` breaks the connection after that many bytes of the answer's body. ``reached`` is set when a request
-    arrives here; with ``hold`` it then waits until ``release`` is set.
+    ``truncate`` breaks the connection after that many bytes of the answer's body. ``change`` makes another answer of
+    the right one. ``endless`` repeats its body for as long as the client takes it, ``drip`` waits that many seconds
+    between bytes. ``reached`` is set when a request arrives here; with ``hold`` it then waits until ``release`` is set.
     """
 
     method: str
@@ -62,6 +66,9 @@ class Fault:
     after: bool = False
     hold: bool = False
     truncate: int | None = None
+    change: Callable[[Answer], Answer] | None = None
+    endless: bool = False
+    drip: float = 0.0
     reached: threading.Event = field(default_factory=threading.Event)
     release: threading.Event = field(default_factory=threading.Event)
 
@@ -169,6 +176,8 @@ class _Handler(BaseHTTPRequestHandler):
         answer = None
         if fault is None or fault.after or fault.truncate is not None:
             answer = self._work()
+        if fault is not None and fault.change is not None:
+            answer = fault.change(self._work())
         if fault is not None:
             fault.wait()
             if fault.drop:
@@ -176,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             if fault.status:
                 answer = Answer(fault.status, fault.body, fault.headers)
-        self._send(answer or self._work(), None if fault is None else fault.truncate)
+        self._send(answer or self._work(), fault)
 
     def _work(self) -> Answer:
         try:
@@ -192,17 +201,32 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def _send(self, answer: Answer, truncate: int | None = None) -> None:
+    def _send_for_ever(self, body: bytes) -> None:
+        while self.request_record.sent < MOST_BYTES:
+            self.wfile.write(f"{len(body):x}\r\n".encode() + body + b"\r\n")
+            self.request_record.sent += len(body)
+        self.close_connection = True
+
+    def _send(self, answer: Answer, fault: Fault | None) -> None:
         self.request_record.status = answer.status
         try:
             self.send_response(answer.status)
-            for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
+            endless = fault is not None and fault.endless and self.command != "HEAD"
+            length = {"Transfer-Encoding": "chunked"} if endless else {"Content-Length": str(len(answer.body))}
+            for name, value in {**length, **answer.headers}.items():
                 self.send_header(name, value)
             self.end_headers()
-            if self.command != "HEAD":
-                body = answer.body[:truncate]
+            if endless:
+                self._send_for_ever(answer.body)
+            elif fault is not None and fault.drip:
+                for place in range(len(answer.body)):
+                    self.wfile.write(answer.body[place : place + 1])
+                    if fault.release.wait(fault.drip):
+                        break
+            elif self.command != "HEAD":
+                body = answer.body[: None if fault is None else fault.truncate]
                 self.request_record.sent = len(body)
                 self.wfile.write(body)
                 self.close_connection = self.close_connection or len(body) < len(answer.body)
-        except (BrokenPipeError, ConnectionResetError):
+        except OSError:
             self.close_connection = True  # the client was killed: that is what some tests do

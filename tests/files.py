@@ -57,3 +57,13 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(path)
     return tensors
+
+
+def cached(folder: Path, repository: Path) -> Path:
+    """A snapshot of ``folder`` as in the Hub's cache: links to blobs, in ``repository`` (``models--owner--name``)."""
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    shutil.copytree(folder, repository / "blobs")
+    for path in folder.iterdir():
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", path.name))
+    return snapshot

@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 
 import mapconv
 from mapconv.data import Dataset, read_blocks, read_rows
+from mapconv.fidelity.metrics import ModelNumbers
 from mapconv.placement.adapters import place_adapter
 from mapconv.runtime.models import load_tokenizer
-from mapconv.training.evaluation import Evaluator, ModelNumbers
+from mapconv.training.evaluation import Evaluator
 from mapconv.training.models import SOURCE, WRITTEN, CalibrationModels
 from mapconv.training.processes import Processes
 

@@ -57,6 +57,11 @@ class AdaptedWeight:
         return AdaptedWeight(base, root.multiply(self.A), self.B, scales=self.scales)
 
     @property
+    def directions(self) -> torch.Tensor:
+        """The update's own row space holds most of T − W0."""
+        return self.A.T
+
+    @property
     def base_norm(self) -> float:
         """‖W0‖."""
         return float(self._base_squares.sum()) ** 0.5
@@ -64,14 +69,15 @@ class AdaptedWeight:
     @property
     def update_norm(self) -> float:
         """‖T − W0‖: what the adapter changes in all."""
-        return max(0.0, self.squared_norms()[0]) ** 0.5
+        return self.squared_norms()[0] ** 0.5
 
     def squared_norms(self) -> tuple[float, float, float]:
         """(‖S‖², ⟨S, W0⟩, ‖W0‖²) with S = T − W0, from row sums alone."""
         excess, d = self.scales - 1, self.scales
         shift = excess**2 * self._base_squares + 2 * excess * d * self._inner + d**2 * self._update_squares
         inner = excess * self._base_squares + d * self._inner
-        return float(shift.sum()), float(inner.sum()), float(self._base_squares.sum())
+        # Rounding can take the square of a zero change a hair below zero.
+        return max(0.0, float(shift.sum())), float(inner.sum()), float(self._base_squares.sum())
 
     def products(self, V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(S·V, W0·V): one pass over W0."""
@@ -85,16 +91,12 @@ class AdaptedWeight:
         from_base = self.base.T @ (self._rows(self.scales - 1 - t) * Q)
         return from_base + self.A.T @ (self.B.T @ (self._rows(self.scales) * Q))
 
-    def error_norm(self, base_gain: float, B: torch.Tensor, A: torch.Tensor) -> float:
-        """‖T − base_gain·W0 − BA‖ by forming its rows block by block, not from the sketch that found B and A."""
-        factors = torch.cat([self._rows(self.scales) * self.B, -B.float()], dim=1)
-        stacked = torch.cat([self.A, A.float()], dim=0)
-        gains, total = self._rows(self.scales - base_gain), 0.0
-        for start, stop in row_blocks(*self.shape):
-            block = self.base[start:stop] * gains[start:stop]
-            block.addmm_(factors[start:stop], stacked)
-            total += float(torch.linalg.vector_norm(block)) ** 2
-        return total**0.5
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows start … stop of (S, W0)."""
+        base, scales = self.base[start:stop].to(dtype), self.scales[start:stop, None]
+        # d − 1 is formed in float64: d is so close to 1 that float32 would keep few of its digits.
+        rows = base * (scales - 1).to(dtype)
+        return rows.addmm_((scales * self.B[start:stop]).to(dtype), self.A.to(dtype)), base
 
     def approximation_row_norms(self, B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         """‖W0 + BA‖ of each row, (n,) float64, for other factors than the adapter's own."""

@@ -1,67 +1,44 @@
-"""The best low-rank approximation of a matrix that is only known through its products with thin blocks.
+"""The best low-rank approximation of a pencil E(t) = S − t·W, at a rank or for an error: one door to two ways.
 
-The matrix may depend on one scalar, ``E(t) = S − t·W`` (a pencil), and the approximation then finds the best ``t`` as
-well. Method: randomized range finder with subspace (power) iteration and a warm start (Halko, Martinsson, Tropp 2011,
-algorithm 4.4); the search for ``t`` happens on l×l Gram matrices between two products, so it costs next to nothing.
+``randomized`` reads the matrix a few times and costs in proportion to the rank: for large matrices and thin ranks.
+``dense`` costs the same for every rank and serves all of them: for small matrices and ranks that are a good part of the
+spectrum. Which one is cheaper is a matter of shape, rank and the measured cost of each step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from mapconv.algebra.dense import Dense
+from mapconv.algebra.gram import Spectrum
+from mapconv.algebra.pencil import LowRank, Pencil
+from mapconv.algebra.randomized import OVERSAMPLING, Sketch
 
-import torch
+Decomposition = Sketch | Dense
 
-#: Columns beyond the wanted rank. They absorb the directions that a finite number of iterations cannot separate.
-OVERSAMPLING = 8
-#: Stop once further iterations would lower the squared error by less than this fraction: 0.1 % of the error itself.
-RELATIVE_GAIN = 2e-3
-MAX_ITERATIONS = 12
-#: Squared errors below this fraction of ‖S‖² are rounding of float32 products, not signal.
-ROUNDING = 1e-7
-
-
-class Pencil(Protocol):
-    """A family of n×m matrices E(t) = S − t·W."""
-
-    shape: tuple[int, int]
-    device: torch.device
-
-    def products(self, V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(S·V, W·V) for V of shape (m, l)."""
-
-    def transposed_product(self, Q: torch.Tensor, t: float) -> torch.Tensor:
-        """E(t)ᵀ·Q for Q of shape (n, l)."""
-
-    def squared_norms(self) -> tuple[float, float, float]:
-        """(‖S‖², ⟨S, W⟩, ‖W‖²), exact to float64."""
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """``left @ right`` is the best approximation found of E(shift); ``squared_error`` is ‖E(shift) − left·right‖².
-
-    ``singular_values`` has every value of the sketch, the approximation's own first.
-    """
-
-    shift: float
-    left: torch.Tensor
-    right: torch.Tensor
-    squared_error: float
-    singular_values: torch.Tensor
+# Seconds of one core, fitted to both ways on matrices of 192 × 576 to 4096 × 14336 and ranks 1 to 512: what matters is
+# their ratios, which differ little between processors.
+#: A product with a thin block, for each element of the matrix: reading it, and one column's multiplication.
+READ, MULTIPLY = 1.0e-9, 0.025e-9
+#: Householder QR and Gram matrices of a thin block, for each of its elements and columns.
+ORTHONORMALIZE = 0.3e-9
+#: A float64 multiplication in a Gram matrix, and everything around one eigendecomposition, for each of its n³.
+GRAM, EIGEN = 0.06e-9, 0.4e-9
+#: Eigendecompositions in the search for t on one sketch.
+SEARCHES = 10
+#: Iterations of the one, without and with directions for all of the rank, and eigendecompositions of the other.
+ITERATIONS, FEW_ITERATIONS, DECOMPOSITIONS = 9, 2, 1.3
 
 
 def best_low_rank(
-    pencil: Pencil, rank: int, *, shift: float | None = None, start: torch.Tensor | None = None, seed: int = 0
+    pencil: Pencil, rank: int, *, shift: float | None = None, seed: int = 0, dense: bool = False
 ) -> LowRank:
     """Minimise ‖E(t) − R‖² over R of rank ``rank`` at most, and over t unless ``shift`` fixes it.
 
     Args:
-        pencil: the matrices, by their products.
+        pencil: the matrices.
         rank: wanted rank k ≥ 1; cut down to min(n, m).
         shift: a fixed t; None searches for the best one.
-        start: (m, j) directions that the row space of the result is expected to lie in; they speed convergence up.
-        seed: seed of the random part of the first basis. Equal seeds give equal results.
+        seed: of the random part of the first basis. Equal seeds give equal results.
+        dense: take the dense way whatever it costs.
 
     Returns:
         factors of shapes (n, k) and (k, m), with the singular values split evenly between them.
@@ -69,130 +46,56 @@ def best_low_rank(
     rank = min(rank, *pencil.shape)
     if rank == min(pencil.shape) and shift is None:
         shift = 0.0  # no t leaves anything over, so rounding alone would choose one
-    basis = _first_basis(pencil, rank, start, seed)
-    t, errors = shift or 0.0, []
-    for _ in range(MAX_ITERATIONS):
-        SV, WV = pencil.products(basis)
-        search = _ShiftSearch(SV, WV, pencil.squared_norms(), rank)
-        t = search.solve(t) if shift is None else shift
-        errors.append(search.squared_error(t))
-        if _converged(errors, noise=ROUNDING * search.norms[0]):
-            break
-        left_basis = orthonormal(SV.sub(WV, alpha=t))
-        rows = pencil.transposed_product(left_basis, t)
-        errors.append(search.squared_norm(t) - _energy(rows, rank))
-        basis = orthonormal(rows)
-    squares, rotation = search.spectrum(t)
-    rotation = rotation[:, :rank].to(basis)
-    left, right = SV.sub(WV, alpha=t) @ rotation, (basis @ rotation).T
-    # Balanced factors survive a later rounding to 16 bits best: neither side is tiny.
-    roots = squares[:rank].clamp_min(0).sqrt().sqrt().to(basis)
-    left = left / roots.clamp_min(torch.finfo(basis.dtype).tiny)
-    return LowRank(
-        t,
-        left.contiguous(),
-        (roots[:, None] * right).contiguous(),
-        search.squared_error(t),
-        squares.clamp_min(0).sqrt(),
-    )
+    if not dense and is_thin(pencil, rank) and not prefers_dense(pencil, rank):
+        sketch = Sketch(pencil, rank, t=shift, seed=seed)
+        if sketch.settled:
+            return sketch.cut(sketch.spectrum, rank)
+    return Dense(pencil, t=shift).best(rank)
 
 
-def orthonormal(columns: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis that contains the span of ``columns`` (Householder QR: safe for dependent columns)."""
-    return torch.linalg.qr(columns).Q
+def least_rank(
+    pencil: Pencil,
+    allowed: float,
+    max_rank: int,
+    *,
+    first: int,
+    shift: float | None = None,
+    seed: int = 0,
+    dense: bool = False,
+) -> tuple[int, Spectrum, Decomposition]:
+    """The least rank whose squared error can be ``allowed`` or less, or ``max_rank``; one decomposition serves for all.
 
+    Args:
+        first: the rank that the randomized way tries first; it then doubles it, from the basis that it has.
 
-def _converged(errors: list[float], noise: float) -> bool:
-    """Whether the error's fall, one value a half iteration, has little left to go.
-
-    Subspace iteration converges geometrically: the last two falls give the ratio, and the ratio gives what remains.
+    Returns:
+        the rank, and what ``decomposition.cut(spectrum, k)`` needs to give the approximation of any rank k near it, up
+        to ``decomposition.limit``.
     """
-    if errors[-1] <= noise:
-        return True
-    if len(errors) < 3:
-        return False
-    before, last = errors[-3] - errors[-2], errors[-2] - errors[-1]
-    if last <= noise:
-        return True
-    ratio = min(last / before, 0.95) if before > 0 else 0.95
-    return last * ratio / (1 - ratio) <= RELATIVE_GAIN * errors[-1]
+    max_rank = min(max_rank, *pencil.shape)
+    rank, basis = min(first, max_rank), None
+    while not dense and is_thin(pencil, max_rank) and not prefers_dense(pencil, max_rank):
+        sketch = Sketch(pencil, rank, t=shift, seed=seed, start=basis)
+        if not sketch.settled:
+            break
+        if rank == max_rank or float(sketch.spectrum.squared_errors[rank]) <= allowed:
+            return (*sketch.least_rank(allowed, rank), sketch)
+        rank, basis = min(2 * rank, max_rank), sketch.basis
+    decomposition = Dense(pencil, t=shift)
+    return (*decomposition.least_rank(allowed, max_rank), decomposition)
 
 
-def _energy(rows: torch.Tensor, rank: int) -> float:
-    """Sum of the ``rank`` largest squared singular values of a thin block."""
-    wide = rows.double()
-    return float(torch.linalg.eigvalsh(wide.T @ wide)[-rank:].sum())
+def is_thin(pencil: Pencil, rank: int) -> bool:
+    """Whether a sketch is less than half of the matrix: a wider one settles on t slowly, and saves nothing."""
+    return 2 * (rank + OVERSAMPLING) < min(pencil.shape)
 
 
-def _first_basis(pencil: Pencil, rank: int, start: torch.Tensor | None, seed: int) -> torch.Tensor:
-    width = pencil.shape[1]
-    known = 0 if start is None else start.shape[1]
-    size = min(max(rank, known) + OVERSAMPLING, *pencil.shape)
-    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device draws the same numbers
-    columns = torch.randn(width, size, generator=generator).to(pencil.device)
-    if known:
-        columns[:, : min(known, size)] = start[:, :size]
-    return orthonormal(columns)
-
-
-class _ShiftSearch:
-    """f(t) = ‖E(t)‖² − (the k largest eigenvalues of (E(t)V)ᵀ(E(t)V)), all in float64 on small matrices."""
-
-    def __init__(self, SV: torch.Tensor, WV: torch.Tensor, norms: tuple[float, float, float], rank: int) -> None:
-        SV, WV = SV.double(), WV.double()
-        self.ss, self.sw, self.ww = (SV.T @ SV).cpu(), (SV.T @ WV).cpu(), (WV.T @ WV).cpu()
-        self.norms, self.rank = norms, rank
-
-    def spectrum(self, t: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Eigenvalues in falling order and eigenvectors of the Gram matrix of E(t)V."""
-        gram = self.ss - t * (self.sw + self.sw.T) + t * t * self.ww
-        values, vectors = torch.linalg.eigh(gram)
-        return values.flip(0), vectors.flip(1)
-
-    def squared_norm(self, t: float) -> float:
-        """‖E(t)‖²."""
-        norm_s, inner, norm_w = self.norms
-        return norm_s - 2 * t * inner + t * t * norm_w
-
-    def squared_error(self, t: float) -> float:
-        return self._evaluate(t)[0]
-
-    def solve(self, start: float) -> float:
-        """The t of least error: coordinate descent with secant steps, from ``start`` and from R = 0's own optimum.
-
-        t = 0 wins ties within rounding, so that a pencil whose S has rank k (a LoRA) gives exactly t = 0.
-        """
-        norm_s, inner, norm_w = self.norms
-        if norm_w == 0:
-            return 0.0
-        candidates = {self._descend(t) for t in {start, inner / norm_w}}
-        error, t = min((self.squared_error(t), t) for t in candidates)
-        return 0.0 if self.squared_error(0.0) <= error + ROUNDING * norm_s else t
-
-    def _evaluate(self, t: float) -> tuple[float, float]:
-        """(f(t), the t that is best for E(t)'s own truncation R); where W = 0, every t is as good as another."""
-        _, inner, norm_w = self.norms
-        values, vectors = self.spectrum(t)
-        top = vectors[:, : self.rank]
-        error = self.squared_norm(t) - float(values[: self.rank].sum())
-        inner_R_W = float(((self.sw - t * self.ww) @ top * top).sum())
-        return max(error, 0.0), (inner - inner_R_W) / norm_w if norm_w else t
-
-    def _descend(self, t: float) -> float:
-        norm_w = self.norms[2]
-        error, proposal = self._evaluate(t)
-        for _ in range(50):
-            # f changes by at most ‖W‖²·(step)² around its optimum: below 1e-7 of f, further steps are idle.
-            if norm_w * (proposal - t) ** 2 <= 1e-7 * error:
-                break
-            next_error, next_proposal = self._evaluate(proposal)
-            ratio = (next_proposal - proposal) / (proposal - t)
-            t, error, leap = proposal, next_error, next_proposal
-            if 0 < ratio < 0.95:
-                # The descent shrinks its steps by a near constant factor: jump to where their sum leads.
-                jumped = proposal + (next_proposal - proposal) / (1 - ratio)
-                jumped_error, jumped_proposal = self._evaluate(jumped)
-                if jumped_error < next_error:
-                    t, error, leap = jumped, jumped_error, jumped_proposal
-            proposal = leap
-        return t
+def prefers_dense(pencil: Pencil, rank: int) -> bool:
+    """Whether the dense way is expected to be the cheaper one."""
+    height, width = pencil.shape
+    side, columns = min(height, width), min(rank + OVERSAMPLING, height, width)
+    dense = 3 * GRAM * height * width * side + DECOMPOSITIONS * EIGEN * side**3
+    passes = 2 * height * width * (READ + MULTIPLY * columns)
+    iteration = passes + (height + width) * columns**2 * ORTHONORMALIZE + SEARCHES * EIGEN * columns**3
+    known = 0 if pencil.directions is None else pencil.directions.shape[1]
+    return dense <= (FEW_ITERATIONS if rank <= known else ITERATIONS) * iteration

@@ -38,6 +38,12 @@ class InputRoot:
             return rows / self.factor
         return torch.linalg.solve_triangular(self.factor, rows, upper=False, left=False)
 
+    def divide_transposed(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows·P⁻ᵀ for rows (p, m)."""
+        if self.factor.ndim == 1:
+            return rows / self.factor
+        return torch.linalg.solve_triangular(self.factor.T, rows, upper=True, left=False)
+
     def to(self, device: torch.device) -> InputRoot:
         return InputRoot(self.factor.to(device))
 

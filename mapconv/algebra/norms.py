@@ -36,8 +36,9 @@ def product_inner(B1: torch.Tensor, A1: torch.Tensor, B2: torch.Tensor, A2: torc
 
 def product_norm(B: torch.Tensor, A: torch.Tensor) -> float:
     """‖BA‖ without the n×m product."""
+    wide_B, wide_A = B.double(), A.double()
     # Rounding can take the Gram form of a zero product a hair below zero.
-    return max(0.0, product_inner(B, A, B, A)) ** 0.5
+    return max(0.0, product_inner(wide_B, wide_A, wide_B, wide_A)) ** 0.5
 
 
 def product_difference_norm(B1: torch.Tensor, A1: torch.Tensor, B2: torch.Tensor, A2: torch.Tensor) -> float:

@@ -1,25 +1,20 @@
-"""Check the entries of a catalog against what the public functions take, and turn them into records."""
+"""The catalog file's view of the option records: check entries against them, before anything is converted."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mapconv.catalog.claims import Claims
 from mapconv.catalog.entries import STAGES, Entry, Options
 from mapconv.catalog.records import Faults, Record
-from mapconv.catalog.signatures import options_of
+from mapconv.options.commands import COMMANDS
+from mapconv.options.kinds import File, Folder, Repository
+from mapconv.options.records import Option
 
-#: Parameters that the run itself sets.
-_GIVEN = {
-    "upgrade": {"source", "out", "base", "force", "dry_run", "quiet"},
-    "calibrate": {"adapter", "against", "base", "out", "resume", "force", "quiet"},
-    "verify": {"result", "against", "base", "quiet"},
-    "merge": {"adapters", "out", "base", "weights", "force", "dry_run", "quiet"},
-    "push": {"path", "token", "dry_run", "quiet"},
-}
 #: Required options that the command line can give instead (``--push-to``).
 _GIVEN_LATER = {("push", "repo_id")}
 _KEYS = ("source", "base", "output", *STAGES)
@@ -32,9 +27,9 @@ class Checker:
     def __init__(self, folder: Path, faults: Faults) -> None:
         self._folder, self._faults = folder, faults
         self._defaults: dict[str, Any] = {"upgrade": {}}
-        self._taken: dict[str, int] = {}
-        self._repositories: dict[str, int] = {}
+        self._claims = Claims()
         self._interned: dict[str, Options] = {}
+        self._checked: dict[str, list[tuple[str, str, str]]] = {}
         self._plain = self._merged({})
 
     def set_defaults(self, record: Record) -> None:
@@ -65,16 +60,12 @@ class Checker:
         name = self._name(record, source)
         if name is None:
             return None
-        self._require(record, options)
+        self._check(record, options)
         entry = Entry(name, self._resolved(source), base, options, record.line)
-        self._claim(self._taken, record.line_of("output"), name, f"the output {name!r}")
-        if entry.merged:
-            self._claim(self._taken, record.line_of("output"), entry.merged, f"the output {entry.merged!r}")
+        for folder in (name, entry.merged):
+            self._claim(record.line_of("output"), folder, self._claims.folder)
         repository = options.stages.get("push", {}).get("repo_id")
-        if repository is not None:
-            self._claim(
-                self._repositories, record.line_of("push", "repo_id"), repository, f"the repository {repository}"
-            )
+        self._claim(record.line_of("push", "repo_id"), repository, self._claims.repository)
         return entry
 
     def _known_keys(self, record: Record) -> None:
@@ -106,25 +97,43 @@ class Checker:
         return stages
 
     def _options(self, stage: str, table: Mapping[str, Any], record: Record) -> dict[str, Any]:
-        known, checked = options_of(stage), {}
+        known, checked = COMMANDS[stage].options, {}
         for name, value in table.items():
-            line = record.line_of(stage, name)
+            line, option = record.line_of(stage, name), known.get(name)
             if not _takes(stage, name):
-                reason = "the run sets it" if name in _GIVEN[stage] else f"mapconv {stage} has no such option"
-                reason = "set HF_TOKEN instead, a file is no place for it" if name == "token" else reason
+                reason = option.refusal if option and option.in_python else f"mapconv {stage} has no such option"
                 self._faults.add(line, f"{stage}: unknown option {name!r}: {reason}")
-            elif fault := known[name].fault(value):
-                self._faults.add(line, f"{stage}: {name} is {_shown(value)}: expected {fault}")
-            else:
-                checked[name] = self._resolved(value) if known[name].is_path and value is not None else value
+                continue
+            try:
+                checked[name] = self._value(option, value)
+            except ValueError as error:
+                self._faults.add(line, f"{stage}: {name} is {_shown(value)}: expected {error}")
         return checked
 
-    def _require(self, record: Record, options: Options) -> None:
-        """Name the options that a stage cannot do without and neither the entry nor the defaults give."""
-        for stage, given in options.stages.items():
-            for name, option in options_of(stage).items():
-                if option.required and name not in {*given, *_GIVEN[stage]} and (stage, name) not in _GIVEN_LATER:
-                    self._faults.add(record.line_of(stage), f"{stage}: {name} is missing, which it cannot do without")
+    def _value(self, option: Option, value: Any) -> Any:
+        """The value as the function takes it, with what can be known of it before the run.
+
+        Raises:
+            ValueError: with what was expected.
+        """
+        value = option.read(value)
+        if value is None or not isinstance(option.kind, File | Folder | Repository):
+            return value
+        if isinstance(option.kind, Repository):
+            if len(value.split("/")) != 2 or not all(value.split("/")):
+                raise ValueError(option.kind.expected)
+            return value
+        path = self._resolved(value)
+        if isinstance(option.kind, File) and option.kind.exists and not os.path.exists(path):
+            raise ValueError("a file, and there is none of that name")
+        return path
+
+    def _check(self, record: Record, options: Options) -> None:
+        """Name the options that a stage lacks, and those that cannot stand together, wherever each was given."""
+        if options.digest not in self._checked:  # entries mostly share their options
+            self._checked[options.digest] = list(_faults(options))
+        for stage, name, fault in self._checked[options.digest]:
+            self._faults.add(record.line_of(stage, name), f"{stage}: {fault}")
 
     def _name(self, record: Record, source: str) -> str | None:
         name, line = record.table.get("output"), record.line_of("output")
@@ -135,10 +144,9 @@ class Checker:
             self._faults.add(line, f"output {_shown(name)} {fault}")
         return None if fault else name
 
-    def _claim(self, taken: dict[str, int], line: int, key: str, what: str) -> None:
-        first = taken.setdefault(key, line)
-        if first != line:
-            self._faults.add(line, f"{what} is taken by line {first}: give this entry another with `output`")
+    def _claim(self, line: int, name: str | None, claim: Callable[[str, int], str | None]) -> None:
+        if name is not None and (fault := claim(name, line)):
+            self._faults.add(line, fault)
 
     def _resolved(self, name: str) -> str:
         """A path from the catalog's folder where that exists, else as it is: a Hub reference, or a path from here."""
@@ -150,6 +158,16 @@ class Checker:
         stages = {name: own.get(name, self._defaults.get(name)) for name in STAGES}
         options = Options({n: (self._defaults.get(n) or {}) | v for n, v in stages.items() if v is not None})
         return self._interned.setdefault(options.digest, options)
+
+
+def _faults(options: Options) -> Iterator[tuple[str, str, str]]:
+    """(stage, option, what is wrong) of options that are each in order."""
+    for stage, given in options.stages.items():
+        for name, option in COMMANDS[stage].options.items():
+            if option.required and option.in_catalog and name not in given and (stage, name) not in _GIVEN_LATER:
+                yield stage, name, f"{name} is missing, which it cannot do without"
+        for name, fault in COMMANDS[stage].faults(given, _spelled):
+            yield stage, name, fault
 
 
 def output_fault(name: Any) -> str | None:
@@ -184,7 +202,12 @@ def _last_name(source: str) -> str:
 
 
 def _takes(stage: str, name: str) -> bool:
-    return name in options_of(stage) and name not in _GIVEN[stage]
+    option = COMMANDS[stage].options.get(name)
+    return option is not None and option.in_catalog
+
+
+def _spelled(name: str, value: Any) -> str:
+    return name if value is ... else f"{name}: {value}"
 
 
 def _shown(value: Any) -> str:

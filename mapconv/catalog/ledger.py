@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from mapconv.errors import CatalogError
 from mapconv.jsonfile import finite
+from mapconv.untrusted.schema import NUMBER
 from mapconv.version import __version__
 
 LEDGER_FILE = "ledger.jsonl"
@@ -157,7 +158,7 @@ def _is_entry(table: dict[str, Any]) -> bool:
         {type(get(name)) for name in _TEXTS} == {str}
         and table["status"] in ("done", "failed")
         and {type(get(name)) for name in _TEXTS_OR_NULL} <= {str, type(None)}
-        and {type(get(name)) for name in _NUMBERS} <= {int, float, type(None)}
+        and all(number is None or NUMBER.holds(number) for number in map(get, _NUMBERS))
     )
 
 

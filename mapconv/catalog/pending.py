@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -12,6 +11,8 @@ from pathlib import Path
 from mapconv.catalog.entries import Entry
 from mapconv.catalog.fingerprints import done_mark, failed_mark, source_mark
 from mapconv.catalog.ledger import Seen
+from mapconv.errors import CatalogError
+from mapconv.jsonfile import read_object
 
 
 @dataclass
@@ -79,8 +80,7 @@ def _grouped(entries: list[Entry]) -> list[Entry]:
 def _recorded_base(source: str) -> str | None:
     """What the adapter's configuration names, or None; its conversion says what is wrong."""
     try:
-        with open(os.path.join(source, "adapter_config.json"), "rb") as file:
-            name = json.loads(file.read(1 << 20)).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        name = read_object(Path(source, "adapter_config.json"), CatalogError).get("base_model_name_or_path")
+    except (OSError, ValueError, CatalogError):
         return None
     return name if isinstance(name, str) else None

@@ -22,11 +22,14 @@ from mapconv.catalog.checking import Checker
 from mapconv.catalog.entries import Entry
 from mapconv.catalog.records import Faults, Record
 from mapconv.errors import CatalogError
+from mapconv.untrusted import yamltext
 
 #: A folder that holds one of these is meant as an adapter, even if the others are missing.
 _ADAPTER_MARKS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _LONGEST_LINE = 1 << 20
-_MOST_NESTING = 16
+_MOST_FOLDERS = 100_000
+#: About 500,000 entries; more belong into JSONL, which is read line by line.
+_LONGEST_YAML = 1 << 26
 
 
 def read_catalog(path: Path) -> list[Entry]:
@@ -61,12 +64,26 @@ def _folder_entries(folder: Path) -> Iterator[Entry]:
     from mapconv.catalog.entries import Options
 
     options, found = Options({"upgrade": {}}), False
+    above: dict[str, tuple[str, ...]] = {}
+    count = 0
     for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        # A link to a folder that holds it would go round for ever; to another one it is an adapter's other name.
+        above[root] = (*above.get(os.path.dirname(root), ()), os.path.realpath(root))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) not in above[root]
+        )
         if root != str(folder) and any(mark in files for mark in _ADAPTER_MARKS):
             folders.clear()
             found = True
             yield Entry(Path(root).relative_to(folder).as_posix(), os.path.abspath(root), None, options)
+            continue
+        count += 1
+        if count > _MOST_FOLDERS:  # links may multiply without a circle
+            raise CatalogError(
+                f"{folder} has more than {_MOST_FOLDERS:,} folders without an adapter: name the adapters in a file."
+            )
     if not found:
         raise CatalogError(f"{folder} holds no folders with an adapter_config.json: it is no folder of adapters.")
 
@@ -99,18 +116,11 @@ def _jsonl_records(path: Path, faults: Faults) -> Iterator[tuple[str, Record]]:
 def _yaml_records(path: Path, faults: Faults) -> Iterator[tuple[str, Record]]:
     import yaml
 
-    loader_class = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    text = path.read_bytes()
     try:
-        line = _refused_line(yaml, loader_class(text))
-        if line is not None:
-            faults.add(line, "anchors, aliases and deep nesting have no place in a catalog: use defaults")
-            return
-        loader = loader_class(text)
-        node = loader.get_single_node()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        faults.add(mark.line + 1 if mark else 1, f"not YAML ({_short(getattr(error, 'problem', None) or error)})")
+        with open(path, "rb") as file:
+            loader, node = yamltext.parse(file.read(_LONGEST_YAML + 1), longest=_LONGEST_YAML)
+    except yamltext.YamlError as error:
+        faults.add(error.line, str(error))
         return
     if isinstance(node, yaml.MappingNode):
         top = {}
@@ -138,11 +148,9 @@ def _located(yaml: Any, loader: Any, node: Any, faults: Faults) -> Record:
     def value_of(node: Any, place: tuple[str, ...]) -> Any:
         if not isinstance(node, yaml.MappingNode):
             try:
-                return loader.construct_object(node, deep=True)
-            except (yaml.YAMLError, ValueError, OverflowError, TypeError) as error:
-                faults.add(
-                    node.start_mark.line + 1, f"not a value ({_short(getattr(error, 'problem', None) or error)})"
-                )
+                return yamltext.construct(loader, node)
+            except yamltext.YamlError as error:
+                faults.add(error.line, str(error))
                 return None
         table = {}
         for key, item in node.value:
@@ -157,17 +165,6 @@ def _located(yaml: Any, loader: Any, node: Any, faults: Faults) -> Record:
         return table
 
     return Record(value_of(node, ()), node.start_mark.line + 1, lines)
-
-
-def _refused_line(yaml: Any, loader: Any) -> int | None:
-    """The line of the first alias, or of nesting that no entry has; before anything is built from either."""
-    depth = 0
-    while loader.check_event():
-        event = loader.get_event()
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if isinstance(event, yaml.AliasEvent) or depth > _MOST_NESTING:
-            return event.start_mark.line + 1
-    return None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

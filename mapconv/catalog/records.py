@@ -23,18 +23,21 @@ class Record:
 
 
 class Faults:
-    """What is wrong with a catalog, in the order of its lines; ``check`` raises all of it as one error."""
+    """What is wrong with a catalog, in the order of its lines (None in a folder of adapters, which has none);
+    ``check`` raises all of it as one error.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._found: list[tuple[int, str]] = []
+        self._found: list[tuple[int | None, str]] = []
 
-    def add(self, line: int, text: str) -> None:
+    def add(self, line: int | None, text: str) -> None:
         self._found.append((line, text))
 
     def check(self) -> None:
         if not self._found:
             return
-        lines = "\n".join(f"  line {line}: {text}" for line, text in sorted(self._found, key=lambda item: item[0]))
+        found = sorted(self._found, key=lambda item: item[0] or 0)
+        lines = "\n".join(f"  {text}" if line is None else f"  line {line}: {text}" for line, text in found)
         count = len(self._found)
         raise CatalogError(f"{self._path} has {count} fault{'s' if count > 1 else ''}, nothing was converted:\n{lines}")

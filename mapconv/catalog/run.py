@@ -19,7 +19,7 @@ from mapconv.catalog.fingerprints import base_mark, done_mark, failed_mark, sour
 from mapconv.catalog.ledger import LEDGER_FILE, Ledger
 from mapconv.catalog.lock import run_lock
 from mapconv.catalog.pending import Pending, find_pending
-from mapconv.checkpoint.staging import write_file
+from mapconv.checkpoint.staging import replace_file
 from mapconv.errors import DiskFullError, OutputError, sentence
 
 #: The run's own folder in OUT: its lock, and what it set out to do.
@@ -132,9 +132,7 @@ class Run:
             "workers": self._workers,
             "started": datetime.now(timezone.utc).isoformat(),
         }
-        temporary = path.with_suffix(".partial")
-        write_file(temporary, json.dumps(facts, indent=2) + "\n")
-        temporary.replace(path)
+        replace_file(path, (json.dumps(facts, indent=2) + "\n").encode())
 
 
 def prepare_output(out: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -14,6 +13,8 @@ from mapconv.catalog.ledger import LEDGER_FILE, read_lines
 from mapconv.catalog.lock import is_locked
 from mapconv.catalog.run import LOCK_FILE, OWN_FOLDER, RUN_FILE, first_by_kind
 from mapconv.errors import CatalogError
+from mapconv.jsonfile import read_object
+from mapconv.untrusted.schema import COUNT, TEXT
 
 #: How many of the slowest and of the least faithful entries are shown.
 SHOWN = 5
@@ -125,10 +126,8 @@ def _time(text: Any) -> datetime | None:
 def _facts(path: Path) -> dict[str, Any]:
     """What the run set out to do; nothing where that was not recorded."""
     try:
-        table = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        table = read_object(path, CatalogError)
+    except (OSError, CatalogError):
         return {}
-    kinds = {"entries": int, "due": int, "engine": str, "workers": int, "started": str}
-    return {
-        name: table[name] for name, kind in kinds.items() if isinstance(table, dict) and type(table.get(name)) is kind
-    }
+    kinds = {"entries": COUNT, "due": COUNT, "engine": TEXT, "workers": COUNT, "started": TEXT}
+    return {name: table[name] for name, kind in kinds.items() if kind.holds(table.get(name))}

@@ -1,31 +1,43 @@
 """The files beside the weights: what ``from_pretrained`` needs, by an allow-list, and nothing else.
 
 Whatever the list does not name stays behind: optimizer and scheduler states, training arguments, ``.env``, logs.
+A file of the list that is a link out of its folder, a pipe or a device stops every command that reads the folder: a
+stranger's folder must not make us read, copy or publish a private file under a harmless name.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from mapconv.checkpoint.filenames import MERGE_RECORD, MODEL_CONFIG, MODEL_FILES, PIPELINE_FILE, TOKENIZER_FILES
+from mapconv.checkpoint.model_config import read_model_config
+from mapconv.checkpoint.quantization import MODELOPT_FILE, QUANTIZATION_KEYS, without_quantization
 from mapconv.checkpoint.staging import write_file
+from mapconv.errors import CheckpointError, MapconvError
+from mapconv.files import check_regular, open_regular
 
-MODEL_CONFIG = "config.json"
-#: Written into a merged model: what it was made from. transformers leaves a file of this name alone.
-MERGE_RECORD = "map_merge.json"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json",
-    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+#: All that mapconv or the libraries that it calls read from a folder, besides the weights.
+_READ_FILES = (
+    *TOKENIZER_FILES, *MODEL_FILES, "README.md", "*config.json", "*.index*.json", PIPELINE_FILE, MERGE_RECORD,
+    "verify.json",
 )  # fmt: skip
-MODEL_FILES = (
-    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "image_processor_config.json", "configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py",
-    "LICENSE*", "NOTICE*",
-)  # fmt: skip
+
+
+def check_folder(folder: Path, kind: type[MapconvError]) -> None:
+    """Refuse a folder in which a file that will be read is a link that leaves it, or no regular file.
+
+    Raises:
+        kind: with the file's name.
+    """
+    for entry in _entries(folder):
+        if _is_listed(entry, _READ_FILES) and not (folder / entry).is_dir():
+            _is_there(folder, entry, kind)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -64,15 +76,23 @@ def copy_model_files(base: Path, adapter: Path, target: Path) -> list[str]:
     return []
 
 
-def write_model_config(base: Path, target: Path, dtype: str, changed: dict[str, Any] | None = None) -> list[str]:
+def write_model_config(
+    base: Path, target: Path, dtype: str, changed: dict[str, Any] | None = None, *, quantized: bool = False
+) -> list[str]:
     """Write the model's ``config.json``: the base's or the ``changed`` one, with the dtype that the weights now have.
+
+    The weights are plain, whatever the base's are, unless they stay ``quantized`` as those are.
 
     Returns notes for the user.
     """
     path = base / MODEL_CONFIG
     if changed is None and not path.exists():
         return [f"{base} has no {MODEL_CONFIG}, so the merged folder has none either"]
-    config = json.loads(path.read_bytes()) if changed is None else dict(changed)
+    own = read_model_config(base) if path.exists() else {}
+    config = without_quantization(own if changed is None else changed)
+    if quantized:
+        config |= {key: own[key] for key in QUANTIZATION_KEYS if key in own}
+        _copy(base, target, _matching(base, (MODELOPT_FILE,)))
     if dtype != "auto" and "_class_name" not in config:  # diffusers' configurations name no dtype
         config.setdefault("dtype", dtype)
         _set_dtype(config, dtype)
@@ -89,13 +109,34 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    candidates = [*folder.glob("*"), *folder.glob("*/*.jinja")]
-    names = sorted(path.relative_to(folder) for path in candidates if path.is_file())
-    return [name for name in names if any(fnmatch(name.as_posix(), pattern) for pattern in patterns)]
+    names = (name for name in _entries(folder) if _is_listed(name, patterns) and not (folder / name).is_dir())
+    return sorted(Path(name) for name in names if _is_there(folder, name, CheckpointError))
+
+
+def _entries(folder: Path) -> Iterator[str]:
+    """Names in a folder, and of the templates in the folders below it."""
+    if not folder.is_dir():
+        return
+    yield from os.listdir(folder)
+    yield from (path.relative_to(folder).as_posix() for path in folder.glob("additional_chat_templates/*"))
+
+
+def _is_listed(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _is_there(folder: Path, name: str, kind: type[MapconvError]) -> bool:
+    """Whether a listed file exists; a link that ends nowhere does not."""
+    try:
+        check_regular(folder / name, kind, folder=folder)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _copy(source: Path, target: Path, names: list[Path]) -> list[Path]:
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
+        with open_regular(source / name, CheckpointError, folder=source) as file, open(target / name, "wb") as copy:
+            shutil.copyfileobj(file, copy)
     return names

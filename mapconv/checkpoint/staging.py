@@ -1,9 +1,15 @@
-"""Outputs that appear whole or not at all: write into a hidden sibling folder, then rename it into place."""
+"""Outputs that appear whole or not at all: write into a hidden sibling folder, flush it, then rename it into place.
+
+An old result is exchanged for the new one in one step where the system knows one (Linux's ``renameat2``). Elsewhere it
+steps aside for a moment: what interrupts that puts it back, and after a kill the next run to the same place does.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
-import glob
+import hashlib
 import os
 import shutil
 import uuid
@@ -11,19 +17,30 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mapconv.checkpoint.replaceable import check_replaceable
 from mapconv.errors import DiskFullError, OutputError
 
-#: A folder that holds one of these is a model or an adapter, which --force may replace; any other is left alone.
-_OUR_MARKS = ("map_config.json", "adapter_config.json", "config.json")
+#: Bytes of a name that a hidden sibling keeps, so that the longest ending fits in the 255 that file systems allow.
+_LONGEST_NAME = 220
+#: <linux/fs.h> and <fcntl.h>.
+_RENAME_EXCHANGE, _AT_FDCWD = 2, -100
+#: What the kernel answers for a file system that cannot exchange, or where it does not know the call.
+_NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
-def check_output(out: Path, *, force: bool, inputs: Iterable[Path], nbytes: int = 0) -> None:
+def check_output(
+    out: Path, *, force: bool, inputs: Iterable[Path], nbytes: int = 0, carries_over: bool = False
+) -> None:
     """Refuse an output path that is taken, is or holds one of the inputs, or has no room.
+
+    ``carries_over``: the new folder will have all that lies in the old one, so that any folder may be replaced.
 
     Raises:
         OutputError: with the sentence that says which, before anything was computed.
     """
     resolved = out.resolve()
+    if not os.path.lexists(resolved):
+        _tidy(resolved, remove=False)
     for path in inputs:
         other = path.resolve()
         if resolved == other or resolved in other.parents:
@@ -33,8 +50,8 @@ def check_output(out: Path, *, force: bool, inputs: Iterable[Path], nbytes: int 
             raise OutputError(f"{out} exists already: pass --force to replace it, or choose another output folder.")
         if not out.is_dir() or out.is_symlink():
             raise OutputError(f"{out} is not a folder, so --force will not replace it: choose another output folder.")
-        if any(out.iterdir()) and not any((out / mark).exists() for mark in _OUR_MARKS):
-            raise OutputError(f"{out} holds neither a model nor an adapter, so --force will not replace it.")
+        if not carries_over:
+            check_replaceable(out)
     parent = _existing_parent(resolved)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"no permission to write in {parent}: choose another output folder.")
@@ -66,9 +83,9 @@ def check_output_file(out: Path, *, force: bool, suffix: str) -> None:
 def replace_file(out: Path, content: bytes) -> None:
     """Write a file of any size that is whole or as it was: into a hidden sibling, to the disk, then by its name."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+    for leftover in _siblings(out, ".partial-"):
         leftover.unlink(missing_ok=True)
-    temporary = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
+    temporary = hidden_sibling(out, f".partial-{_token()}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -88,48 +105,98 @@ def staged_folder(out: Path, *, force: bool) -> Iterator[Path]:
     """
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(out)
-    staging = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
+    _tidy(out, remove=True)
+    staging = hidden_sibling(out, f".partial-{_token()}")
     staging.mkdir()
     lock = os.open(staging, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         yield staging
-        _rename_into_place(staging, out, force=force)
+        _flush(staging)
+        _put_in_place(staging, out, force=force)
     finally:
         os.close(lock)
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a small text file and push it to the disk."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a small text file into a staged folder, which goes to the disk as a whole."""
+    path.write_text(text, encoding="utf-8")
 
 
-def _rename_into_place(staging: Path, out: Path, *, force: bool) -> None:
-    replaced = None
-    if force and out.exists():
-        replaced = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
-        out.rename(replaced)
+def hidden_sibling(path: Path, ending: str) -> Path:
+    """``.NAME.ENDING`` beside ``path``, for what becomes that path; a long name is cut, and told apart by a hash."""
+    name = os.fsencode(path.name)
+    if len(name) > _LONGEST_NAME:
+        digest = hashlib.blake2b(name, digest_size=8).hexdigest()
+        name = name[: _LONGEST_NAME - len(digest) - 1].decode(errors="ignore").encode() + f"~{digest}".encode()
+    return path.parent / f".{os.fsdecode(name)}{ending}"
+
+
+def _put_in_place(staging: Path, out: Path, *, force: bool) -> None:
+    if force and os.path.lexists(out):
+        if not _exchanged(staging, out):
+            _replace_in_two_steps(staging, out)
+        return  # where they were exchanged, the old result is the staging folder now
     try:
         staging.rename(out)
     except OSError:
-        if replaced is not None:
-            replaced.rename(out)
-        elif out.exists():
+        if out.exists():
             raise OutputError(f"{out} appeared while it was being made: pass --force to replace it.") from None
         raise
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _exchanged(staging: Path, out: Path) -> bool:
+    """Let the two folders change names in one step; False where that cannot be done."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # another system, or a C library without it
+        return False
+    if rename(_AT_FDCWD, os.fsencode(staging), _AT_FDCWD, os.fsencode(out), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NO_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(out))
+
+
+def _replace_in_two_steps(staging: Path, out: Path) -> None:
+    aside = hidden_sibling(out, f".replaced-{_token()}")
+    try:
+        out.rename(aside)
+        staging.rename(out)
+    finally:
+        # Whatever came between the two, also Ctrl-C: the old result has its name again, or the new one has it.
+        if os.path.lexists(out):
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(out)
+
+
+def _tidy(out: Path, *, remove: bool) -> None:
+    """Give an old result its name back if a run was killed while it had stepped aside; remove what dead runs left."""
+    for aside in _siblings(out, ".replaced-"):
+        if not os.path.lexists(out):
+            aside.rename(out)
+        elif remove:
+            shutil.rmtree(aside, ignore_errors=True)
+    if remove:
+        _remove_leftovers(out)
+
+
+def _flush(folder: Path) -> None:
+    """Push all files to the disk, so that no power cut leaves a name without its content."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            descriptor = os.open(os.path.join(root, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _remove_leftovers(out: Path) -> None:
-    for leftover in out.parent.iterdir():
-        if not leftover.name.startswith(f".{out.name}.partial-"):
-            continue
+    for leftover in _siblings(out, ".partial-"):
         try:
             descriptor = os.open(leftover, os.O_RDONLY)
         except OSError:
@@ -142,6 +209,19 @@ def _remove_leftovers(out: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         finally:
             os.close(descriptor)
+
+
+def _siblings(out: Path, ending: str) -> list[Path]:
+    prefix = hidden_sibling(out, ending).name
+    try:
+        # Names alone: a catalog's folder holds thousands.
+        return [out.parent / name for name in os.listdir(out.parent) if name.startswith(prefix)]
+    except OSError:
+        return []
+
+
+def _token() -> str:
+    return uuid.uuid4().hex[:8]
 
 
 def _existing_parent(path: Path) -> Path:

@@ -24,6 +24,8 @@ from mapconv.checkpoint.reader import SAFETENSORS_DTYPES
 METADATA = {"format": "pt"}
 #: One copy call moves at most this much, so that a progress bar keeps moving.
 COPY_CHUNK = 64 << 20
+#: A spool writes when this much has come, or this many tensors, which is as many parts as a call may have.
+SPOOL_BYTES, SPOOL_TENSORS = 1 << 20, 512
 #: What the kernel answers where two file systems share no way to copy between them.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
@@ -74,8 +76,22 @@ class FixedFile:
     def copy_from(self, descriptor: int, source: int, target: int, count: int) -> None:
         copy_range(descriptor, self._descriptor, source, target, count)
 
+    @property
+    def descriptor(self) -> int:
+        return self._descriptor
+
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+class NoFile:
+    """Takes what a ``FixedFile`` takes and keeps none of it: a run that only foretells what another would write."""
+
+    def write(self, tensor: torch.Tensor, offset: int) -> None:
+        pass
+
+    def copy_from(self, descriptor: int, source: int, target: int, count: int) -> None:
+        pass
 
 
 class SpooledFile:
@@ -88,7 +104,10 @@ class SpooledFile:
     def __init__(self, path: Path, expected: Sequence[TensorSpec] = ()) -> None:
         self.path = path
         self._expected = list(expected)
-        self._room = 0 if not expected else len(lay_out(path, expected, METADATA)[0])
+        #: Room for it is left at the start of the file.
+        self._header = lay_out(path, expected, METADATA)[0] if expected else b""
+        self._waiting: list[memoryview] = []
+        self._waiting_bytes = 0
         self._spool_path = path.with_name(path.name + ".spool")
         self._spool = os.open(self._spool_path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._size = 0
@@ -97,23 +116,30 @@ class SpooledFile:
     def append(self, name: str, tensor: torch.Tensor) -> None:
         data = tensor.detach().cpu().contiguous()
         spec = TensorSpec(name, SAFETENSORS_DTYPES[data.dtype], tuple(data.shape))
-        write_at(self._spool, memoryview(data.view(-1).view(torch.uint8).numpy()), self._room + self._size)
+        view = memoryview(data.view(-1).view(torch.uint8).numpy())
         self._specs.append(spec)
-        self._size += spec.nbytes
+        self._waiting.append(view)
+        self._waiting_bytes += len(view)
+        if self._waiting_bytes >= SPOOL_BYTES or len(self._waiting) == SPOOL_TENSORS:
+            self._flush()
+
+    def _flush(self) -> None:
+        write_all_at(self._spool, self._waiting, len(self._header) + self._size)
+        self._size += self._waiting_bytes
+        self._waiting, self._waiting_bytes = [], 0
 
     def finish(self) -> None:
-        header, _ = lay_out(self.path, self._specs, METADATA)
+        self._flush()
         if self._specs == self._expected:
-            write_at(self._spool, memoryview(header), 0)
-            os.fsync(self._spool)
+            write_at(self._spool, memoryview(self._header), 0)
             self._spool_path.rename(self.path)
             self.close()
             return
+        header, _ = lay_out(self.path, self._specs, METADATA)
         final = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             write_at(final, memoryview(header), 0)
-            copy_range(self._spool, final, self._room, len(header), self._size)
-            os.fsync(final)
+            copy_range(self._spool, final, len(self._header), len(header), self._size)
         finally:
             os.close(final)
         self.close()
@@ -130,6 +156,16 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
         count = os.pwrite(descriptor, data, offset)
         data, offset = data[count:], offset + count
+
+
+def write_all_at(descriptor: int, parts: Sequence[memoryview], offset: int) -> None:
+    """Write parts one behind the other, mostly in one call."""
+    count = os.pwritev(descriptor, parts, offset) if parts else 0
+    for part in parts:
+        # What the kernel did not take at once.
+        if count < len(part):
+            write_at(descriptor, part[count:], offset + count)
+        count, offset = max(0, count - len(part)), offset + len(part)
 
 
 def copy_range(source: int, target: int, source_offset: int, target_offset: int, count: int) -> None:

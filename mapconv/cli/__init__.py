@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import os
 import sys
 from importlib import import_module
@@ -15,7 +16,10 @@ from mapconv.cli.errors import errors_as_sentences
 from mapconv.version import __version__
 
 #: In the order of a user's day, which is the order of the help page.
-COMMANDS = ("inspect", "upgrade", "calibrate", "verify", "report", "merge", "push", "catalog", "demo")
+COMMANDS = (
+    "inspect", "upgrade", "rebase", "statistics", "calibrate", "verify", "report", "merge", "push", "catalog",
+    "demo", "env",
+)  # fmt: skip
 
 
 class _Commands(click.Group):
@@ -25,7 +29,7 @@ class _Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        return import_module(f"mapconv.cli.{name}").command if name in COMMANDS else None
+        return getattr(import_module(f"mapconv.cli.{name}"), name) if name in COMMANDS else None
 
 
 @click.group(
@@ -43,8 +47,14 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line in this process; ends with SystemExit only where the status is not 0."""
+    for stream in (sys.stdout, sys.stderr):
+        # A name that this terminal's encoding lacks is spelled out, and never the end of a command.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with errors_as_sentences():
         cli(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where what it raises becomes a sentence
 
 
 def run() -> NoReturn:
@@ -54,15 +64,24 @@ def run() -> NoReturn:
     torch down again. Everything registered for exit still runs, and both streams are flushed.
     """
     gc.set_threshold(100_000, 50, 50)
+    _open_closed_streams()
     status: object = 0
     try:
         main()
     except SystemExit as request:
         status = request.code
     atexit._run_exitfuncs()
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BrokenPipeError:
-        status = status or 1
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            status = status or 1
     os._exit(status if isinstance(status, int) else 0)
+
+
+def _open_closed_streams() -> None:
+    """Give standard streams that the caller closed (``>&-``) to nobody: the next file that is opened would be one."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)

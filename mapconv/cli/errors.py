@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import click
 
 from mapconv.errors import sentence
+from mapconv.untrusted.printable import printable_message
 
 
 @contextmanager
@@ -38,5 +39,5 @@ def errors_as_sentences() -> Iterator[None]:
 
 
 def _fail(message: str, *, status: int = 1) -> None:
-    click.echo(f"mapconv: error: {message}", err=True)
+    click.echo(f"mapconv: error: {printable_message(message)}", err=True)
     sys.exit(status)

@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
-import click
-
-from mapconv.cli import options
-from mapconv.cli.output import notes, print_json, print_table, size
+from mapconv.cli.options import Chosen, command
+from mapconv.cli.output import notes, print_json, print_table, show, size
 from mapconv.hub.reference import shown
+from mapconv.options.commands import INSPECT
 from mapconv.wording import counted
 
 
-@click.command("inspect", short_help="Say what an adapter is, and what upgrade would do.")
-@click.argument("source", type=options.SOURCE)
-@options.base
-@options.allow_pickle
-@options.as_json
-def command(source: str, base: str | None, allow_pickle: bool, as_json: bool) -> None:
-    """Say what the adapter in SOURCE is, and what `mapconv upgrade` would do with it.
+@command(INSPECT, "Describe an adapter, and what upgrade would do.")
+def inspect(chosen: Chosen) -> None:
+    """Describe the adapter in SOURCE, and what `mapconv upgrade` would do with it.
 
     With --base, every tensor is also placed on the base model, from names and shapes alone.
     """
     from mapconv.commands.inspect import inspect
 
-    found = inspect(source, base=base, allow_pickle=allow_pickle)
-    if as_json:
+    found = inspect(**chosen.arguments)
+    if chosen["as_json"]:
         print_json(found.to_dict())
         return
-    click.echo(
-        f"{source}: {found.method} adapter, {counted(found.modules, 'module')}, "
+    show(
+        f"{chosen['source']}: {found.method} adapter, {counted(found.modules, 'module')}, "
         f"{counted(found.parameters, 'parameter')}, "
         f"{size(found.nbytes)} of {'/'.join(found.dtypes)}"
     )
-    click.echo(f"  base      {found.base or 'not recorded'}{f' @ {found.revision}' if found.revision else ''}")
+    show(f"  base      {found.base or 'not recorded'}{f' @ {found.revision}' if found.revision else ''}")
     if found.fits is not None:
-        click.echo(f"  placed    every tensor fits {shown(found.fits)}")
+        show(f"  placed    every tensor fits {shown(found.fits)}")
+    if found.storages:
+        stored = ", ".join(f"{counted(count, 'weight')} as {label}" for label, count in found.storages.items())
+        show(f"  stored    {stored}")
     if found.task_type:
-        click.echo(f"  task      {found.task_type}")
+        show(f"  task      {found.task_type}")
     if found.peft_version:
-        click.echo(f"  written   by PEFT {found.peft_version}")
-    click.echo(f"  upgrade   {found.upgrade}")
-    click.echo()
+        show(f"  written   by PEFT {found.peft_version}")
+    show(f"  upgrade   {found.upgrade}")
+    show()
     print_table(
         ["target", "modules", "layers", "rank", "scaling", "weight", "parameters"],
         [
@@ -56,8 +54,8 @@ def command(source: str, base: str | None, allow_pickle: bool, as_json: bool) ->
         ],
     )
     if found.whole_tensors:
-        click.echo()
-        click.echo(f"  whole tensors   {', '.join(found.whole_tensors)}")
+        show()
+        show(f"  whole tensors   {', '.join(found.whole_tensors)}")
     notes(found.notes)
 
 

@@ -2,96 +2,40 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import click
-
-from mapconv.cli import options
-from mapconv.cli.output import notes, print_json, size, small
+from mapconv.cli.options import Chosen, command
+from mapconv.cli.output import notes, print_json, show, size, small
+from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
+from mapconv.options.commands import MERGE
 from mapconv.wording import counted
 
 
-@click.command("merge", short_help="Merge an adapter into its base weights.")
-@click.argument("adapters", metavar="ADAPTER...", type=options.SOURCE, nargs=-1, required=True)
-@options.base
-@click.option("--out", "-o", type=options.FOLDER, required=True, help="Folder to write the merged model to.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Of the merged weights; auto keeps the base's.",
-)
-@click.option(
-    "--max-shard-size",
-    type=options.ShardSize(),
-    default="keep",
-    show_default=True,
-    help="Largest weights file, such as 5GB; keep leaves the base's files.",
-)
-@click.option(
-    "--weights",
-    type=options.Numbers(),
-    metavar="W,W,...",
-    help="A factor for each adapter's update. Default: 1 for each.",
-)
-@options.allow_pickle
-@options.dry_run
-@options.as_json
-@click.option(
-    "--force", is_flag=True, help="Replace OUT if it exists, and accept another base than a MAP adapter was made for."
-)
-@options.quiet
-def command(
-    adapters: tuple[str, ...],
-    base: str | None,
-    out: Path,
-    dtype: str,
-    max_shard_size: int | None,
-    weights: tuple[float, ...] | None,
-    allow_pickle: bool,
-    dry_run: bool,
-    as_json: bool,
-    force: bool,
-    quiet: bool,
-) -> None:
+@command(MERGE, "Merge an adapter into its base weights.")
+def merge(chosen: Chosen) -> None:
     """Merge ADAPTER (a MAP folder, or a LoRA or DoRA adapter as it is) into its base model.
 
     Several adapters merge together: their updates add up, and a weight that a DoRA adapts takes no other.
 
     The merged model loads with from_pretrained. Weights are computed in float32 and rounded once.
     """
-    if weights is not None and len(weights) != len(adapters):
-        raise click.UsageError(f"--weights has {len(weights)} numbers for {len(adapters)} adapters.")
-    from mapconv.commands.merge import merge
+    with starting(chosen["adapters"], chosen["base"], whole_base=True, quiet=chosen["quiet"]):
+        from mapconv.commands.merge import merge
 
-    result = merge(
-        adapters,
-        out,
-        base=base,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        weights=weights,
-        allow_pickle=allow_pickle,
-        force=force,
-        dry_run=dry_run,
-        quiet=quiet,
-    )
-    if as_json:
+    result, dry_run = merge(**chosen.arguments), chosen["dry_run"]
+    if chosen["as_json"]:
         print_json(result.to_dict())
     else:
         verb = "would write" if dry_run else "wrote"
-        click.echo(f"{' + '.join(map(str, adapters))} ({result.method}) + {shown(result.base)}")
-        click.echo(
+        show(f"{' + '.join(map(str, chosen['adapters']))} ({result.method}) + {shown(result.base)}")
+        show(
             f"  {verb} {result.out}: {counted(result.tensors, 'tensor')} in "
             f"{counted(len(result.files), 'file')}, {size(result.nbytes)}"
         )
-    if not as_json and not dry_run:
         worst = max(result.merged, key=lambda item: item.rounding_error)
-        click.echo(f"  {counted(len(result.merged), 'tensor')} merged in {result.seconds:.1f} s")
-        click.echo(
-            f"  rounding to {worst.dtype} moves a tensor by at most {small(worst.rounding_error)} of its update "
+        verb, moves = ("would be merged", "would move") if dry_run else ("merged", "moves")
+        show(f"  {counted(len(result.merged), 'tensor')} {verb} in {result.seconds:.1f} s")
+        show(
+            f"  rounding to {worst.dtype} {moves} a tensor by at most {small(worst.rounding_error)} of its update "
             f"({worst.tensor})"
         )
     notes(result.notes)

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
 
 from mapconv.jsonfile import finite
+from mapconv.untrusted.printable import printable, printable_message
+
+
+def show(line: str = "") -> None:
+    """A line of the result; whatever names it holds, it stays one line."""
+    click.echo(printable(line))
+
+
+def talk(*, verbose: bool) -> None:
+    """With ``verbose``, what the commands log goes to stderr, each line with the seconds since the start."""
+    log = logging.getLogger("mapconv")
+    log.setLevel(logging.INFO if verbose else logging.WARNING)
+    if verbose and not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(relativeCreated)8.0f ms  %(message)s"))
+        log.addHandler(handler)
 
 
 def say(message: str = "") -> None:
-    """A line for the user that is no data."""
-    click.echo(message, err=True)
+    """A line for the user that is no data, with indented details where it has any."""
+    click.echo(printable_message(message), err=True)
 
 
 def notes(lines: Iterable[str]) -> None:
@@ -28,10 +45,11 @@ def print_json(table: dict[str, Any]) -> None:
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as they need; the first is flush left, the others flush right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     for row in [head, ["─" * width for width in widths], *rows]:
         cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        click.echo("  " + "  ".join(cells).rstrip())
+        show("  " + "  ".join(cells).rstrip())
 
 
 def size(nbytes: int) -> str:

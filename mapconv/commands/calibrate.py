@@ -10,17 +10,19 @@ from typing import Any
 from mapconv.adapter import Adapter, MapModule
 from mapconv.checkpoint.sidecars import copy_tokenizer
 from mapconv.checkpoint.staging import check_output, staged_folder
+from mapconv.commands.outputs import output_beside
 from mapconv.data import Objective, read_rows
 from mapconv.errors import AdapterError, OutputError
+from mapconv.fidelity.metrics import ModelNumbers
 from mapconv.formats import read_adapter
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
-from mapconv.hub import hub_reference, locate_adapter
+from mapconv.hub import locate_adapter
 from mapconv.metadata.card import CARD_FILE, PLOT_FILE, REPORT_FILE
 from mapconv.metadata.provenance import source_fingerprint
+from mapconv.options.commands import CALIBRATE
 from mapconv.placement.adapters import place_adapter
 from mapconv.training.calibration import WEIGHT_FILES, CalibrationOptions, CalibrationReport, calibrate_folder
 from mapconv.training.checkpoints import checkpoint_path
-from mapconv.training.evaluation import ModelNumbers
 from mapconv.training.models import Train
 from mapconv.training.processes import joined
 
@@ -51,6 +53,7 @@ class CalibrateResult:
         return table | report | {"modules": [module.to_dict() for module in self.modules]}
 
 
+@CALIBRATE.checks
 def calibrate(
     adapter: str | Path,
     *,
@@ -58,12 +61,12 @@ def calibrate(
     data: str | Path,
     base: str | Path | None = None,
     out: str | Path | None = None,
-    steps: int = CalibrationOptions.steps,
-    train: Train = CalibrationOptions.train,
-    objective: Objective = CalibrationOptions.objective,
+    steps: int = 50,
+    train: Train = "scalars",
+    objective: Objective = "distill",
     learning_rate: float | None = None,
-    batch_size: int = CalibrationOptions.batch_size,
-    sequence_length: int = CalibrationOptions.sequence_length,
+    batch_size: int = 4,
+    sequence_length: int = 256,
     held_out: int | float | None = None,
     device: str = "auto",
     seed: int = 0,
@@ -105,16 +108,15 @@ def calibrate(
         ValueError: an option out of its range.
     """
     options = CalibrationOptions(steps, train, objective, learning_rate, batch_size, sequence_length, held_out, seed)
-    _check(options)
     adapter_path, source_path = locate_adapter(adapter), locate_adapter(against, allow_pickle=allow_pickle)
-    out = default_output(adapter) if out is None else Path(out)
+    out = output_beside(adapter, "calibrated") if out is None else Path(out)
     rows = read_rows(data)
     map_adapter = read_adapter(adapter_path)
     source = place_adapter(source_path, base, allow_pickle=allow_pickle)
     _check_pair(map_adapter, source.adapter, force=force)
     in_place = out.resolve() == adapter_path.resolve()
     inputs = [source_path, source.target.folder] + ([] if in_place else [adapter_path])
-    check_output(out, force=force, inputs=inputs, nbytes=2 * map_adapter.nbytes)
+    check_output(out, force=force, inputs=inputs, nbytes=2 * map_adapter.nbytes, carries_over=in_place)
     checkpoint = checkpoint_path(out)
     if checkpoint.exists() and not (resume or force):
         raise OutputError(
@@ -139,36 +141,16 @@ def calibrate(
     return CalibrateResult(out, adapter_path, source_path, source.target.folder, report)
 
 
-def default_output(adapter: str | Path) -> Path:
-    """``<adapter>-calibrated`` beside the adapter; for one from the Hub, its name alone, in the current folder."""
-    reference = hub_reference(adapter)
-    if reference is not None:
-        return Path(f"{reference.name}-calibrated")
-    resolved = Path(adapter).resolve()
-    return resolved.parent / f"{resolved.name}-calibrated"
-
-
 def _copy_sidecars(adapter: Path, staging: Path, *, all_files: bool) -> None:
     """Copy the tokenizer and the card; in place, all that lies there, but for what was made of the old weights."""
     if all_files:
         old = shutil.ignore_patterns(*WEIGHT_FILES, REPORT_FILE, PLOT_FILE)
-        shutil.copytree(adapter, staging, dirs_exist_ok=True, ignore=old)
+        # Links stay links: what they lead to is none of the result's.
+        shutil.copytree(adapter, staging, symlinks=True, dirs_exist_ok=True, ignore=old)
         return
     copy_tokenizer(adapter, staging)
     if (adapter / CARD_FILE).is_file():
         shutil.copyfile(adapter / CARD_FILE, staging / CARD_FILE)
-
-
-def _check(options: CalibrationOptions) -> None:
-    """Refuse numbers that mean nothing."""
-    recipe = options.recipe
-    for name, least in (("steps", 1), ("batch_size", 1), ("sequence_length", 2)):
-        if getattr(recipe, name) < least:
-            raise ValueError(f"{name} is {getattr(recipe, name)}, expected at least {least}")
-    if not 0 < recipe.learning_rate < float("inf"):
-        raise ValueError(f"the learning rate is {recipe.learning_rate}, expected a number above 0")
-    if options.held_out is not None and not options.held_out > 0:
-        raise ValueError(f"held_out is {options.held_out}, expected a number above 0")
 
 
 def _check_pair(adapter: Adapter, source: Adapter, *, force: bool) -> None:

@@ -9,11 +9,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from mapconv.catalog.engines import ENGINES
+from mapconv.catalog.claims import check_repositories
 from mapconv.catalog.entries import Entry
 from mapconv.catalog.reading import read_catalog
 from mapconv.catalog.run import Run, Tally, first_by_kind
 from mapconv.errors import CatalogError
+from mapconv.options.commands import CATALOG_RUN
 from mapconv.runtime.progress import tally_bar
 
 
@@ -76,6 +77,7 @@ class CatalogResult:
         return table | {"failed": self.failed, "left": self.left, "by_kind": kinds}
 
 
+@CATALOG_RUN.checks
 def convert_catalog(
     catalog: str | Path,
     out: str | Path,
@@ -110,7 +112,7 @@ def convert_catalog(
 
     Raises:
         CatalogError: a fault in the catalog; nothing was converted. OutputError: ``out`` cannot be used, or is full.
-        ValueError: options that exclude each other.
+        ValueError: an option out of its range, or options that cannot be used together.
     """
     started = time.perf_counter()
     catalog, out = Path(catalog), Path(out)
@@ -118,14 +120,14 @@ def convert_catalog(
         engine = (
             "serial" if ray_address is None and (workers or 1) == 1 else "process" if ray_address is None else "ray"
         )
-    _check(engine, workers, ray_address, limit)
     workers = workers or (1 if engine == "serial" else len(os.sched_getaffinity(0)))
     catalogued = read_catalog(catalog)
+    if verify or push_to is not None:
+        catalogued = _with_stages(catalogued, verify=verify, push_to=push_to)
+        check_repositories(catalogued, catalog)
     entries = [entry for entry in catalogued if only is None or fnmatchcase(entry.name, only)]
     if not entries:
         raise CatalogError(f"{catalog} has no entry that matches {only!r}: nothing was converted.")
-    if verify or push_to is not None:
-        entries = _with_stages(entries, verify=verify, push_to=push_to)
     run = Run(entries, out, engine=engine, workers=workers, ray_address=ray_address)
     with tally_bar("converting", unit="adapter", quiet=quiet) as bar:
 
@@ -151,17 +153,6 @@ def convert_catalog(
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
     )
-
-
-def _check(engine: str, workers: int | None, ray_address: str | None, limit: int | None) -> None:
-    if engine not in ENGINES:
-        raise ValueError(f"engine is {engine!r}, expected one of {', '.join(ENGINES)}")
-    if engine == "serial" and (workers or 1) > 1:
-        raise ValueError("the serial engine has one worker: use engine process or ray for more")
-    if engine != "ray" and ray_address is not None:
-        raise ValueError(f"ray_address goes with engine ray, not with {engine}")
-    if (workers is not None and workers < 1) or (limit is not None and limit < 1):
-        raise ValueError("workers and limit must be at least 1")
 
 
 def _with_stages(entries: list[Entry], *, verify: bool, push_to: str | None) -> list[Entry]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mapconv.checkpoint.staging import staged_folder
+from mapconv.checkpoint.staging import check_output, staged_folder
 from mapconv.data.shipped import packaged_text
 from mapconv.errors import DependencyError
 from mapconv.runtime.models import load_model, load_tokenizer, quiet_libraries
@@ -38,13 +38,16 @@ def write_base_model(out: Path) -> None:
     folder, name = files[0].parent, files[0].name
     # transformers draws its bar for the conversion on whatever stderr is, and has no switch for it.
     with quiet_libraries(), redirect_stderr(StringIO()):
-        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=torch.bfloat16, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
         config = LlamaConfig.from_dict(
             {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
         )
         model = LlamaForCausalLM(config).to(torch.bfloat16)
         model.load_state_dict(loaded.state_dict())
+        check_output(out, force=True, inputs=[folder])
         with staged_folder(out, force=True) as staging:
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
@@ -81,6 +84,7 @@ def train_adapter(
         optimizer.step()
         optimizer.zero_grad()
         advance(1)
+    check_output(out, force=True, inputs=[base])
     with staged_folder(out, force=True) as staging:
         model.save_pretrained(staging)
     return loss.item()

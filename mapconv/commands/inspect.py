@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mapconv.adapter import Adapter, Module, WholeTensor
+from mapconv.checkpoint.codecs import storages
 from mapconv.formats import read_adapter
 from mapconv.hub import locate_adapter
+from mapconv.options.commands import INSPECT
 from mapconv.placement.adapters import place_adapter
 
 
@@ -28,7 +30,11 @@ class TargetGroup:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What an adapter is. ``fits`` is the base folder that it was placed on, or None if no base was given."""
+    """What an adapter is.
+
+    ``fits`` is the base folder that it was placed on, or None if no base was given; ``storages`` counts that base's
+    quantized weights by how they are stored.
+    """
 
     source: Path
     method: str
@@ -44,12 +50,14 @@ class Inspection:
     whole_tensors: tuple[str, ...]
     upgrade: str
     fits: Path | None
+    storages: dict[str, int]
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"source": str(self.source), "fits": None if self.fits is None else str(self.fits)}
 
 
+@INSPECT.checks
 def inspect(source: str | Path, *, base: str | Path | None = None, allow_pickle: bool = False) -> Inspection:
     """Describe an adapter, and with ``base`` check that it fits there; no tensor's values are read.
 
@@ -57,12 +65,14 @@ def inspect(source: str | Path, *, base: str | Path | None = None, allow_pickle:
         MapconvError: the adapter is broken or refused, or does not fit the base.
     """
     source = locate_adapter(source, allow_pickle=allow_pickle)
-    fits = None
+    fits, found, notes = None, {}, []
     if base is None:
         adapter = read_adapter(source, allow_pickle=allow_pickle)
     else:
         placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=True)
         adapter, fits = placed.adapter, placed.target.folder
+        found = dict(storages(placed.target.checkpoint))
+        notes = _base_notes(adapter, str(base), found)
     groups: dict[str, list[Module]] = defaultdict(list)
     for module in adapter.modules:
         groups[module.module_type].append(module)
@@ -81,8 +91,19 @@ def inspect(source: str | Path, *, base: str | Path | None = None, allow_pickle:
         whole_tensors=tuple(_describe(item) for item in adapter.whole),
         upgrade=_forecast(adapter),
         fits=fits,
-        notes=adapter.notes,
+        storages=found,
+        notes=(*adapter.notes, *notes),
     )
+
+
+def _base_notes(adapter: Adapter, given: str, found: dict[str, int]) -> list[str]:
+    """That a quantized base was given which is not the one that the configuration names."""
+    if not found or not adapter.base or adapter.base == given:
+        return []
+    return [
+        f"the configuration names {adapter.base}, and the quantized {given} was given: if the adapter was trained on "
+        "other values than those that its codes stand for, results differ by the error of quantizing them"
+    ]
 
 
 def _group(name: str, modules: list[Module]) -> TargetGroup:

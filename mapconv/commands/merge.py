@@ -9,29 +9,41 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
+from mapconv.algebra.fingerprint import Fingerprint
+from mapconv.checkpoint.codecs import plain_dtype, storages
+from mapconv.checkpoint.filenames import ADAPTER_FILES, MERGE_RECORD
+from mapconv.checkpoint.flushing import BackgroundFlush
+from mapconv.checkpoint.index import Checkpoint
 from mapconv.checkpoint.reader import TensorReader
-from mapconv.checkpoint.sidecars import MERGE_RECORD, copy_model_files, write_model_config
+from mapconv.checkpoint.sidecars import copy_model_files, write_model_config
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
-from mapconv.checkpoint.writer import FixedFile
+from mapconv.checkpoint.unchanged import marks_of, unchanged
+from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.errors import BaseMismatchError
 from mapconv.hub import locate_adapter
+from mapconv.hub.reference import shown
 from mapconv.merging.merger import MergedTensor, Merger
 from mapconv.merging.plan import MergePlan, plan_merge
 from mapconv.metadata.provenance import merge_record
+from mapconv.options.commands import MERGE
 from mapconv.placement.adapters import PlacedAdapter, place_adapters
+from mapconv.placement.base_check import base_fault
+from mapconv.placement.kept_codes import keep_codes
 from mapconv.refit.converter import Dtype
 from mapconv.runtime.progress import progress_bar
 from mapconv.runtime.threads import in_order, worker_count
+from mapconv.wording import counted
 
-#: Norms of the same bytes agree far better than this; those of another base do not (DESIGN.md, fingerprint).
-NORM_TOLERANCE = 1e-9
+#: What becomes of weights that the base stores in codes.
+Quantized = Literal["dequantize", "copy"]
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge wrote, or with ``dry_run`` what it would write (then without ``merged``)."""
+    """What a merge wrote, or with ``dry_run`` what it would write."""
 
     out: Path
     base: Path
@@ -60,6 +72,7 @@ class MergeResult:
         return table
 
 
+@MERGE.checks
 def merge(
     adapters: str | Path | Sequence[str | Path],
     out: str | Path,
@@ -67,7 +80,8 @@ def merge(
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
     dtype: Dtype = "auto",
-    max_shard_size: int | None = None,
+    max_shard_size: int | str | None = None,
+    quantized: Quantized = "dequantize",
     allow_pickle: bool = False,
     force: bool = False,
     dry_run: bool = False,
@@ -82,39 +96,47 @@ def merge(
         base: the base model's folder or Hub id; None takes it from the first adapter's configuration.
         weights: a factor for each adapter's update; None: 1 for each.
         dtype: ``auto`` (each tensor keeps its own), ``float32``, ``bfloat16`` or ``float16``.
-        max_shard_size: bytes of tensors in one file; None keeps the base's files.
+        max_shard_size: bytes of tensors in one file, or a text such as ``5GB``; None keeps the base's files.
+        quantized: what to do with weights that the base stores in codes: ``dequantize`` all, so that the result is an
+            ordinary model in 16 bits; ``copy`` them as they are, where the adapters change plain ones alone.
         allow_pickle: read weights from ``.bin`` files (with torch's weights-only loader).
-        force: replace ``out``, and accept a base whose norms differ from those a MAP adapter was made for.
-        dry_run: plan and check, write nothing.
+        force: replace ``out``, and accept a base whose weights are not those a MAP adapter was made for.
+        dry_run: do all of it but write, so that what would stop the merge stops this.
         quiet: no progress bar.
 
     Raises:
         MapconvError: of the kind that fits; ``out`` then does not exist.
-        ValueError: another number of weights than of adapters.
+        ValueError: an option out of its range, another number of weights than of adapters,
+            or a dtype for weights that are copied in codes.
     """
     started = time.perf_counter()
     named = [adapters] if isinstance(adapters, str | Path) else list(adapters)
-    if weights is not None and len(weights) != len(named):
-        raise ValueError(f"{len(weights)} weights for {len(named)} adapters")
     sources = [locate_adapter(adapter, allow_pickle=allow_pickle) for adapter in named]
+    marks = marks_of(sources, ADAPTER_FILES)
     out = Path(out)
     placed = place_adapters(sources, base, allow_pickle=allow_pickle)
+    if quantized == "copy":
+        placed = keep_codes(placed)
     plan = plan_merge(placed, weights=weights, dtype=dtype, max_shard_size=max_shard_size)
     folder = plan.target.folder
     check_output(out, force=force, inputs=[*sources, folder], nbytes=plan.nbytes)
-    merged: tuple[MergedTensor, ...] = ()
     notes = [*(note for item in placed for note in item.adapter.notes), *plan.target.notes]
-    if not dry_run:
-        with staged_folder(out, force=force) as staging:
-            merged = _write_weights(plan, staging, quiet=quiet)
-            if not force:
-                _check_base(placed, merged)
-            notes += copy_model_files(folder, sources[0], staging)
-            if len(plan.files) > 1 or plan.target.checkpoint.index_metadata is not None:
-                write_file(staging / plan.target.checkpoint.index_file, _index(plan))
-            notes += write_model_config(folder, staging, dtype, plan.target.config)
-            record = merge_record(placed, weights)
-            write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")
+    notes += quantization_notes(plan.target.checkpoint, copied=quantized == "copy")
+    marks |= plan.target.checkpoint.marks
+    place = TemporaryDirectory(prefix="mapconv-") if dry_run else staged_folder(out, force=force)
+    with place as name, unchanged(marks):
+        staging = Path(name)
+        merged = _write_weights(plan, None if dry_run else staging, quiet=quiet)
+        if not force:
+            _check_base(placed, merged)
+        notes += copy_model_files(folder, sources[0], staging)
+        if len(plan.files) > 1 or plan.target.checkpoint.index_metadata is not None:
+            write_file(staging / plan.target.checkpoint.index_file, _index(plan))
+        copied = quantized == "copy"
+        written = plain_dtype(plan.target.checkpoint) if dtype == "auto" and not copied else dtype
+        notes += write_model_config(folder, staging, written, plan.target.config, quantized=copied)
+        record = merge_record(placed, weights)
+        write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")
     return MergeResult(
         out=out,
         base=folder,
@@ -129,37 +151,50 @@ def merge(
     )
 
 
-def _write_weights(plan: MergePlan, staging: Path, *, quiet: bool) -> tuple[MergedTensor, ...]:
+def quantization_notes(checkpoint: Checkpoint, *, copied: bool = False) -> list[str]:
+    """What the base is quantized as, and what becomes of that; nothing for a plain base."""
+    found = ", ".join(f"{counted(count, 'weight')} as {label}" for label, count in storages(checkpoint).items())
+    what = "which are copied as they are" if copied else "which are written as the values that the codes stand for"
+    return [f"{shown(checkpoint.folder)} is quantized ({found}), {what}"] if found else []
+
+
+def _write_weights(plan: MergePlan, staging: Path | None, *, quiet: bool) -> tuple[MergedTensor, ...]:
+    """Run the plan's jobs into the files of ``staging``; None: into no files."""
     total = sum(job.nbytes for job in plan.jobs)
-    with TensorReader() as reader, _output_files(plan, staging) as files:
+    with TensorReader() as reader, _output_files(plan, staging) as files, BackgroundFlush() as flush:
         merger, merged = Merger(reader, files), []
         with progress_bar(total, "merging", quiet=quiet) as advance:
             results = in_order(merger.run, plan.jobs, worker_count(Merger.WORKING_BYTES))
             for job, result in zip(plan.jobs, results, strict=True):
                 advance(job.nbytes)
+                file = files[job.output.name]
+                if isinstance(file, FixedFile):
+                    flush.wrote(file.descriptor, job.nbytes)
                 if result is not None:
                     merged.append(result)
     return tuple(merged)
 
 
 def _check_base(placed: Sequence[PlacedAdapter], merged: Sequence[MergedTensor]) -> None:
-    """Refuse a base whose weights are not those that a MAP adapter was made for: norms come free with the merge."""
-    squares: dict[tuple, float] = defaultdict(float)
+    """Refuse a base whose weights are not those that a MAP adapter was made for: fingerprints come with the merge."""
+    found: dict[tuple, Fingerprint] = defaultdict(Fingerprint)
     for tensor in merged:
-        for identity, square in tensor.base_squares.items():
-            squares[identity] += square
+        for identity, part in tensor.base.items():
+            found[identity] += part
     for item in (item for adapter in placed for item in adapter.modules if item.scalars is not None):
-        norm, expected = squares[item.identity] ** 0.5, item.scalars.base_norm
-        if abs(norm - expected) > NORM_TOLERANCE * max(norm, expected):
+        fault = base_fault(item.scalars, found[item.identity])
+        if fault is not None:
             raise BaseMismatchError(
-                f"{item.weight.pieces[0].tensor.file}: {item.weight.name} has norm {norm:.9g}, but the MAP adapter was "
-                f"made for a base where it is {expected:.9g}: give that base with --base, or accept this one with "
-                "--force."
+                f"{item.weight.pieces[0].tensor.file}: {item.weight.name} {fault}: give that base with --base, or "
+                "accept this one with --force."
             )
 
 
 @contextmanager
-def _output_files(plan: MergePlan, staging: Path) -> Iterator[dict[str, FixedFile]]:
+def _output_files(plan: MergePlan, staging: Path | None) -> Iterator[dict[str, FixedFile | NoFile]]:
+    if staging is None:
+        yield {file.name: NoFile() for file in plan.files}
+        return
     files: dict[str, FixedFile] = {}
     try:
         for file in plan.files:

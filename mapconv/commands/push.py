@@ -10,6 +10,8 @@ from mapconv.errors import HubError
 from mapconv.hub.client import Secret
 from mapconv.hub.reference import is_repo_id
 from mapconv.metadata.card import CARD_FILE
+from mapconv.options.commands import PUSH
+from mapconv.options.shared import MESSAGE
 from mapconv.publishing.package import Kind, Parcel, pack
 from mapconv.publishing.upload import Destination, send
 
@@ -91,6 +93,7 @@ class Push:
         return PushResult(**vars(self.plan()) | vars(sent) | {"dry_run": False})
 
 
+@PUSH.checks
 def push(
     path: str | Path,
     repo_id: str,
@@ -129,6 +132,6 @@ def push(
     """
     secret = Secret(token)
     token = None  # a traceback that prints local variables must not find it here
-    to = Destination(repo_id, private, revision, create_pr, message or "Upload with mapconv")
+    to = Destination(repo_id, private, revision, create_pr, message or MESSAGE.fallback)
     job = Push(path, to, license=license, base_id=base_id)
     return job.plan() if dry_run else job.send(secret, quiet=quiet)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mapconv.checkpoint.staging import check_output_file, replace_file
+from mapconv.commands.outputs import output_beside
 from mapconv.errors import AdapterError, DependencyError
 from mapconv.formats.base import Found
 from mapconv.formats.mapdir import MapDirectory
 from mapconv.formats.peft import CONFIG_FILE
+from mapconv.options.commands import REPORT
 from mapconv.reporting.adapter_facts import adapter_facts
 from mapconv.reporting.adapter_page import adapter_page
 from mapconv.reporting.catalog_page import catalog_page
@@ -36,12 +38,16 @@ class ReportResult:
         return asdict(self) | {"path": str(self.path), "out": str(self.out), "png": png}
 
 
-def report(path: str | Path, out: str | Path, *, png: str | Path | None = None, force: bool = False) -> ReportResult:
+@REPORT.checks
+def report(
+    path: str | Path, out: str | Path | None = None, *, png: str | Path | None = None, force: bool = False
+) -> ReportResult:
     """Write the report of what ``mapconv upgrade`` or ``mapconv catalog run`` made.
 
     Args:
         path: a MAP directory, with its ``verify.json`` where there is one, or a catalog's output folder.
-        out: the HTML file. It holds all that it shows and needs no network; a catalog's links are relative to it.
+        out: the HTML file; None: ``<path>-report.html`` beside ``path``. It holds all that it shows and needs no
+            network; a catalog's links are relative to it.
         png: an adapter's heat maps, or a catalog's distributions, as a picture of 1920 × 1080 pixels.
         force: replace ``out`` and ``png`` if they exist.
 
@@ -50,7 +56,8 @@ def report(path: str | Path, out: str | Path, *, png: str | Path | None = None, 
         ``png`` cannot be written there. DependencyError: a picture without matplotlib.
     """
     started = time.perf_counter()
-    path, out, png = Path(path), Path(out), None if png is None else Path(png)
+    path, png = Path(path), None if png is None else Path(png)
+    out = Path(f"{output_beside(path, 'report')}.html") if out is None else Path(out)
     check_output_file(out, force=force, suffix=".html")
     if png is not None:
         check_output_file(png, force=force, suffix=".png")

@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.moments import Statistics
+from mapconv.checkpoint.filenames import ADAPTER_FILES
 from mapconv.checkpoint.staging import check_output, staged_folder
+from mapconv.checkpoint.unchanged import marks_of, unchanged
+from mapconv.commands.outputs import output_beside
 from mapconv.errors import UnsupportedError
-from mapconv.formats.base import CONFIG_FILE, WEIGHTS_FILE
 from mapconv.formats.mapdir import needs_magnitude
-from mapconv.hub import hub_reference, locate_adapter
+from mapconv.hub import locate_adapter
+from mapconv.options.commands import UPGRADE
+from mapconv.options.shared import MAX_RANK, SAMPLES, SEQUENCE_LENGTH, STATISTICS
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
-from mapconv.refit.converter import DEFAULT_MAX_RANK, ConvertOptions, Dtype
+from mapconv.refit.converter import ConvertOptions, Dtype
 from mapconv.refit.norms import BaseNorms
 from mapconv.refit.writer import Sample, read_data, write_map_directory
 from mapconv.runtime.devices import resolve_device
@@ -24,9 +28,6 @@ from mapconv.wording import counted
 
 if TYPE_CHECKING:
     from mapconv.training.calibration import CalibrationReport
-
-DEFAULT_SAMPLES = 32
-DEFAULT_SEQUENCE_LENGTH = 256
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class UpgradeResult:
         return table | {"worst_error": self.worst_error}
 
 
+@UPGRADE.checks
 def upgrade(
     source: str | Path,
     out: str | Path | None = None,
@@ -66,14 +68,14 @@ def upgrade(
     base: str | Path | None = None,
     rank: int | None = None,
     tolerance: float | None = None,
-    max_rank: int = DEFAULT_MAX_RANK,
+    max_rank: int | None = None,
     direction: Direction = "low-rank",
     lora_compatible: bool = False,
     dtype: Dtype = "float32",
     data: str | Path | None = None,
-    samples: int = DEFAULT_SAMPLES,
-    sequence_length: int = DEFAULT_SEQUENCE_LENGTH,
-    statistics: Statistics = "full",
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    statistics: Statistics | None = None,
     calibrate: int = 0,
     device: str = "auto",
     allow_pickle: bool = False,
@@ -88,13 +90,14 @@ def upgrade(
         out: the MAP directory to write; None: ``<source>-map`` beside the source, or here for one from the Hub.
         base: the base model's folder or Hub id; None takes it from the adapter's configuration.
         rank: rank of the result; None keeps each module's own.
-        tolerance: instead of ``rank``: the smallest rank of each module whose ε is at most this, up to ``max_rank``.
+        tolerance: instead of ``rank``: the smallest rank of each module whose ε is at most this, up to
+            ``max_rank`` (256).
         direction: ``low-rank``: Δ = BA, refitted if the source is DoRA. ``dora``: DoRA's own update, exact.
-        lora_compatible: hold a = 1, so that the result is a plain LoRA adapter as well.
+        lora_compatible: keep a = 1, so that the result is a plain LoRA adapter as well.
         dtype: of the stored factors: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the source's own.
         data: text that the adapter is for. Refits then weigh errors by the layers' inputs on it, which makes the
             outputs closest instead of the weights; ``tolerance`` is then of the outputs as well.
-        samples: sequences of ``data`` to run, each of ``sequence_length`` tokens.
+        samples: sequences of ``data`` to run (32), each of ``sequence_length`` tokens (256).
         statistics: of a layer's inputs: ``full`` second moments, or their ``diagonal``, which takes less memory.
         calibrate: steps to train the scalars towards the source on ``data`` afterwards (``mapconv.calibrate`` has
             all its options); 0: none.
@@ -106,21 +109,22 @@ def upgrade(
 
     Raises:
         MapconvError: of the kind that fits; ``out`` then does not exist.
-        ValueError: options that exclude each other.
+        ValueError: an option out of its range, or options that cannot be used together.
     """
     started = time.perf_counter()
-    if rank is not None and tolerance is not None:
-        raise ValueError("rank and tolerance exclude each other")
-    if lora_compatible and direction == "dora":
-        raise ValueError("a DoRA direction is no plain LoRA: lora_compatible needs the low-rank direction")
-    if calibrate and data is None:
-        raise ValueError("calibrate needs data")
-    if calibrate and lora_compatible:
-        raise ValueError("calibration trains the gain that lora_compatible holds at 1")
-    out = default_output(source) if out is None else Path(out)
+    samples, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
+    out = output_beside(source, "map") if out is None else Path(out)
     source = locate_adapter(source, allow_pickle=allow_pickle)
+    marks = marks_of([source], ADAPTER_FILES)
     options = ConvertOptions(
-        rank, tolerance, max_rank, direction, lora_compatible, dtype, device, None if data is None else statistics
+        rank,
+        tolerance,
+        max_rank or MAX_RANK.fallback,
+        direction,
+        lora_compatible,
+        dtype,
+        device,
+        None if data is None else statistics or STATISTICS.fallback,
     )
     # To run the model takes all of it; else a base on the Hub stays there but for what is read.
     placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=data is None)
@@ -130,16 +134,17 @@ def upgrade(
     check_output(out, force=force, inputs=[source, placed.target.folder], nbytes=nbytes)
     sample = None
     if data is not None and not _is_exact(placed, options):
-        sample = read_data(Path(data), placed.target, samples=samples, length=sequence_length)
+        sample = read_data(Path(data), placed.target, samples=samples, length=length)
     refitted: tuple[MapModule, ...] = ()
     modules, parameters, calibration = refitted, 0, None
     norms = BaseNorms(placed.target.checkpoint)
     if not dry_run:
-        with staged_folder(out, force=force) as staging:
+        marks |= placed.target.checkpoint.marks
+        with staged_folder(out, force=force) as staging, unchanged(marks):
             refitted, parameters = write_map_directory(placed, options, norms, sample, staging, quiet=quiet)
             modules = refitted
             if calibrate and sample is not None:
-                training = {"steps": calibrate, "sequence_length": sequence_length}
+                training = {"steps": calibrate, "sequence_length": length}
                 calibration = _calibrate(placed, sample, staging, training, device, allow_pickle, quiet=quiet)
                 modules = calibration.modules
             nbytes = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
@@ -164,18 +169,6 @@ def upgrade(
         calibration=calibration,
         notes=tuple(dict.fromkeys(notes)),  # a calibration repeats those of its data
     )
-
-
-def default_output(source: str | Path) -> Path:
-    """``<source>-map`` beside the source; for one from the Hub, its name alone, in the current folder."""
-    reference = hub_reference(source)
-    if reference is not None:
-        return Path(f"{reference.name}-map")
-    source = Path(source)
-    if source.is_file():
-        source = source.parent if source.name in (CONFIG_FILE, WEIGHTS_FILE) else source.with_suffix("")
-    resolved = source.resolve()
-    return resolved.parent / f"{resolved.name}-map" if source.name in ("", "..") else Path(f"{source}-map")
 
 
 def _calibrate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,16 +9,22 @@ from typing import Any, Literal
 
 import torch
 
+from mapconv.checkpoint.reader import TensorReader
 from mapconv.data import read_blocks, read_rows
+from mapconv.errors import BaseMismatchError
 from mapconv.fidelity.comparison import Agreement, Comparison, ModuleError
 from mapconv.fidelity.saved import check_report_place, save_report
+from mapconv.formats.mapdir import MAP_CONFIG_FILE
+from mapconv.formats.peft import CONFIG_FILE
 from mapconv.hub import locate_adapter, locate_result
+from mapconv.options.commands import VERIFY
 from mapconv.placement.adapters import place_adapter
+from mapconv.placement.base_check import base_fault
+from mapconv.refit.norms import BaseNorms
 from mapconv.runtime.devices import resolve_device
 from mapconv.runtime.models import load_tokenizer
 from mapconv.runtime.progress import progress_bar
 
-DEFAULT_SAMPLES = 8
 SEQUENCE_LENGTH = 256
 
 
@@ -56,13 +61,15 @@ class VerifyReport:
         return asdict(self) | {name: str(getattr(self, name)) for name in ("result", "source", "base")}
 
 
+@VERIFY.checks
 def verify(
     result: str | Path,
     against: str | Path,
     *,
     base: str | Path | None = None,
+    against_base: str | Path | None = None,
     data: str | Path | None = None,
-    samples: int = DEFAULT_SAMPLES,
+    samples: int = 8,
     device: str = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     save: bool = False,
@@ -75,6 +82,8 @@ def verify(
         result: a MAP directory (or any PEFT adapter), or a merged model.
         against: the LoRA or DoRA adapter that it was made from.
         base: the base model's folder or Hub id; None takes it from the source's configuration.
+        against_base: the base that the source runs on, where it was trained on another one than the result is for (a
+            quantized copy); None: the same.
         data: a text file, or a ``.jsonl`` or ``.parquet`` file with text, chats or labelled texts (``mapconv.data``);
             None uses the text that ships with mapconv.
         samples: sequences of 256 tokens to run.
@@ -86,14 +95,19 @@ def verify(
 
     Raises:
         MapconvError: a model, an adapter or the text cannot be used.
+        ValueError: an option out of its range.
     """
     started = time.perf_counter()
     result, against = locate_result(result), locate_adapter(against, allow_pickle=allow_pickle)
     if save:
         check_report_place(result)
     rows = read_rows(data)
-    placed = place_adapter(against, base, allow_pickle=allow_pickle)
-    compared = Comparison(result, placed, dtype=dtype, device=resolve_device(device))
+    own = None
+    if against_base is not None and (result / CONFIG_FILE).is_file():
+        own = place_adapter(result, base, allow_pickle=allow_pickle)
+    placed = place_adapter(against, base if against_base is None else against_base, allow_pickle=allow_pickle)
+    _check_base(result, (own or placed).target.folder)
+    compared = Comparison(result, placed, dtype=dtype, device=resolve_device(device), result_base=own, quiet=quiet)
     total, notes = Agreement(), []
     with torch.inference_mode():
         if compared.reads_text:
@@ -105,14 +119,14 @@ def verify(
                 for block in blocks.rows():
                     _compare(compared, block, total)
                     advance(1)
-        if not total.positions:
+        if not total.result.positions:
             notes.append("the model was not run (it needs more than text, or has no logits): only weights are compared")
         modules = tuple(compared.module_errors())
     report = VerifyReport(
         result=result,
         source=against,
         base=placed.target.folder,
-        tokens=total.positions,
+        tokens=total.result.positions,
         modules=modules,
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
@@ -121,6 +135,21 @@ def verify(
     if save:
         save_report(result, report.to_dict())
     return report
+
+
+def _check_base(result: Path, base: Path) -> None:
+    """Refuse a MAP directory that was made for another base: what it is to its source cannot be seen on this one."""
+    if not (result / MAP_CONFIG_FILE).is_file():
+        return
+    placed = place_adapter(result, base)
+    norms = BaseNorms(placed.target.checkpoint)
+    with TensorReader() as reader:
+        norms.load([item.weight for item in placed.modules], reader)
+    for item in placed.modules:
+        fault = base_fault(item.scalars, norms[item.weight])
+        if fault is not None:
+            file = item.weight.pieces[0].tensor.file
+            raise BaseMismatchError(f"{file}: {item.weight.name} {fault}: give that base with --base.")
 
 
 def _compare(compared: Comparison, block: list[int], total: Agreement) -> None:
@@ -135,11 +164,9 @@ def _compare(compared: Comparison, block: list[int], total: Agreement) -> None:
 def _means(total: Agreement, *, causal: bool) -> dict[str, float | None]:
     names = ("kl", "kl_largest", "kl_base", "top1_agreement", "largest_logit_difference")
     perplexities = ("perplexity_base", "perplexity_source", "perplexity_result")
-    if not total.positions:
+    if not total.result.positions:
         return dict.fromkeys((*names, *perplexities))
-    count = total.positions
-    values = (total.kl / count, total.kl_largest, total.kl_base / count, total.agreements / count, total.difference)
-    losses = (total.loss_base, total.loss_source, total.loss_result)
-    return dict(zip(names, values, strict=True)) | {
-        name: math.exp(loss / count) if causal else None for name, loss in zip(perplexities, losses, strict=True)
-    }
+    base, source, result = (sums.means(causal=causal) for sums in (total.base, total.source, total.result))
+    values = (result.kl, total.result.kl_largest, base.kl, result.top1_agreement, total.result.difference)
+    means = (base.perplexity, source.perplexity, result.perplexity)
+    return dict(zip(names, values, strict=True)) | dict(zip(perplexities, means, strict=True))

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mapconv.data.rows import UnusableRowError
 from mapconv.errors import DataError
 
+#: A template that takes longer over one conversation is broken, or a stranger's joke: real ones take milliseconds.
+LONGEST_RENDERING = 10.0
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -88,7 +94,35 @@ class ChatTemplate:
 
     def _apply(self, chat: dict[str, Any], **settings: Any) -> Any:
         try:
-            return self._tokenizer.apply_chat_template(**chat, **settings)
+            with _time_limit(f"the chat template of {self._tokenizer.name_or_path}", LONGEST_RENDERING):
+                return self._tokenizer.apply_chat_template(**chat, **settings)
+        except _TooLongError as reason:
+            raise DataError(str(reason)) from None
         except Exception as error:  # a template is a program, and raises what it likes
             line = (str(error).strip().splitlines() or [""])[0][:200]
             raise UnusableRowError(f"the chat template refuses it ({type(error).__name__}: {line})") from None
+
+
+class _TooLongError(BaseException):
+    """No Exception, which the libraries in between may take for one of their own."""
+
+
+@contextmanager
+def _time_limit(what: str, seconds: float) -> Iterator[None]:
+    """End a block that runs for too long; only the main thread, in which commands read data, can be interrupted."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _TooLongError(
+            f"{what} takes more than {seconds:g} seconds over one conversation: give a model with another template."
+        )
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -196,12 +196,13 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
         number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
+                batch.validate(full=True)  # offsets and text: a broken page is no error until it is looked at
                 for entry in batch.to_pylist():
                     number += 1
                     yield number, entry
     except OSError as error:
         raise _unreadable(path, error) from None
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter for the names of its columns
         raise DataError(f"{path} is no Parquet file ({_first_line(error)}): write it again.") from None
 
 

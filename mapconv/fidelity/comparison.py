@@ -10,12 +10,19 @@ from typing import Any
 import torch
 
 from mapconv.errors import AdapterError
+from mapconv.fidelity.metrics import Sums
 from mapconv.formats.peft import CONFIG_FILE, KEY_PREFIX
 from mapconv.placement.adapters import PlacedAdapter
-from mapconv.runtime.models import attach_with_peft, load_model, longest_text, reads_text, text_classes
-
-#: Positions whose outputs are compared at once, in float64: 64 × 256,000 tokens take 131 MB.
-_POSITIONS = 64
+from mapconv.placement.running import load_base
+from mapconv.runtime.models import (
+    attach_with_peft,
+    is_causal,
+    load_model,
+    longest_text,
+    model_inputs,
+    reads_text,
+    text_classes,
+)
 
 
 @dataclass(frozen=True)
@@ -26,70 +33,60 @@ class ModuleError:
     error: float
 
 
-@dataclass
 class Agreement:
-    """Sums over positions; a position is a predicted token, or one text for a classifier."""
+    """What base and result do, against the source, on the same text."""
 
-    positions: int = 0
-    kl: float = 0.0
-    kl_largest: float = 0.0
-    kl_base: float = 0.0
-    agreements: int = 0
-    difference: float = 0.0
-    loss_base: float = 0.0
-    loss_source: float = 0.0
-    loss_result: float = 0.0
+    def __init__(self) -> None:
+        self.base, self.source, self.result = Sums(), Sums(), Sums()
 
     def add(self, base: torch.Tensor, source: torch.Tensor, result: torch.Tensor, targets: torch.Tensor | None) -> None:
         """Count logits (positions, classes) of three models; ``targets``: the known next tokens of a causal model."""
         count = len(source) if targets is None else len(targets)
-        for start in range(0, count, _POSITIONS):
-            part = slice(start, min(start + _POSITIONS, count))
-            log_base, log_source, log_result = (
-                logits[part].double().log_softmax(-1) for logits in (base, source, result)
-            )
-            kl = _kl(log_source, log_result)
-            self.positions += len(kl)
-            self.kl += float(kl.sum())
-            self.kl_largest = max(self.kl_largest, float(kl.max()))
-            self.kl_base += float(_kl(log_source, log_base).sum())
-            self.agreements += int((log_source.argmax(-1) == log_result.argmax(-1)).sum())
-            difference = (source[part].double() - result[part].double()).abs().max()
-            self.difference = max(self.difference, float(difference))
-            if targets is not None:
-                known = targets[part, None]
-                self.loss_base -= float(log_base.gather(1, known).sum())
-                self.loss_source -= float(log_source.gather(1, known).sum())
-                self.loss_result -= float(log_result.gather(1, known).sum())
+        for sums, logits in ((self.base, base), (self.source, source), (self.result, result)):
+            sums.add(source[:count], logits[:count], targets)
 
 
 class Comparison:
     """The models of a verification, loaded once."""
 
-    def __init__(self, result: Path, source: PlacedAdapter, *, dtype: str, device: torch.device) -> None:
-        self._device = device
+    def __init__(
+        self,
+        result: Path,
+        source: PlacedAdapter,
+        *,
+        dtype: str,
+        device: torch.device,
+        result_base: PlacedAdapter | None = None,
+        quiet: bool = True,
+    ) -> None:
+        """Load them.
+
+        Args:
+            result: an adapter's or a merged model's folder.
+            source: the adapter that it was made from, on its base.
+            dtype: what the models compute in.
+            device: where they run.
+            result_base: the result, an adapter, on its base; None: on the source's, whose weights they share.
+            quiet: no progress bar.
+        """
+        self._device, self._quiet = device, quiet
         self._is_adapter = (result / CONFIG_FILE).is_file()
         if not self._is_adapter:
             # First, because a broken result should not cost the loading of two models.
             self._merged = load_model(result, source.target.class_name, dtype=dtype, device=device)
         self._model = self._base_with(source, source.adapter.path, "source", dtype)
         base = self._model.get_base_model()
-        self.is_causal = "ForCausalLM" in type(base).__name__ or "LMHead" in type(base).__name__
-        if self._is_adapter and source.adapter.settings.layer_replication:
+        self.is_causal = is_causal(base)
+        if result_base is not None:
+            self._merged = self._base_with(result_base, result, "result", dtype)
+        elif self._is_adapter and source.adapter.settings.layer_replication:
             # A second adapter would repeat the layers again: it takes a base of its own.
             self._merged = self._base_with(source, result, "result", dtype)
         elif self._is_adapter:
             self._merged = attach_with_peft(self._model, result, "result")
 
     def _base_with(self, source: PlacedAdapter, adapter: Path, name: str, dtype: str) -> Any:
-        base = load_model(
-            source.target.folder,
-            source.target.class_name,
-            dtype=dtype,
-            device=self._device,
-            config=source.target.source_config,
-            completed_later=bool(source.adapter.whole),
-        )
+        base = load_base(source, dtype=dtype, device=self._device, quiet=self._quiet)
         return attach_with_peft(base, adapter, name)
 
     @property
@@ -134,7 +131,9 @@ class Comparison:
             base = getattr(layer.get_base_layer(), parameter).detach().clone()
             source = _merged_by_peft(layer, parameter, "source", base)
             if self._is_adapter:
-                result = _merged_by_peft(results[name], parameter, "result", base)
+                other = results[name]
+                own = getattr(other.get_base_layer(), parameter).detach().clone()
+                result = _merged_by_peft(other, parameter, "result", own)
             else:
                 result = self._merged.get_parameter(f"{path}.{parameter}").detach()
             change = float((source.double() - base.double()).norm())
@@ -145,10 +144,7 @@ class Comparison:
 
 
 def _run(model: Any, tokens: torch.Tensor) -> torch.Tensor | None:
-    inputs = {"input_ids": tokens}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = tokens
-    output = model(**inputs)
+    output = model(**model_inputs(model, tokens))
     logits = getattr(output, "logits", None)
     return None if logits is None else logits[0].reshape(-1, logits.shape[-1])
 
@@ -163,8 +159,3 @@ def _merged_by_peft(layer: Any, parameter: str, adapter: str, base: torch.Tensor
     layer.unmerge()
     weight.data.copy_(base)  # unmerging subtracts, which leaves rounding behind
     return merged
-
-
-def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p ‖ q) of each row, (positions,)."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)

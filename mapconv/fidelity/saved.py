@@ -12,12 +12,27 @@ from typing import Any
 from mapconv.checkpoint.index import read_checkpoint
 from mapconv.checkpoint.staging import replace_file
 from mapconv.errors import AdapterError, OutputError
+from mapconv.files import open_regular
 from mapconv.formats.mapdir import FORMAT_VERSION
 from mapconv.formats.peft import WEIGHTS_FILE
 from mapconv.hub.reference import origin_of
-from mapconv.jsonfile import finite
+from mapconv.jsonfile import finite, read_object
 from mapconv.metadata.card import REPORT_FILE
+from mapconv.untrusted.schema import COUNT, NULL, NUMBER, TEXT, with_nulls
 
+_REPORT = {
+    "format_version": COUNT,
+    "weights": TEXT,
+    "tokens": (COUNT, NULL),
+    "modules": [{"path": TEXT, "error": (NUMBER, NULL)}],
+    **dict.fromkeys(
+        (
+            *("kl", "kl_largest", "kl_base", "top1_agreement", "largest_logit_difference"),
+            *("perplexity_base", "perplexity_source", "perplexity_result", "seconds"),
+        ),
+        (NUMBER, NULL),
+    ),
+}
 _LOCAL = ("result", "source", "base")
 
 
@@ -47,17 +62,16 @@ def read_report(folder: Path) -> dict[str, Any] | None:
         AdapterError: broken, or measured on other weights than the folder now holds.
     """
     path = folder / REPORT_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     again = f"run `mapconv verify {folder} --against SOURCE --save` again, or delete the file."
-    try:
-        report = json.loads(path.read_bytes())
-        version, weights = report["format_version"], report["weights"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{path} is no report of mapconv verify ({error!r}): {again}") from None
-    if version != FORMAT_VERSION:
+    report = read_object(path, AdapterError, schema=_REPORT, advice=again.removesuffix("."))
+    report = with_nulls(report, _REPORT)
+    if not report["modules"]:
+        raise AdapterError(f"{path} has no modules: {again}")
+    if report["format_version"] != FORMAT_VERSION:
         raise AdapterError(f"{path} was written by another version of mapconv: {again}")
-    if weights != weights_mark(folder):
+    if report["weights"] != weights_mark(folder):
         raise AdapterError(f"{path} was measured on other weights than the folder now holds: {again}")
     return report
 
@@ -69,8 +83,8 @@ def weights_mark(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     adapter = folder / WEIGHTS_FILE
-    if adapter.is_file():
-        with open(adapter, "rb") as file:
+    if os.path.lexists(adapter):
+        with open_regular(adapter, AdapterError) as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     else:

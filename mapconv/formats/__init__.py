@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mapconv.adapter import Adapter
+from mapconv.checkpoint.sidecars import check_folder
 from mapconv.errors import AdapterError
 from mapconv.formats import mapdir, peft
 from mapconv.formats.base import CONFIG_FILE, Dialect, Found
@@ -20,6 +21,7 @@ def read_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:
     Raises:
         AdapterError: nothing there, no dialect's, or broken; UnsupportedError: sound, but with a refused feature.
     """
+    check_folder(path, AdapterError)
     if not path.exists():
         raise AdapterError(f"{path} does not exist: give the adapter's folder.")
     if path.is_file() and path.suffix != ".safetensors":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mapconv.adapter import Adapter
-from mapconv.checkpoint.index import TensorFile, read_tensor_file
+from mapconv.checkpoint.headers import TensorFile, read_tensor_file
 from mapconv.formats.config import read_config
 
 CONFIG_FILE = "adapter_config.json"

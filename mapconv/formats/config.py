@@ -5,9 +5,7 @@ Fields are those of PEFT 0.21's ``LoraConfig``; files of older versions lack som
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ from typing import Any
 from mapconv.adapter import LoraSettings
 from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.jsonfile import read_object
-from mapconv.wording import counted
+from mapconv.untrusted.patterns import PatternTable
+from mapconv.untrusted.schema import shown
 
 #: Fields that do not change what the saved weights mean (training, bookkeeping, or settings of another field).
 _INERT = frozenset(
@@ -82,8 +81,10 @@ def parse_settings(config: Mapping[str, Any], path: Path) -> LoraSettings:
     if method is None:
         raise AdapterError(f"{path} has no peft_type: expected LORA.")
     if method.upper() != "LORA":
-        raise UnsupportedError(f"{path}: peft_type is {_short(method)}, and mapconv converts LoRA and DoRA (LORA).")
+        raise UnsupportedError(f"{path}: peft_type is {shown(method)}, and mapconv converts LoRA and DoRA (LORA).")
     _refuse_features(config, field)
+    for name in ("task_type", "peft_version"):
+        field.text(name)
     return LoraSettings(
         rank=field.rank("r", config.get("r", 8)),
         alpha=field.number("lora_alpha", config.get("lora_alpha", 8)),
@@ -106,10 +107,10 @@ def _refuse_features(config: Mapping[str, Any], field: _Fields) -> None:
         if name in _INERT or name in _HONOURED or _is_empty(value):
             continue
         if name in REFUSED:
-            raise UnsupportedError(f"{field.path}: {name}={_short(value)}: {REFUSED[name]}.")
+            raise UnsupportedError(f"{field.path}: {name}={shown(value)}: {REFUSED[name]}.")
         else:
             raise UnsupportedError(
-                f"{field.path}: {name}={_short(value)} is a field that mapconv does not know: remove it from the file "
+                f"{field.path}: {name}={shown(value)} is a field that mapconv does not know: remove it from the file "
                 "if it does not change the weights."
             )
 
@@ -118,7 +119,7 @@ def _initialization(config: Mapping[str, Any], path: Path) -> str | None:
     """The initialization that took a low-rank part out of the base weight, if one did."""
     init = config.get("init_lora_weights")
     if not isinstance(init, bool | str | None):
-        raise AdapterError(f"{path}: init_lora_weights is {_short(init)}, expected true, false or a name.")
+        raise AdapterError(f"{path}: init_lora_weights is {shown(init)}, expected true, false or a name.")
     if init in _PLAIN_INITS:
         return None
     if init in _RECOMPUTED_INITS:
@@ -163,18 +164,12 @@ class _Fields:
             raise self._wrong(name, value, "a number")
         return number
 
-    def pattern(self, name: str, parse: Callable[[str, Any], Any]) -> dict[re.Pattern[str], Any]:
+    def pattern(self, name: str, parse: Callable[[str, Any], Any]) -> PatternTable[Any]:
         value = self.config.get(name) or {}
         if not isinstance(value, dict):
             raise self._wrong(name, value, "a table of patterns")
-        return {self._expression(name, key): parse(f"{name}[{key!r}]", item) for key, item in value.items()}
-
-    def _expression(self, name: str, key: str) -> re.Pattern[str]:
-        """A key as PEFT's ``get_pattern_key`` uses it: it must match the end of a module's path."""
-        try:
-            return re.compile(rf"(.*\.)?({key})$")
-        except (re.error, RecursionError, OverflowError) as error:
-            raise AdapterError(f"{self.path}: {name} has {key!r}, which is no regular expression ({error}).") from None
+        entries = {key: parse(f"{name}[{key!r}]", item) for key, item in value.items()}
+        return PatternTable(entries, f"{self.path}: {name}")
 
     def names(self, name: str) -> tuple[str, ...]:
         value = self.config.get(name) or []
@@ -207,22 +202,8 @@ class _Fields:
         return tuple((start, stop) for start, stop in value)
 
     def _wrong(self, name: str, value: Any, expected: str) -> AdapterError:
-        return AdapterError(f"{self.path}: {name} is {_short(value)}, expected {expected}.")
+        return AdapterError(f"{self.path}: {name} is {shown(value)}, expected {expected}.")
 
 
 def _is_empty(value: Any) -> bool:
     return value is None or value is False or value == [] or value == {}
-
-
-def _short(value: Any) -> str:
-    """A value as JSON, or what is sure to be told apart from a whole one: where a text was cut, how long a table is."""
-    text = json.dumps(value)
-    if len(text) <= 60:
-        return text
-    if isinstance(value, str):
-        return f'{json.dumps(value[:50])[:-1]}…"'
-    return (
-        f"<{type(value).__name__} of {counted(len(value), 'item')}>"
-        if isinstance(value, list | dict)
-        else f"{text[:50]}…"
-    )

@@ -20,14 +20,49 @@ import torch
 from mapconv.adapter import Adapter, MapModule, Module
 from mapconv.checkpoint.staging import write_file
 from mapconv.errors import AdapterError
+from mapconv.files import LARGE
 from mapconv.formats.base import Found
-from mapconv.formats.config import parse_settings, read_config
+from mapconv.formats.config import parse_settings
 from mapconv.formats.peft import CONFIG_FILE, KEY_PREFIX, read_tensors
+from mapconv.jsonfile import read_object
+from mapconv.untrusted.schema import COUNT, NULL, NUMBER, TABLE, TEXT, Each, fault, shown
 
 MAP_CONFIG_FILE = "map_config.json"
 FORMAT_VERSION = 1
 #: Numbers of a module's entry that need not have been measured.
-_MEASURED = ("error", "output_error", "alpha_before", "beta_before", "error_before")
+_MEASURED = ("error", "output_error", "alpha_before", "beta_before", "error_before", "base_projection")
+
+_TEXT, _NUMBER, _COUNT = (TEXT, NULL), (NUMBER, NULL), (COUNT, NULL)
+#: An adapter that a result was made from, and what that was made from in its turn.
+_SOURCE: dict[str, Any] = {
+    **dict.fromkeys(("name", "revision", "method", "fingerprint"), _TEXT),
+    "card": (TABLE, NULL),
+}
+_SOURCE["source"] = (_SOURCE, NULL)
+_MODULE = {
+    **dict.fromkeys(("path", "direction"), TEXT),
+    "rank": COUNT,
+    "expert": _COUNT,
+    **dict.fromkeys(("alpha", "beta", "base_norm", "direction_norm"), NUMBER),
+    **dict.fromkeys(_MEASURED, _NUMBER),
+    **dict.fromkeys(("base_tensor", "base_dtype"), _TEXT),
+    "base_shape": ([COUNT], NULL),
+}
+_CALIBRATION = {
+    "models": Each(dict.fromkeys(("perplexity", "kl", "top1_agreement"), _NUMBER)),
+    **dict.fromkeys(("train", "objective"), TEXT),
+    **dict.fromkeys(("trained_parameters", "steps", "best_step", "held_out_positions"), COUNT),
+}
+_RECORD = {
+    "mapconv_version": _TEXT,
+    "base": {**dict.fromkeys(("name", "revision", "fingerprint"), _TEXT), "card": (TABLE, NULL)},
+    "source": (_SOURCE, NULL),
+    "more_sources": ([_SOURCE], NULL),
+    "options": (TABLE, NULL),
+    "data": (TABLE, NULL),
+    "calibration": (_CALIBRATION, NULL),
+    "modules": [_MODULE],
+}
 
 
 class MapDirectory:
@@ -38,17 +73,13 @@ class MapDirectory:
 
     def read(self, found: Found, *, allow_pickle: bool = False) -> Adapter:
         path, config = found.path, found.config or {}
-        map_config = read_config(path / MAP_CONFIG_FILE)
+        map_config = read_record(path / MAP_CONFIG_FILE)
         settings = parse_settings(config, path / CONFIG_FILE)
-        version = map_config.get("format_version")
-        if version != FORMAT_VERSION:
-            raise AdapterError(
-                f"{path / MAP_CONFIG_FILE} has format_version {version!r}, expected {FORMAT_VERSION}: "
-                "it was written by another version of mapconv."
-            )
         modules, whole, others, _ = read_tensors(path, settings, allow_pickle=allow_pickle)
-        map_modules = _read_map_modules(map_config, path / MAP_CONFIG_FILE)
-        directions = {scalars.path: scalars.direction for scalars in map_modules}
+        scalars = map_modules(map_config, path / MAP_CONFIG_FILE)
+        if not scalars:
+            raise AdapterError(f"{path / MAP_CONFIG_FILE} has no modules: make the folder again.")
+        directions = {module.path: module.direction for module in scalars}
         for module in modules:
             if module.path not in directions:
                 raise AdapterError(f"{path / MAP_CONFIG_FILE} has no entry for module {module.path}.")
@@ -65,7 +96,7 @@ class MapDirectory:
             others=others,
             base=settings.base,
             revision=settings.revision,
-            map_modules=map_modules,
+            map_modules=scalars,
             map_config=map_config,
         )
 
@@ -113,13 +144,19 @@ def peft_config(
 
 def peft_factors(module: Module, A: torch.Tensor, B: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     """Keys and tensors of one module's factors, from matrices back to the shapes that PEFT gives its layer."""
-    prefix = f"{KEY_PREFIX}{module.path}"
-    if module.embedding:
-        return [(f"{prefix}.lora_embedding_A", A), (f"{prefix}.lora_embedding_B", B)]
-    kernel = module.lora_A.shape[2:]
+    shapes = factor_shapes(module, A.shape[0], *B.shape)
+    return [(name, factor.reshape(shape)) for (name, shape), factor in zip(shapes, (A, B), strict=True)]
+
+
+def factor_shapes(module: Module, rows: int, height: int, columns: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Key and shape of each factor as it is stored: ``rows`` of A, and B of (``height``, ``columns``)."""
+    prefix, shape = f"{KEY_PREFIX}{module.path}", module.lora_A.shape
+    name_A, name_B = (
+        ("lora_embedding_A", "lora_embedding_B") if module.embedding else ("lora_A.weight", "lora_B.weight")
+    )
     return [
-        (f"{prefix}.lora_A.weight", A.reshape(A.shape[0], module.lora_A.shape[1], *kernel)),
-        (f"{prefix}.lora_B.weight", B.reshape(*B.shape, *(1 for _ in kernel))),
+        (f"{prefix}.{name_A}", (rows, *shape[1:])),
+        (f"{prefix}.{name_B}", (height, columns, *(1 for _ in shape[2:]))),
     ]
 
 
@@ -154,26 +191,45 @@ def _with_rows(table: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def _read_map_modules(map_config: Mapping[str, Any], path: Path) -> tuple[MapModule, ...]:
-    entries = map_config.get("modules")
-    if not isinstance(entries, list) or not entries:
-        raise AdapterError(f"{path} has no list of modules.")
+def read_record(path: Path, *, advice: str = "make the folder again") -> dict[str, Any]:
+    """A ``map_config.json``, or the ``map_merge.json`` of a merged model, with every field of its type.
+
+    Raises:
+        AdapterError: absent, broken, or written by another version.
+    """
+    try:
+        record = read_object(path, AdapterError, advice=advice, limit=LARGE)  # it lists every module
+    except FileNotFoundError:
+        raise AdapterError(f"{path} is missing: {advice}.") from None
+    version = record.get("format_version")
+    if version != FORMAT_VERSION:
+        raise AdapterError(
+            f"{path} has format_version {shown(version)}, expected {FORMAT_VERSION}: it was written by another version "
+            "of mapconv."
+        )
+    wrong = fault(record, _RECORD)
+    if wrong is not None:
+        raise AdapterError(f"{path}: {wrong}: {advice}.")
+    return record
+
+
+def map_modules(record: Mapping[str, Any], path: Path) -> tuple[MapModule, ...]:
+    """The modules of a record that ``read_record`` has read from ``path``.
+
+    Raises:
+        AdapterError: a scalar out of float64's range, or a direction that there is not.
+    """
     modules = []
-    for entry in entries:
-        try:
-            module = MapModule(
-                path=str(entry["path"]),
-                direction=entry["direction"],
-                rank=int(entry["rank"]),
-                expert=None if entry.get("expert") is None else int(entry["expert"]),
-                **{name: float(entry[name]) for name in ("alpha", "beta", "base_norm", "direction_norm")},
-                **{name: None if entry.get(name) is None else float(entry[name]) for name in _MEASURED},
-            )
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise AdapterError(f"{path} has a module entry that cannot be read ({error!r}).") from None
-        numbers = (module.alpha, module.beta, module.base_gain, module.update_gain)
-        measured = (value for name in _MEASURED if (value := getattr(module, name)) is not None)
-        if not all(map(math.isfinite, (*numbers, *measured))):
+    for entry in record["modules"]:
+        module = MapModule(
+            path=entry["path"],
+            direction=entry["direction"],
+            rank=entry["rank"],
+            expert=entry.get("expert"),
+            **{name: float(entry[name]) for name in ("alpha", "beta", "base_norm", "direction_norm")},
+            **{name: None if entry.get(name) is None else float(entry[name]) for name in _MEASURED},
+        )
+        if not math.isfinite(module.base_gain) or not math.isfinite(module.update_gain):
             raise AdapterError(f"{path}: module {module.path} has a scalar that is not finite.")
         if module.direction not in ("low-rank", "dora"):
             raise AdapterError(f"{path}: module {module.path} has direction {module.direction!r}.")

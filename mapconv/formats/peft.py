@@ -9,7 +9,7 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 
 from mapconv.adapter import Adapter, LoraSettings, Module, TensorRef, WholeTensor
-from mapconv.checkpoint.index import read_tensor_file
+from mapconv.checkpoint.headers import read_tensor_file
 from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.formats.base import CONFIG_FILE, WEIGHTS_FILE, Found
 from mapconv.formats.config import parse_settings

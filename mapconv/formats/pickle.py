@@ -9,22 +9,26 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+import zipfile
 from functools import cache
 from pathlib import Path
 
 from mapconv.errors import AdapterError
+from mapconv.files import open_regular
 from mapconv.jsonfile import LFS_POINTER
 
 PICKLE_FILE = "adapter_model.bin"
+#: Tensors may share memory, which a safetensors file holds once for each.
+_MOST_GROWTH = 16
 
 
 def refuse_pointer(path: Path) -> None:
     """Say that a file is a Git-LFS pointer, which is neither a pickle nor anything else to be opened.
 
     Raises:
-        AdapterError: it is one.
+        AdapterError: it is one, or no regular file of its folder.
     """
-    with open(path, "rb") as file:
+    with open_regular(path, AdapterError) as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise AdapterError(f"{path} is a Git-LFS pointer, not the weights: run `git lfs pull` in its folder.")
 
@@ -39,6 +43,7 @@ def as_safetensors(path: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
+    _refuse_bomb(path)
     try:
         table = torch.load(path, map_location="cpu", weights_only=True, mmap=None)
     except Exception as error:  # the unpickler raises whatever a broken or hostile file makes it raise
@@ -47,9 +52,30 @@ def as_safetensors(path: Path) -> Path:
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in table.items()
     ):
         raise AdapterError(f"{path} holds more than a table of tensors: it is no adapter's weights.")
+    size, claimed = path.stat().st_size, sum(value.nbytes for value in table.values())
+    if claimed > _MOST_GROWTH * size:
+        raise AdapterError(
+            f"{path} is {size:,} bytes long but its tensors have {claimed:,}: they repeat the same few numbers, "
+            "so it is no adapter's weights."
+        )
     folder = Path(tempfile.mkdtemp(prefix="mapconv-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     target = folder / "adapter_model.safetensors"
     # clone: tensors of a pickle may share memory, which safetensors refuses to write
     save_file({key: value.clone().contiguous() for key, value in table.items()}, target)
     return target
+
+
+def _refuse_bomb(path: Path) -> None:
+    """torch stores its tensors uncompressed in a zip file; one whose parts expand would fill the memory."""
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            expanded = sum(part.file_size for part in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return  # the older form, or none at all, which torch's loader says
+    if expanded > _MOST_GROWTH * size:
+        raise AdapterError(
+            f"{path} is {size:,} bytes long and expands to {expanded:,}: torch compresses nothing, so it is no "
+            "adapter's weights."
+        )

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mapconv.hub import faults
+from mapconv.hub.limits import limit_session
 
 
 class Secret:
@@ -47,10 +47,10 @@ def quiet_client(*, bars: bool | None = None) -> Iterator[None]:
 
 
 def limit_waits() -> None:
-    """Give the client's shared session a timeout: it has none for most calls, and a silent server holds it for ever.
+    """Put limits on the client's shared session: it has none for most calls, and a silent server holds it for ever.
 
     The client replaces its session after a failed connection, so this is called before each attempt.
     """
     from huggingface_hub.utils import get_session
 
-    get_session().timeout = faults.REQUEST_TIMEOUT
+    limit_session(get_session())

@@ -10,6 +10,8 @@ import json
 import traceback
 from pathlib import Path
 
+from mapconv.errors import HubError
+
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 #: Calls that the client repeats by itself: another round of ours would multiply the waiting.
 _RETRIED_BY_CLIENT = ("/preupload/", "/info/lfs/")
@@ -20,6 +22,8 @@ def is_transient(error: Exception) -> bool:
     """Whether the same call may succeed a moment later."""
     if type(error).__name__ == "LocalEntryNotFoundError":  # "not in the cache, and asking the Hub failed": why?
         error = deepest(error)
+    if isinstance(error, HubError):
+        return error.transient
     status = status_of(error)
     if status is not None:
         return status in _TRANSIENT and not any(part in _url(error) for part in _RETRIED_BY_CLIENT)

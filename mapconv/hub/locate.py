@@ -6,23 +6,35 @@ that commit (``origin_of``). Only the files that are needed are fetched.
 
 from __future__ import annotations
 
-import json
+import hashlib
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from mapconv.checkpoint.index import PIPELINE_FILE, STEMS, Checkpoint, read_checkpoint, weights_files
-from mapconv.checkpoint.sidecars import MODEL_CONFIG, MODEL_FILES, TOKENIZER_FILES
-from mapconv.errors import AdapterError, CheckpointError, UnsupportedError
+from mapconv.checkpoint.filenames import (
+    MODEL_CONFIG,
+    MODEL_FILES,
+    PIPELINE_FILE,
+    STEMS,
+    TOKENIZER_FILES,
+    weights_files,
+)
+from mapconv.checkpoint.index import Checkpoint, read_checkpoint
+from mapconv.errors import AdapterError, CheckpointError, HubError, UnsupportedError
+from mapconv.files import LARGE, open_regular
 from mapconv.hub.faults import ask_hub
 from mapconv.hub.ranges import RangesUnsupportedError, ranged_checkpoint
 from mapconv.hub.reference import HubReference, parse_reference
+from mapconv.jsonfile import read_object
 
 CARD_FILE = "README.md"
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ADAPTER_PICKLE = "adapter_model.bin"
 _ADAPTER_FILES = (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS, "map_config.json", CARD_FILE, *TOKENIZER_FILES)
 _OR_BASE = "or give the base model's folder with --base"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SINGLES, _INDEXES = zip(*map(weights_files, STEMS), strict=True)
 _SMALL_MODEL_FILES = (MODEL_CONFIG, PIPELINE_FILE, *_INDEXES, CARD_FILE, *MODEL_FILES, *TOKENIZER_FILES)
 
@@ -158,9 +170,9 @@ def _shards(folder: Path) -> list[str]:
     """The files that the index lists; read_checkpoint reports what is wrong with an index."""
     for index in _INDEXES:
         try:
-            weight_map = json.loads((folder / index).read_bytes())["weight_map"]
+            weight_map = read_object(folder / index, CheckpointError, limit=LARGE)["weight_map"]
             return sorted({str(name) for name in weight_map.values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, CheckpointError, KeyError, AttributeError):
             continue
     return []
 
@@ -170,20 +182,53 @@ def _snapshot(reference: HubReference, patterns: Iterable[str], hint: str = "") 
 
     ``hint`` ends the sentence of an error: what else the user may do.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
-    from mapconv.hub.client import quiet_client
+    from mapconv.hub.client import limit_waits, quiet_client
 
     prefix = f"{reference.subfolder}/" if reference.subfolder else ""
     wanted = [prefix + pattern for pattern in patterns]
+    blobs = Path(constants.HF_HUB_CACHE, "models--" + reference.repo_id.replace("/", "--"), "blobs")
+    before = _names_in(blobs)
+
+    def fetch() -> str:
+        limit_waits()
+        return snapshot_download(reference.repo_id, revision=reference.revision, allow_patterns=wanted)
+
     with quiet_client():
         folder = ask_hub(
-            lambda: snapshot_download(reference.repo_id, revision=reference.revision, allow_patterns=wanted),
+            fetch,
             str(reference),
             "read",
             hint=lambda error: hint,
         )
+    _check_hashes(blobs, _names_in(blobs) - before, reference)
     return Path(folder, reference.subfolder or "")
+
+
+def _names_in(folder: Path) -> set[str]:
+    return set(os.listdir(folder)) if folder.is_dir() else set()
+
+
+def _check_hashes(blobs: Path, names: set[str], reference: HubReference) -> None:
+    """Hold the large files that were fetched to their SHA-256, which is the name that the Hub gives them in the cache.
+
+    The client itself compares no more than their length.
+
+    Raises:
+        HubError: the content is another one; it is removed, so that the next run fetches it again.
+    """
+    for name in sorted(filter(_SHA256.fullmatch, names)):
+        digest = hashlib.sha256()
+        with open_regular(blobs / name, HubError) as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        if digest.hexdigest() != name:
+            (blobs / name).unlink()
+            raise HubError(
+                f"{reference}: a file arrived damaged (its SHA-256 is {digest.hexdigest()[:12]}…, the Hub says "
+                f"{name[:12]}…) and was removed from the cache: run the same command again."
+            )
 
 
 def _refuse_without_adapter(reference: HubReference, folder: Path) -> None:

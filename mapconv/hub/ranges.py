@@ -10,39 +10,31 @@ The files lie in the client's assets cache (``HF_ASSETS_CACHE``), under a folder
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-import re
-import struct
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 from mapconv.adapter import TensorRef
-from mapconv.checkpoint.index import INDEX_FILE, MAX_HEADER_BYTES, SINGLE_FILE, ByteSource, Checkpoint, read_checkpoint
+from mapconv.checkpoint.filenames import STEMS, weights_files
+from mapconv.checkpoint.index import ByteSource, Checkpoint, read_checkpoint
+from mapconv.checkpoint.staging import replace_file
 from mapconv.errors import CheckpointError, HubError
-from mapconv.hub.client import limit_waits
-from mapconv.hub.faults import always, ask_hub, with_retries
+from mapconv.files import LARGE, read_bytes
+from mapconv.hub.faults import ask_hub
+from mapconv.hub.ranged_file import RangedFile, RangesUnsupportedError, Span
 from mapconv.hub.reference import HubReference, origin_of
-from mapconv.runtime.progress import Advance, progress_bar
+from mapconv.jsonfile import read_object
+from mapconv.runtime.progress import progress_bar
 
-#: The first request for a file: the length of the header, and with most files all of it.
-_FIRST_BYTES = 64 << 10
 #: One request asks for at most this much, so that an interrupted fetch goes on near where it stopped.
 _REQUEST_BYTES = 32 << 20
 #: A gap between two ranges is fetched along if it is this small a part of the range after it: one request less.
 _GAP = 1 / 20
 _WORKERS = 4
-
-Span = tuple[int, int]
-
-
-class RangesUnsupportedError(HubError):
-    """The server knows no byte ranges, or the weights are not where ranges help: fetch whole files instead."""
 
 
 def ranged_checkpoint(reference: HubReference, snapshot: Path) -> Checkpoint:
@@ -56,12 +48,11 @@ def ranged_checkpoint(reference: HubReference, snapshot: Path) -> Checkpoint:
         RangesUnsupportedError: the server answers a range with the whole file. HubError, CheckpointError: as elsewhere.
     """
     pinned = origin_of(snapshot)
-    folder = _lean_folder(pinned)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _own_folder(_lean_folder(pinned))
     for path in snapshot.iterdir():
-        link = folder / path.name
-        if path.is_file() and not os.path.lexists(link):
-            link.symlink_to(path.absolute())
+        if path.is_file():
+            # A copy: a link would leave this folder, and the cache's blob may go before it does.
+            replace_file(folder / path.name, read_bytes(path, CheckpointError, limit=LARGE))
     source = RangedSource(pinned, folder)
     ask_hub(source.open_headers, str(reference), "read")
     return replace(read_checkpoint(folder), source=source)
@@ -70,7 +61,8 @@ def ranged_checkpoint(reference: HubReference, snapshot: Path) -> Checkpoint:
 def prefetch(source: ByteSource | None, refs: Iterable[TensorRef], *, quiet: bool) -> None:
     """Fetch the tensors ``refs`` of a ranged checkpoint in as few requests as that takes; others need no fetching."""
     if isinstance(source, RangedSource):
-        source.fetch([(ref.file, ref.start, ref.stop) for ref in refs if source.has(ref.file)], quiet=quiet)
+        stored = [part for ref in refs for part in ref.stored if source.has(part.file)]
+        source.fetch([(part.file, part.start, part.stop) for part in stored], quiet=quiet)
 
 
 class RangedSource:
@@ -78,7 +70,7 @@ class RangedSource:
 
     def __init__(self, pinned: HubReference, folder: Path) -> None:
         self._pinned, self._folder = pinned, folder
-        self._files: dict[Path, _RangedFile] = {}
+        self._files: dict[Path, RangedFile] = {}
         self._lock = threading.Lock()
 
     def open_headers(self) -> None:
@@ -90,18 +82,24 @@ class RangedSource:
         from huggingface_hub.errors import EntryNotFoundError
 
         with self._only_one():
-            try:
-                self._open(SINGLE_FILE)
+            for single, index in map(weights_files, STEMS):
+                try:
+                    self._open(single)
+                    return
+                except EntryNotFoundError:
+                    if not (self._folder / index).exists():
+                        continue
+                for name in self._shards(index):
+                    self._open(name)
                 return
-            except EntryNotFoundError:
-                pass
-            try:
-                index = json.loads((self._folder / INDEX_FILE).read_bytes())
-                names = sorted({os.path.basename(name) for name in index["weight_map"].values()})
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                raise RangesUnsupportedError("no safetensors weights") from None
-            for name in names:
-                self._open(name)
+            raise RangesUnsupportedError("no safetensors weights")
+
+    def _shards(self, index: str) -> list[str]:
+        try:
+            table = read_object(self._folder / index, CheckpointError, limit=LARGE)
+            return sorted({os.path.basename(name) for name in table["weight_map"].values()})
+        except (OSError, CheckpointError, KeyError, TypeError, AttributeError):
+            raise RangesUnsupportedError("no safetensors weights") from None
 
     def has(self, file: Path) -> bool:
         return file in self._files
@@ -127,121 +125,25 @@ class RangedSource:
         from huggingface_hub import hf_hub_url
 
         url = hf_hub_url(self._pinned.repo_id, name, subfolder=self._pinned.subfolder, revision=self._pinned.revision)
-        remote = _RangedFile(url, self._folder / name)
+        remote = RangedFile(url, self._folder / name, self._pinned.revision)
         remote.open_header()
         self._files[remote.path] = remote
 
     @contextmanager
     def _only_one(self) -> Iterator[None]:
         """One thread of one process at a time: two runs on the same base share what the first one fetches."""
-        with self._lock, open(self._folder / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            for remote in self._files.values():
-                remote.read_record()
-            yield
-
-
-class _RangedFile:
-    """One remote file and its sparse local twin."""
-
-    def __init__(self, url: str, path: Path) -> None:
-        self.url, self.path = url, path
-        self._record = path.with_name(path.name + ".ranges.json")
-        self._lock = threading.Lock()
-        self.size, self._spans = 0, []
-        self.read_record()
-
-    def read_record(self) -> None:
-        try:
-            record = json.loads(self._record.read_bytes())
-            if self.path.stat().st_size == record["size"]:
-                self.size, self._spans = record["size"], [tuple(span) for span in record["have"]]
-        except (OSError, ValueError, KeyError, TypeError):
-            self.size, self._spans = 0, []
-
-    def missing(self, start: int, stop: int) -> list[Span]:
-        """The holes in [start, stop)."""
-        holes = []
         with self._lock:
-            for have_start, have_stop in self._spans:
-                if have_stop <= start:
-                    continue
-                if have_start >= stop:
-                    break
-                if have_start > start:
-                    holes.append((start, have_start))
-                start = have_stop
-        if start < stop:
-            holes.append((start, stop))
-        return holes
-
-    def open_header(self) -> None:
-        if not self.missing(0, 8):
-            return
-        self.fetch(0, _FIRST_BYTES)
-        with open(self.path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-        if length > min(MAX_HEADER_BYTES, self.size):
-            raise CheckpointError(f"{self.url} claims a header of {length:,} bytes: it is not a safetensors file.")
-        for hole in self.missing(0, min(8 + length, self.size)):
-            self.fetch(*hole)
-
-    def fetch(self, start: int, stop: int, advance: Advance = lambda count: None) -> None:
-        """Fetch [start, stop), going on after an interruption from the last byte that arrived."""
-        position = start
-
-        def attempt() -> None:
-            nonlocal position
-            first = position
-            chunks = self._stream(first, stop)
-            head = next(chunks, b"")  # the answer has begun, and the file is there
-            with open(self.path, "r+b") as file:
-                file.seek(first)
-                try:
-                    for chunk in chain([head], chunks):
-                        file.write(chunk)
-                        position += len(chunk)
-                        advance(len(chunk))
-                finally:
-                    if position > first:
-                        file.flush()
-                        os.fdatasync(file.fileno())
-                        self._add(first, position)
-
-        with_retries(attempt, is_safe=always)
-
-    def _stream(self, start: int, stop: int) -> Iterator[bytes]:
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-        limit_waits()
-        headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        with get_session().stream("GET", self.url, headers=headers) as response:
-            hf_raise_for_status(response)
-            total = re.fullmatch(r"bytes \d+-\d+/(\d+)", response.headers.get("Content-Range", ""))
-            if response.status_code != 206 or total is None:
-                raise RangesUnsupportedError(f"{self.url} comes as a whole only")
-            self._make_room(int(total[1]))
-            yield from response.iter_bytes()  # as it arrives: what came before a break is not fetched again
-
-    def _make_room(self, size: int) -> None:
-        with self._lock:
-            if self.size == size:
-                return
-            self.size, self._spans = size, []
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
-            os.truncate(descriptor, size)
-            os.close(descriptor)
-
-    def _add(self, start: int, stop: int) -> None:
-        """Record that [start, stop) is on the disk."""
-        with self._lock:
-            self._spans = _merged([*self._spans, (start, stop)])
-            temporary = self._record.with_suffix(".partial")
-            temporary.write_text(json.dumps({"size": self.size, "have": self._spans}))
-            temporary.replace(self._record)
+            lock = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                for remote in self._files.values():
+                    remote.read_record()
+                yield
+            finally:
+                os.close(lock)
 
 
-def _fetch_all(requests: Sequence[tuple[_RangedFile, Span]], *, quiet: bool) -> None:
+def _fetch_all(requests: Sequence[tuple[RangedFile, Span]], *, quiet: bool) -> None:
     total = sum(stop - start for _, (start, stop) in requests)
     with progress_bar(total, "fetching base", quiet=quiet) as advance, ThreadPoolExecutor(_WORKERS) as pool:
         jobs = [pool.submit(remote.fetch, *span, advance) for remote, span in requests]
@@ -263,19 +165,23 @@ def join_spans(spans: Iterable[Span]) -> list[Span]:
     return joined
 
 
-def _merged(spans: Iterable[Span]) -> list[Span]:
-    merged: list[Span] = []
-    for start, stop in sorted(spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-        else:
-            merged.append((start, stop))
-    return merged
-
-
 def _parts(start: int, stop: int) -> Iterator[Span]:
     for first in range(start, stop, _REQUEST_BYTES):
         yield first, min(first + _REQUEST_BYTES, stop)
+
+
+def _own_folder(folder: Path) -> Path:
+    """Make the folder for this user alone: who can write in it could put other weights in the place of the model's.
+
+    Raises:
+        HubError: it is there, and another user's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    owner = folder.stat().st_uid
+    if folder.is_symlink() or owner != os.getuid():
+        raise HubError(f"{folder} belongs to another user: set HF_ASSETS_CACHE to a folder of your own.")
+    folder.chmod(0o700)
+    return folder
 
 
 def _lean_folder(pinned: HubReference) -> Path:

@@ -12,14 +12,17 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mapconv.algebra.dora import merge_rows_, row_scales
-from mapconv.algebra.norms import BLOCK_ELEMENTS, product_norm, row_blocks, squared_norm
-from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
-from mapconv.checkpoint.writer import FixedFile
+from mapconv.adapter import TensorRef
+from mapconv.algebra.dora import row_scales
+from mapconv.algebra.fingerprint import Fingerprint
+from mapconv.algebra.norms import BLOCK_ELEMENTS, all_finite, product_norm, row_blocks
+from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader, block_elements, row_ranges
+from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.errors import AdapterError, CheckpointError, MapconvError, OutputError
 from mapconv.merging.plan import ConvertJob, CopyJob, LowRankUpdate, MergeJob
+from mapconv.merging.updates import Buffers, Update
 from mapconv.placement.factors import FactorLoader
-from mapconv.placement.weights import Piece, read_rows
+from mapconv.placement.weights import read_rows
 
 #: ‖Δ‖ comes from a Gram matrix of the stored factors, whose rounding its conditioning can enlarge.
 DIRECTION_TOLERANCE = 1e-6
@@ -29,7 +32,7 @@ DIRECTION_TOLERANCE = 1e-6
 class MergedTensor:
     """One tensor that a merge changed: how far, and how far rounding to the output's dtype moved it again.
 
-    ``base_squares`` has ‖·‖² of the base rows that each adapted weight has in this tensor, by the weight's identity.
+    ``base`` has the fingerprint of the base rows that each adapted weight has in this tensor, by the weight's identity.
     """
 
     tensor: str
@@ -37,7 +40,7 @@ class MergedTensor:
     dtype: str
     update_norm: float
     rounding_norm: float
-    base_squares: Mapping[tuple, float] = field(default_factory=dict)
+    base: Mapping[tuple, Fingerprint] = field(default_factory=dict)
 
     @property
     def rounding_error(self) -> float:
@@ -45,36 +48,12 @@ class MergedTensor:
         return self.rounding_norm / self.update_norm if self.update_norm else 0.0
 
 
-@dataclass
-class _Buffers:
-    """One worker's scratch memory, reused for every block."""
-
-    NBYTES = BLOCK_ELEMENTS * (4 + 4 + 4 + 8 + 4)
-
-    raw: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-    rows: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    spare: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    wide: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
-    out: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-
-    def fit(self, elements: int) -> None:
-        """Make room for blocks of ``elements`` elements (a row may be wider than a block)."""
-        if self.rows.numel() < elements:
-            self.raw = torch.empty(8 * elements, dtype=torch.uint8)
-            self.rows, self.spare = torch.empty(elements), torch.empty(elements)
-            self.wide = torch.empty(elements, dtype=torch.float64)
-            self.out = torch.empty(8 * elements, dtype=torch.uint8)
-
-    def widen(self, values: torch.Tensor) -> torch.Tensor:
-        return self.wide[: values.numel()].view(values.shape).copy_(values)
-
-
 class Merger:
     """Runs the jobs of a plan; safe to call from several threads."""
 
-    WORKING_BYTES = _Buffers.NBYTES
+    WORKING_BYTES = Buffers.NBYTES
 
-    def __init__(self, reader: TensorReader, files: Mapping[str, FixedFile]) -> None:
+    def __init__(self, reader: TensorReader, files: Mapping[str, FixedFile | NoFile]) -> None:
         self._reader, self._files = reader, files
         self._factors = FactorLoader(reader)
         self._local = threading.local()
@@ -91,9 +70,11 @@ class Merger:
 
     def _convert(self, job: ConvertJob) -> None:
         source, target = job.source, job.target
-        buffers, dtype = self._buffers(BLOCK_ELEMENTS), TORCH_DTYPES[target.dtype]
-        for start, stop in row_blocks(source.numel, 1):
+        buffers, dtype = self._buffers(block_elements(source)), TORCH_DTYPES[target.dtype]
+        for start, stop in row_ranges(source):
             values = self._reader.read_range(source, start, stop, buffers.raw)
+            if source.stored != (source,) and not all_finite(values):
+                raise _not_finite(source)
             rounded = buffers.out.view(dtype)[: stop - start].copy_(values)
             if dtype == torch.float16 and not torch.isfinite(rounded).all():
                 raise _overflow(target.name, target.dtype)
@@ -105,7 +86,7 @@ class Merger:
         matrices, height, width = job.grid
         buffers = self._buffers(max(width, BLOCK_ELEMENTS))
         bias = self._bias(job)
-        base_squares: dict[tuple, float] = {}
+        base: dict[tuple, Fingerprint] = {}
         update_square = rounding_square = 0.0
         for index in range(matrices):
             updates = [self._prepare(item, buffers) for item in job.updates if item.piece.index == index]
@@ -131,15 +112,13 @@ class Merger:
             if known_norm is not None:
                 update_square += known_norm**2
             for update in updates:
-                base_squares[update.identity] = base_squares.get(update.identity, 0.0) + update.base_square
+                base[update.identity] = base.get(update.identity, Fingerprint()) + update.base
         if not math.isfinite(rounding_square):
             raise self._not_finite(job)
         paths = dict.fromkeys(item.placed.module.path for item in job.updates)
-        return MergedTensor(
-            target.name, tuple(paths), target.dtype, update_square**0.5, rounding_square**0.5, base_squares
-        )
+        return MergedTensor(target.name, tuple(paths), target.dtype, update_square**0.5, rounding_square**0.5, base)
 
-    def _prepare(self, item: LowRankUpdate, buffers: _Buffers) -> _Update:
+    def _prepare(self, item: LowRankUpdate, buffers: Buffers) -> Update:
         """Load an update's factors, bring in its gains, and cut out the rows that this tensor holds."""
         placed, piece, scalars = item.placed, item.piece, item.placed.scalars
         factors = self._factors.load(placed)
@@ -155,14 +134,22 @@ class Merger:
             base_gain, update_gain = 1.0 + item.weight * (base_gain - 1.0), item.weight * update_gain
         part = slice(piece.start, piece.stop)
         magnitude = None if magnitude is None else magnitude[part]
-        update = _Update(
-            piece, placed.identity, A, B[part], base_gain, update_gain, magnitude, measures_base=scalars is not None
+        update = Update(
+            placed.weight,
+            piece,
+            placed.identity,
+            A,
+            B[part],
+            base_gain,
+            update_gain,
+            magnitude,
+            measures_base=scalars is not None,
         )
         if piece.transposed and magnitude is not None:
             update.scales = row_scales(update.magnitude, self._merged_column_norms(update, buffers))
         return update
 
-    def _merged_column_norms(self, update: _Update, buffers: _Buffers) -> torch.Tensor:
+    def _merged_column_norms(self, update: Update, buffers: Buffers) -> torch.Tensor:
         """‖W0 + BA‖ of each row of a weight that is stored transposed: a pass of its own, since rows are columns."""
         piece = update.piece
         _, height, width = piece.grid
@@ -176,10 +163,10 @@ class Merger:
 
     def _not_finite(self, job: MergeJob) -> MapconvError:
         """Whether the base held NaN or infinity, or the merged values do not fit in the output's dtype."""
-        buffer = torch.empty(8 * BLOCK_ELEMENTS, dtype=torch.uint8)
-        for start, stop in row_blocks(job.source.numel, 1):
+        buffer = torch.empty(8 * block_elements(job.source), dtype=torch.uint8)
+        for start, stop in row_ranges(job.source):
             if not torch.isfinite(self._reader.read_range(job.source, start, stop, buffer)).all():
-                return CheckpointError(f"{job.source.file}: tensor {job.source.name} holds NaN or infinity.")
+                return _not_finite(job.source)
         return _overflow(job.target.name, job.target.dtype)
 
     def _replace_rows(self, item, rows: torch.Tensor, start: int, stop: int) -> None:
@@ -195,77 +182,11 @@ class Merger:
             return None
         return sum(item.scaling * self._factors.vector(item.tensor) for item in job.biases)
 
-    def _buffers(self, elements: int) -> _Buffers:
+    def _buffers(self, elements: int) -> Buffers:
         if not hasattr(self._local, "buffers"):
-            self._local.buffers = _Buffers()
+            self._local.buffers = Buffers()
         self._local.buffers.fit(elements)
         return self._local.buffers
-
-
-@dataclass
-class _Update:
-    """One weight's update, ready to be applied to rows of the stored matrix that ``piece`` lies in.
-
-    ``base_square`` collects ‖·‖² of the base rows that it meets, if it ``measures_base``.
-    """
-
-    piece: Piece
-    identity: tuple
-    A: torch.Tensor
-    B: torch.Tensor
-    base_gain: float
-    update_gain: float
-    magnitude: torch.Tensor | None
-    measures_base: bool
-    scales: torch.Tensor | None = None
-    base_square: float = 0.0
-
-    @property
-    def known_norm(self) -> float | None:
-        """How far a plain LoRA moves the weight, which its factors alone tell; None where the base has a part in it."""
-        if self.magnitude is not None or self.base_gain != 1.0:
-            return None
-        return abs(self.update_gain) * product_norm(self.B, self.A)
-
-    @property
-    def columns(self) -> slice:
-        """The stored columns of a transposed piece."""
-        return slice(self.piece.offset, self.piece.offset + self.piece.stop - self.piece.start)
-
-    def apply(self, rows: torch.Tensor, raw: torch.Tensor, start: int, stop: int, buffers: _Buffers) -> None:
-        """Update ``rows``, float32 copies of the stored rows ``start`` to ``stop`` whose own values are ``raw``."""
-        first, last = self.piece.stored_rows
-        low, high = max(start, first), min(stop, last)
-        if low >= high:
-            return
-        rows, raw = rows[low - start : high - start], raw[low - start : high - start]
-        if self.piece.transposed:
-            self._apply_transposed(rows[:, self.columns], raw[:, self.columns], low, high, buffers)
-            return
-        if self.measures_base:
-            self.base_square += squared_norm(raw, buffers.wide)
-        part = slice(low - first, high - first)
-        merge_rows_(
-            rows,
-            self.A,
-            self.B[part],
-            base_gain=self.base_gain,
-            update_gain=self.update_gain,
-            magnitude=None if self.magnitude is None else self.magnitude[part],
-            into_wide=buffers.widen,
-        )
-
-    def _apply_transposed(
-        self, rows: torch.Tensor, raw: torch.Tensor, start: int, stop: int, buffers: _Buffers
-    ) -> None:
-        if self.measures_base:
-            self.base_square += squared_norm(raw.contiguous(), buffers.wide)
-        A, B, a, b = self.A[:, start:stop].T, self.B.T, self.base_gain, self.update_gain
-        if self.scales is None:
-            rows.copy_(torch.addmm(rows, A, B, beta=a, alpha=b))
-            return
-        gains = (b * self.scales).float()
-        rows.copy_((a - b + gains) * rows + gains * (A @ B))
 
 
 def _check_direction(item: LowRankUpdate, norm: float) -> None:
@@ -280,6 +201,10 @@ def _check_direction(item: LowRankUpdate, norm: float) -> None:
 def _square(values: torch.Tensor) -> float:
     flat = values.view(-1)
     return float(torch.dot(flat, flat))
+
+
+def _not_finite(ref: TensorRef) -> CheckpointError:
+    return CheckpointError(f"{ref.file}: tensor {ref.name} holds NaN or infinity.")
 
 
 def _overflow(name: str, dtype: str) -> OutputError:

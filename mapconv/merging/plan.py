@@ -29,13 +29,21 @@ class CopyJob:
     target_offset: int
     nbytes: int
 
+    @property
+    def output(self) -> Path:
+        return self.target
+
 
 @dataclass(frozen=True)
 class ConvertJob:
-    """A tensor that no adapter touches, written in another dtype."""
+    """A tensor that no adapter touches, written in another dtype, or plain where it is stored in codes."""
 
     source: TensorRef
     target: TensorRef
+
+    @property
+    def output(self) -> Path:
+        return self.target.file
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +68,10 @@ class MergeJob:
     updates: tuple[LowRankUpdate, ...] = ()
     rows: tuple[WholeTensor, ...] = ()
     biases: tuple[BiasUpdate, ...] = ()
+
+    @property
+    def output(self) -> Path:
+        return self.target.file
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +147,7 @@ def plan_merge(
             )
             if any(changes):
                 jobs.append(MergeJob(source, output, *(tuple(change) for change in changes)))
-            elif source.dtype != output.dtype:
+            elif source.dtype != output.dtype or source.stored != (source,):
                 jobs.append(ConvertJob(source, output))
             else:
                 _append_copy(jobs, source, output)

@@ -6,6 +6,7 @@ Everything in a card was recorded when the result was made (``map_config.json``,
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,9 @@ from typing import Any, Literal
 
 from mapconv.adapter import MapModule
 from mapconv.hub.reference import is_repo_id
-from mapconv.metadata.markdown import calibration_table, number, python_code, table, value_range, worst
+from mapconv.metadata.markdown import calibration_table, number, percent, python_code, table, value_range, worst
 from mapconv.metadata.readme import Readme, compose, read_readme
+from mapconv.untrusted.printable import markdown_code, markdown_text
 
 CARD_FILE, PLOT_FILE, REPORT_FILE = "README.md", "scalars.png", "verify.json"
 #: What is taken over from the cards of the source and the base, and may be the user's own in README.md.
@@ -66,15 +68,17 @@ def card_facts(folder: Path) -> dict[str, Any]:
     return {key: metadata[key] for key in _COPIED if _is_plain(metadata.get(key))}
 
 
-def local_card(config: Mapping[str, Any], record: Mapping[str, Any], own: Readme | None = None) -> str:
+def local_card(
+    config: Mapping[str, Any], record: Mapping[str, Any], modules: Sequence[MapModule], own: Readme | None = None
+) -> str:
     """The README.md of a MAP directory as it is first written, before anybody publishes it."""
-    name = record["base"]["name"]
+    name = record["base"].get("name")
     facts = CardFacts(
         kind="adapter",
         base=name if name and is_repo_id(name) else None,
-        base_revision=record["base"]["revision"],
+        base_revision=record["base"].get("revision"),
         record=record,
-        modules=read_scalars(record),
+        modules=modules,
         task=config.get("task_type"),
         plain_lora=not config.get("use_dora"),
     )
@@ -84,15 +88,6 @@ def local_card(config: Mapping[str, Any], record: Mapping[str, Any], own: Readme
 def write_card(facts: CardFacts, own: Readme, *, title: str, repo_id: str | None, license_: str | None) -> str:
     """The whole README.md: metadata, mapconv's block, and the user's own text around it."""
     return compose(_metadata(facts, own.metadata, license_), _block(facts, title, repo_id), own)
-
-
-def read_scalars(record: Mapping[str, Any]) -> tuple[MapModule, ...]:
-    """The modules of a ``map_config.json`` or a ``map_merge.json``."""
-    names = MapModule.__dataclass_fields__
-    return tuple(
-        MapModule(**{name: entry.get(name) if name.endswith("_before") else entry[name] for name in names})
-        for entry in record["modules"]
-    )
 
 
 def _metadata(facts: CardFacts, own: Mapping[str, Any], license_: str | None) -> dict[str, Any]:
@@ -172,7 +167,8 @@ def _fidelity(facts: CardFacts) -> str:
         return "It was trained in MAP form, so there is no source to compare it with."
     if report is None:
         return "Not measured: `mapconv verify RESULT --against SOURCE --save` measures it."
-    errors = [module["error"] for module in report["modules"]]
+    # null is a number that was not finite: no error is worse.
+    errors = [math.inf if module["error"] is None else module["error"] for module in report["modules"]]
     weights = (
         f"the weights differ from the source's by {number(max(errors))} of its update in the worst of {len(errors)} "
         f"modules, {number(statistics.median(errors))} in the median"
@@ -192,7 +188,7 @@ def _fidelity(facts: CardFacts) -> str:
     head = ("model", "perplexity", "KL(source ‖ model)")
     return (
         f"{table(head, rows)}\n\nMeasured by `mapconv verify` at {report['tokens']:,} positions of a text: the same "
-        f"most likely answer as the source {report['top1_agreement']:.2%} of the time; {weights}."
+        f"most likely answer as the source {percent(report['top1_agreement'])} of the time; {weights}."
     )
 
 
@@ -202,7 +198,7 @@ def _scalars(facts: CardFacts) -> str:
         groups[module.path.rpartition(".")[2]].append(module)
     rows = [
         (
-            name,
+            markdown_text(name),
             str(len(modules)),
             value_range([module.rank for module in modules], "{}"),
             value_range([module.base_gain for module in modules], "{:.4f}"),
@@ -221,7 +217,7 @@ def _origins(facts: CardFacts) -> str:
     rows = [("base", _pinned(facts.base, facts.base_revision) if facts.base else "a local folder")]
     for source in (facts.source, *(facts.record.get("more_sources") or ())):
         rows += _lineage(source)
-    rows.append(("mapconv", str(facts.record.get("mapconv_version"))))
+    rows.append(("mapconv", markdown_text(facts.record.get("mapconv_version"))))
     return table(("what", "which"), rows)
 
 
@@ -231,7 +227,9 @@ def _lineage(source: Mapping[str, Any]) -> list[tuple[str, str]]:
     while source:
         name = _hub_name(source)
         place = _pinned(name, source.get("revision")) if name else "not on the Hub"
-        rows.append(("adapter", f"{_method(source)}, {place}, `{str(source.get('fingerprint', ''))[:23]}…`"))
+        rows.append(
+            ("adapter", f"{_method(source)}, {place}, {markdown_code(str(source.get('fingerprint', ''))[:23] + '…')}")
+        )
         source = source.get("source") or {}
     return rows
 
@@ -242,16 +240,16 @@ def _hub_name(source: Mapping[str, Any]) -> str | None:
 
 
 def _method(source: Mapping[str, Any]) -> str:
-    return str(source.get("method") or "LoRA or DoRA")
+    return markdown_text(source.get("method") or "LoRA or DoRA")
 
 
 def _pinned(name: str, revision: str | None) -> str:
-    return f"{_link(name)} at `{revision[:12]}`" if revision else _link(name)
+    return f"{_link(name)} at {markdown_code(revision[:12])}" if revision else _link(name)
 
 
 def _link(name: str) -> str:
     repo = "/".join(name.split("/")[:2])
-    return f"[{name}](https://huggingface.co/{repo})"
+    return f"[{markdown_text(name)}](https://huggingface.co/{repo})" if is_repo_id(repo) else markdown_text(name)
 
 
 def _is_plain(value: Any) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from mapconv.untrusted.printable import markdown_text
 
 
 def python_code(head: str, *parts: str) -> str:
@@ -26,20 +29,24 @@ def worst(errors: Sequence[float]) -> str:
 
 
 def number(value: float | None) -> str:
-    if value is None:  # JSON has no NaN
+    if value is None or not math.isfinite(value):  # JSON has no NaN
         return "not finite"
     if value == 0:
         return "0"
     return f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.1e}"
 
 
+def percent(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.2%}"
+
+
 def calibration_table(record: Mapping[str, Any]) -> str:
     rows = [
         (
-            name,
-            "-" if numbers["perplexity"] is None else f"{numbers['perplexity']:.4f}",
-            number(numbers["kl"]),
-            f"{numbers['top1_agreement']:.2%}",
+            markdown_text(name),
+            "-" if numbers.get("perplexity") is None else f"{numbers['perplexity']:.4f}",
+            number(numbers.get("kl")),
+            percent(numbers.get("top1_agreement")),
         )
         for name, numbers in record["models"].items()
     ]

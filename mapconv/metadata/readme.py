@@ -16,17 +16,24 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mapconv.errors import HubError
+from mapconv.files import read_bytes
+from mapconv.metadata.public import first_private
+from mapconv.untrusted import yamltext
 
 _FRONT = re.compile(
     r"\A\ufeff?\s*---[ \t]*\r?\n(?P<yaml>.*?)(?:^|\r?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE
 )
-_BLOCK = re.compile(r"<!-- mapconv:begin own=(?P<own>\w*)[^>]*-->.*?<!-- mapconv:end -->", re.DOTALL)
+#: Bounded, as a file may hold the beginning of this tens of thousands of times.
+_BEGIN = re.compile(r"<!-- mapconv:begin own=(?P<own>\w{0,64})[^>\n]{0,200}-->")
+_END = "<!-- mapconv:end -->"
+#: The results of large benchmarks are a few hundred kilobytes.
+_LONGEST_FRONT = 1 << 21
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
@@ -52,7 +59,7 @@ class Readme:
 def read_readme(path: Path) -> Readme:
     """The parts of a file; an empty one where there is none that can be read."""
     try:
-        return parse_readme(path.read_text(encoding="utf-8"), str(path.parent))
+        return parse_readme(read_bytes(path, HubError).decode(), str(path.parent))
     except (OSError, UnicodeDecodeError, HubError):
         return Readme()
 
@@ -66,10 +73,12 @@ def parse_readme(text: str, where: str) -> Readme:
     front = _FRONT.match(text)
     metadata = _read_yaml(front["yaml"], where) if front else {}
     body = text[front.end() :] if front else text
-    block = _BLOCK.search(body)
-    if block is None:
+    begin = _BEGIN.search(body)
+    end = -1 if begin is None else body.find(_END, begin.end())
+    if begin is None or end < 0:
         return Readme(metadata, "", body.strip("\r\n"))
-    return Readme(metadata, body[: block.start()].strip("\r\n"), body[block.end() :].strip("\r\n"), block["own"])
+    after = body[end + len(_END) :]
+    return Readme(metadata, body[: begin.start()].strip("\r\n"), after.strip("\r\n"), begin["own"])
 
 
 def merge_readmes(local: Readme, remote: Readme | None) -> Readme:
@@ -104,12 +113,17 @@ def compose(data: Mapping[str, Any], block: str, own: Readme) -> str:
     begin = (
         f"<!-- mapconv:begin own={own.own_hash} (written again by each `mapconv push`: put your own text outside) -->"
     )
-    parts = [front, own.before, f"{begin}\n\n{block.strip()}\n\n<!-- mapconv:end -->", own.after]
+    parts = [front, own.before, f"{begin}\n\n{block.strip()}\n\n{_END}", own.after]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def check_card(text: str, where: str = "README.md") -> None:
-    """Refuse a card that the Hub would refuse, or that names a local path, before anything is sent.
+def check_card(text: str, where: str = "README.md", known: Collection[str] = ()) -> None:
+    """Refuse a card that the Hub would refuse, or whose metadata is not known to be public, before anything is sent.
+
+    Args:
+        text: the whole README.md.
+        where: what to call it.
+        known: ids of the Hub that are public wherever they stand.
 
     Raises:
         HubError: with the field that is wrong.
@@ -133,32 +147,22 @@ def check_card(text: str, where: str = "README.md") -> None:
             raise HubError(
                 f"{where}: base_model is {base!r} in the metadata, expected a Hub id (owner/name): --base-id."
             )
-    for place, value in strings_in(data):
-        if is_local_path(value):
-            raise HubError(f"{where}: {place} is {value!r} in the metadata, a path on this machine: remove it.")
-
-
-def is_local_path(value: str) -> bool:
-    """Whether a value is a path of somebody's machine; a lone token such as ``/`` or ``//`` is not."""
-    return bool(re.fullmatch(r"file:[^\n]+|(~|\.{0,2})/[^\s/][^\n]*|[A-Za-z]:[\\/][^\n]+|\\\\[^\n]+", value))
-
-
-def strings_in(value: Any, place: str = "") -> list[tuple[str, str]]:
-    """(place, string) of every string below a JSON or YAML value."""
-    if isinstance(value, str):
-        return [(place, value)]
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [found for key, item in items for found in strings_in(item, f"{place}.{key}" if place else str(key))]
+    private = first_private(data, known)
+    if private is not None:
+        raise HubError(
+            f"{where}: {private[0]} is {private[1]!r} in the metadata, which may name a place on this machine: remove "
+            "it, or replace it with a name on the Hub or a URL."
+        )
 
 
 def _read_yaml(text: str, where: str) -> dict[str, Any]:
-    import yaml
-
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())[:120]
-        raise HubError(f"{where}: the metadata between the --- lines is not YAML ({reason}): correct it.") from None
+        loader, node = yamltext.parse(text, longest=_LONGEST_FRONT)
+        data = {} if node is None else yamltext.construct(loader, node)
+    except yamltext.YamlError as error:
+        raise HubError(
+            f"{where}: the metadata between the --- lines, line {error.line}: {error}: correct it."
+        ) from None
     if data is None:
         return {}
     if not isinstance(data, dict):

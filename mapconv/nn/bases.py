@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from mapconv.algebra.fingerprint import Fingerprint, matrix_fingerprint
 from mapconv.algebra.norms import BLOCK_ELEMENTS, row_blocks
 from mapconv.errors import UnsupportedError
 
@@ -79,11 +80,10 @@ def _brought_in(module: nn.Module) -> Any:
     return align_module_device(module)
 
 
-def base_norm(module: nn.Module, path: str) -> float:
-    """‖W0‖, accumulated in float64."""
+def base_fingerprint(module: nn.Module, path: str) -> Fingerprint:
+    """‖W0‖ and W0's random projection, accumulated in float64."""
     with values_of(module, path) as weight:
-        stored = weight if weight.is_contiguous() else weight.t()
-        return float(sum(_square(stored[start:stop]) for start, stop in _blocks(stored))) ** 0.5
+        return matrix_fingerprint(weight)
 
 
 def row_squares(weight: torch.Tensor) -> torch.Tensor:
@@ -129,8 +129,3 @@ def merged_row_norms(
 def _blocks(stored: torch.Tensor) -> Iterator[tuple[int, int]]:
     """Row ranges: of a size that fits a core's cache, or that keeps a GPU busy."""
     return row_blocks(*stored.shape, BLOCK_ELEMENTS if stored.device.type == "cpu" else 64 * BLOCK_ELEMENTS)
-
-
-def _square(values: torch.Tensor) -> torch.Tensor:
-    flat = values.double().reshape(-1)
-    return torch.dot(flat, flat)

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from mapconv.adapter import Adapter, MapModule, Module, TensorRef
+from mapconv.algebra.fingerprint import Fingerprint
 from mapconv.algebra.initializations import initial_factors
 from mapconv.algebra.norms import product_norm
-from mapconv.checkpoint.index import read_tensor_file
+from mapconv.checkpoint.headers import read_tensor_file
 from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
 from mapconv.errors import AdapterError, BaseMismatchError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter
@@ -22,13 +23,11 @@ from mapconv.hub import locate_adapter
 from mapconv.merging.merger import DIRECTION_TOLERANCE
 from mapconv.metadata.provenance import source_record
 from mapconv.nn.attaching import Attached, Trainable, adaptable, attach, check_model, disabled, has_adapters
-from mapconv.nn.bases import base_norm, kind_of, values_of
+from mapconv.nn.bases import base_fingerprint, kind_of, values_of
 from mapconv.nn.placement import place_on_layers
 from mapconv.nn.updates import DoraUpdate, Origin, Update
 from mapconv.nn.whole import replacements
-
-#: Norms of the same values agree far better than this (as in ``mapconv.merge``).
-NORM_TOLERANCE = 1e-9
+from mapconv.placement.base_check import TOLERANCE, base_fault
 
 
 def load_adapter(
@@ -52,7 +51,7 @@ def load_adapter(
         name: what to call it; several adapters can be attached to one model (``set_adapter``).
         trainable: ``none``, ``scalars`` (α and β: two numbers for each weight) or ``all`` (the factors as well; an
             update that is zero then gets a random B at β = 0, because a zero matrix has no direction to train).
-        check_base: refuse a model whose weights' norms are not those that the MAP directory recorded.
+        check_base: refuse a model whose weights are not those that the MAP directory recorded.
         allow_pickle: read weights from a ``.bin`` file (with torch's weights-only loader).
 
     Returns:
@@ -138,12 +137,18 @@ class _Loader:
                     B0, A0 = initial_factors(self._adapter.settings.initialization, base, module.rank, module.scaling)
                 A, B = torch.cat([A, A0.cpu()]), torch.cat([B, -B0.cpu()], dim=1)
             B *= module.scaling
-        norm = base_norm(layer, live) if scalars is None or check_base else scalars.base_norm
-        if not math.isfinite(norm):
-            raise PlacementError(f"{live}: the model's weight holds NaN or infinity.")
-        if scalars is not None and check_base:
-            _check_base(scalars, norm, layer, live, entry.get("base_dtype"))
+        if scalars is None or check_base:
+            found = base_fingerprint(layer, live)
+            if not math.isfinite(found.square):
+                raise PlacementError(f"{live}: the model's weight holds NaN or infinity.")
+            if scalars is not None:
+                _check_base(scalars, found, layer, live, entry.get("base_dtype"))
+        if scalars is None:
+            norm, projection = found.norm, found.projection
+        else:
+            norm, projection = scalars.base_norm, scalars.base_projection
         update = self._dora(module, scalars, norm, A, B) if module.magnitude else self._low_rank(scalars, norm, A, B)
+        update.base_projection = projection
         ref = self._refs.get(f"{KEY_PREFIX}{module.path}.lora_magnitude_vector")
         update.origin = Origin(
             module=module,
@@ -196,18 +201,18 @@ class _Loader:
         return tensor.flatten(1) if tensor.dim() > 2 else tensor
 
 
-def _check_base(scalars: MapModule, norm: float, layer: nn.Module, live: str, recorded: str | None) -> None:
-    """Compare ‖W0‖ with the recorded one, as exactly as the model's dtype lets them agree."""
-    dtype, tolerance = layer.weight.dtype, NORM_TOLERANCE
+def _check_base(scalars: MapModule, found: Fingerprint, layer: nn.Module, live: str, recorded: str | None) -> None:
+    """Compare W0's fingerprint with the recorded one, as exactly as the model's dtype lets them agree."""
+    dtype, tolerances = layer.weight.dtype, {}
     if recorded not in TORCH_DTYPES or torch.promote_types(TORCH_DTYPES[recorded], dtype) is not dtype:
         # Rounding N weights, each by at most the fraction u: the errors are independent, and add a part u² at most.
         unit = torch.finfo(dtype).eps / 2
-        tolerance += unit**2 + 16 * unit / math.sqrt(layer.weight.numel() or 1)
-    if abs(norm - scalars.base_norm) > tolerance * max(norm, scalars.base_norm):
-        raise BaseMismatchError(
-            f"{live} has norm {norm:.9g}, but the MAP adapter was made for a base where it is {scalars.base_norm:.9g}: "
-            "load that base, or accept this one with check_base=False."
-        )
+        tolerances["norm_tolerance"] = TOLERANCE + unit**2 + 16 * unit / math.sqrt(layer.weight.numel() or 1)
+        # Their own projection has a standard deviation of u·‖W0‖ at most.
+        tolerances["tolerance"] = TOLERANCE + 16 * unit
+    fault = base_fault(scalars, found, **tolerances)
+    if fault is not None:
+        raise BaseMismatchError(f"{live} {fault}: load that base, or accept this one with check_base=False.")
 
 
 def _revive(update: Update) -> None:

@@ -27,7 +27,7 @@ from mapconv.nn.bases import kind_of, merged_row_norms, values_of
 from mapconv.nn.layers import MapLayer
 from mapconv.nn.origin import is_respelled, live_base, live_record, source_config
 from mapconv.nn.updates import DoraUpdate, Update, direction_norm
-from mapconv.refit.converter import SMALLEST_GAIN
+from mapconv.refit.solving import SMALLEST_GAIN
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default", f
         config["revision"] = base["revision"]
         if attached.adapter is not None and attached.adapter.path.is_dir():
             copy_tokenizer(attached.adapter.path, staging)
-        write_file(staging / CARD_FILE, local_card(config, record))
+        write_file(staging / CARD_FILE, local_card(config, record, scalars))
         write_configs(staging, config, record)
     return out
 
@@ -143,6 +143,7 @@ def _scalars(module: Module, update: Update, a: float, b: float, length: float) 
         alpha=a * update.base_norm,
         beta=b * length,
         base_norm=update.base_norm,
+        base_projection=update.base_projection,
         direction_norm=length,
         error=None,
     )

@@ -15,7 +15,7 @@ from mapconv.adapter import Direction
 from mapconv.errors import PlacementError, UnsupportedError
 from mapconv.formats.peft import natural_order
 from mapconv.nn.attaching import Attached, adaptable, attach, check_model
-from mapconv.nn.bases import base_norm, kind_of, matrix_shape, row_squares, values_of
+from mapconv.nn.bases import base_fingerprint, kind_of, matrix_shape, row_squares, values_of
 from mapconv.nn.updates import DoraUpdate, Update
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -114,17 +114,21 @@ def get_map_model(model: nn.Module, config: MapConfig, *, name: str = "default")
 
 def _fresh(layer: nn.Module, path: str, config: MapConfig, generator: torch.Generator) -> Update:
     height, width = matrix_shape(layer)
-    norm = base_norm(layer, path)
-    if not math.isfinite(norm):
+    found = base_fingerprint(layer, path)
+    if not math.isfinite(found.square):
         raise PlacementError(f"{path}: the model's weight holds NaN or infinity.")
     A = torch.empty(config.rank, width).normal_(std=width**-0.5, generator=generator)
     if config.direction == "dora":
         with values_of(layer, path) as weight:
             magnitude = row_squares(weight).sqrt().float().cpu()
         B = torch.zeros(height, config.rank)
-        return DoraUpdate(A, B, magnitude, relative_alpha=1.0, relative_beta=1.0, base_norm=norm)
-    B = torch.empty(height, config.rank).normal_(std=height**-0.5, generator=generator)
-    return Update(A, B, relative_alpha=1.0, relative_beta=0.0, base_norm=norm, detach_norm=config.detach_norm)
+        update = DoraUpdate(A, B, magnitude, relative_alpha=1.0, relative_beta=1.0, base_norm=found.norm)
+    else:
+        B = torch.empty(height, config.rank).normal_(std=height**-0.5, generator=generator)
+        scalars = {"relative_alpha": 1.0, "relative_beta": 0.0, "base_norm": found.norm}
+        update = Update(A, B, **scalars, detach_norm=config.detach_norm)
+    update.base_projection = found.projection
+    return update
 
 
 def _targets(model: nn.Module, config: MapConfig) -> Mapping[str, nn.Module]:

@@ -70,6 +70,7 @@ class Update(nn.Module):
         self.relative_alpha = _scalar(relative_alpha, A)
         self.relative_beta = _scalar(relative_beta, A)
         self.base_norm = base_norm
+        self.base_projection: float | None = None
         self.detach_norm = detach_norm
         self.origin: Origin | None = None
         self._exact = {"relative_alpha": relative_alpha, "relative_beta": relative_beta}

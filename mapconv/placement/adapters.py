@@ -12,13 +12,14 @@ from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import AdapterError, CheckpointError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter
 from mapconv.hub import open_base
-from mapconv.jsonfile import read_object
+from mapconv.placement.bases import plain_base
 from mapconv.placement.by_name import linear_paths, place, require_all_targets
 from mapconv.placement.skeleton import knows_type, names_class
 from mapconv.placement.starting_point import resolve_target
 from mapconv.placement.stored_model import stored_target
 from mapconv.placement.target_model import Placed, TargetModel, plain_target, vocabulary_sizes
 from mapconv.placement.weights import Piece, PlacedModule, WeightView
+from mapconv.runtime.collector import collector_paused
 from mapconv.wording import counted
 
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -52,10 +53,16 @@ def place_adapters(
     Raises:
         MapconvError: of the kind that fits; nothing has been computed or written.
     """
+    with collector_paused():
+        return _place_adapters(sources, base, allow_pickle=allow_pickle, lean=lean)
+
+
+def _place_adapters(
+    sources: Sequence[Path], base: str | Path | None, *, allow_pickle: bool, lean: bool
+) -> tuple[PlacedAdapter, ...]:
     adapters = [read_adapter(source, allow_pickle=allow_pickle) for source in sources]
     first = adapters[0]
-    checkpoint = open_base(base, first.base, first.revision, sources[0], lean=lean)
-    config = _read_config(checkpoint)
+    checkpoint, config = plain_base(open_base(base, first.base, first.revision, sources[0], lean=lean))
     target, placed = _place(adapters, checkpoint, config)
     _refuse_other_dtypes(placed)
     _refuse_shared_dora(placed)
@@ -82,8 +89,7 @@ def _is_plain(adapter: Adapter, config: Mapping[str, Any]) -> bool:
     """Whether names and shapes alone may tell where the adapter goes: linear factors on weights stored as they are."""
     # A causal language model has the same names in its file as in the model, whichever transformers wrote it; composite
     # models and others need not, and stock PEFT goes by the model's.
-    architectures = config.get("architectures") or []
-    if not all(str(name).endswith("ForCausalLM") for name in architectures):
+    if not all(name.endswith("ForCausalLM") for name in config.get("architectures") or []):
         return False
     settings = adapter.settings
     special = settings.initialization or settings.layer_replication or settings.target_parameters or adapter.whole
@@ -132,7 +138,7 @@ def _with_scalars(adapter: Adapter, modules: tuple[PlacedModule, ...]) -> tuple[
 
 
 def _refuse_other_dtypes(placed: Sequence[tuple[Adapter, Sequence[PlacedModule]]]) -> None:
-    """An 8-bit tensor is the code of a weight, not the weight."""
+    """An 8-bit tensor without scales is the code of a weight, not the weight."""
     for ref in (piece.tensor for _, modules in placed for item in modules for piece in item.weight.pieces):
         if ref.dtype not in FLOAT_DTYPES.values():
             raise CheckpointError(
@@ -161,19 +167,3 @@ def _rescales(adapter: Adapter, item: PlacedModule) -> bool:
         return item.module.magnitude is not None
     scalars = next(s for s in adapter.map_modules if (s.path, s.expert) == item.key)
     return scalars.direction == "dora" or scalars.base_gain != 1.0
-
-
-def _read_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The base's ``config.json``, or nothing where there is none; a quantized base is refused."""
-    path = checkpoint.folder / "config.json"
-    if not path.exists():
-        return {}
-    config = read_object(path, CheckpointError)
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(
-            f"{checkpoint.folder} is quantized ({method}): an adapter fits the plain weight, so give the 16-bit or "
-            "32-bit model with --base."
-        )
-    return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
 
@@ -51,6 +52,29 @@ class FactorLoader:
         magnitude = None if module.magnitude is None else self.vector(module.magnitude)
         return Factors(A, B, magnitude)
 
+    def load_all(self, items: Sequence[PlacedModule]) -> list[Factors]:
+        """The factors of several weights, in as few reads as their places in the file allow.
+
+        Raises:
+            AdapterError: a tensor that holds NaN or infinity.
+        """
+        if not all(self.is_simple(item) for item in items):
+            return [self.load(item) for item in items]
+        refs = [ref for item in items for ref in (item.module.lora_A, item.module.lora_B)]
+        matrices: list[torch.Tensor] = []
+        for run, flat in self._reader.read_runs(refs):
+            wide = flat.float()
+            parts = wide.split([ref.numel for ref in run])
+            if not all_finite(wide):
+                _require_finite(parts, run)
+            matrices += [part.view(ref.shape[0], -1) for part, ref in zip(parts, run, strict=True)]
+        return [Factors(A, B, None) for A, B in zip(matrices[::2], matrices[1::2], strict=True)]
+
+    @staticmethod
+    def is_simple(item: PlacedModule) -> bool:
+        """Whether the factors are two tensors of the file as they are, and nothing else."""
+        return item.experts == 1 and item.initialization is None and item.module.magnitude is None
+
     def vector(self, ref: TensorRef) -> torch.Tensor:
         return self._finite(ref).reshape(-1)
 
@@ -77,6 +101,11 @@ class FactorLoader:
 
     def _finite(self, ref: TensorRef) -> torch.Tensor:
         tensor = self._reader.read(ref).float()
+        _require_finite([tensor], [ref])
+        return tensor
+
+
+def _require_finite(tensors: Sequence[torch.Tensor], refs: Sequence[TensorRef]) -> None:
+    for tensor, ref in zip(tensors, refs, strict=True):
         if not all_finite(tensor):
             raise AdapterError(f"{ref.file}: tensor {ref.name} holds NaN or infinity: the training run diverged.")
-        return tensor

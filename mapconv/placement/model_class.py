@@ -74,6 +74,11 @@ def class_candidates(config: dict[str, Any], adapter_config: dict[str, Any]) -> 
     yield from filter(None, (by_task[0], *own, by_task[-1]) if has_head else (*own, *by_task))
 
 
+def causal_class(config: dict[str, Any]) -> str | None:
+    """The class of a causal language model of this type, None where transformers has none."""
+    return _class_of_task(config, "AutoModelForCausalLM")
+
+
 def in_names_of(live: LiveModel, adapter: Adapter) -> Adapter:
     """The adapter with the keys of its whole tensors as ``live`` spells them, under which stock PEFT finds them."""
     spelled: dict[str, tuple[str, str]] = {}

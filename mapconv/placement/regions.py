@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from mapconv.adapter import TensorRef
 from mapconv.errors import PlacementError
-from mapconv.placement.skeleton import Kind, Region
+from mapconv.placement.numbering import Region
+from mapconv.placement.skeleton import Kind
 from mapconv.placement.weights import Piece, WeightView
 
 

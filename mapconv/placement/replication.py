@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from mapconv.adapter import TensorRef
-from mapconv.checkpoint.index import Checkpoint, TensorFile
+from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import PlacementError
 
 #: Where PEFT looks for the list of layers (Llama-, BERT- and Falcon-like models).
@@ -22,12 +22,15 @@ _LAYER = re.compile(r"^((?:.*\.)?(?:layers|encoder\.layer|h)\.)(\d+)(\..+)$")
 def replicate_config(config: dict[str, Any], ranges: tuple[tuple[int, int], ...]) -> None:
     """Turn a configuration into that of the longer model, in place."""
     order = _order(ranges)
-    if max(order) >= config.get("num_hidden_layers", 0):
-        raise PlacementError(
-            f"layer_replication names layer {max(order)}, but the base has {config.get('num_hidden_layers')}."
-        )
+    layers = config.get("num_hidden_layers") or 0
+    if max(order) >= layers:
+        raise PlacementError(f"layer_replication names layer {max(order)}, but the base has {layers}.")
     config["num_hidden_layers"] = len(order)
     if isinstance(config.get("layer_types"), list):
+        if len(config["layer_types"]) != layers:
+            raise PlacementError(
+                f"the base's layer_types name {len(config['layer_types'])} layers, but it has {layers}."
+            )
         config["layer_types"] = [config["layer_types"][layer] for layer in order]
 
 
@@ -44,8 +47,7 @@ def replicated_checkpoint(checkpoint: Checkpoint, ranges: tuple[tuple[int, int],
         return [replace(ref, name=f"{match[1]}{number}{match[3]}") for number in copies[int(match[2])]]
 
     files = tuple(
-        TensorFile(file.path, tuple(new for ref in file.tensors for new in expand(ref)), file.metadata)
-        for file in checkpoint.files
+        replace(file, tensors=tuple(new for ref in file.tensors for new in expand(ref))) for file in checkpoint.files
     )
     return replace(checkpoint, files=files, tensors={ref.name: ref for file in files for ref in file.tensors})
 

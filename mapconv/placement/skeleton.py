@@ -9,32 +9,25 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
 
+from mapconv.checkpoint.filenames import MODEL_CONFIG
+from mapconv.checkpoint.model_config import read_model_config
+from mapconv.checkpoint.quantization import without_quantization
 from mapconv.errors import CheckpointError
-from mapconv.jsonfile import read_object
-from mapconv.runtime.models import quiet_libraries, translated
+from mapconv.placement.numbering import NumberedNames, Region
+from mapconv.runtime.models import model_class, quiet_libraries, refuse_code, translated
 
 Kind = Literal["linear", "transposed", "conv", "embedding", "attention", "parameters"]
 
-
-@dataclass(frozen=True)
-class Region:
-    """Where a name's values lie in the live model: a parameter, one of its stacked matrices, a part of its rows.
-
-    ``plain`` is false where they are also rearranged (permuted, split, transposed) on the way there.
-    """
-
-    parameter: str
-    index: int | None = None
-    part: int = 0
-    parts: int = 1
-    plain: bool = True
+#: About three times those of the largest models; a class takes seconds to build as many.
+_MOST_MODULES = 200_000
 
 
 class LiveModel:
@@ -49,11 +42,12 @@ class LiveModel:
         with quiet_libraries(), translated(f"a {class_name}", CheckpointError):
             import transformers
 
+            refuse_code(config, Path("config.json"))
             settings = copy.deepcopy(config)
             model_type = settings.pop("model_type")
             built = transformers.AutoConfig.for_model(model_type, **settings)
-            with torch.device("meta"):
-                self.model = getattr(transformers, class_name)(built)
+            with torch.device("meta"), _bounded_modules(class_name):
+                self.model = model_class(class_name)(built)
                 self.model.tie_weights()
         self.class_name = class_name
         self.config = config
@@ -69,6 +63,7 @@ class LiveModel:
         self._transforms: tuple[list, list] | None = None
         self._located: dict[str, Region] = {}
         self._of_another_class: set[str] = set()
+        self._names: NumberedNames | None = None
 
     def tied(self, parameter: str) -> tuple[str, ...]:
         """All names of the parameter, its own included."""
@@ -132,8 +127,15 @@ class LiveModel:
     def locate(self, name: str) -> Region:
         """Where the values that a checkpoint calls ``name`` belong, by transformers' conversion tables."""
         if name not in self._located:
-            self._located[name] = Region(name) if name in self.shapes else self._convert(name)
+            self._located[name] = Region(name) if name in self.shapes else self._numbered_names().locate(name)
         return self._located[name]
+
+    def _numbered_names(self) -> NumberedNames:
+        if self._names is None:
+            transforms = [item for kind in self._conversions() for item in kind]
+            patterns = [pattern for item in transforms for pattern in item.source_patterns]
+            self._names = NumberedNames(self._convert, patterns, self.shapes)
+        return self._names
 
     def parameter_name(self, name: str) -> str | None:
         """The parameter that a checkpoint or an adapter calls ``name``; None where the model has no such parameter."""
@@ -184,6 +186,26 @@ class LiveModel:
         return self._transforms
 
 
+@contextmanager
+def _bounded_modules(class_name: str) -> Iterator[None]:
+    """Stop a configuration whose counts, each of them possible, multiply to a model that no machine could build."""
+    count = 0
+
+    def add(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > _MOST_MODULES:
+            raise CheckpointError(
+                f"{class_name} with this configuration has more than {_MOST_MODULES:,} modules: correct config.json."
+            )
+
+    hook = register_module_module_registration_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def knows_type(config: Mapping[str, Any]) -> bool:
     """Whether transformers has classes for the configuration's ``model_type``."""
     model_type = config.get("model_type")
@@ -204,20 +226,19 @@ def names_class(config: Mapping[str, Any]) -> bool:
     return not architectures or any(isinstance(n, str) and hasattr(transformers, n) for n in architectures)
 
 
-def read_model_config(folder: Path) -> dict[str, Any]:
-    """The base model's ``config.json``.
+def typed_model_config(folder: Path) -> dict[str, Any]:
+    """The base model's ``config.json``, which must say the model's type, as that of the plain model if quantized.
 
     Raises:
         CheckpointError: absent, or without a model_type.
     """
-    path = folder / "config.json"
     try:
-        config = read_object(path, CheckpointError)
+        config = read_model_config(folder)
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no config.json, which this adapter needs to be placed.") from None
-    if not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"{path} names no model_type, which this adapter needs to be placed.")
-    return config
+        raise CheckpointError(f"{folder} has no {MODEL_CONFIG}, which this adapter needs to be placed.") from None
+    if config.get("model_type") is None:
+        raise CheckpointError(f"{folder / MODEL_CONFIG} names no model_type, which this adapter needs to be placed.")
+    return without_quantization(config)
 
 
 def _number_at_star(pattern: str, name: str) -> int | None:

@@ -16,7 +16,7 @@ from mapconv.placement.model_class import in_names_of, trained_class
 from mapconv.placement.regions import StoredParameters
 from mapconv.placement.replication import replicate_config, replicated_checkpoint
 from mapconv.placement.resizing import SIZE_FIELDS, resized_model
-from mapconv.placement.skeleton import LiveModel, read_model_config
+from mapconv.placement.skeleton import LiveModel, typed_model_config
 from mapconv.placement.target_model import BiasUpdate, Placed, TargetModel, common_dtype, files_with
 from mapconv.placement.weights import PlacedModule
 from mapconv.wording import counted
@@ -35,7 +35,7 @@ class _Resolution:
     """Follows the adapters' whole tensors and ties through the live model, step by step."""
 
     def __init__(self, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
-        base_config = read_model_config(checkpoint.folder)
+        base_config = typed_model_config(checkpoint.folder)
         layer_maps = {adapter.settings.layer_replication for adapter in adapters}
         if len(layer_maps) > 1:
             raise UnsupportedError("adapters with different layer_replication cannot be merged together.")

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mapconv.adapter import MapModule, Module, TensorRef
-from mapconv.algebra.norms import BLOCK_ELEMENTS, row_blocks, squared_norm
+from mapconv.adapter import ITEM_SIZES, MapModule, Module, TensorRef
+from mapconv.algebra.fingerprint import Fingerprint, block_fingerprint, column_numbers, row_numbers
+from mapconv.algebra.norms import BLOCK_ELEMENTS, row_blocks
 from mapconv.checkpoint.reader import TensorReader
 
 
@@ -53,11 +54,8 @@ class WeightView:
 
     @property
     def nbytes(self) -> int:
-        itemsizes = (piece.tensor.nbytes // max(1, piece.tensor.numel) for piece in self.pieces)
-        return sum(
-            (piece.stop - piece.start) * self.shape[1] * size
-            for piece, size in zip(self.pieces, itemsizes, strict=True)
-        )
+        rows = ((piece.stop - piece.start) * ITEM_SIZES[piece.tensor.dtype] for piece in self.pieces)
+        return sum(rows) * self.shape[1]
 
     @property
     def numel(self) -> int:
@@ -151,7 +149,18 @@ def read_weight(view: WeightView, reader: TensorReader, out: torch.Tensor) -> to
     return matrix
 
 
-def weight_norm(view: WeightView, reader: TensorReader) -> float:
-    """‖W0‖ in one pass over the stored bytes, accumulated in float64."""
+def weight_fingerprint(view: WeightView, reader: TensorReader) -> Fingerprint:
+    """‖W0‖ and W0's random projection in one pass over the stored bytes, accumulated in float64."""
     wide = torch.empty(max(BLOCK_ELEMENTS, *(piece.grid[2] for piece in view.pieces)), dtype=torch.float64)
-    return sum(squared_norm(rows, wide) for *_, rows in stored_blocks(view, reader)) ** 0.5
+    total = Fingerprint()
+    for piece, start, stop, rows in stored_blocks(view, reader):
+        total += block_fingerprint(rows, *block_numbers(view, piece, start, stop), wide)
+    return total
+
+
+def block_numbers(view: WeightView, piece: Piece, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The random numbers that a fingerprint gives the rows and columns of a block of ``stored_blocks``."""
+    rows, columns = row_numbers(view.shape[0]), column_numbers(view.shape[1])
+    if piece.transposed:
+        return columns[start:stop], rows[piece.start : piece.stop]
+    return rows[piece.start + start : piece.start + stop], columns

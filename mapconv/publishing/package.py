@@ -1,34 +1,43 @@
 """What leaves this machine when a result is published: an allow-list of our own files, and no local path in them.
 
-The folder is only read. Files that name a local path are sent in a rewritten form; a path that mapconv does not know
-how to rewrite stops the push. All of this happens before the first connection.
+The folder is only read. Files that name a local path where transformers or mapconv keep one are sent in a rewritten
+form; any other string that is not known to be public (``mapconv.metadata.public``) stops the push. All of this happens
+before the first connection.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mapconv.checkpoint.index import INDEX_FILE, read_checkpoint, read_tensor_file
-from mapconv.checkpoint.sidecars import MERGE_RECORD, MODEL_CONFIG, model_files, tokenizer_files
+from mapconv.checkpoint.filenames import MERGE_RECORD, MODEL_CONFIG
+from mapconv.checkpoint.headers import read_tensor_file
+from mapconv.checkpoint.index import read_checkpoint
+from mapconv.checkpoint.model_config import read_model_config
+from mapconv.checkpoint.sidecars import model_files, tokenizer_files
 from mapconv.errors import AdapterError, HubError
 from mapconv.fidelity.saved import read_report
+from mapconv.files import LARGE, check_regular, read_bytes
 from mapconv.formats import read_adapter
-from mapconv.formats.mapdir import FORMAT_VERSION, MAP_CONFIG_FILE
+from mapconv.formats.mapdir import MAP_CONFIG_FILE, map_modules, read_record
 from mapconv.formats.peft import CONFIG_FILE, WEIGHTS_FILE
 from mapconv.hub.reference import is_repo_id
 from mapconv.jsonfile import read_object
-from mapconv.metadata.card import CARD_FILE, PLOT_FILE, REPORT_FILE, CardFacts, read_scalars, write_card
-from mapconv.metadata.readme import Readme, check_card, is_local_path, merge_readmes, parse_readme, strings_in
+from mapconv.metadata.card import CARD_FILE, PLOT_FILE, REPORT_FILE, CardFacts, write_card
+from mapconv.metadata.public import first_private, is_hub_id
+from mapconv.metadata.readme import Readme, check_card, merge_readmes, parse_readme
 
 Kind = Literal["adapter", "merged"]
 #: Tables of tokens, whose strings are data and no settings.
 _TOKEN_TABLES = ("tokenizer.json", "vocab.json", "added_tokens.json", "chat_template.json")
 #: Fields in which transformers and its tokenizers keep where a model was loaded from.
 _NAME_FIELDS = ("_name_or_path", "name_or_path")
+#: Fields in which they keep from which file a part was loaded, and which no loader reads.
+_LOADED_FROM = ("special_tokens_map_file", "tokenizer_file")
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,11 @@ class Parcel:
     left_behind: tuple[str, ...]
 
     @property
+    def known(self) -> set[str]:
+        """The Hub's names of all that this was made from."""
+        return _known_names(self.facts.record)
+
+    @property
     def source(self) -> str | None:
         """The Hub name of the adapter that this was made from."""
         return self.facts.source.get("name")
@@ -69,7 +83,7 @@ class Parcel:
         there = None if remote is None else parse_readme(remote, "README.md on the Hub")
         own = merge_readmes(self.own, there)
         text = write_card(self.facts, own, title=repo_id.rpartition("/")[2], repo_id=repo_id, license_=self.license)
-        check_card(text, str(self.folder / CARD_FILE))
+        check_card(text, str(self.folder / CARD_FILE), {*self.known, repo_id})
         return text
 
 
@@ -87,15 +101,14 @@ def pack(folder: Path, *, base_id: str | None = None, license_: str | None = Non
     if base_id is not None and not is_repo_id(base_id):
         raise HubError(f"--base-id {base_id!r} is no Hub id: give it as owner/name.")
     kind = _kind(folder)
-    record = _read_json(folder / (MAP_CONFIG_FILE if kind == "adapter" else MERGE_RECORD))
-    if record.get("format_version") != FORMAT_VERSION or not isinstance(record.get("base"), dict):
-        raise AdapterError(f"{folder} was written by another version of mapconv: make it again with this one.")
+    place = folder / (MAP_CONFIG_FILE if kind == "adapter" else MERGE_RECORD)
+    record = read_record(place)
     base = _public_base(record["base"], base_id, folder)
     public = _public_record(record, base)
     names = _adapter_files(folder) if kind == "adapter" else _merged_files(folder)
     files = [_outgoing(folder, name, kind, base, public) for name in sorted(names)]
-    modules = read_scalars(record)
-    config = _read_json(folder / (CONFIG_FILE if kind == "adapter" else MODEL_CONFIG))
+    modules = map_modules(record, place)
+    config = _read_json(folder / CONFIG_FILE) if kind == "adapter" else read_model_config(folder)
     facts = CardFacts(
         kind=kind,
         base=base,
@@ -111,7 +124,7 @@ def pack(folder: Path, *, base_id: str | None = None, license_: str | None = Non
         files.append(plot)
         facts = replace(facts, has_plot=True)
     readme = folder / CARD_FILE
-    own = parse_readme(readme.read_text(encoding="utf-8"), str(readme)) if readme.exists() else Readme()
+    own = parse_readme(_readme_text(readme), str(readme)) if readme.exists() else Readme()
     sent = {file.name for file in files} | {CARD_FILE, REPORT_FILE}
     return Parcel(folder, kind, base, tuple(files), facts, own, license_, _left_behind(folder, sent))
 
@@ -146,19 +159,18 @@ def _merged_files(folder: Path) -> list[str]:
 
 def _outgoing(folder: Path, name: str, kind: Kind, base: str, record: Mapping[str, Any]) -> Outgoing:
     path = folder / name
-    if path.is_symlink():
-        raise HubError(f"{path} is a symbolic link: put the file itself in its place, so that nothing else is sent.")
+    check_regular(path, HubError, folder=folder)
+    known = _known_names(record)
     if name.endswith(".safetensors"):
-        for key, value in read_tensor_file(path).metadata.items():
-            _refuse_path(path, f"__metadata__.{key}", value)
-    if not name.endswith(".json") or name in _TOKEN_TABLES or name.endswith(INDEX_FILE.removeprefix("model")):
+        file = read_tensor_file(path)
+        _refuse_private(path, {"__metadata__": file.metadata, "tensors": [ref.name for ref in file.tensors]}, known)
+    if not name.endswith(".json") or name in _TOKEN_TABLES:
         return Outgoing(name, path, path.stat().st_size)
     table = _read_json(path)
     public = dict(record) if name in (MAP_CONFIG_FILE, MERGE_RECORD) else _public_json(table, base)
     if name == CONFIG_FILE:
         public["base_model_name_or_path"], public["revision"] = base, record["base"]["revision"]
-    for place, value in strings_in({key: value for key, value in public.items() if key != "added_tokens_decoder"}):
-        _refuse_path(path, place, value)
+    _refuse_private(path, public, known)
     if public == table:
         return Outgoing(name, path, path.stat().st_size)
     content = (json.dumps(public, indent=2, ensure_ascii=False, sort_keys=name == CONFIG_FILE) + "\n").encode()
@@ -169,8 +181,9 @@ def _public_json(value: Any, base: str) -> Any:
     """The same settings with the base's Hub id wherever transformers keeps a path that a model was loaded from."""
     if isinstance(value, dict):
         return {
-            key: base if key in _NAME_FIELDS and item and not is_repo_id(str(item)) else _public_json(item, base)
+            key: base if key in _NAME_FIELDS and item and not is_hub_id(str(item)) else _public_json(item, base)
             for key, item in value.items()
+            if key not in _LOADED_FROM
         }
     return [_public_json(item, base) for item in value] if isinstance(value, list) else value
 
@@ -180,14 +193,14 @@ def _public_base(record: Mapping[str, Any], base_id: str | None, folder: Path) -
     name = record.get("name") or ""
     if base_id is not None:
         return base_id
-    if not is_local_path(name) and not Path(name).exists() and is_repo_id("/".join(name.split("/")[:2])):
+    if not Path(name).exists() and is_repo_id("/".join(name.split("/")[:2])):
         return "/".join(name.split("/")[:2])
     for place, key in ((MODEL_CONFIG, "_name_or_path"), (CONFIG_FILE, "base_model_name_or_path")):
         try:
-            found = json.loads((Path(name) / place).read_bytes()).get(key)
-        except (OSError, ValueError, AttributeError):
+            found = read_object(Path(name) / place, HubError).get(key)
+        except (OSError, HubError):
             continue
-        if isinstance(found, str) and is_repo_id(found) and not Path(found).exists():
+        if isinstance(found, str) and is_hub_id(found):
             return found
     raise HubError(
         f"{folder} was made on the base model in {name}, a folder of this machine: say with --base-id owner/name which "
@@ -198,7 +211,7 @@ def _public_base(record: Mapping[str, Any], base_id: str | None, folder: Path) -
 def _public_record(record: Mapping[str, Any], base: str) -> dict[str, Any]:
     """The provenance with Hub names only: a local source keeps its fingerprint and loses its path."""
     known = record["base"]
-    same = str(known.get("name")).split("/")[:2] == base.split("/")[:2] or is_local_path(str(known.get("name")))
+    same = str(known.get("name")).split("/")[:2] == base.split("/")[:2] or os.path.isabs(str(known.get("name")))
     revision = known.get("revision") if same else None
     public = dict(record) | {"base": dict(known) | {"name": base, "revision": revision}}
     more = [_public_source(source) for source in record.get("more_sources") or []]
@@ -236,15 +249,36 @@ def _task(config: Mapping[str, Any]) -> str | None:
     return next((task for ending, task in endings.items() if architecture.endswith(ending)), None)
 
 
-def _refuse_path(path: Path, place: str, value: str) -> None:
-    if is_local_path(value):
+def _readme_text(path: Path) -> str:
+    try:
+        return read_bytes(path, HubError).decode()
+    except UnicodeDecodeError as error:
+        raise HubError(f"{path} is not UTF-8 text (byte {error.start}): convert it, and push again.") from None
+
+
+def _known_names(record: Mapping[str, Any]) -> set[str]:
+    """The Hub's names of a public record: the base's, and of each source and what that was made from."""
+    names = {record["base"]["name"]}
+    waiting = [record.get("source"), *(record.get("more_sources") or [])]
+    while waiting:
+        source = waiting.pop()
+        if isinstance(source, dict):
+            names.add(source.get("name"))
+            waiting.append(source.get("source"))
+    return {name for name in names if isinstance(name, str)}
+
+
+def _refuse_private(path: Path, table: Any, known: set[str]) -> None:
+    private = first_private(table, known)
+    if private is not None:
         raise HubError(
-            f"{path}: {place} is {value!r}, a path on this machine: remove it, or replace it, and push again."
+            f"{path}: {private[0]} is {private[1]!r}, which may name a place on this machine: remove it, or replace it "
+            "with a name on the Hub or a URL, and push again."
         )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return read_object(path, AdapterError, advice="make the folder again")
+        return read_object(path, AdapterError, advice="make the folder again", limit=LARGE)
     except FileNotFoundError:
         raise AdapterError(f"{path} is missing: make the folder again.") from None

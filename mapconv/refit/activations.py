@@ -14,9 +14,10 @@ from mapconv.algebra.moments import InputMoment, InputRoot, Statistics
 from mapconv.data import Dataset
 from mapconv.errors import CheckpointError, DataError, UnsupportedError
 from mapconv.placement.adapters import FLOAT_DTYPES, PlacedAdapter
+from mapconv.placement.running import load_base
 from mapconv.placement.weights import PlacedModule
 from mapconv.runtime.lockstep import in_lockstep
-from mapconv.runtime.models import attach_with_peft, load_model, longest_text, reads_text
+from mapconv.runtime.models import attach_with_peft, longest_text, model_inputs, reads_text
 
 #: Sequences that run together. With an adapted head, one: the logits of a batch are the largest tensor by far.
 BATCH = 8
@@ -24,7 +25,7 @@ _DTYPES = {stored: name for name, stored in FLOAT_DTYPES.items()}
 
 
 def input_roots(
-    placed: PlacedAdapter, data: Dataset, *, statistics: Statistics, device: torch.device
+    placed: PlacedAdapter, data: Dataset, *, statistics: Statistics, device: torch.device, quiet: bool = True
 ) -> Iterator[tuple[list[PlacedModule], Mapping[str, InputRoot | None]]]:
     """Yield the modules of each block of the model with the roots of their inputs' second moments, by module path.
 
@@ -40,7 +41,7 @@ def input_roots(
     """
     groups = _by_block(placed.modules)
     rest = groups.pop(None, [])
-    model = _source_model(placed, device)
+    model = _source_model(placed, device, quiet=quiet)
     if not reads_text(model):
         raise UnsupportedError(f"{placed.target.folder} needs more than text to run: convert it without --data.")
     length = max(len(row) for row in data.rows())
@@ -65,7 +66,7 @@ def input_roots(
 
 
 class _Observer:
-    """Hooks on the adapted layers that count their inputs, and the blocks' parameters in float32 while they run."""
+    """Hooks on the adapted layers that count their inputs; while a block runs, its weights are merged, in float32."""
 
     def __init__(
         self, model: torch.nn.Module, modules: Sequence[PlacedModule], statistics: Statistics, units: Sequence[str]
@@ -76,10 +77,15 @@ class _Observer:
         self._moments: dict[str | None, dict[str, InputMoment]] = defaultdict(dict)
         self._seen: list[tuple[torch.Tensor, InputMoment]] = []
         self._stored: dict[str, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
+        #: Adapted linear layers, by block.
+        self._linears: dict[str | None, list[Any]] = defaultdict(list)
         layers = dict(model.named_modules())
         for module in {item.module.path: item.module for item in modules if item.experts == 1}.values():
             if len(module.lora_A.shape) == 2 and module.path in layers:
-                layers[module.path].register_forward_pre_hook(self._hook(module), with_kwargs=True)
+                layer = layers[module.path]
+                layer.register_forward_pre_hook(self._hook(module), with_kwargs=True)
+                if not module.embedding and module.bias is None:
+                    self._linears[_block_of(module)].append(layer)
         inside = {id(parameter) for unit in self.units.values() for parameter in unit.parameters()}
         for parameter in model.parameters():
             if id(parameter) not in inside:
@@ -93,11 +99,17 @@ class _Observer:
             self._stored[name] = [(parameter, parameter.data) for parameter in parameters]
             for parameter in parameters:
                 parameter.data = parameter.data.float()
+            for layer in self._linears[name]:
+                # Unmerged, PEFT forms a DoRA's whole weight and its row norms anew for every batch.
+                layer.merge()
 
     def leave(self, name: str | None) -> dict[str, InputRoot | None]:
         """The roots of a block (None: of all that is in no block); its statistics and float32 weights are dropped."""
-        for parameter, values in self._stored.pop(name, ()):
-            parameter.data = values
+        if name in self._stored:
+            for layer in self._linears[name]:
+                layer.unmerge()
+            for parameter, values in self._stored.pop(name):
+                parameter.data = values
         self._seen.clear()
         shared: dict[int, InputRoot | None] = {}
         roots = {}
@@ -157,23 +169,11 @@ def _block_of(module: Module) -> str | None:
     return None if number is None else ".".join(parts[: number + 1])
 
 
-def _source_model(placed: PlacedAdapter, device: torch.device) -> torch.nn.Module:
+def _source_model(placed: PlacedAdapter, device: torch.device, *, quiet: bool) -> torch.nn.Module:
     """The base with the source adapter, as stock PEFT attaches it, in the base's own dtype."""
-    base = load_model(
-        placed.target.folder,
-        placed.target.class_name,
-        dtype=_DTYPES[placed.modules[0].weight.dtype],
-        device=device,
-        config=placed.target.source_config,
-        completed_later=bool(placed.adapter.whole),
-    )
+    base = load_base(placed, dtype=_DTYPES[placed.modules[0].weight.dtype], device=device, quiet=quiet)
     return attach_with_peft(base, placed.adapter.path, "source").get_base_model()
 
 
 def _forward(model: torch.nn.Module, tokens: torch.Tensor) -> Callable[[], Any]:
-    inputs = {"input_ids": tokens}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = tokens
-    if hasattr(model.config, "use_cache"):
-        inputs["use_cache"] = False
-    return lambda: model(**inputs)
+    return lambda: model(**model_inputs(model, tokens))

@@ -8,35 +8,40 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.dora import AdaptedWeight, merge_rows_
+from mapconv.algebra.fingerprint import (
+    Fingerprint,
+    block_fingerprint,
+    column_numbers,
+    matrix_fingerprint,
+    row_numbers,
+)
 from mapconv.algebra.moments import InputRoot, Statistics
 from mapconv.algebra.norms import (
     BLOCK_ELEMENTS,
-    all_finite,
     product_difference_norm,
     product_norm,
     row_blocks,
     squared_norm,
 )
-from mapconv.algebra.refit import Refit, refit, refit_to_tolerance, relative_error
 from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
-from mapconv.errors import CheckpointError, OutputError
+from mapconv.errors import CheckpointError
+from mapconv.options.shared import MAX_RANK
 from mapconv.placement.factors import FactorLoader, Factors
 from mapconv.placement.weights import PlacedModule, read_weight
 from mapconv.refit.norms import BaseNorms
+from mapconv.refit.solving import ModuleRefit, Wanted, rounded
 from mapconv.runtime.devices import resolve_device
 
 #: What the factors may be stored in; ``auto`` is the source's own.
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
-DEFAULT_MAX_RANK = 256
-#: Below this gain, D = (b/a)·Δ would be too long for its dtype, and a = 1 is solved for instead.
-SMALLEST_GAIN = 1e-3
 #: Before its first step a DoRA's magnitudes are the base's row norms, but for float32 rounding in sums over a row.
 UNTRAINED = 1e-6
 
@@ -50,7 +55,7 @@ class ConvertOptions:
 
     rank: int | None = None
     tolerance: float | None = None
-    max_rank: int = DEFAULT_MAX_RANK
+    max_rank: int = MAX_RANK.fallback
     direction: Direction = "low-rank"
     lora_compatible: bool = False
     dtype: Dtype = "float32"
@@ -97,9 +102,6 @@ class Converted:
     B: torch.Tensor
     magnitude: torch.Tensor | None
 
-    def without_factors(self) -> Converted:
-        return replace(self, A=self.A[:0], B=self.B[:, :0])
-
 
 class Converter:
     """Turns placed modules into MAP form, one at a time; safe to call from several threads."""
@@ -110,9 +112,13 @@ class Converter:
         self._factors = FactorLoader(reader)
         self._local = threading.local()
 
-    def convert(self, placed: PlacedModule, root: InputRoot | None = None) -> Converted:
+    def convert_all(self, items: Sequence[PlacedModule], root: InputRoot | None = None) -> list[Converted]:
+        """Modules in MAP form, their factors read together; refits weigh errors by ``root``, as ``convert`` does."""
+        pairs = zip(items, self._factors.load_all(items), strict=True)
+        return [self.convert(item, factors, root) for item, factors in pairs]
+
+    def convert(self, placed: PlacedModule, factors: Factors, root: InputRoot | None = None) -> Converted:
         """One module in MAP form; a refit weighs errors by ``root``, the root of its inputs' second moment."""
-        factors = self._factors.load(placed)
         if self._options.keeps_lora(placed):
             return self._keep_lora(placed, factors)
         if self._options.keeps_factors(placed):
@@ -121,36 +127,38 @@ class Converter:
 
     def _keep_lora(self, placed: PlacedModule, factors: Factors) -> Converted:
         """W0 + s·BA is MAP already: α = ‖W0‖, β = ‖s·BA‖ (MATH.md section 2)."""
-        scaling = placed.scaling
-        A, B = self._stored(factors.A, placed), self._stored(factors.B * scaling, placed)
-        base_norm = _finite(self._norms[placed.weight], placed)
+        scaling, wide = placed.scaling, self._options.stored_dtype(placed) == torch.float32
+        A = factors.A if wide else self._stored(factors.A, placed)
+        B = self._stored(factors.B * scaling, placed)
+        base = finite_base(self._norms[placed.weight], placed)
         norm, error = product_norm(B, A), 0.0
-        wanted = factors.B.double() * scaling
-        # Mostly no bit is lost (float32, scaled by a power of two), which is cheaper to see than to measure.
-        if not (torch.equal(A.to(factors.A.dtype), factors.A) and torch.equal(B.double(), wanted)):
-            source_norm = abs(scaling) * product_norm(factors.B, factors.A)
-            difference = product_difference_norm(wanted, factors.A, B, A)
-            error = difference / source_norm if source_norm else 0.0
-        return _converted(placed, "low-rank", 1.0, base_norm, norm, error, A, B, None)
+        if not (wide and _loses_nothing(scaling)):
+            wanted = factors.B.double() * scaling
+            # Often no bit is lost here either, which is cheaper to see than to measure.
+            if not (torch.equal(A.to(factors.A.dtype), factors.A) and torch.equal(B.double(), wanted)):
+                source_norm = abs(scaling) * product_norm(factors.B, factors.A)
+                difference = product_difference_norm(wanted, factors.A, B, A)
+                error = difference / source_norm if source_norm else 0.0
+        return converted_module(placed, "low-rank", 1.0, base, norm, error, A, B, None)
 
     def _keep_dora(self, placed: PlacedModule, factors: Factors) -> Converted:
         """T is kept in DoRA's own factors, with Δ = T − W0 and a = b = 1 (MATH.md section 5)."""
         scaled = factors.B.double() * placed.scaling
         A, B = self._stored(factors.A, placed), self._stored(factors.B * placed.scaling, placed)
         base = self._base_matrix(placed)
-        base_square = update_square = error_square = 0.0
+        left, right = row_numbers(base.shape[0]), column_numbers(base.shape[1])
+        found, update_square, error_square = Fingerprint(), 0.0, 0.0
         for start, stop in row_blocks(*placed.weight.shape):
             rows = base[start:stop].double()
             magnitude = factors.magnitude[start:stop]
             wanted = merge_rows_(rows.clone(), factors.A.double(), scaled[start:stop], magnitude=magnitude)
             got = merge_rows_(rows.clone(), A.double(), B[start:stop].double(), magnitude=magnitude)
-            base_square += squared_norm(rows)
+            found += block_fingerprint(rows, left[start:stop], right)
             update_square += squared_norm(got - rows)
             error_square += squared_norm(wanted - got)
         norm = update_square**0.5
         error = (error_square / update_square) ** 0.5 if update_square else 0.0
-        base_norm = _finite(base_square**0.5, placed)
-        return _converted(placed, "dora", 1.0, base_norm, norm, error, A, B, factors.magnitude)
+        return converted_module(placed, "dora", 1.0, finite_base(found, placed), norm, error, A, B, factors.magnitude)
 
     def _refit(self, placed: PlacedModule, factors: Factors, root: InputRoot | None) -> Converted:
         """The optimum of MATH.md (2); ε and the magnitude are then measured on the factors as stored."""
@@ -159,54 +167,49 @@ class Converter:
         magnitude = None if factors.magnitude is None else factors.magnitude.to(device)
         scaled = (factors.B * placed.scaling).to(device)
         target = AdaptedWeight(base, factors.A.to(device), scaled, magnitude)
-        base_norm = _finite(target.base_norm, placed)
-        if not factors.B.any() and target.update_norm <= UNTRAINED * base_norm:
-            return self._keep_base(placed, factors, target, base_norm)
-        if root is None:
-            seen, solution = None, self._solve(target, placed)
-        else:
+        found = finite_base(matrix_fingerprint(base), placed)
+        if not factors.B.any() and target.update_norm <= UNTRAINED * found.norm:
+            return self._keep_base(placed, factors, target, found)
+        if root is not None:
             root = root.to(device)
-            seen = target.seen_through(root)
-            solution = self._solve(seen, placed).divided_by(root)
-        gain = solution.gain
-        A, B = self._stored(solution.A, placed), self._stored(solution.B / gain, placed)
-        stored_A, stored_B = A.to(device, torch.float32), B.to(device, torch.float32)
-        error = relative_error(target, gain, gain * stored_B, stored_A)
-        output_error = None if seen is None else relative_error(seen, gain, gain * stored_B, root.multiply(stored_A))
-        magnitude = gain * target.approximation_row_norms(stored_B, stored_A)
-        norm = product_norm(B, A)
-        return _converted(placed, "low-rank", gain, base_norm, norm, error, A, B, magnitude, output_error)
+        seen = None if root is None else target.seen_through(root)
+        refitted = ModuleRefit(target, self._wanted(placed), root, seen).solve()
+        A, B = refitted.A, refitted.B
+        magnitude = refitted.gain * target.approximation_row_norms(B.to(device).float(), A.to(device).float())
+        return converted_module(
+            placed,
+            "low-rank",
+            refitted.gain,
+            found,
+            product_norm(B, A),
+            refitted.error,
+            A,
+            B,
+            magnitude,
+            refitted.output_error,
+        )
 
-    def _keep_base(self, placed: PlacedModule, factors: Factors, target: AdaptedWeight, base_norm: float) -> Converted:
+    def _keep_base(self, placed: PlacedModule, factors: Factors, target: AdaptedWeight, base: Fingerprint) -> Converted:
         """An untrained DoRA has no direction: what its magnitudes' rounding does to W0 is noise, and not refitted."""
         rank = min(self._options.rank or placed.rank, factors.A.shape[0])
         A, B = self._stored(factors.A[:rank], placed), self._stored(factors.B[:, :rank], placed)
         magnitude = target.approximation_row_norms(factors.B.to(self._device), factors.A.to(self._device))
-        return _converted(placed, "low-rank", 1.0, base_norm, 0.0, 0.0, A, B, magnitude)
+        return converted_module(placed, "low-rank", 1.0, base, 0.0, 0.0, A, B, magnitude)
 
-    def _solve(self, target: AdaptedWeight, placed: PlacedModule) -> Refit:
+    def _wanted(self, placed: PlacedModule) -> Wanted:
         options = self._options
-        # PEFT has no DoRA for a stack of experts, so theirs is the closest plain LoRA.
-        gain = 1.0 if options.lora_compatible or placed.experts > 1 else None
-        if options.tolerance is not None:
-            return refit_to_tolerance(target, options.tolerance, options.max_rank, gain=gain)
-        solution = refit(target, options.rank or placed.effective_rank, gain=gain)
-        return solution if abs(solution.gain) > SMALLEST_GAIN else refit(target, solution.rank, gain=1.0)
+        return Wanted(
+            placed.module.path,
+            options.rank or placed.effective_rank,
+            options.tolerance,
+            options.max_rank,
+            # PEFT has no DoRA for a stack of experts, so theirs is the closest plain LoRA.
+            1.0 if options.lora_compatible or placed.experts > 1 else None,
+            options.stored_dtype(placed),
+        )
 
     def _stored(self, factor: torch.Tensor, placed: PlacedModule) -> torch.Tensor:
-        """The factor in the dtype it is written in.
-
-        Raises:
-            OutputError: a value that overflows there; the scaling is folded into B, which can make it large.
-        """
-        dtype = self._options.stored_dtype(placed)
-        stored = factor.to(dtype).cpu()
-        if not all_finite(stored):
-            raise OutputError(
-                f"the factors of {placed.module.path} do not fit in {str(dtype).removeprefix('torch.')}: some values "
-                "overflow there, so choose another --dtype."
-            )
-        return stored
+        return rounded(factor, self._options.stored_dtype(placed), placed.module.path)
 
     def _base_matrix(self, placed: PlacedModule) -> torch.Tensor:
         """W0 in float32, in memory that this thread uses again for its next module."""
@@ -216,11 +219,11 @@ class Converter:
         return read_weight(placed.weight, self._reader, matrix)
 
 
-def _converted(
+def converted_module(
     placed: PlacedModule,
     direction: Direction,
     gain: float,
-    base_norm: float,
+    base: Fingerprint,
     direction_norm: float,
     error: float,
     A: torch.Tensor,
@@ -228,23 +231,34 @@ def _converted(
     magnitude: torch.Tensor | None,
     output_error: float | None = None,
 ) -> Converted:
-    # The stored direction is scaled so that b = a: what PEFT computes is a·(W0 + D).
+    """A module's factors and scalars. The direction is stored so that b = a: what PEFT computes is a·(W0 + D)."""
     scalars = MapModule(
         path=placed.module.path,
         expert=placed.expert,
         direction=direction,
         rank=A.shape[0],
-        alpha=gain * base_norm,
+        alpha=gain * base.norm,
         beta=gain * direction_norm,
-        base_norm=base_norm,
+        base_norm=base.norm,
         direction_norm=direction_norm,
         error=error,
         output_error=output_error,
+        base_projection=base.projection,
     )
     return Converted(scalars, A, B, None if magnitude is None else magnitude.float().cpu())
 
 
-def _finite(norm: float, placed: PlacedModule) -> float:
-    if not math.isfinite(norm):
+def _loses_nothing(scaling: float) -> bool:
+    """Whether float32 values times ``scaling`` are exact, unless they overflow: a power of two, and no small one."""
+    return scaling >= 1 and math.frexp(scaling)[0] == 0.5
+
+
+def finite_base(base: Fingerprint, placed: PlacedModule) -> Fingerprint:
+    """The base's fingerprint, unless it holds NaN or infinity.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    if not math.isfinite(base.square):
         raise CheckpointError(f"{placed.weight.pieces[0].tensor.file}: {placed.weight.name} holds NaN or infinity.")
-    return norm
+    return base

@@ -1,8 +1,8 @@
-"""The norms ‖W0‖ of a base model's weights, computed once and kept in the user's cache folder.
+"""The norms ‖W0‖ and random projections of a base model's weights, computed once and kept in the user's cache folder.
 
 A LoRA needs nothing else of its base (MATH.md section 2), so that the second adapter on a base reads none of the base's
-weights. The cache is keyed by the base's files (path, size, modification time) and by their headers: a base that
-changed has another key, and a cache file that is broken is made again, with a note.
+weights. The cache is keyed by the base's files (path, size, times of modification and change) and by their headers: a
+base that changed has another key, and a cache file that is broken is made again, with a note.
 
 ``MAPCONV_CACHE`` names the folder, or is ``off``; without it, ``mapconv`` in the platform's cache folder.
 """
@@ -22,30 +22,31 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from threading import Lock
 
+from mapconv.algebra.fingerprint import Fingerprint
 from mapconv.algebra.norms import BLOCK_ELEMENTS
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.checkpoint.reader import TensorReader
-from mapconv.placement.weights import Piece, WeightView, weight_norm
+from mapconv.placement.weights import Piece, WeightView, weight_fingerprint
 from mapconv.runtime.threads import in_order, worker_count
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 #: Bases whose norms a process keeps at hand.
 _KEPT = 8
-_kept: OrderedDict[str, dict[str, float]] = OrderedDict()
+_kept: OrderedDict[str, dict[str, Fingerprint]] = OrderedDict()
 _lock = Lock()
 
 
 class BaseNorms:
-    """‖W0‖ of weights of one base: ``norms[weight]``, once ``load`` has been told which."""
+    """‖W0‖ of weights of one base, and their projections: ``norms[weight]``, once ``load`` has been told which."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._base = checkpoint.folder
         self.notes: tuple[str, ...] = ()
         self._folder = cache_folder()
         self._key = _identity(checkpoint)
-        self._table: dict[str, float] = {} if self._folder is None else self._known()
+        self._table: dict[str, Fingerprint] = {} if self._folder is None else self._known()
 
-    def __getitem__(self, weight: WeightView) -> float:
+    def __getitem__(self, weight: WeightView) -> Fingerprint:
         return self._table[_name(weight)]
 
     def missing(self, weights: Iterable[WeightView]) -> list[WeightView]:
@@ -65,8 +66,9 @@ class BaseNorms:
                 self._table = self._table | self._read()
             missing = self.missing(missing)
             # One core for each weight, so that a sum does not depend on how many there are.
-            norms = in_order(lambda weight: weight_norm(weight, reader), missing, worker_count(16 * BLOCK_ELEMENTS))
-            self._table = self._table | dict(zip(map(_name, missing), norms, strict=True))
+            workers = worker_count(16 * BLOCK_ELEMENTS)
+            found = in_order(lambda weight: weight_fingerprint(weight, reader), missing, workers)
+            self._table = self._table | dict(zip(map(_name, missing), found, strict=True))
             if missing and self._folder is not None:
                 self._write(self._table)
                 self._keep(self._table)
@@ -75,7 +77,7 @@ class BaseNorms:
     def _path(self) -> Path:
         return self._folder / f"{self._key}.json"
 
-    def _known(self) -> dict[str, float]:
+    def _known(self) -> dict[str, Fingerprint]:
         with _lock:
             table = _kept.get(self._key)
         if table is None:
@@ -83,18 +85,21 @@ class BaseNorms:
             self._keep(table)
         return table
 
-    def _keep(self, table: dict[str, float]) -> None:
+    def _keep(self, table: dict[str, Fingerprint]) -> None:
         with _lock:
             _kept[self._key] = table
             _kept.move_to_end(self._key)
             while len(_kept) > _KEPT:
                 _kept.popitem(last=False)
 
-    def _read(self) -> dict[str, float]:
+    def _read(self) -> dict[str, Fingerprint]:
         try:
             table = json.loads(self._path.read_bytes())
-            norms = {str(name): float.fromhex(value) for name, value in table["norms"].items()}
-            if table["version"] != _CACHE_VERSION or not all(0 <= norm < math.inf for norm in norms.values()):
+            found = {
+                str(name): Fingerprint(float.fromhex(square), float.fromhex(projection))
+                for name, (square, projection) in table["weights"].items()
+            }
+            if table["version"] != _CACHE_VERSION or not all(map(_plausible, found.values())):
                 raise ValueError("other content")
         except OSError:
             return {}
@@ -102,12 +107,16 @@ class BaseNorms:
             note = f"the cached norms in {self._path} are broken ({type(error).__name__}) and made again"
             self.notes = (note,)
             return {}
-        return norms
+        return found
 
-    def _write(self, table: dict[str, float]) -> None:
+    def _write(self, table: dict[str, Fingerprint]) -> None:
         """Whole or not at all; a cache that cannot be written is no reason to fail."""
-        finite = {name: norm.hex() for name, norm in sorted(table.items()) if math.isfinite(norm)}
-        text = json.dumps({"version": _CACHE_VERSION, "base": str(self._base), "norms": finite}, indent=1)
+        finite = {
+            name: (found.square.hex(), found.projection.hex())
+            for name, found in sorted(table.items())
+            if _plausible(found)
+        }
+        text = json.dumps({"version": _CACHE_VERSION, "base": str(self._base), "weights": finite}, indent=1)
         temporary = self._path.with_name(f".{self._key}.{uuid.uuid4().hex[:8]}")
         try:
             temporary.write_text(text)
@@ -147,18 +156,18 @@ def cache_folder() -> Path | None:
     return root / "mapconv" / "norms"
 
 
+def _plausible(found: Fingerprint) -> bool:
+    return 0 <= found.square < math.inf and math.isfinite(found.projection)
+
+
 def _identity(checkpoint: Checkpoint) -> str:
     """A name for the base's content, from what its files' headers and the file system say of them."""
     digest = hashlib.blake2b(digest_size=16)
     for file in checkpoint.files:
-        if checkpoint.source is None:
-            path = file.path.resolve()
-            status = path.stat()
-            marks = (path, status.st_size, status.st_mtime_ns, status.st_ino)
-        else:
-            # A base that stays on the Hub has holes in its file, but lies under the commit that it is a copy of.
-            marks = (file.path.absolute(), "on the Hub")
-        digest.update(repr(marks).encode("utf-8", "surrogateescape"))
+        # A base that stays on the Hub has holes in its file, but lies under the commit that it is a copy of.
+        here = checkpoint.source is None
+        marks = (file.path.resolve(), file.mark) if here else (file.path.absolute(), "on the Hub")
+        digest.update(repr((*marks, sorted(file.metadata.items()))).encode("utf-8", "surrogateescape"))
         for ref in file.tensors:
             digest.update(f"{ref.name}\0{ref.dtype}\0{ref.shape}\0{ref.start}\n".encode())
     return digest.hexdigest()

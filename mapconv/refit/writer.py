@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mapconv.adapter import MapModule
 from mapconv.algebra.moments import InputRoot
+from mapconv.checkpoint.model_config import read_model_config
 from mapconv.checkpoint.reader import SAFETENSORS_DTYPES, TensorReader
-from mapconv.checkpoint.sidecars import copy_tokenizer
-from mapconv.checkpoint.staging import write_file
-from mapconv.checkpoint.writer import SpooledFile, TensorSpec
+from mapconv.checkpoint.writer import TensorSpec
 from mapconv.data import Dataset, Rows, read_dataset, read_rows
-from mapconv.formats.mapdir import needs_magnitude, peft_config, peft_factors, peft_magnitude, write_configs
-from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
+from mapconv.formats.mapdir import (
+    factor_shapes,
+)
 from mapconv.hub.ranges import prefetch
-from mapconv.metadata.card import CARD_FILE, local_card
-from mapconv.metadata.provenance import base_name, base_revision, map_config
 from mapconv.placement.adapters import PlacedAdapter
-from mapconv.placement.skeleton import read_model_config
 from mapconv.placement.target_model import TargetModel
 from mapconv.placement.weights import PlacedModule
 from mapconv.refit.activations import input_roots
-from mapconv.refit.converter import Converted, Converter, ConvertOptions
+from mapconv.refit.converter import Converter, ConvertOptions
+from mapconv.refit.directory import MapDirectory
 from mapconv.refit.norms import BaseNorms
 from mapconv.runtime.devices import resolve_device
 from mapconv.runtime.models import load_tokenizer, stored_text_classes
 from mapconv.runtime.progress import progress_bar
 from mapconv.runtime.threads import in_order, worker_count
+
+#: Factors that one job keeps: they are in memory once as they are read and once as they are written.
+BATCH_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -63,28 +63,13 @@ def write_map_directory(
     quiet: bool,
 ) -> tuple[tuple[MapModule, ...], int]:
     """Convert every module into ``staging``; returns their scalars and the number of parameters."""
-    spool = SpooledFile(staging / WEIGHTS_FILE, _expected(placed, options))
+    directory = MapDirectory(placed, staging, _expected(placed, options))
     try:
-        converted, parameters = _convert(placed, options, norms, sample, spool, quiet=quiet)
-        modules = tuple(result.scalars for result in converted)
-        if needs_magnitude(modules):
-            for item, result in zip(placed.modules, converted, strict=True):
-                spool.append(*peft_magnitude(item.module, result.magnitude))
-        _keep_the_rest(placed, spool)
-        spool.finish()
+        _convert(placed, options, norms, sample, directory, quiet=quiet)
+        modules = directory.finish(asdict(options), None if sample is None else sample.record)
     finally:
-        spool.close()
-    copy_tokenizer(placed.adapter.path, staging)
-    base = base_name(placed)
-    names = {item.module.path: item.parameter if item.experts > 1 else item.module.path for item in placed.modules}
-    own_paths = {module.path for module in placed.adapter.modules}
-    respelled = any(item.module.path not in own_paths for item in placed.modules)
-    config = peft_config(placed.adapter.config, modules, names, base=base, respelled=respelled)
-    config["revision"] = base_revision(placed)
-    record = map_config(placed, asdict(options), modules, data=None if sample is None else sample.record)
-    write_file(staging / CARD_FILE, local_card(config, record))
-    write_configs(staging, config, record)
-    return modules, parameters
+        directory.close()
+    return modules, directory.parameters
 
 
 def _convert(
@@ -92,14 +77,13 @@ def _convert(
     options: ConvertOptions,
     norms: BaseNorms,
     sample: Sample | None,
-    spool: SpooledFile,
+    directory: MapDirectory,
     *,
     quiet: bool,
-) -> tuple[list[Converted], int]:
-    """Spool the factors of every module; returns what is left of each, and the number of MAP's parameters."""
+) -> None:
+    """Convert every module, and write its factors."""
     workers = worker_count(max(options.working_bytes(item) for item in placed.modules))
     total = sum(item.weight.nbytes for item in placed.modules)
-    converted, parameters = {}, 0
     source = placed.target.checkpoint.source
     light = [item.weight for item in placed.modules if options.keeps_lora(item)]
     needed = [item.weight for item in placed.modules if not options.keeps_lora(item) or item.initialization]
@@ -107,32 +91,40 @@ def _convert(
     with TensorReader(source) as reader, progress_bar(total, "upgrading", quiet=quiet) as advance:
         norms.load(light, reader)
         converter = Converter(reader, options, norms)
-        for modules, roots in _groups(placed, options, sample):
-            stack: list[Converted] = []
-            jobs = [(item, roots.get(item.module.path)) for item in modules]
-            results = in_order(lambda job: converter.convert(*job), jobs, workers)
-            for item, result in zip(modules, results, strict=True):
-                stack.append(result)
-                if len(stack) == item.experts:
-                    # Experts follow one another: A has them in turn, B side by side, with the expert counting fastest.
-                    A = torch.cat([expert.A for expert in stack])
-                    B = torch.stack([expert.B for expert in stack], dim=2).flatten(1)
-                    for name, tensor in peft_factors(item.module, A, B):
-                        spool.append(name, tensor)
-                    stack.clear()
-                parameters += result.A.numel() + result.B.numel() + 2  # α and β
-                converted[item.key] = result.without_factors()
+        for modules, roots in _groups(placed, options, sample, quiet=quiet):
+            jobs = [(batch, roots.get(batch[0].module.path)) for batch in _batches(modules, options)]
+            results = in_order(lambda job: converter.convert_all(*job), jobs, workers)
+            for item, result in zip(modules, chain.from_iterable(results), strict=True):
+                directory.add(item, result)
                 advance(item.weight.nbytes)
-    return [converted[item.key] for item in placed.modules], parameters
+
+
+def _batches(modules: Sequence[PlacedModule], options: ConvertOptions) -> Iterator[list[PlacedModule]]:
+    """Jobs worth a thread's while: modules that only keep their factors go together, a refit alone."""
+    batch: list[PlacedModule] = []
+    nbytes = 0
+    for item in modules:
+        light = options.keeps_lora(item) and item.experts == 1
+        if batch and (not light or nbytes >= BATCH_BYTES):
+            yield batch
+            batch, nbytes = [], 0
+        if not light:
+            yield [item]
+            continue
+        batch.append(item)
+        nbytes += item.module.lora_A.nbytes + item.module.lora_B.nbytes
+    if batch:
+        yield batch
 
 
 def _groups(
-    placed: PlacedAdapter, options: ConvertOptions, sample: Sample | None
+    placed: PlacedAdapter, options: ConvertOptions, sample: Sample | None, *, quiet: bool
 ) -> Iterable[tuple[Sequence[PlacedModule], Mapping[str, InputRoot | None]]]:
     """The modules that are converted together, and what is known of their inputs."""
     if sample is None or options.statistics is None:
         return [(placed.modules, {})]
-    return input_roots(placed, sample.sequences, statistics=options.statistics, device=resolve_device(options.device))
+    device = resolve_device(options.device)
+    return input_roots(placed, sample.sequences, statistics=options.statistics, device=device, quiet=quiet)
 
 
 def _expected(placed: PlacedAdapter, options: ConvertOptions) -> list[TensorSpec]:
@@ -142,23 +134,7 @@ def _expected(placed: PlacedAdapter, options: ConvertOptions) -> list[TensorSpec
         return []
     specs = []
     for item in placed.modules:
-        dtype, (height, width) = options.stored_dtype(item), item.weight.shape
-        A, B = (
-            torch.empty(shape, dtype=dtype, device="meta")
-            for shape in ((item.effective_rank, width), (height, item.effective_rank))
-        )
-        specs += [
-            TensorSpec(name, SAFETENSORS_DTYPES[dtype], tuple(t.shape)) for name, t in peft_factors(item.module, A, B)
-        ]
+        dtype, (height, _) = SAFETENSORS_DTYPES[options.stored_dtype(item)], item.weight.shape
+        names = factor_shapes(item.module, item.effective_rank, height, item.effective_rank)
+        specs += [TensorSpec(name, dtype, shape) for name, shape in names]
     return specs
-
-
-def _keep_the_rest(placed: PlacedAdapter, spool: SpooledFile) -> None:
-    """Carry over what is no low-rank update: heads, rows and biases as they are, LoRA biases with their scaling."""
-    with TensorReader() as reader:
-        for item in {item.module.path: item for item in placed.modules}.values():
-            if item.module.bias is not None:
-                bias = reader.read(item.module.bias).float() * item.scaling
-                spool.append(f"{KEY_PREFIX}{item.module.path}.lora_B.bias", bias)
-        for name, ref in placed.adapter.others.items():
-            spool.append(name, reader.read(ref))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import html
 import json
-import re
 from collections.abc import Iterable
 from typing import Any
 
 from mapconv.jsonfile import finite
+from mapconv.untrusted.printable import page_text
 
-#: What HTML cannot hold (controls, halves of surrogate pairs), and what turns the text around it (bidirectional marks).
-_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufeff]")
 _VOID = ("br", "input", "meta", "link")
 
 
@@ -21,14 +19,9 @@ class Html(str):
     __slots__ = ()
 
 
-def clean(text: str) -> str:
-    """``text`` with U+FFFD in place of each character that a page cannot show as itself."""
-    return _UNFIT.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
 def escape(text: object) -> Html:
     """Any value as HTML text; quotes are escaped too, so that it serves within attributes."""
-    return text if isinstance(text, Html) else Html(html.escape(clean(str(text))))
+    return text if isinstance(text, Html) else Html(html.escape(page_text(str(text))))
 
 
 def element(name: str, *children: object, **attributes: object) -> Html:
@@ -42,7 +35,7 @@ def element(name: str, *children: object, **attributes: object) -> Html:
         if value is None or value is False:
             continue
         key = key.rstrip("_").replace("_", "-")
-        words.append(key if value is True else f'{key}="{html.escape(clean(str(value)))}"')
+        words.append(key if value is True else f'{key}="{html.escape(page_text(str(value)))}"')
     start = f"<{' '.join(words)}>"
     return Html(start) if name in _VOID else Html(f"{start}{join(children)}</{name}>")
 
@@ -54,7 +47,7 @@ def join(children: Iterable[object]) -> Html:
 def script_data(value: Any) -> str:
     """JSON that may stand in a ``<script>``: no ``<`` can end that, and no number is one that JSON does not know."""
     text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return clean(text).replace("<", "\\u003c")
+    return page_text(text).replace("<", "\\u003c")
 
 
 def table(head: Iterable[object], rows: Iterable[Iterable[object]], *, caption: str, class_: str = "plain") -> Html:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from importlib import resources
 
 from mapconv.reporting.datatable import DataTable
-from mapconv.reporting.markup import Html, clean, element, escape, script_data
+from mapconv.reporting.markup import Html, element, escape, script_data
 from mapconv.reporting.scales import palette_css
+from mapconv.untrusted.printable import page_text
 from mapconv.version import __version__
 
 
@@ -58,4 +59,4 @@ def definitions(rows: Sequence[tuple[str, object]]) -> Html:
 
 
 def _asset(name: str) -> str:
-    return clean((resources.files("mapconv.reporting") / "assets" / name).read_text(encoding="utf-8"))
+    return page_text((resources.files("mapconv.reporting") / "assets" / name).read_text(encoding="utf-8"))

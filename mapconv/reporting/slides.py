@@ -21,9 +21,9 @@ from mapconv.reporting.charts import histogram
 from mapconv.reporting.heatmap import Measure
 from mapconv.reporting.layout import Layout
 from mapconv.reporting.ledger import Ledger
-from mapconv.reporting.markup import clean
 from mapconv.reporting.numbers import short, tick
 from mapconv.reporting.scales import ramp
+from mapconv.untrusted.printable import page_text
 
 _STYLE = {
     "font.size": 13,
@@ -137,5 +137,5 @@ def _counts(axis: Axes, ledger: Ledger) -> None:
 
 def _label(name: str, length: int) -> str:
     """A name as one line that fits."""
-    name = " ".join(clean(name).split())
+    name = " ".join(page_text(name).split())
     return name if len(name) <= length else f"{name[: length - 1]}…"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 
 class _Stop(BaseException):
@@ -27,6 +28,7 @@ class _Pass:
         self.error: BaseException | None = None
         self.finished = self._stopping = False
         self.block: str | None = None
+        self.seen: Any = None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
@@ -42,9 +44,9 @@ class _Pass:
             raise self.error
         return None if self.finished else self.block
 
-    def pause(self, block: str) -> None:
-        """Called from within the pass, by the hook behind each block."""
-        self.block = block
+    def pause(self, block: str, seen: Any) -> None:
+        """Called from within the pass, by a hook."""
+        self.block, self.seen = block, seen
         self._paused.release()
         self._go.acquire()
         if self._stopping:
@@ -82,36 +84,77 @@ def in_lockstep(
         passes: the forward passes; each is called once, in a thread.
         enter: called with a block's name whenever a pass comes to it.
     """
-    running: list[_Pass] = []
-    current: dict[int, _Pass] = {}
-    left: set[str | None] = set()
+    driver = _Driver(passes)
 
     def before(name: str) -> Callable[..., None]:
         return lambda *_: enter(name)
 
     def behind(name: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            if name not in left:
-                current[threading.get_ident()].pause(name)
-
-        return hook
+        return lambda *_: driver.pause(name)
 
     handles = [module.register_forward_pre_hook(before(name)) for name, module in blocks.items()]
     handles += [module.register_forward_hook(behind(name)) for name, module in blocks.items()]
-    try:
-        for forward in passes:
-            running.append(_Pass(forward))
-            current[running[-1].thread.ident] = running[-1]
-        active = list(running)
-        while active:
-            # All passes of one model run the same blocks, so that they wait behind the same one.
-            names = sorted({each.resume() for each in active}, key=str)
-            active = [each for each in active if not each.finished]
-            for name in names:
-                left.add(name)
-                yield name
-    finally:
-        for each in running:
-            each.stop()
-        for handle in handles:
-            handle.remove()
+    for name, _ in driver.run(handles):
+        yield name
+
+
+def paused_before(
+    layers: dict[str, torch.nn.Module], passes: Sequence[Callable[[], Any]]
+) -> Iterator[tuple[str, dict[int, torch.Tensor]]]:
+    """Yield the name of each layer and its input in every pass, by the pass's number, before any pass runs it.
+
+    What the caller does to the layer between two steps is what the passes then compute with. A pass that does not come
+    to a layer has no input there (an expert that no token was routed to); a layer that runs again is not reported
+    again. The passes are ended when the iterator is closed.
+    """
+    driver = _Driver(passes)
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(_: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            driver.pause(name, arguments[0] if arguments else next(iter(named.values())))
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(before(name), with_kwargs=True) for name, module in layers.items()]
+    for name, seen in driver.run(handles):
+        if name is not None:
+            yield name, seen
+
+
+class _Driver:
+    """Resumes every pass to its next pause, in turn."""
+
+    def __init__(self, passes: Sequence[Callable[[], Any]]) -> None:
+        self._forwards = passes
+        self._current: dict[int, _Pass] = {}
+        self._left: set[str] = set()
+
+    def pause(self, name: str, seen: Any = None) -> None:
+        """Called by a hook, within a pass; the first visit of all passes to a place counts."""
+        if name not in self._left:
+            self._current[threading.get_ident()].pause(name, seen)
+
+    def run(self, handles: Sequence[RemovableHandle]) -> Iterator[tuple[str | None, dict[int, Any]]]:
+        """Yield each place with what every pass that waits there has seen; None for passes that have ended."""
+        running: list[_Pass] = []
+        try:
+            for forward in self._forwards:
+                running.append(_Pass(forward))
+                self._current[running[-1].thread.ident] = running[-1]
+            active = dict(enumerate(running))
+            while active:
+                places: dict[str | None, dict[int, Any]] = {}
+                for number, each in active.items():
+                    place = each.resume()
+                    places.setdefault(place, {})[number] = each.seen
+                active = {number: each for number, each in active.items() if not each.finished}
+                # All passes of one model mostly run the same places, so that they wait at the same one.
+                for name in sorted(places, key=str):
+                    if name is not None:
+                        self._left.add(name)
+                    yield name, places[name]
+        finally:
+            for each in running:
+                each.stop()
+            for handle in handles:
+                handle.remove()

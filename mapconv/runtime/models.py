@@ -1,4 +1,8 @@
-"""Load models, tokenizers and adapters through transformers and PEFT, quietly, with their errors in one sentence."""
+"""Load models, tokenizers and adapters through transformers and PEFT, quietly, with their errors in one sentence.
+
+Code that a folder brings or names (``auto_map``, kernels of the Hub) never runs: the libraries are told so in every
+call, which also keeps their question whether to run it from the user.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,14 @@ from typing import Any
 
 import torch
 
-from mapconv.errors import CheckpointError, DataError, MapconvError
+from mapconv.errors import CheckpointError, DataError, MapconvError, is_out_of_memory
+from mapconv.jsonfile import read_object
+from mapconv.untrusted.patterns import require_bounded
+
+#: Settings in which a configuration names the implementation of a part: a word of transformers, or code on the Hub.
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+#: What every call says to a library that would run code of a folder, or ask the user whether to.
+_NO_CODE = {"trust_remote_code": False, "local_files_only": True}
 
 
 def load_model(
@@ -20,6 +31,7 @@ def load_model(
     dtype: str,
     device: Any,
     config: dict[str, Any] | None = None,
+    state: dict[str, torch.Tensor] | None = None,
     completed_later: bool = False,
 ) -> Any:
     """A model in eval mode.
@@ -30,22 +42,33 @@ def load_model(
         dtype: what to load its weights as.
         device: where to.
         config: a configuration in place of the folder's, for a head or a vocabulary that an adapter brings.
+        state: the weights by the names of a checkpoint, in place of the folder's; they need a ``class_name`` and a
+            ``config``.
         completed_later: accept weights that the folder lacks, because an adapter brings them.
 
     Raises:
-        CheckpointError: transformers cannot load it, or had to invent weights that the folder lacks.
+        CheckpointError: transformers cannot load it, had to invent weights that the folder lacks, or would run code.
     """
+    _check_model_folder(folder)
     with quiet_libraries(), translated(f"the model in {folder}", CheckpointError):
         import transformers
 
-        model_class = transformers.AutoModelForCausalLM if class_name is None else getattr(transformers, class_name)
+        loader = transformers.AutoModelForCausalLM if class_name is None else model_class(class_name)
         settings: dict[str, Any] = {}
         if config is not None:
             values = {key: value for key, value in config.items() if key != "model_type"}
+            refuse_code(values, folder)
             settings["config"] = transformers.AutoConfig.for_model(config["model_type"], **values)
             settings["ignore_mismatched_sizes"] = True
-        model, report = model_class.from_pretrained(
-            folder, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True, **settings
+        if state is not None:
+            settings["state_dict"] = state
+        model, report = loader.from_pretrained(
+            folder if state is None else None,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            use_safetensors=True,
+            **_NO_CODE,
+            **settings,
         )
     for kind in () if completed_later else ("missing_keys", "mismatched_keys"):
         if report[kind]:
@@ -62,11 +85,52 @@ def load_tokenizer(folder: Path) -> Any:
     with quiet_libraries(), translated(f"the tokenizer in {folder}", DataError):
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, **_NO_CODE)
+
+
+def model_class(name: str) -> Any:
+    """The transformers class of a model.
+
+    Raises:
+        CheckpointError: transformers has no model of that name; the name is a stranger's, and may be of anything there.
+    """
+    import transformers
+
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise CheckpointError(f"transformers {transformers.__version__} has no model class {name}.")
+    return found
+
+
+def refuse_code(config: dict[str, Any], where: Path) -> None:
+    """Refuse a configuration that names code on the Hub as the implementation of a part of the model.
+
+    Raises:
+        CheckpointError: with the setting.
+    """
+    for key, value in config.items():
+        if isinstance(value, dict) and key.lstrip("_") not in _IMPLEMENTATIONS:
+            refuse_code(value, where)
+        named = value.values() if isinstance(value, dict) else [value]
+        if key.lstrip("_") in _IMPLEMENTATIONS and any("/" in str(name) for name in named):
+            raise CheckpointError(
+                f"{where}: {key} names code on the Hub ({value}), which mapconv never runs: remove it."
+            )
+
+
+def _check_model_folder(folder: Path) -> None:
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds an adapter beside the model, and transformers would attach it: move adapter_config.json "
+            "and its weights to a folder of their own."
+        )
+    if (folder / "config.json").exists():
+        refuse_code(read_object(folder / "config.json", CheckpointError), folder)
 
 
 def attach_with_peft(model: Any, folder: Path, name: str) -> Any:
     """Attach an adapter with stock PEFT, under ``name``; a model that is a PeftModel already gets a second one."""
+    _refuse_endless_targets(model, folder)
     with quiet_libraries(), translated(f"the adapter in {folder}", CheckpointError):
         from peft import PeftModel
 
@@ -76,9 +140,34 @@ def attach_with_peft(model: Any, folder: Path, name: str) -> Any:
         return PeftModel.from_pretrained(model, str(folder), adapter_name=name).eval()
 
 
+def _refuse_endless_targets(model: Any, folder: Path) -> None:
+    """Check what PEFT matches against each module's name with ``re``."""
+    path = folder / "adapter_config.json"
+    config = read_object(path, CheckpointError)
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(field), str):
+            for name, _ in model.named_modules():
+                require_bounded(config[field], name, f"{path}: {field}")
+
+
 def reads_text(model: Any) -> bool:
     """Whether a model runs on token ids alone."""
     return getattr(model, "main_input_name", "input_ids") == "input_ids"
+
+
+def is_causal(model: Any) -> bool:
+    """Whether a model predicts each next token of a text."""
+    return "ForCausalLM" in type(model).__name__ or "LMHead" in type(model).__name__
+
+
+def model_inputs(model: Any, tokens: torch.Tensor) -> dict[str, Any]:
+    """What a model is called with for one pass over whole sequences, (sequences, length) token ids."""
+    inputs: dict[str, Any] = {"input_ids": tokens}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = tokens
+    if hasattr(model.config, "use_cache"):
+        inputs["use_cache"] = False
+    return inputs
 
 
 def longest_text(model: Any) -> int:
@@ -137,5 +226,11 @@ def translated(what: str, kind: type[MapconvError]) -> Iterator[None]:
     except MapconvError:
         raise
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise kind(
+                f"{what} needs Python code of its own, which mapconv never runs: give one that transformers knows."
+            ) from error
+        if is_out_of_memory(error):
+            raise  # which says nothing of the files
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         raise kind(f"{what} cannot be loaded ({type(error).__name__}: {lines[0][:200]}).") from error

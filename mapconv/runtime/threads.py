@@ -27,10 +27,14 @@ def limit_cores(count: int) -> None:
     torch.set_num_threads(count)
 
 
+def core_count() -> int:
+    """The cores that this process may use."""
+    return _cores or len(os.sched_getaffinity(0))
+
+
 def worker_count(bytes_per_worker: int, budget: int = 256 << 20) -> int:
     """As many workers as there are cores, as long as their buffers fit in ``budget``; at least one."""
-    cores = _cores or len(os.sched_getaffinity(0))
-    return max(1, min(cores, MAX_WORKERS, budget // max(1, bytes_per_worker)))
+    return max(1, min(core_count(), MAX_WORKERS, budget // max(1, bytes_per_worker)))
 
 
 def in_order(run: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:

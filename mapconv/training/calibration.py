@@ -14,15 +14,17 @@ import torch
 from mapconv.checkpoint.sidecars import brings_tokenizer
 from mapconv.data import Objective, Rows, read_dataset
 from mapconv.errors import DataError, ResourceError
+from mapconv.fidelity.metrics import ModelNumbers
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
 from mapconv.formats.peft import CONFIG_FILE, WEIGHTS_FILE
 from mapconv.metadata.provenance import source_fingerprint
 from mapconv.nn import save_adapter
+from mapconv.options.commands import CALIBRATE
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.runtime.models import load_tokenizer
 from mapconv.runtime.progress import step_bar
 from mapconv.training.checkpoints import Checkpoint, every
-from mapconv.training.evaluation import Evaluator, ModelNumbers
+from mapconv.training.evaluation import Evaluator
 from mapconv.training.loop import Recipe, Trainer
 from mapconv.training.models import MAP, SOURCE, WRITTEN, CalibrationModels, Train, target_classes
 from mapconv.training.processes import Processes
@@ -41,12 +43,12 @@ WEIGHT_FILES = (CONFIG_FILE, WEIGHTS_FILE, MAP_CONFIG_FILE)
 class CalibrationOptions:
     """What the caller asked for; a learning rate of None is the default of what is trained."""
 
-    steps: int = 50
-    train: Train = "scalars"
-    objective: Objective = "distill"
+    steps: int
+    train: Train = CALIBRATE.options["train"].default
+    objective: Objective = CALIBRATE.options["objective"].default
     learning_rate: float | None = None
-    batch_size: int = 4
-    sequence_length: int = 256
+    batch_size: int = CALIBRATE.options["batch_size"].default
+    sequence_length: int = CALIBRATE.options["sequence_length"].default
     held_out: int | float | None = None
     seed: int = 0
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mapconv.checkpoint.staging import hidden_sibling
 from mapconv.errors import DataError, OutputError
 
 _VERSION = 1
@@ -19,8 +20,7 @@ _VERSION = 1
 
 def checkpoint_path(out: Path) -> Path:
     """Where the run that writes ``out`` keeps its state."""
-    out = out.resolve()
-    return out.parent / f".{out.name}.checkpoint"
+    return hidden_sibling(out.resolve(), ".checkpoint")
 
 
 class Checkpoint:

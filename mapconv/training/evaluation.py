@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
 from mapconv.data import Dataset, Objective
-from mapconv.training.losses import CHUNK, divergence_terms
+from mapconv.fidelity.metrics import ModelNumbers, Sums, chunks, divergence_terms
 from mapconv.training.models import MAP, SOURCE, CalibrationModels
 from mapconv.training.processes import Processes
-
-
-@dataclass(frozen=True)
-class ModelNumbers:
-    """One model on the held-out data: mean KL(source ‖ model) in nats, agreement of the likeliest answer with the
-    source's, and, where answers are known, the mean loss; its exponential is the perplexity of a language model."""
-
-    kl: float
-    top1_agreement: float
-    loss: float | None
-    perplexity: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Evaluator:
@@ -52,7 +35,7 @@ class Evaluator:
             result = self._models.logits(MAP, inputs)[counts]
             source = None if by_label else self._models.logits(SOURCE, inputs)[counts]
             targets = targets[counts]
-            for part in _parts(len(targets)):
+            for part in chunks(len(targets)):
                 log_result = result[part].double().log_softmax(-1)
                 if source is None:
                     losses = -log_result.gather(1, targets[part, None])
@@ -68,7 +51,7 @@ class Evaluator:
         self, models: Mapping[str, Callable[[dict[str, torch.Tensor]], torch.Tensor]], device: torch.device
     ) -> tuple[dict[str, ModelNumbers], int]:
         """(numbers of each model by its name, positions). ``models`` are functions of a batch to logits."""
-        sums = {name: _Sums() for name in models}
+        sums = {name: Sums() for name in models}
         for batch in self._batches:
             inputs = self._data.batch(batch, device)
             targets, counts = self._models.targets(inputs, by_label=False)
@@ -77,38 +60,7 @@ class Evaluator:
             source = self._models.logits(SOURCE, inputs)[counts]
             for name, model in models.items():
                 logits = model(inputs)[counts]
-                for part in _parts(len(targets)):
-                    log_source = source[part].double().log_softmax(-1)
-                    sums[name].add(log_source, logits[part].double().log_softmax(-1), targets[part], known[part])
+                sums[name].add(source, logits, targets, known)
         return {name: total.means(causal=self._causal) for name, total in sums.items()}, sums[
             next(iter(sums))
         ].positions
-
-
-@dataclass
-class _Sums:
-    positions: int = 0
-    known: int = 0
-    kl: float = 0.0
-    agreements: int = 0
-    loss: float = 0.0
-
-    def add(self, log_p: torch.Tensor, log_q: torch.Tensor, targets: torch.Tensor, known: torch.Tensor) -> None:
-        self.positions += len(log_p)
-        self.kl += float(divergence_terms(log_p, log_q)[0].sum())
-        self.agreements += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-        self.known += int(known.sum())
-        self.loss -= float(log_q.gather(1, targets[:, None])[:, 0][known].sum())
-
-    def means(self, *, causal: bool) -> ModelNumbers:
-        loss = self.loss / self.known if self.known else None
-        perplexity = _exponential(loss) if causal and loss is not None else None
-        return ModelNumbers(self.kl / self.positions, self.agreements / self.positions, loss, perplexity)
-
-
-def _exponential(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def _parts(count: int) -> list[slice]:
-    return [slice(start, start + CHUNK) for start in range(0, count, CHUNK)]

@@ -13,8 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import nll_loss
 
-#: Positions computed at once: 64 × 256,000 tokens take 66 MB in float32, a handful of such tensors at a time.
-CHUNK = 64
+from mapconv.fidelity.metrics import chunks, divergence_terms
 
 
 def divergence(logits: torch.Tensor, source: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -33,29 +32,12 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Te
     return _CrossEntropy.apply(logits, targets, weights)
 
 
-def divergence_terms(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(KL(p ‖ q) of each row, q − p) without cancellation where the two are close.
-
-    Σ q = Σ p, so KL = Σ p·(d + e^{−d} − 1) with d = log p − log q: every term is non-negative and of second order,
-    whereas the terms of Σ p·d are of first order and cancel, which in float32 hides a KL below 1e-6.
-    """
-    p, difference = log_p.exp(), log_p - log_q
-    near = difference.abs() < 1
-    close = torch.where(near, difference, 0.0)
-    growth = torch.expm1(-close)
-    change = torch.where(near, p * growth, log_q.exp() - p)
-    # p = 0 makes no first-order part, however far its logarithm is.
-    far = change + torch.where(p > 0, p * difference, 0.0)
-    return torch.where(near, p * (growth + close), far).sum(-1), change
-
-
 class _Divergence(Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, source: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
         weights, total = weights.to(wide), torch.zeros((), dtype=torch.float64, device=logits.device)
-        for start in range(0, len(logits), CHUNK):
-            part = slice(start, start + CHUNK)
+        for part in chunks(len(logits)):
             log_p, log_q = source[part].to(wide).log_softmax(-1), logits[part].to(wide).log_softmax(-1)
             losses, change = divergence_terms(log_p, log_q)
             total += (losses * weights[part]).sum()
@@ -75,8 +57,7 @@ class _CrossEntropy(Function):
         wide = torch.promote_types(logits.dtype, torch.float32)
         weights, total = weights.to(wide), torch.zeros((), dtype=torch.float64, device=logits.device)
         change = torch.empty_like(logits)
-        for start in range(0, len(logits), CHUNK):
-            part = slice(start, start + CHUNK)
+        for part in chunks(len(logits)):
             log_q = logits[part].to(wide).log_softmax(-1)
             total += (nll_loss(log_q, targets[part], reduction="none") * weights[part]).sum()
             probabilities = log_q.exp_()

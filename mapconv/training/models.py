@@ -15,9 +15,10 @@ from mapconv.nn import detach, load_adapter, set_adapter
 from mapconv.nn.attaching import updates_of
 from mapconv.nn.updates import Update
 from mapconv.placement.adapters import PlacedAdapter
-from mapconv.placement.skeleton import read_model_config
+from mapconv.placement.running import load_base
+from mapconv.placement.skeleton import typed_model_config
 from mapconv.placement.target_model import TargetModel
-from mapconv.runtime.models import load_model, longest_text, quiet_libraries, stored_text_classes
+from mapconv.runtime.models import longest_text, quiet_libraries, stored_text_classes
 
 #: What is trained: α and β of every weight alone, or its factors as well.
 Train = Literal["scalars", "all"]
@@ -32,9 +33,9 @@ def target_classes(target: TargetModel) -> dict[str, int] | None:
     Raises:
         UnsupportedError: a model of another kind, whose outputs calibration cannot compare.
     """
-    table = target.source_config or read_model_config(target.folder)
+    table = target.source_config or typed_model_config(target.folder)
     names = [target.class_name] if target.class_name else table.get("architectures") or ["CausalLM"]
-    name = str(names[0])
+    name = names[0]
     classes = stored_text_classes(name, table)
     if classes is None and not name.endswith(("CausalLM", "LMHeadModel")):
         raise UnsupportedError(
@@ -66,14 +67,7 @@ class CalibrationModels:
         Raises:
             MapconvError: of the kind that fits, where an adapter does not fit the base.
         """
-        self._model = load_model(
-            source.target.folder,
-            source.target.class_name,
-            dtype="float32",
-            device=device,
-            config=source.target.source_config,
-            completed_later=bool(source.adapter.whole),
-        )
+        self._model = load_base(source, dtype="float32", device=device)
         self._device, self._classes = device, classes
         if classes is not None and self._model.config.pad_token_id is None:
             # By it such a model finds a text's last token.

@@ -10,15 +10,15 @@ from typing import Any
 from mapconv.adapter import MapModule
 from mapconv.checkpoint.staging import write_file
 from mapconv.errors import AdapterError
+from mapconv.fidelity.metrics import ModelNumbers
 from mapconv.fidelity.weight_errors import weight_errors
 from mapconv.formats import read_adapter
-from mapconv.formats.mapdir import MAP_CONFIG_FILE, write_configs
+from mapconv.formats.mapdir import MAP_CONFIG_FILE, read_record, write_configs
 from mapconv.formats.peft import CONFIG_FILE, WEIGHTS_FILE
 from mapconv.jsonfile import finite, read_object
 from mapconv.metadata.card import CARD_FILE, local_card
 from mapconv.metadata.readme import read_readme
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
-from mapconv.training.evaluation import ModelNumbers
 from mapconv.training.loop import Recipe
 
 
@@ -81,7 +81,7 @@ def write_calibrated(folder: Path, fresh: Path, into: Path, report: CalibrationR
 
     What the adapter is of and was made from is as ``folder`` has it.
     """
-    old_config, record = (read_object(folder / name, AdapterError) for name in (CONFIG_FILE, MAP_CONFIG_FILE))
+    old_config, record = read_object(folder / CONFIG_FILE, AdapterError), read_record(folder / MAP_CONFIG_FILE)
     config = read_object(fresh / CONFIG_FILE, AdapterError)
     config |= {name: old_config.get(name) for name in ("base_model_name_or_path", "revision")}
     entries = {(entry["path"], entry.get("expert")): entry for entry in record["modules"]}
@@ -91,5 +91,5 @@ def write_calibrated(folder: Path, fresh: Path, into: Path, report: CalibrationR
     record["calibration"] = finite(report.record()) | ({"earlier": earlier} if earlier else {})
     (fresh / WEIGHTS_FILE).replace(into / WEIGHTS_FILE)
     shutil.rmtree(fresh)
-    write_file(into / CARD_FILE, local_card(config, record, read_readme(into / CARD_FILE)))
+    write_file(into / CARD_FILE, local_card(config, record, report.modules, read_readme(into / CARD_FILE)))
     write_configs(into, config, record)

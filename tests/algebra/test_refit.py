@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from mapconv.algebra.lowrank import MAX_ITERATIONS, best_low_rank
+from mapconv.algebra.lowrank import best_low_rank
+from mapconv.algebra.randomized import MAX_ITERATIONS
 from mapconv.algebra.refit import refit, refit_to_tolerance, relative_error
 from tests.algebra.weights import Dense, random_weight
 
@@ -171,6 +172,7 @@ def test_a_matrix_with_a_slowly_falling_spectrum_stops_within_the_limit():
     noise = torch.randn(80, 80, generator=torch.Generator().manual_seed(0))
 
     class Noise:
+        directions = None
         shape, device, products_taken = (80, 80), noise.device, 0
 
         def products(self, V):

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
-import typing
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import mapconv
-from mapconv.catalog.checking import _GIVEN, output_fault
+from mapconv.catalog.checking import output_fault
 from mapconv.catalog.entries import STAGES
 from mapconv.catalog.reading import read_catalog
-from mapconv.catalog.signatures import options_of
 from mapconv.errors import CatalogError
 
 
@@ -172,17 +168,17 @@ def test_defaults_are_taken_over_option_by_option(tmp_path):
     path = tmp_path / "catalog.yaml"
     (tmp_path / "near").mkdir()
     path.write_text(
-        "defaults: {base: near, upgrade: {dtype: bfloat16, max_rank: 8}, verify: true}\n"
+        "defaults: {base: near, upgrade: {dtype: bfloat16, rank: 8}, verify: true}\n"
         "adapters:\n"
-        "- {source: far/poems@main, upgrade: {max_rank: 9}}\n"
+        "- {source: far/poems@main, upgrade: {rank: 9}}\n"
         "- {source: near/, base: other, verify: false, output: a/b, merge: true}\n"
         "- {source: ./more/songs}\n"
     )
     first, second, third = read_catalog(path)
     assert (first.name, first.source, first.base) == ("poems", "far/poems@main", str(tmp_path / "near"))
-    assert first.options.stages == {"upgrade": {"dtype": "bfloat16", "max_rank": 9}, "verify": {}}
+    assert first.options.stages == {"upgrade": {"dtype": "bfloat16", "rank": 9}, "verify": {}}
     assert (second.name, second.source, second.base) == ("a/b", str(tmp_path / "near"), "other")
-    assert second.options.stages == {"upgrade": {"dtype": "bfloat16", "max_rank": 8}, "merge": {}}
+    assert second.options.stages == {"upgrade": {"dtype": "bfloat16", "rank": 8}, "merge": {}}
     assert second.merged == "a/b-merged"
     assert (third.name, third.line) == ("songs", 5)
 
@@ -233,22 +229,34 @@ def test_safe_names(name):
     assert output_fault(name) is None
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_source_text_says_what_inspect_says(stage):
-    """Options are read from the source, so that nothing is imported; the function itself agrees."""
-    function = getattr(mapconv, stage)
-    parameters = inspect.signature(function).parameters
-    found = options_of(stage)
-    assert list(found) == list(parameters)
-    types = typing.get_type_hints(function)
-    for name, option in found.items():
-        assert option.required == (parameters[name].default is inspect.Parameter.empty)
-        kinds = typing.get_args(types[name]) if not isinstance(types[name], type) else (types[name],)
-        accepts_none = type(None) in kinds
-        assert (option.fault(None) is None) == accepts_none, name
-        default = parameters[name].default
-        if default is not inspect.Parameter.empty:
-            assert option.fault(default) is None, name
-        if bool not in kinds:
-            assert option.fault(True), name
-    assert _GIVEN[stage] <= found.keys()
+@pytest.mark.parametrize(
+    ("stage", "options", "said"),
+    [
+        ("upgrade", "rank: 4, tolerance: 0.1", "rank and tolerance cannot be used together"),
+        ("upgrade", "max_rank: 4", "max_rank requires tolerance"),
+        ("upgrade", "rank: 4, direction: dora", "rank and direction: dora cannot be used together"),
+        ("upgrade", "lora_compatible: true, direction: dora", "cannot be used together"),
+        ("upgrade", "samples: 4", "samples requires data"),
+        ("upgrade", "calibrate: 4", "calibrate requires data"),
+        ("upgrade", "data: nowhere.txt", "there is none of that name"),
+        ("merge", "max_shard_size: 5", "5GB"),
+        ("push", "repo_id: poems", "owner/name"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_run(stage, options, said, tmp_path):
+    path = tmp_path / "catalog.yaml"
+    path.write_text(f"adapters:\n- source: a\n  {stage}: {{{options}}}\n")
+    assert said in faults(path)[3]
+
+
+def test_an_entry_is_checked_with_the_defaults(tmp_path):
+    path = tmp_path / "catalog.yaml"
+    path.write_text(
+        "defaults: {upgrade: {rank: 4}}\nadapters:\n- source: a\n- source: b\n  upgrade: {tolerance: 0.1}\n"
+        "- {source: c, merge: {max_shard_size: 5GB}}\n"
+    )
+    assert list(faults(path)) == [5]
+    path.write_text(path.read_text().replace("tolerance: 0.1", "rank: null, tolerance: 0.1"))
+    entries = read_catalog(path)
+    assert entries[1].options.stages["upgrade"] == {"rank": None, "tolerance": 0.1}
+    assert entries[2].options.stages["merge"] == {"max_shard_size": 5 * 10**9}

@@ -12,10 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mapconv.adapter import TensorRef
-from mapconv.checkpoint.index import read_checkpoint, read_tensor_file
+from mapconv.checkpoint.headers import read_tensor_file
+from mapconv.checkpoint.index import read_checkpoint
 from mapconv.checkpoint.reader import TensorReader
-from mapconv.checkpoint.writer import FixedFile, SpooledFile, TensorSpec, copy_range, lay_out
+from mapconv.checkpoint.writer import FixedFile, SpooledFile, TensorSpec, copy_range, lay_out, write_all_at
 from mapconv.errors import CheckpointError
+from tests.files import cached
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.uint8, torch.bool]
 
@@ -164,10 +166,9 @@ def test_single_and_sharded_checkpoints_hold_the_same(base, sharded):
 
 
 def test_a_shard_may_be_a_link_as_in_the_hubs_cache(sharded, tmp_path):
-    (tmp_path / "snapshot").mkdir()
-    for path in sharded.iterdir():
-        (tmp_path / "snapshot" / path.name).symlink_to(path)
-    assert read_checkpoint(tmp_path / "snapshot").tensors.keys() == read_checkpoint(sharded).tensors.keys()
+    snapshot = cached(sharded, tmp_path / "models--lab--llama")
+    assert (snapshot / "config.json").is_symlink()
+    assert read_checkpoint(snapshot).tensors.keys() == read_checkpoint(sharded).tensors.keys()
 
 
 def test_a_tensor_in_two_shards(sharded, tmp_path):
@@ -182,3 +183,40 @@ def test_a_tensor_in_two_shards(sharded, tmp_path):
 def test_sizes_of_a_reference(tmp_path):
     ref = TensorRef(tmp_path, "a", "BF16", (3, 4), 100)
     assert (ref.numel, ref.nbytes, ref.stop) == (12, 24, 124)
+
+
+def test_a_spool_writes_many_tensors_in_few_calls(tmp_path, monkeypatch):
+    calls = []
+    pwritev = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda fd, parts, offset: calls.append(len(parts)) or pwritev(fd, parts, offset))
+    tensors = {f"t{number:04}": torch.full((number % 7 + 1,), float(number)) for number in range(1500)}
+    spool = SpooledFile(tmp_path / "out.safetensors")
+    for name, tensor in tensors.items():
+        spool.append(name, tensor)
+    spool.finish()
+    assert calls == [512, 512, 476]
+    loaded = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("taken", [0, 1, 4, 5, 9, 11, 12])
+def test_what_the_kernel_leaves_of_several_parts_is_written_after(taken, tmp_path, monkeypatch):
+    parts = [memoryview(b"abcd"), memoryview(b""), memoryview(b"efghi"), memoryview(b"jkl")]
+    whole = b"".join(parts)
+    descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    monkeypatch.setattr(os, "pwritev", lambda fd, _, offset: os.pwrite(fd, whole[:taken], offset))
+    write_all_at(descriptor, parts, 3)
+    os.close(descriptor)
+    assert (tmp_path / "file").read_bytes() == bytes(3) + whole
+
+
+def test_neighbours_in_a_file_are_read_at_once(tmp_path):
+    tensors = {name: torch.randn(size) for name, size in (("a", 3), ("b", 4), ("c", 0), ("d", 5))}
+    tensors |= {"h": torch.randn(6).bfloat16()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    refs = {ref.name: ref for ref in read_tensor_file(tmp_path / "x.safetensors").tensors}
+    with TensorReader() as reader:
+        runs = list(reader.read_runs([refs[name] for name in "abcdhdab"]))
+    assert [[ref.name for ref in run] for run, _ in runs] == [["a", "b", "c", "d"], ["h"], ["d"], ["a", "b"]]
+    for run, flat in runs:
+        assert torch.equal(flat, torch.cat([tensors[ref.name] for ref in run]))

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mapconv
-from mapconv.errors import AdapterError
+from mapconv.errors import MapconvError
 from mapconv.formats import read_adapter
 from tests.files import edit_json, edit_tensors, read_tensors
 
@@ -73,7 +73,7 @@ def test_hostile_module_names(path, tmp_path):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     try:
         modules, refusal = mapconv.inspect(tmp_path).modules, None
-    except AdapterError as error:
+    except MapconvError as error:
         modules, refusal = None, str(error)
     assert modules == 1 or "adapter_model.safetensors" in refusal
 

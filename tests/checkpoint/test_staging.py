@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mapconv.checkpoint.staging import staged_folder
+from mapconv.checkpoint.staging import check_output, staged_folder
 from mapconv.errors import OutputError
 from tests.files import listing
 
@@ -54,6 +54,82 @@ def test_force_replaces_everything(tmp_path):
     write(tmp_path / "out", "new", force=True)
     assert listing(tmp_path).keys() == {"out", "out/config.json"}
     assert (tmp_path / "out" / "config.json").read_text() == "new"
+
+
+def test_there_is_always_a_result_while_it_is_replaced(tmp_path, monkeypatch):
+    """One exchange, no moment without OUT; whoever has the old folder open keeps it."""
+    write(tmp_path / "out", "old")
+    monkeypatch.setattr(Path, "rename", lambda *paths: pytest.fail("renamed in two steps"))
+    write(tmp_path / "out", "new", force=True)
+    assert listing(tmp_path).keys() == {"out", "out/config.json"}
+    assert (tmp_path / "out" / "config.json").read_text() == "new"
+
+
+@pytest.fixture
+def two_steps(monkeypatch) -> None:
+    """A file system that cannot exchange two folders."""
+    monkeypatch.setattr("mapconv.checkpoint.staging._exchanged", lambda *paths: False)
+
+
+def test_force_replaces_in_two_steps(two_steps, tmp_path):
+    write(tmp_path / "out", "old")
+    write(tmp_path / "out", "new", force=True)
+    assert listing(tmp_path).keys() == {"out", "out/config.json"}
+    assert (tmp_path / "out" / "config.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("step", [1, 2])
+def test_what_interrupts_the_two_steps_loses_nothing(step, done, stop, two_steps, tmp_path, monkeypatch):
+    """Before or after either rename: OUT is the old result or, after the second, the new one."""
+    write(tmp_path / "out", "old")
+    honest, calls = Path.rename, 0
+
+    def interrupted(self, target):
+        nonlocal calls
+        calls += 1
+        if calls == step and not done:
+            raise stop
+        result = honest(self, target)
+        if calls == step:
+            raise stop
+        return result
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(stop):
+        write(tmp_path / "out", "new", force=True)
+    assert listing(tmp_path).keys() == {"out", "out/config.json"}
+    assert (tmp_path / "out" / "config.json").read_text() == ("new" if (step, done) == (2, True) else "old")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_a_kill_left_aside_comes_back(force, tmp_path):
+    write(tmp_path / "out", "old")
+    (tmp_path / "out").rename(tmp_path / ".out.replaced-00000000")
+    with pytest.raises(OutputError, match="exists already"):
+        check_output(tmp_path / "out", force=False, inputs=[])
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    (tmp_path / "out").rename(tmp_path / ".out.replaced-00000000")
+    with pytest.raises(ValueError, match="stop"), staged_folder(tmp_path / "out", force=force):
+        raise ValueError("stop")
+    assert listing(tmp_path).keys() == {"out", "out/config.json"}
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: flushed.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    with staged_folder(tmp_path / "out", force=False) as staging:
+        (staging / "below").mkdir()
+        for name in ("config.json", "model.safetensors", "below/x.jinja"):
+            (staging / name).write_text("new")
+        assert not (tmp_path / "out").exists()
+        folder = str(staging)
+    assert {path.removeprefix(f"{folder}/") for path in flushed} == {
+        "config.json",
+        "model.safetensors",
+        "below/x.jinja",
+    }
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):

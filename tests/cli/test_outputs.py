@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import resource
 import subprocess
@@ -10,7 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from mapconv.checkpoint.staging import hidden_sibling
 from tests.cli.refusals import assert_refused, nothing_written
 from tests.conftest import Run
 from tests.files import copy, read_tensors
@@ -38,25 +41,74 @@ def test_out_exists(convert, tmp_path):
         assert_refused(convert(out), out, "exists already", "--force")
 
 
-@pytest.mark.parametrize("mark", ["config.json", "adapter_config.json", "map_config.json", None])
-def test_force_replaces_a_model_an_adapter_or_an_empty_folder(mark, convert, tmp_path):
+@pytest.mark.parametrize(
+    "marks",
+    [
+        ["config.json", "model.safetensors"],
+        ["adapter_config.json"],
+        ["map_config.json"],
+        ["map_merge.json"],
+        ["model-00001-of-00002.safetensors"],
+        [],
+    ],
+)
+def test_force_replaces_a_model_an_adapter_or_an_empty_folder(marks, convert, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    if mark:
+    for mark in marks:
         (out / mark).write_text("{}")
-        (out / "old").write_text("old")
+        (out / "LICENSE.old").write_text("old")
     assert convert(out, "--force").status == 0
-    assert not (out / "old").exists()
+    assert not (out / "LICENSE.old").exists()
     assert read_tensors(out)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "lora", "out"}
 
 
-def test_force_leaves_a_folder_that_is_neither(convert, tmp_path):
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        (["photo.jpg"], ["photo.jpg", "neither a model nor an adapter"]),
+        (["config.json", "README.md", "LICENSE"], ["neither a model nor an adapter"]),
+        (["config.json", "model.safetensors", ".git/HEAD", "precious.txt"], [".git/", "precious.txt"]),
+        (["adapter_config.json", "adapter_model.safetensors", "optimizer.pt"], ["optimizer.pt"]),
+        (["map_config.json", "v2/map_config.json"], ["v2/"]),
+        (["config.json", "model.safetensors", "additional_chat_templates/notes.txt"], ["notes.txt"]),
+        (["map_config.json", *(f"{n}.txt" for n in range(7))], ["0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 2 more"]),
+    ],
+)
+def test_force_leaves_a_folder_that_holds_anything_else(entries, words, convert, tmp_path):
     out = tmp_path / "holiday"
-    out.mkdir()
-    (out / "photo.jpg").write_text("x")
+    for entry in entries:
+        (out / entry).parent.mkdir(parents=True, exist_ok=True)
+        (out / entry).write_text("{}")
     with nothing_written(tmp_path):
-        assert_refused(convert(out, "--force"), "neither a model nor an adapter")
+        assert_refused(convert(out, "--force"), *words, "--force will not replace")
+
+
+def test_force_replaces_what_a_merge_or_an_upgrade_wrote(run, own_lora, own_base, tmp_path):
+    """Also of a base without a config.json, whose shards have names of its own."""
+    weights = load_file(own_base / "model.safetensors")
+    (own_base / "model.safetensors").rename(own_base / "part.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "part.safetensors")}
+    (own_base / "model.safetensors.index.json").write_text(json.dumps(index))
+    (own_base / "config.json").unlink()
+    out = tmp_path / "out"
+    for command in ("merge", "merge", "upgrade", "upgrade", "merge"):
+        assert run(command, own_lora, "--base", own_base, "-o", out, "--force").status == 0
+    assert not (out / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["n" * 240, "ü" * 120, "n" * 255])
+def test_long_names(name, convert, tmp_path):
+    (tmp_path / hidden_sibling(tmp_path / name, ".partial-00000000").name).mkdir()
+    for options in ([], ["--force"]):
+        assert convert(tmp_path / name, *options).status == 0
+        assert {path.name for path in tmp_path.iterdir()} == {"base", "lora", name}
+
+
+def test_a_name_that_no_file_system_takes(convert, tmp_path):
+    with nothing_written(tmp_path):
+        assert_refused(convert(tmp_path / ("n" * 256)), "too long")
 
 
 def test_force_leaves_a_file_and_a_link(convert, tmp_path):

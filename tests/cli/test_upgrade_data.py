@@ -177,7 +177,7 @@ def test_calibration_trains_what_lora_compatible_holds(run, dora, text, tmp_path
 def test_options_about_data_need_data(word, run, dora, tmp_path):
     result = run("upgrade", dora, "-o", tmp_path / "map", *word)
     assert result.status == 2
-    assert f"{word[0]} goes with --data" in result.err
+    assert f"{word[0]} requires --data" in result.err
 
 
 def test_inputs_that_overflow_are_no_statistics(run, own_base, dora, text, tmp_path):

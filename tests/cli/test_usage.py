@@ -23,7 +23,7 @@ from mapconv.cli import COMMANDS
         (["upgrade", "source", "--rank", "many"], "--rank"),
         (["upgrade", "source", "--tolerance", "0"], "--tolerance"),
         (["upgrade", "source", "--tolerance", "1.5"], "--tolerance"),
-        (["upgrade", "source", "--rank", "4", "--tolerance", "0.1"], "exclude each other"),
+        (["upgrade", "source", "--rank", "4", "--tolerance", "0.1"], "cannot be used together"),
         (["upgrade", "source", "--max-rank", "4"], "--tolerance"),
         (["upgrade", "source", "--lora-compatible", "--direction", "dora"], "--lora-compatible"),
         (["upgrade", "source", "--direction", "up"], "--direction"),

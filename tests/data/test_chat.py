@@ -97,3 +97,16 @@ def test_what_the_template_refuses_is_a_bad_row(read):
     assert all(not text.startswith("(s") for text in found)
     with pytest.raises(DataError, match="1 of 3 rows cannot be used"):
         read(ROWS, REFUSING)
+
+
+def test_a_template_without_an_end_is_given_up(read, monkeypatch):
+    monkeypatch.setattr("mapconv.data.chat.LONGEST_RENDERING", 0.2)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + PLAIN
+    with pytest.raises(DataError, match=r"takes more than 0\.2 seconds over one conversation"):
+        read([chat("u:a", "a:b")] * 4, endless)
+
+
+@pytest.mark.parametrize("attack", ["''.__class__.__mro__", "messages.append(1)", "cycler.__init__.__globals__.os"])
+def test_a_template_reaches_nothing_outside_of_itself(read, attack):
+    with pytest.raises(DataError, match="chat template refuses it"):
+        read([chat("u:a", "a:b")] * 4, "{{ " + attack + " }}" + PLAIN)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mapconv.errors import HubError
 from mapconv.metadata.card import card_facts
-from mapconv.metadata.readme import Readme, check_card, compose, is_local_path, merge_readmes, parse_readme
+from mapconv.metadata.readme import Readme, check_card, compose, merge_readmes, parse_readme
 
 lines = st.text(st.characters(codec="utf-8", exclude_characters="\r\x85\u2028\u2029", exclude_categories=("Cc", "Cs")))
 texts = lines.filter(lambda text: "mapconv:" not in text).map(lambda text: text.strip("\n"))
@@ -65,20 +65,6 @@ def test_metadata_of_both_sides_is_kept_and_the_local_one_wins():
     remote = Readme({"license": "gpl-3.0", "tags": ["b", "c"], "widget": ["x"]})
     merged = merge_readmes(local, remote).metadata
     assert merged == {"license": "mit", "tags": ["a", "b", "c"], "co2": 1, "widget": ["x"]}
-
-
-@pytest.mark.parametrize(
-    "value", ["/home/me/x", "~/x", "./x", "../x/y", "C:\\x", "D:/x", "\\\\server\\x", "file:///x", "/mnt/my data/x"]
-)
-def test_paths(value):
-    assert is_local_path(value)
-
-
-@pytest.mark.parametrize(
-    "value", ["owner/name", "/", "//", "</s>", "/ ", "a", "", "https://x.org/y", "/a\nb", "q_proj"]
-)
-def test_what_is_no_path(value):
-    assert not is_local_path(value)
 
 
 def test_a_good_card_passes_and_a_bad_one_names_its_field():

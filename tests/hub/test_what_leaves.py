@@ -40,7 +40,7 @@ def test_a_link_in_the_place_of_one_of_our_files_is_refused(models, tmp_path):
     folder = shutil.copytree(models.dora_map, tmp_path / "result")
     (tmp_path / "elsewhere.json").write_text('{"secret": 1}')
     (folder / "tokenizer_config.json").symlink_to(tmp_path / "elsewhere.json")
-    with pytest.raises(HubError, match="symbolic link"):
+    with pytest.raises(AdapterError, match="symbolic link"):
         _plan(folder)
 
 

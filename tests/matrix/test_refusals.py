@@ -153,7 +153,7 @@ QUANTIZED = {
     "bitsandbytes-8bit": (
         {"quant_method": "bitsandbytes", "load_in_8bit": True},
         {"weight": torch.int8, "SCB": torch.float32},
-        "bitsandbytes|8.?bit",
+        "SCB",
     ),
     "gptq": (
         {"quant_method": "gptq", "bits": 4},
@@ -191,4 +191,4 @@ def test_quantized_bases(method, workshop: Workshop, tmp_path):
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    assert_refused(adapter, base, tmp_path, name, "quantiz")
+    assert_refused(adapter, base, tmp_path, name, "quantiz|expected")

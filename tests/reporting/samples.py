@@ -75,7 +75,8 @@ def calibrate_records(folder: Path, seed: int = 0) -> None:
         module["output_error"] = module["error"] * chance.uniform(0.3, 0.7)
     kl = {"base": 0.6171, "source": 0.0, "closed form": 2.0e-4, "calibrated": 1.1e-4}
     config["calibration"] = {
-        "objective": "distill", "train": "scalars", "steps": 200, "best_step": 160, "held_out_positions": 4096,
+        "objective": "distill", "train": "scalars", "steps": 200, "best_step": 160,
+        "held_out_positions": 4096, "trained_parameters": 28,
         "history": [[0, 2.0e-4], [40, 1.5e-4], [160, 1.1e-4], [200, 1.2e-4]],
         "models": {name: {"kl": value, "loss": 3.5, "perplexity": 33.1} for name, value in kl.items()},
     }  # fmt: skip

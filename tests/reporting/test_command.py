@@ -104,9 +104,15 @@ def test_force_replaces_and_nothing_else_is_left(run, adapter, tmp_path):
     assert (tmp_path / "a.html").read_text().startswith("<!doctype html>")
 
 
-def test_wrong_usage(run, adapter):
-    assert run("report", adapter).status == 2
-    assert "--out" in run("report", adapter).err
+def test_the_default_output_lies_beside_the_folder(run, adapter, tmp_path):
+    own = copy(adapter, tmp_path / "poems")
+    before = listing(own)
+    done = run("report", own)
+    assert done.status == 0, done.err
+    assert (tmp_path / "poems-report.html").read_text().startswith("<!doctype html>")
+    assert str(tmp_path / "poems-report.html") in done.out
+    assert listing(own) == before
+    assert "poems-report.html exists already" in run("report", own).err
 
 
 def _stop_before_the_rename(adapter, out):

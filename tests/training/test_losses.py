@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy as plain_cross_entropy
 from torch.nn.functional import kl_div
 
-from mapconv.training.losses import CHUNK, cross_entropy, divergence, divergence_terms
+from mapconv.fidelity.metrics import CHUNK, divergence_terms
+from mapconv.training.losses import cross_entropy, divergence
 
 POSITIONS, VOCABULARY = 2 * CHUNK + 5, 11
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mapconv.catalog.engines.base import Engine
 
-ENGINES = ("serial", "process", "ray")
-
 
 def make_engine(name: str, *, workers: int, ray_address: str | None = None, lock: int | None = None) -> Engine:
     """The engine of that name; ``lock`` is a descriptor that its processes keep open for as long as they live."""

@@ -21,6 +21,8 @@ from mapconv.catalog.entries import Job
 from mapconv.catalog.work import Outcome
 from mapconv.errors import DependencyError
 
+#: Workers in a row that may be killed before they are ready (too little memory, somebody's `kill`).
+_KILLED_AT_START = 3
 _CODE = "from mapconv.catalog.engines.worker import main; main()"
 
 
@@ -34,6 +36,7 @@ class ProcessEngine:
     def run(self, jobs: Iterable[Job]) -> Iterator[list[tuple[Job, Outcome]]]:
         waiting, again = iter(jobs), deque()
         deaths: dict[str, int] = {}
+        killed_at_start = 0
         workers: set[_Worker] = set()
         selector = selectors.DefaultSelector()
 
@@ -62,14 +65,18 @@ class ProcessEngine:
                     if line.endswith(b"\n"):
                         if worker.job is not None:
                             batch.append((worker.job, Outcome(**json.loads(line))))
-                        worker.ready = True
+                        worker.ready, killed_at_start = True, 0
                         give(worker)
                         continue
                     selector.unregister(worker.pipe)
                     workers.discard(worker)
                     how = worker.end()
                     if not worker.ready:
-                        raise DependencyError(f"a worker process cannot start ({how}): see its message above.")
+                        killed_at_start += 1
+                        if not worker.was_killed or killed_at_start > _KILLED_AT_START:
+                            raise DependencyError(f"a worker process cannot start ({how}): see its message above.")
+                        start()
+                        continue
                     if worker.job is not None:
                         job, count = worker.job, deaths.get(worker.job.entry, 0) + 1
                         deaths[job.entry] = count
@@ -127,6 +134,11 @@ class _Worker:
         if status >= 0:
             return f"exit status {status}"
         return f"signal {-status}, {signal.Signals(-status).name}"
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether a signal that no program handles ended it, which says nothing of the next one."""
+        return self._process.returncode == -signal.SIGKILL
 
     def kill(self) -> None:
         self._process.kill()

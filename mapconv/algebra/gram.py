@@ -1,0 +1,193 @@
+"""The best t and rank of a pencil from three small Gram matrices: G(t) = E(t)ᵀE(t) is quadratic in t.
+
+With λ_1 ≥ λ_2 ≥ … the eigenvalues of G(t), Eckart–Young gives the squared error at rank k: f_k(t) = ‖E(t)‖² − Σ_{i≤k}
+λ_i. One eigendecomposition gives f_k, f_k′ and f_k″ for every k at once, by the perturbation theory of eigenvalues, so
+that Newton's method needs few of them. f_k″ ≤ 2‖W‖², because f_k is a minimum over parabolas of that curvature: a step
+that uses 2‖W‖² in place of f_k″ (the best t for the present low-rank part) never makes the error larger, and is the
+bracket.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+#: Squared errors below this fraction of ‖E‖² are rounding of float64 Gram matrices.
+ROUNDING64 = 1e-13
+#: The search for t stops once the squared error can fall by less than this fraction: 0.05 % of the error.
+ENOUGH = 1e-3
+#: Below this fraction of its largest possible value, f_k″ is taken for that value: f_k bends down where λ_k and λ_{k+1}
+#: nearly cross.
+LEAST_CURVATURE = 1e-4
+#: Eigenvalues closer than this fraction of the largest are taken for a crossing.
+NEARLY_EQUAL = 1e-12
+MAX_STEPS = 20
+#: Where at most FEW_LEFT eigenvalues are left over, or the matrix is SMALL, f_k has valleys, and t is scanned first.
+SMALL, FEW_LEFT, SCANNED = 64, 16, 41
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Everything that one eigendecomposition of G(t) says: of every rank k = 0 … l, by index.
+
+    values (l,) in falling order and vectors (l, l), by column; squared_errors, slopes and curvatures, (l + 1,) float64,
+    are f_k(t), f_k′(t) and f_k″(t), the latter made positive.
+    """
+
+    t: float
+    values: torch.Tensor
+    vectors: torch.Tensor
+    squared_errors: torch.Tensor
+    slopes: torch.Tensor
+    curvatures: torch.Tensor
+
+    @property
+    def reachable(self) -> torch.Tensor:
+        """What a Newton step on t is expected to leave of the squared errors."""
+        return (self.squared_errors - self.slopes.square() / (2 * self.curvatures)).clamp_min(0)
+
+    def step(self, rank: int) -> float:
+        """Newton's next t for a rank."""
+        return self.t - float(self.slopes[rank] / self.curvatures[rank])
+
+
+class GramPencil:
+    """G(t) = SᵀS − t·(SᵀW + WᵀS) + t²·WᵀW, with the exact norms of the whole pencil that a sketch may know a part of.
+
+    Args:
+        ss, sw, ww: (l, l) float64: SᵀS, SᵀW and WᵀW; the last two None where there is no W.
+        norms: (‖S‖², ⟨S, W⟩, ‖W‖²).
+        complete: whether the matrices are of the whole pencil, not of a sketch.
+        rounding: fraction of ‖S‖² below which squared errors are noise, and t = 0 is as good as any other.
+    """
+
+    def __init__(
+        self,
+        ss: torch.Tensor,
+        sw: torch.Tensor | None,
+        ww: torch.Tensor | None,
+        norms: tuple[float, float, float],
+        *,
+        rounding: float,
+        enough: float = ENOUGH,
+        complete: bool = True,
+    ) -> None:
+        self.complete = complete
+        self.ss, self.sw, self.ww, self.norms = ss, None if sw is None else sw + sw.T, ww, norms
+        self.noise, self.enough = rounding * norms[0], enough
+
+    def solve(self, rank: int, *, t: float | None = None, start: float = 0.0) -> Spectrum:
+        """The spectrum at the t of least error for ``rank``, or at a given ``t``."""
+        if t is not None or self._any_t_serves(rank):
+            return self.at(t or 0.0)
+        best = self._descend(self.at(start), lambda spectrum: rank)
+        if self._has_valleys(rank):
+            other = self._descend(self.at(self._scan(rank, start)), lambda spectrum: rank)
+            best = min(best, other, key=lambda spectrum: float(spectrum.squared_errors[rank]))
+        return self._zero_if_exact(best, rank)
+
+    def least_rank(
+        self, allowed: float, max_rank: int, *, t: float | None = None, start: float = 0.0
+    ) -> tuple[int, Spectrum]:
+        """The least rank whose squared error can be brought to ``allowed``, at most ``max_rank``, and its spectrum."""
+
+        def wanted(spectrum: Spectrum) -> int:
+            return _first_below(spectrum.reachable, allowed, max_rank)
+
+        if t is not None or self._any_t_serves(0):
+            spectrum = self.at(t or 0.0)
+            return _first_below(spectrum.squared_errors, allowed, max_rank), spectrum
+        best = self._descend(self.at(start), wanted, allowed)
+        rank = _first_below(best.squared_errors, allowed, max_rank)
+        best = self._zero_if_exact(best, rank)
+        rank = _first_below(best.squared_errors, allowed, max_rank)
+        while rank > 1 and self._has_valleys(rank - 1):
+            smaller = self.solve(rank - 1, start=start)
+            if float(smaller.squared_errors[rank - 1]) > allowed:
+                break
+            rank, best = rank - 1, smaller
+        return rank, best
+
+    def at(self, t: float) -> Spectrum:
+        """The eigendecomposition of G(t), and the errors' derivatives from it."""
+        norm_s, inner, norm_w = self.norms
+        gram = self.ss if t == 0 or self.sw is None else self.ss - t * self.sw + t * t * self.ww
+        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+        errors = norm_s - 2 * t * inner + t * t * norm_w - _sums(values)
+        if self.sw is None:
+            flat = torch.zeros_like(errors)
+            return Spectrum(t, values, vectors, errors.clamp_min(0), flat, flat + 1)
+        change = (2 * t) * self.ww - self.sw
+        turned = change @ vectors
+        slopes = 2 * (t * norm_w - inner) - _sums((turned * vectors).sum(0))
+        couplings = (vectors.T @ turned).square_()
+        gaps = values[:, None] - values
+        # 1/gap, held finite where two values nearly meet; the terms of two values on the same side of k cancel.
+        couplings.mul_(gaps.div_(gaps.square().add_((NEARLY_EQUAL * float(values[0])) ** 2 or 1.0)))
+        bends = 2 * (((self.ww @ vectors) * vectors).sum(0) + couplings.sum(1))
+        highest = 2 * norm_w
+        curvatures = highest - _sums(bends)
+        curvatures = torch.where(curvatures >= LEAST_CURVATURE * highest, curvatures.clamp_max(highest), highest)
+        return Spectrum(t, values, vectors, errors.clamp_min(0), slopes, curvatures)
+
+    def _any_t_serves(self, rank: int) -> bool:
+        """Whether no W is there, or no t leaves anything over, so that rounding alone would choose one."""
+        return self.sw is None or self.norms[2] == 0 or rank >= len(self.ss)
+
+    def _has_valleys(self, rank: int) -> bool:
+        """Whether so few eigenvalues are left over that each crossing makes a valley of its own in f_k."""
+        return self.complete and (len(self.ss) <= SMALL or len(self.ss) - rank <= FEW_LEFT)
+
+    def _scan(self, rank: int, middle: float) -> float:
+        """The t of least error among some around ``middle``, closer together near it."""
+        norm_s, inner, norm_w = self.norms
+        reach = 2 * (norm_s / norm_w) ** 0.5
+        places = torch.linspace(-1, 1, SCANNED, dtype=torch.float64)
+        tried = [middle + reach * x * abs(x) for x in places.tolist()]
+        errors = [
+            norm_s - 2 * t * inner + t * t * norm_w
+            - float(torch.linalg.eigvalsh(self.ss - t * self.sw + t * t * self.ww)[len(self.ss) - rank :].sum())
+            for t in tried
+        ]  # fmt: skip
+        return tried[errors.index(min(errors))]
+
+    def _descend(self, here: Spectrum, wanted, allowed: float | None = None) -> Spectrum:
+        """Newton steps for the rank that ``wanted`` reads off a spectrum, as long as they have something to gain."""
+        for _ in range(MAX_STEPS):
+            rank = wanted(here)
+            error, gain = float(here.squared_errors[rank]), float(here.squared_errors[rank] - here.reachable[rank])
+            if allowed is not None and error <= allowed:
+                return here
+            if gain <= max(self.enough * error, self.noise):
+                return here
+            here = self._lower(here, rank)
+        return here
+
+    def _lower(self, here: Spectrum, rank: int) -> Spectrum:
+        """Newton's step, drawn back as long as it overshoots; the step of the highest curvature cannot."""
+        step, sure = here.step(rank) - here.t, -float(here.slopes[rank]) / (2 * self.norms[2])
+        while True:
+            there = self.at(here.t + step)
+            if there.squared_errors[rank] <= here.squared_errors[rank] or abs(step) <= abs(sure):
+                return there
+            step = max(step / 4, sure, key=abs)
+
+    def _zero_if_exact(self, best: Spectrum, rank: int) -> Spectrum:
+        """t = 0 wins ties within rounding, so that a pencil whose S has rank k (a LoRA) gives exactly t = 0."""
+        if best.t == 0 or float(best.squared_errors[rank]) > 1e3 * self.noise:
+            return best
+        zero = self.at(0.0)
+        return zero if zero.squared_errors[rank] <= best.squared_errors[rank] + self.noise else best
+
+
+def _sums(values: torch.Tensor) -> torch.Tensor:
+    """0 and the running sums of ``values``: one for each rank from 0 on."""
+    return torch.cat([values.new_zeros(1), values.cumsum(0)])
+
+
+def _first_below(errors: torch.Tensor, allowed: float, max_rank: int) -> int:
+    """The least rank ≥ 1 whose squared error is allowed, or ``max_rank``."""
+    enough = torch.nonzero(errors[1 : max_rank + 1] <= allowed)
+    return int(enough[0]) + 1 if len(enough) else max_rank

@@ -1,0 +1,71 @@
+"""Reduced-rank regression: the update of another base's weight whose outputs come closest to those that are wanted.
+
+A layer with the adapted weight T had the inputs x; on another base, behind other layers, it gets x̃. Wanted is
+
+    minimise over R of rank k (and over a)   E‖T·x − (a·W + R)·x̃‖²
+
+With C = E[x̃ x̃ᵀ] + λI = P·Pᵀ and S = E[x x̃ᵀ] + λI the part that R can reach is ‖M(a) − R·P‖² with
+M(a) = T·S·P⁻ᵀ − a·W·P, so that R = [M]_k·P⁻¹ (Izenman 1975, reduced-rank regression). The same λ in S and C keeps
+directions that no input showed near the weights' own difference; for x̃ = x it is problem (2) weighed by the inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mapconv.algebra.moments import DAMPING, InputRoot
+from mapconv.algebra.pencil import DensePencil
+
+
+@dataclass(frozen=True)
+class RegressionInputs:
+    """What a fit needs of a layer's inputs: ``root`` is P of C, ``cross`` is S (m, m), or None where x̃ = x.
+
+    ``tokens`` is the number of inputs that were seen: fewer than m leave C without full rank but for λ.
+    """
+
+    root: InputRoot
+    cross: torch.Tensor | None
+    tokens: int
+
+    def pencil(self, T: torch.Tensor, W: torch.Tensor, *, gains: bool) -> DensePencil:
+        """M as the pencil E(t) = M(1) − t·W·P, for T and W (n, m) float32; the gain is 1 + t.
+
+        Without ``gains`` t = 0 alone will be looked at, and W·P is left out.
+        """
+        if self.cross is None:
+            return DensePencil(self.root.multiply(T - W), self.root.multiply(W) if gains else None)
+        seen = self.root.multiply(W)
+        return DensePencil(self.root.divide_transposed(T @ self.cross).sub_(seen), seen if gains else None)
+
+
+class PairedMoment:
+    """Accumulates Σ x̃ x̃ᵀ and Σ x x̃ᵀ: products in float32, sums in float64."""
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self._made = torch.zeros(width, width, dtype=torch.float64)
+        self._cross = torch.zeros(width, width, dtype=torch.float64)
+
+    def add(self, wanted: torch.Tensor, made: torch.Tensor) -> None:
+        """Count the inputs x and x̃, both (…, m), of the same tokens."""
+        wanted, made = (rows.reshape(-1, rows.shape[-1]).float() for rows in (wanted, made))
+        self.count += len(made)
+        self._made += (made.T @ made).to(self._made)
+        self._cross += (wanted.T @ made).to(self._cross)
+
+    @property
+    def finite(self) -> bool:
+        return bool(torch.isfinite(self._made).all() and torch.isfinite(self._cross).all())
+
+    def inputs(self, damping: float = DAMPING) -> RegressionInputs | None:
+        """P and S, scaled so that C's mean diagonal is 1; None where no input, or none but zeros, was seen."""
+        mean = float(self._made.diagonal().mean())
+        if self.count == 0 or mean <= 0:
+            return None
+        C, S = self._made / mean, self._cross / mean
+        C.diagonal().add_(damping)
+        S.diagonal().add_(damping)
+        return RegressionInputs(InputRoot(torch.linalg.cholesky(C).float()), S.float(), self.count)

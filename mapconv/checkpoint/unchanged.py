@@ -1,0 +1,60 @@
+"""Notice that a file changes while it is read: what is made of it would be of neither the old content nor the new."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mapconv.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class FileMark:
+    """What a file system says of a file's content. The time of change tells what keeps size and modification time."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileMark:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def marks_of(folders: Iterable[Path], names: Iterable[str]) -> dict[Path, FileMark]:
+    """The marks of those of these files that are there; links are followed."""
+    paths = [folder / name for folder in folders for name in names]
+    return {path: FileMark.of(path.stat()) for path in paths if os.path.exists(path)}
+
+
+@contextmanager
+def unchanged(marks: Mapping[Path, FileMark]) -> Iterator[None]:
+    """Hold these files to their marks at the end of the block, also where it failed: a change may be the reason.
+
+    Raises:
+        CheckpointError: one of them has changed or is gone.
+    """
+    try:
+        yield
+    except Exception:
+        _check(marks)
+        raise
+    _check(marks)
+
+
+def _check(marks: Mapping[Path, FileMark]) -> None:
+    for path, mark in marks.items():
+        try:
+            same = FileMark.of(os.stat(path)) == mark
+        except OSError:
+            same = False
+        if not same:
+            raise CheckpointError(
+                f"{path} was changed while it was read, so nothing was written: run the command again when it is "
+                "complete."
+            ) from None

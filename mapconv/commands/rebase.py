@@ -1,0 +1,247 @@
+"""Refit an adapter for another base than it was trained on: plan, refit layer by layer, measure, write whole or not."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mapconv.adapter import MapModule
+from mapconv.checkpoint.filenames import ADAPTER_FILES
+from mapconv.checkpoint.staging import check_output, staged_folder
+from mapconv.checkpoint.unchanged import marks_of, unchanged
+from mapconv.commands.outputs import output_beside
+from mapconv.errors import FidelityError
+from mapconv.fidelity.served import ServedNumbers, measure_served
+from mapconv.formats.mapdir import needs_magnitude
+from mapconv.hub import locate_adapter
+from mapconv.metadata.provenance import base_name, base_revision
+from mapconv.options.commands import REBASE
+from mapconv.options.shared import MAX_RANK, SAMPLES, SEQUENCE_LENGTH
+from mapconv.placement.adapters import PlacedAdapter, place_adapter
+from mapconv.placement.pairing import pair_bases
+from mapconv.refit.converter import Dtype
+from mapconv.refit.directory import MapDirectory
+from mapconv.refit.evidence import Evidence, gather
+from mapconv.refit.rebase import Rebased, RebaseOptions, Rebaser
+from mapconv.runtime.devices import resolve_device
+from mapconv.runtime.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class RebaseResult:
+    """What a rebase wrote, or with ``dry_run`` what it would write (then without modules).
+
+    ``served`` compares the other base alone, the source on it as it is, and the result, with the source on its own
+    base, on text that the refit did not see; None where no model was run. ``unchanged`` says that both bases are equal.
+    """
+
+    out: Path
+    source: Path
+    base: Path
+    onto: Path
+    method: str
+    statistics: str
+    modules: tuple[MapModule, ...]
+    parameters: int
+    nbytes: int
+    seconds: float
+    dry_run: bool
+    plain_lora: bool
+    unchanged: bool
+    served: ServedNumbers | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def worst_error(self) -> float:
+        return max((module.error for module in self.modules), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        table = {field.name: getattr(self, field.name) for field in fields(self)}
+        table |= {name: str(getattr(self, name)) for name in ("out", "source", "base", "onto")}
+        table["served"] = None if self.served is None else self.served.to_dict()
+        table["modules"] = [module.to_dict() for module in self.modules]
+        return table
+
+
+@REBASE.checks
+def rebase(
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    onto: str | Path,
+    base: str | Path | None = None,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    max_rank: int | None = None,
+    free_gain: bool = False,
+    dtype: Dtype = "float32",
+    data: str | Path | None = None,
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    statistics: Literal["running", "source", "none"] = "running",
+    statistics_from: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    keep_worse: bool = False,
+    allow_pickle: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    quiet: bool = True,
+) -> RebaseResult:
+    """Refit an adapter for the base that it is to be served on.
+
+    Args:
+        source: a LoRA, DoRA or MAP adapter: a folder, or a Hub reference.
+        out: the folder to write; None: ``<source>-rebased`` beside the source.
+        onto: the base that the result is for, a folder or a Hub id: of the same architecture, quantized or not.
+        base: the base that the adapter was trained on; None takes it from the adapter's configuration.
+        rank: rank of the result; None keeps each module's own.
+        tolerance: instead of ``rank``: the smallest rank of each module whose ε is at most this, up to ``max_rank``.
+        free_gain: fit a factor of ``onto``'s weights as well; the result is then a DoRA for stock PEFT, which servers
+            of quantized bases do not take.
+        dtype: of the stored factors: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the source's own.
+        data: text that the adapter is for; None: the source model writes its own.
+        samples: sequences to fit on (32), each of ``sequence_length`` tokens (256).
+        statistics: ``running``: fit each layer to the inputs that it gets behind the layers rebased before it.
+            ``source``: to the source's own inputs. ``none``: to the weights alone.
+        statistics_from: what ``mapconv.statistics`` collected of ``base``: no model runs, and ``data`` only serves to
+            measure the result.
+        seed: of the text that the source model writes.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        keep_worse: write a result even if it is further from the source than the source itself put on ``onto``.
+        allow_pickle: read weights from a ``.bin`` file (with torch's weights-only loader).
+        force: replace ``out``.
+        dry_run: plan and check, write nothing.
+        quiet: no progress bar.
+
+    Raises:
+        MapconvError: of the kind that fits; ``out`` then does not exist.
+        ValueError: an option out of its range, or options that cannot be used together.
+    """
+    started = time.perf_counter()
+    samples, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
+    out = output_beside(source, "rebased") if out is None else Path(out)
+    source = locate_adapter(source, allow_pickle=allow_pickle)
+    marks = marks_of([source], ADAPTER_FILES)
+    runs = (statistics != "none" and statistics_from is None) or data is not None
+    trained = place_adapter(source, base, allow_pickle=allow_pickle, lean=not runs)
+    served = place_adapter(source, onto, allow_pickle=allow_pickle, lean=not runs)
+    pair_bases(trained, served)
+    options = RebaseOptions(rank, tolerance, max_rank or MAX_RANK.fallback, free_gain, dtype)
+    nbytes = options.stored_bytes(served)
+    check_output(out, force=force, inputs=[source, trained.target.folder, served.target.folder], nbytes=nbytes)
+    notes = [*trained.adapter.notes, *_other_base(trained, base)]
+    modules: tuple[MapModule, ...] = ()
+    parameters, numbers, changed = 0, None, True
+    if not dry_run:
+        place = resolve_device(device)
+        marks |= trained.target.checkpoint.marks | served.target.checkpoint.marks
+        with staged_folder(out, force=force) as staging, unchanged(marks):
+            evidence = gather(
+                trained, served, statistics, None if data is None else Path(data), samples, length, seed, place,
+                collected=None if statistics_from is None else Path(statistics_from), quiet=quiet,
+            )  # fmt: skip
+            directory = MapDirectory(served, staging)
+            try:
+                results = _refit(trained, served, options, evidence, directory, quiet=quiet)
+                changed = any(item.changed > 0 for item in results)
+                record = _record(trained, results)
+                asked = asdict(options) | {"statistics": statistics, "seed": seed}
+                modules = directory.finish(asked, evidence.record, rebase=record)
+            finally:
+                directory.close()
+            parameters = directory.parameters
+            if evidence.held_out:
+                numbers = measure_served(trained, served, staging, evidence.held_out, device=place, quiet=quiet)
+            if numbers is not None:
+                directory.amend(rebase=record | {"served": numbers.to_dict()})
+                if numbers.is_worse and not keep_worse:
+                    raise FidelityError(_worse(source, numbers) if changed else _nothing(served))
+            nbytes = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+            notes += evidence.notes
+            if not changed:
+                notes.append("both bases hold the same weights: there was nothing to rebase")
+    return RebaseResult(
+        out=out,
+        source=source,
+        base=trained.target.folder,
+        onto=served.target.folder,
+        method=trained.adapter.method,
+        statistics=statistics,
+        modules=modules,
+        parameters=parameters,
+        nbytes=nbytes,
+        seconds=time.perf_counter() - started,
+        dry_run=dry_run,
+        plain_lora=not needs_magnitude(modules),
+        unchanged=not changed,
+        served=numbers,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _refit(
+    trained: PlacedAdapter,
+    served: PlacedAdapter,
+    options: RebaseOptions,
+    evidence: Evidence,
+    directory: MapDirectory,
+    *,
+    quiet: bool,
+) -> list[Rebased]:
+    """Refit every module into ``directory``; what is kept of each has no factors."""
+    results = []
+    total = sum(item.weight.nbytes for item in served.modules)
+    with (
+        torch.inference_mode(),
+        Rebaser(trained, served, options) as rebaser,
+        progress_bar(total, "rebasing", quiet=quiet) as advance,
+    ):
+        for item in evidence.run(rebaser, served.modules):
+            directory.add(item.placed, item.converted)
+            results.append(item.without_factors())
+            advance(item.placed.weight.nbytes)
+    return results
+
+
+def _record(trained: PlacedAdapter, results: list[Rebased]) -> dict[str, Any]:
+    """Where the adapter came from, and what the layers' outputs lost before and after."""
+    return {
+        "from": {"name": base_name(trained), "revision": base_revision(trained)},
+        "modules": [
+            {
+                "path": item.placed.module.path,
+                "expert": item.placed.expert,
+                "base_change": item.changed,
+                "output_error_before": item.before,
+            }
+            for item in results
+        ],
+    }
+
+
+def _other_base(trained: PlacedAdapter, base: str | Path | None) -> list[str]:
+    """A LoRA does not say which weights it was trained on, so its owner is told what its configuration names."""
+    named = trained.adapter.base
+    if base is None or named is None or named in (str(base), base_name(trained)) or trained.adapter.method == "MAP":
+        return []
+    return [f"the adapter's configuration names {named} as the base that it was trained on, and --base is {base}"]
+
+
+def _nothing(served: PlacedAdapter) -> str:
+    return (
+        f"{served.target.folder} holds the weights that the adapter was trained on, so there is nothing to rebase: use "
+        "the adapter as it is, or `mapconv upgrade`."
+    )
+
+
+def _worse(source: Path, numbers: ServedNumbers) -> str:
+    return (
+        f"the rebased adapter is further from {source} (KL {numbers.rebased.kl:.4g}) than the adapter as it is "
+        f"({numbers.as_is.kl:.4g}), so nothing was written: give text of its domain with --data, raise --rank or "
+        "--samples, or write it with --keep-worse."
+    )

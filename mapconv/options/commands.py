@@ -1,0 +1,375 @@
+"""Every command's options and rules, which is all that the three views know of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mapconv.options.kinds import (
+    Choice,
+    CountOrShare,
+    File,
+    Flag,
+    Folder,
+    Real,
+    Reals,
+    Repository,
+    Size,
+    Source,
+    Text,
+    Whole,
+)
+from mapconv.options.records import Command, Option
+from mapconv.options.rules import Check, Excludes, Requires, Spell
+from mapconv.options.shared import (
+    AGAINST,
+    ALLOW_PICKLE,
+    BASE,
+    DATA,
+    DEVICE,
+    DRY_RUN,
+    DTYPE,
+    FITTING,
+    FORCE,
+    JSON,
+    LEAST_SHARD,
+    MAX_RANK,
+    MESSAGE,
+    OUT,
+    QUIET,
+    RANK,
+    REFIT,
+    SAMPLES,
+    SEQUENCE_LENGTH,
+    SOURCE,
+    TALK,
+    TOLERANCE,
+    VERBOSE,
+)
+
+INSPECT = Command("inspect", SOURCE, BASE, ALLOW_PICKLE, JSON)
+
+UPGRADE = Command(
+    "upgrade",
+    SOURCE,
+    BASE,
+    OUT.but(help="Folder to write. Default: SOURCE-map beside SOURCE."),
+    REFIT,
+    DTYPE,
+    FITTING,
+    DEVICE,
+    DRY_RUN,
+    ALLOW_PICKLE,
+    TALK,
+    rules=(Excludes("calibrate", "lora_compatible", "it would train the α that is to stay fixed"),),
+)
+
+REBASE = Command(
+    "rebase",
+    SOURCE,
+    BASE.but(help="Base that the adapter was trained on. Default: the one that its config names."),
+    Option(
+        "onto",
+        Source(),
+        "Base that the result is for: a folder or a Hub id, of the same architecture, quantized or not.",
+        metavar="OTHER",
+        required=True,
+    ),
+    OUT.but(help="Folder to write. Default: SOURCE-rebased beside SOURCE."),
+    RANK.but(help="Rank of the result. Default: the source's own. A higher one also repairs what OTHER lost."),
+    TOLERANCE,
+    MAX_RANK,
+    Option(
+        "free_gain",
+        Flag(),
+        "Fit a factor of OTHER's weights as well; the result then runs as a DoRA, not as a plain LoRA.",
+        default=False,
+    ),
+    DTYPE,
+    DATA.but(help="Sample text from the adapter's domain. Default: the source model writes its own."),
+    SAMPLES.but(help="Sequences to fit on."),
+    SEQUENCE_LENGTH,
+    Option(
+        "statistics",
+        Choice(("running", "source", "none")),
+        "running: fit each layer to the inputs it gets behind rebased layers. source: to the source's. none: weights.",
+        default="running",
+    ),
+    Option(
+        "statistics_from",
+        Folder(),
+        "What `mapconv statistics` collected of the base: no model runs; --data only serves to measure the result.",
+        metavar="STATS",
+    ),
+    Option("seed", Whole(0), "Random seed of the text that the source model writes.", default=0, metavar="N"),
+    DEVICE,
+    Option(
+        "keep_worse",
+        Flag(),
+        "Write the result even if it is further from the source than the source itself on OTHER.",
+        default=False,
+    ),
+    DRY_RUN,
+    ALLOW_PICKLE,
+    TALK,
+    rules=(
+        Excludes("rank", "tolerance"),
+        Requires("max_rank", "tolerance"),
+        Excludes("statistics", "statistics_from", "the folder says how they were collected"),
+        Excludes("samples", "statistics_from", "the folder says how many there were"),
+    ),
+)
+
+STATISTICS_COMMAND = Command(
+    "statistics",
+    BASE.but(positional=True, required=True, help=""),
+    DATA.but(required=True, help="Sample text from the domain of the adapters."),
+    OUT.but(required=True, help="Folder to write."),
+    SAMPLES,
+    SEQUENCE_LENGTH,
+    DEVICE,
+    TALK,
+)
+
+CALIBRATE = Command(
+    "calibrate",
+    Option("adapter", Source(), metavar="MAPDIR", positional=True, required=True, in_catalog=False),
+    AGAINST,
+    DATA.but(required=True, help="Text, or .jsonl or .parquet with text, messages, or input and label."),
+    BASE,
+    OUT.but(help="Folder to write. Default: MAPDIR-calibrated beside MAPDIR."),
+    Option("steps", Whole(), "Optimizer steps.", default=50, metavar="N"),
+    Option(
+        "train",
+        Choice(("scalars", "all")),
+        "scalars: α and β of every weight. all: its factors as well.",
+        default="scalars",
+    ),
+    Option(
+        "objective",
+        Choice(("distill", "task")),
+        "distill: the source's distribution. task: the data's own tokens or labels.",
+        default="distill",
+    ),
+    Option(
+        "learning_rate", Real(above=0), "Peak learning rate. Default: depends on --train.", spelling="--lr", metavar="X"
+    ),
+    Option("batch_size", Whole(), "Sequences in a step, over all processes.", default=4, metavar="N"),
+    SEQUENCE_LENGTH.but(default=256, fallback=None),
+    Option(
+        "held_out",
+        CountOrShare(),
+        "Sequences to hold out; below 1, a share of the data. Default: a tenth of the data, at most 32.",
+        metavar="N",
+    ),
+    DEVICE,
+    Option("seed", Whole(0), "Random seed of the order of the data and of what is held out.", default=0, metavar="N"),
+    Option("resume", Flag(), "Continue a run of the same settings that was cut off.", default=False, in_catalog=False),
+    ALLOW_PICKLE,
+    TALK,
+)
+
+VERIFY = Command(
+    "verify",
+    Option("result", Source(), positional=True, required=True, in_catalog=False),
+    AGAINST,
+    BASE,
+    Option(
+        "against_base",
+        Source(),
+        "Base that SOURCE runs on, where it was trained on another one than RESULT is for. Default: the same.",
+        metavar="BASE",
+        in_catalog=False,
+    ),
+    DATA.but(help="Text, .jsonl or .parquet to run on. Default: a text that ships with mapconv."),
+    SAMPLES.but(help="Sequences of 256 tokens to run.", default=8, fallback=None),
+    Option(
+        "max_kl",
+        Real(least=0),
+        "Exit 1 if the mean KL divergence is above X.",
+        metavar="X",
+        in_python=False,
+        in_catalog=False,
+    ),
+    DTYPE.but(kind=Choice(("float32", "bfloat16", "float16")), help="Dtype that the models compute in."),
+    DEVICE,
+    Option("save", Flag(), "Store the report in RESULT, for the model card that `mapconv push` writes.", default=False),
+    ALLOW_PICKLE,
+    JSON,
+    VERBOSE,
+    QUIET,
+    rules=(Excludes("verbose", "quiet"),),
+)
+
+REPORT = Command(
+    "report",
+    Option("path", Folder(), positional=True, required=True),
+    OUT.but(kind=File(), metavar="FILE", help="HTML file to write. Default: PATH-report.html beside PATH."),
+    Option(
+        "png",
+        File(),
+        "Also write the heat maps or distributions as one picture; needs matplotlib.",
+        metavar="FILE",
+    ),
+    JSON,
+    FORCE.but(help="Replace the files if they exist."),
+)
+
+
+def _as_many_weights(given: Mapping[str, Any], spell: Spell) -> str | None:
+    weights = given.get("weights")
+    if weights is None:
+        return None
+    adapters = given["adapters"]
+    named = adapters if isinstance(adapters, list | tuple) else [adapters]
+    if len(weights) == len(named):
+        return None
+    text = f"{spell('weights', ...)} has {len(weights)} number{'s' * (len(weights) > 1)} for {len(named)} adapters"
+    # `--weights 0.5 0.5`: all numbers but the first were taken for adapters.
+    numbers = [str(name) for name in named if re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", str(name))]
+    together = ",".join([*(f"{weight:g}" for weight in weights), *numbers])
+    return f"{text}: separate them with commas ({spell('weights', together)})" if numbers else text
+
+
+def _copied_codes(given: Mapping[str, Any], spell: Spell) -> str | None:
+    if given.get("quantized") == "copy" and given.get("dtype", "auto") != "auto":
+        copied = spell("quantized", "copy")
+        return f"weights that are copied in codes keep their dtype: {copied} requires {spell('dtype', 'auto')}"
+    return None
+
+
+MERGE = Command(
+    "merge",
+    Option("adapters", Source(), metavar="ADAPTER", positional=True, many=True, required=True, in_catalog=False),
+    BASE,
+    OUT.but(required=True, help="Folder to write the merged model to."),
+    DTYPE.but(
+        kind=Choice(("auto", "float32", "bfloat16", "float16")),
+        default="auto",
+        help="Dtype of the merged weights; auto keeps the base's.",
+    ),
+    Option(
+        "max_shard_size",
+        Size(LEAST_SHARD, word="keep"),
+        "Largest weights file, such as 5GB; keep leaves the base's files.",
+        fallback="keep",
+        metavar="SIZE",
+    ),
+    Option(
+        "weights",
+        Reals(),
+        "A factor for each adapter's update, separated by commas. Default: 1 for each.",
+        metavar="W,W,...",
+        in_catalog=False,
+        refusal="an entry merges one adapter",
+    ),
+    Option(
+        "quantized",
+        Choice(("dequantize", "copy")),
+        "Of a quantized base: write plain weights, or copy codes where the adapter changes none.",
+        default="dequantize",
+    ),
+    ALLOW_PICKLE,
+    DRY_RUN,
+    JSON,
+    FORCE.but(help="Replace OUT if it exists, and accept a base other than the one that a MAP adapter was made for."),
+    VERBOSE,
+    QUIET,
+    rules=(
+        Check(("weights", "adapters"), _as_many_weights),
+        Check(("quantized", "dtype"), _copied_codes),
+        Excludes("verbose", "quiet"),
+    ),
+)
+
+PUSH = Command(
+    "push",
+    Option("path", Folder(), positional=True, required=True, in_catalog=False),
+    Option("repo_id", Repository(), positional=True, required=True),
+    Option("private", Flag(), "Create the repository private; refused if it exists and is public.", default=False),
+    Option("revision", Text(), "Branch to commit to, created if needed.", fallback="main", metavar="BRANCH"),
+    Option("create_pr", Flag(), "Open a pull request instead of committing.", default=False),
+    MESSAGE,
+    Option(
+        "license", Text(), "Licence for the card. Default: what the source's or the base's card says.", metavar="ID"
+    ),
+    Option(
+        "base_id",
+        Text(),
+        "The base model's name on the Hub, if the result was made from a folder.",
+        metavar="HUB_ID",
+    ),
+    Option(
+        "token",
+        Text(),
+        "Default: HF_TOKEN, or the token of `hf auth login`.",
+        metavar="TOKEN",
+        in_catalog=False,
+        refusal="set HF_TOKEN instead, a file is no place for it",
+    ),
+    DRY_RUN.but(help="Check everything, show what would be sent, open no connection."),
+    JSON,
+    Option(
+        "yes",
+        Flag(),
+        "Do not ask before sending. Without a terminal nothing is asked.",
+        default=False,
+        short="-y",
+        in_python=False,
+        in_catalog=False,
+    ),
+    QUIET,
+)
+
+
+def _one_engine(given: Mapping[str, Any], spell: Spell) -> str | None:
+    engine = given.get("engine")
+    if engine == "serial" and given.get("workers", 1) > 1:
+        return f"{spell('engine', 'serial')} has one worker: use {spell('engine', 'process')} for more"
+    if "ray_address" in given and engine not in (None, "ray"):
+        return f"{spell('ray_address', ...)} requires {spell('engine', 'ray')}"
+    return None
+
+
+CATALOG_RUN = Command(
+    "catalog run",
+    Option("catalog", File(), positional=True, required=True),
+    OUT.but(required=True, help="Folder to write to, with a folder for each adapter."),
+    Option(
+        "engine",
+        Choice(("serial", "process", "ray")),
+        "Where adapters are converted. Default: serial, or process with more than one worker.",
+    ),
+    Option("workers", Whole(), "Processes that convert. Default: 1, or the number of cores.", metavar="N"),
+    Option("ray_address", Text(), "A Ray cluster. Default: Ray on this machine, for this run.", metavar="ADDRESS"),
+    Option("limit", Whole(), "Convert at most N adapters now.", metavar="N"),
+    Option("only", Text(), "Convert only entries whose output matches, such as 'poems-*'.", metavar="PATTERN"),
+    Option("retry_failed", Flag(), "Try failed entries again even if nothing changed.", default=False),
+    Option("push_to", Text(), "Publish each result on the Hub as ORG/OUTPUT.", metavar="ORG"),
+    Option("verify", Flag(), "Measure each result against its source, and record the KL divergence.", default=False),
+    JSON,
+    QUIET,
+    rules=(Check(("engine", "workers", "ray_address"), _one_engine),),
+)
+
+CATALOG_STATUS = Command(
+    "catalog status",
+    Option("out", Folder(), positional=True, required=True),
+    Option("watch", Flag(), "Show it again each second until the run ends.", default=False, in_python=False),
+    JSON,
+)
+
+DEMO = Command(
+    "demo", Option("folder", Folder(), default="mapconv-demo", metavar="[DIR]", positional=True), FORCE, QUIET
+)
+ENV = Command("env", JSON)
+
+#: By name, for a catalog's stages and the tests.
+COMMANDS = {
+    command.name: command
+    for command in (
+        INSPECT, UPGRADE, REBASE, STATISTICS_COMMAND, CALIBRATE, VERIFY, REPORT, MERGE, PUSH, CATALOG_RUN,
+        CATALOG_STATUS, DEMO, ENV,
+    )
+}  # fmt: skip

@@ -1,0 +1,124 @@
+"""The options that several commands have, each once; a command that differs in a word says so with ``but``."""
+
+from __future__ import annotations
+
+from mapconv.options.kinds import Choice, File, Flag, Folder, Real, Source, Text, Whole
+from mapconv.options.records import Group, Option
+from mapconv.options.rules import Excludes, Requires
+
+#: Files smaller than this are nobody's wish: a number without a unit was meant in megabytes or gigabytes.
+LEAST_SHARD = 10_000
+
+SOURCE = Option("source", Source(), positional=True, required=True, in_catalog=False)
+AGAINST = Option(
+    "against", Source(), "The LoRA or DoRA adapter it was made from.", metavar="SOURCE", required=True, in_catalog=False
+)
+BASE = Option(
+    "base",
+    Source(),
+    "Base model: a folder or a Hub id. Default: the one that the adapter's config names.",
+    metavar="BASE",
+    in_catalog=False,
+)
+OUT = Option("out", Folder(), "Folder to write.", short="-o", metavar="OUT", in_catalog=False)
+
+RANK = Option("rank", Whole(), "Rank of the result. Default: the source's own.", metavar="N")
+TOLERANCE = Option(
+    "tolerance",
+    Real(above=0, below=1),
+    "Instead of --rank: for each module the smallest rank whose relative error ε is at most EPS.",
+    metavar="EPS",
+)
+MAX_RANK = Option("max_rank", Whole(), "Highest rank that --tolerance may choose.", fallback=256, metavar="N")
+DIRECTION = Option(
+    "direction",
+    Choice(("low-rank", "dora")),
+    "low-rank: Δ = BA, the fastest to run. dora: DoRA's own update, exact.",
+    default="low-rank",
+)
+LORA_COMPATIBLE = Option(
+    "lora_compatible", Flag(), "Keep α fixed at ‖W0‖, so that the result is also a plain LoRA adapter.", default=False
+)
+#: What the result's factors are solved for.
+REFIT = Group(
+    (RANK, TOLERANCE, MAX_RANK, DIRECTION, LORA_COMPATIBLE),
+    (
+        Excludes("rank", "tolerance"),
+        Requires("max_rank", "tolerance"),
+        Excludes("rank", ("direction", "dora"), "DoRA's own factors keep their rank"),
+        Excludes("tolerance", ("direction", "dora"), "DoRA's own factors keep their rank, and are exact"),
+        Excludes("lora_compatible", ("direction", "dora"), "a DoRA direction is not a plain LoRA"),
+    ),
+)
+
+DTYPE = Option(
+    "dtype",
+    Choice(("float32", "bfloat16", "float16", "auto")),
+    "Dtype of the stored factors; auto keeps the source's.",
+    default="float32",
+)
+
+DATA = Option(
+    "data",
+    File(exists=True),
+    "Sample text from the adapter's domain; fits layer outputs instead of weights.",
+    metavar="FILE",
+)
+SAMPLES = Option("samples", Whole(), "Sequences of --data to run.", fallback=32, metavar="N")
+SEQUENCE_LENGTH = Option("sequence_length", Whole(2), "Tokens in a sequence.", fallback=256, metavar="N")
+STATISTICS = Option(
+    "statistics",
+    Choice(("full", "diagonal")),
+    "Second moments of a layer's inputs to collect; diagonal takes less memory.",
+    fallback="full",
+)
+CALIBRATE = Option(
+    "calibrate",
+    Whole(0),
+    "Afterwards train α and β towards the source on --data for STEPS steps, as `mapconv calibrate` does.",
+    default=0,
+    metavar="STEPS",
+)
+#: Text that the result is fitted on.
+FITTING = Group(
+    (DATA, SAMPLES, SEQUENCE_LENGTH, STATISTICS, CALIBRATE),
+    tuple(Requires(name, "data") for name in ("samples", "sequence_length", "statistics", "calibrate")),
+)
+
+DEVICE = Option(
+    "device",
+    Choice(("auto", "cpu", "cuda"), pattern="cuda:[0-9]+"),
+    "Where the heavy arithmetic runs; cuda:1 names one GPU of several.",
+    default="auto",
+)
+ALLOW_PICKLE = Option(
+    "allow_pickle",
+    Flag(),
+    "Also read .bin files (pickles, opened with torch's weights-only loader).",
+    default=False,
+)
+DRY_RUN = Option("dry_run", Flag(), "Check everything, show the plan, write nothing.", default=False, in_catalog=False)
+FORCE = Option("force", Flag(), "Replace OUT if it exists.", default=False, in_catalog=False)
+JSON = Option(
+    "as_json",
+    Flag(),
+    "Print the result as JSON on stdout.",
+    False,
+    spelling="--json",
+    in_python=False,
+    in_catalog=False,
+)
+#: Functions are quiet unless told otherwise; the command line talks.
+QUIET = Option("quiet", Flag(), "No progress bar.", default=True, short="-q", in_catalog=False)
+VERBOSE = Option(
+    "verbose",
+    Flag(),
+    "Say on stderr what is done, with times.",
+    default=False,
+    short="-v",
+    in_python=False,
+    in_catalog=False,
+)
+#: What every command that works for a while has at the end of its help page.
+TALK = Group((JSON, FORCE, VERBOSE, QUIET), (Excludes("verbose", "quiet"),))
+MESSAGE = Option("message", Text(), "Title of the commit.", fallback="Upload with mapconv", short="-m", metavar="TEXT")

@@ -1,0 +1,104 @@
+"""A MAP directory in the making: converted modules as they come, then all that the adapter brings besides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mapconv.adapter import MapModule
+from mapconv.checkpoint.reader import TensorReader
+from mapconv.checkpoint.sidecars import copy_tokenizer
+from mapconv.checkpoint.staging import write_file
+from mapconv.checkpoint.writer import SpooledFile, TensorSpec
+from mapconv.formats.mapdir import needs_magnitude, peft_config, peft_factors, peft_magnitude, write_configs
+from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
+from mapconv.metadata.card import CARD_FILE, local_card
+from mapconv.metadata.provenance import base_name, base_revision, map_config
+from mapconv.placement.adapters import PlacedAdapter
+from mapconv.placement.weights import PlacedModule
+from mapconv.refit.converter import Converted
+
+
+class MapDirectory:
+    """Writes one placed adapter's result into ``staging``; the file that makes it valid is written last.
+
+    Args:
+        placed: the adapter on the base that the result is for.
+        staging: an empty folder.
+        expected: the tensors of the result in their order, where that is known; their header then needs no second copy.
+    """
+
+    def __init__(self, placed: PlacedAdapter, staging: Path, expected: Sequence[TensorSpec] = ()) -> None:
+        self._placed, self._staging = placed, staging
+        self._spool = SpooledFile(staging / WEIGHTS_FILE, expected)
+        self._stack: list[Converted] = []
+        self._converted: dict[tuple[str, int | None], tuple[MapModule, torch.Tensor | None]] = {}
+        #: Parameters of MAP: factors, α and β.
+        self.parameters = 0
+        self._written: tuple[dict[str, Any], dict[str, Any], tuple[MapModule, ...]]
+
+    def add(self, item: PlacedModule, result: Converted) -> None:
+        """Write a module's factors; the experts of a stack come one after another."""
+        self._stack.append(result)
+        if len(self._stack) == item.experts:
+            for name, tensor in peft_factors(item.module, *_side_by_side(self._stack)):
+                self._spool.append(name, tensor)
+            self._stack.clear()
+        self.parameters += result.A.numel() + result.B.numel() + 2
+        self._converted[item.key] = result.scalars, result.magnitude
+
+    def finish(self, options: Mapping[str, Any], data: Mapping[str, Any] | None, **more: Any) -> tuple[MapModule, ...]:
+        """Write the rest: magnitudes, what the adapter brings whole, tokenizer, card and configurations.
+
+        Args:
+            options: what the run was asked for, for the record.
+            data: the text that the refits looked at, or None.
+            more: further entries of ``map_config.json``.
+        """
+        placed, converted = self._placed, [self._converted[item.key] for item in self._placed.modules]
+        modules = tuple(scalars for scalars, _ in converted)
+        if needs_magnitude(modules):
+            for item, (_, magnitude) in zip(placed.modules, converted, strict=True):
+                self._spool.append(*peft_magnitude(item.module, magnitude))
+        self._keep_the_rest()
+        self._spool.finish()
+        copy_tokenizer(placed.adapter.path, self._staging)
+        names = {item.module.path: item.parameter if item.experts > 1 else item.module.path for item in placed.modules}
+        own_paths = {module.path for module in placed.adapter.modules}
+        respelled = any(item.module.path not in own_paths for item in placed.modules)
+        config = peft_config(placed.adapter.config, modules, names, base=base_name(placed), respelled=respelled)
+        config["revision"] = base_revision(placed)
+        self._written = config, map_config(placed, options, modules, data=data), modules
+        self.amend(**more)
+        return modules
+
+    def amend(self, **more: Any) -> None:
+        """Put further entries into ``map_config.json``, such as what was measured on the folder."""
+        config, record, modules = self._written
+        record.update(more)
+        write_file(self._staging / CARD_FILE, local_card(config, record, modules))
+        write_configs(self._staging, config, record)
+
+    def close(self) -> None:
+        self._spool.close()
+
+    def _keep_the_rest(self) -> None:
+        """Carry over what is no low-rank update: heads, rows and biases as they are, LoRA biases with their scaling."""
+        placed = self._placed
+        with TensorReader() as reader:
+            for item in {item.module.path: item for item in placed.modules}.values():
+                if item.module.bias is not None:
+                    bias = reader.read(item.module.bias).float() * item.scaling
+                    self._spool.append(f"{KEY_PREFIX}{item.module.path}.lora_B.bias", bias)
+            for name, ref in placed.adapter.others.items():
+                self._spool.append(name, reader.read(ref))
+
+
+def _side_by_side(stack: Sequence[Converted]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of a stack of experts: A has them in turn, B side by side, with the expert counting fastest."""
+    if len(stack) == 1:
+        return stack[0].A, stack[0].B
+    return torch.cat([expert.A for expert in stack]), torch.stack([expert.B for expert in stack], dim=2).flatten(1)

@@ -1,0 +1,169 @@
+"""Refit an adapter for another base: the update of that base's weights that comes closest to the weights as trained.
+
+T is the source's weight on the base that it was trained on, W the weight of the base that it is to be served on. The
+refit minimises the difference of the layers' outputs (``mapconv.algebra.regression``) where their inputs are known,
+else that of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from mapconv.algebra.fingerprint import matrix_fingerprint
+from mapconv.algebra.norms import product_norm
+from mapconv.algebra.pencil import DensePencil
+from mapconv.algebra.regression import RegressionInputs
+from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
+from mapconv.errors import BaseMismatchError
+from mapconv.placement.adapters import PlacedAdapter
+from mapconv.placement.base_check import base_fault
+from mapconv.placement.factors import FactorLoader
+from mapconv.placement.weights import PlacedModule, read_weight
+from mapconv.refit.converter import Converted, Dtype, converted_module, finite_base
+from mapconv.refit.mixture import Run
+from mapconv.refit.solving import ModuleRefit, Wanted
+from mapconv.refit.stored_statistics import StoredStatistics
+from mapconv.refit.targets.adapted import adapted_weight_
+
+
+@dataclass(frozen=True)
+class RebaseOptions:
+    """What the caller asked for; ``ranks`` by module path stand before ``rank``, and None keeps the source's own.
+
+    ``free_gain``: the other base's weight may be scaled as well; else a = 1, and the result is a plain LoRA.
+    """
+
+    rank: int | None = None
+    tolerance: float | None = None
+    max_rank: int = 256
+    free_gain: bool = False
+    dtype: Dtype = "float32"
+
+    def stored_bytes(self, adapter: PlacedAdapter) -> int:
+        """Bytes of the factors as written, about; with a tolerance, at the source's rank."""
+        wanted = [(item.weight.shape, self.wanted(item)) for item in adapter.modules]
+        return sum(sum(shape) * min(want.rank, *shape) * want.dtype.itemsize for shape, want in wanted)
+
+    def wanted(self, placed: PlacedModule) -> Wanted:
+        dtype = TORCH_DTYPES[placed.module.lora_A.dtype] if self.dtype == "auto" else getattr(torch, self.dtype)
+        gain = None if self.free_gain and placed.experts == 1 else 1.0
+        rank = self.rank or placed.effective_rank
+        return Wanted(placed.module.path, rank, self.tolerance, self.max_rank, gain, dtype)
+
+
+@dataclass(frozen=True)
+class Rebased:
+    """One module on the other base. ``changed``: ‖W − W0‖/‖W0‖ between the two bases.
+
+    ``before`` is the error of the layer's outputs with the source's update put on the other base as it is, in the unit
+    of ``scalars.output_error``; None where its inputs are not known.
+    """
+
+    placed: PlacedModule
+    converted: Converted
+    changed: float
+    before: float | None
+
+    def without_factors(self) -> Rebased:
+        """The numbers alone."""
+        empty = replace(self.converted, A=self.converted.A[:0], B=self.converted.B[:, :0], magnitude=None)
+        return replace(self, converted=empty)
+
+
+class Rebaser:
+    """Refits modules one at a time, from both bases' files."""
+
+    def __init__(self, source: PlacedAdapter, served: PlacedAdapter, options: RebaseOptions) -> None:
+        """
+        Args:
+            source: the adapter on the base that it was trained on.
+            served: the same adapter on the base that the result is for; modules of equal keys belong together.
+        """
+        self._trained = {item.key: item for item in source.modules}
+        self._served = served
+        self._options = options
+        self._readers = TensorReader(source.target.checkpoint.source), TensorReader(served.target.checkpoint.source)
+        self._factors = FactorLoader(self._readers[0])
+
+    def __enter__(self) -> Rebaser:
+        for reader in self._readers:
+            reader.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for reader in self._readers:
+            reader.__exit__(*error)
+
+    def by_weights(self, modules: Sequence[PlacedModule]) -> Iterator[Rebased]:
+        """Each module by its weights alone."""
+        for item in modules:
+            yield self._rebase(item, None)[0]
+
+    def by_inputs(self, run: Run, batches: Sequence[torch.Tensor]) -> Iterator[Rebased]:
+        """Every module, in the order in which the layers run; those that no input reaches come last."""
+        waiting = {item.key: item for item in self._served.modules}
+        by_path = {item.module.path: item for item in self._served.modules if item.experts == 1}
+        for layer in run.run(batches):
+            item = by_path[layer.path]
+            rebased, weight = self._rebase(item, layer.inputs)
+            run.fit(layer.path, weight)
+            del waiting[item.key]
+            yield rebased
+        yield from self.by_weights(list(waiting.values()))
+
+    def by_statistics(self, stored: StoredStatistics, modules: Sequence[PlacedModule]) -> Iterator[Rebased]:
+        """Each module by the inputs that were collected of the base it was trained on; no model runs."""
+        known: tuple[str, RegressionInputs | None] = ("", None)
+        with TensorReader() as reader:
+            for item in modules:
+                path = item.module.path
+                if path not in stored or item.experts > 1:
+                    yield self._rebase(item, None)[0]
+                    continue
+                if stored.shared(path) != known[0]:
+                    known = (stored.shared(path), stored.inputs(path, reader))
+                yield self._rebase(item, known[1], stored)[0]
+
+    def _rebase(
+        self, item: PlacedModule, inputs: RegressionInputs | None, stored: StoredStatistics | None = None
+    ) -> tuple[Rebased, torch.Tensor]:
+        """The module, and its weight as written."""
+        trained = self._trained[item.key]
+        factors = self._factors.load(trained)
+        base = read_weight(trained.weight, self._readers[0], torch.empty(trained.weight.numel))
+        if stored is not None:
+            stored.check(item.module.path, matrix_fingerprint(base))
+        W = read_weight(item.weight, self._readers[1], torch.empty(item.weight.numel))
+        found = finite_base(matrix_fingerprint(W), item)
+        fault = None if trained.scalars is None else base_fault(trained.scalars, matrix_fingerprint(base))
+        if fault is not None:
+            raise BaseMismatchError(f"{trained.weight.name} of --base {fault}: give the base it was made for.")
+        change = torch.linalg.vector_norm(W - base).item()
+        norm = torch.linalg.vector_norm(base).item()
+        # The source's update put on the other base as it is: T − W0 + W.
+        T = adapted_weight_(trained, factors, base.clone())
+        moved = (T - base).add_(W)
+        wanted = self._options.wanted(item)
+        target = DensePencil(T - W, W if wanted.gain is None else None)
+        seen = None if inputs is None else inputs.pencil(T, W, gains=wanted.gain is None)
+        root = None if inputs is None else inputs.root
+        refitted = ModuleRefit(target, wanted, root, seen).solve()
+        A, B = refitted.A, refitted.B
+        weight = torch.addmm(W, B.float(), A.float()) * refitted.gain
+        magnitude = None
+        if refitted.gain != 1.0:
+            magnitude = torch.linalg.vector_norm(weight.double(), dim=1)
+        before = None
+        if seen is not None:
+            # M(1) of the moved weight: what it leaves of the outputs, measured as the refit's own error is.
+            left = seen.S - inputs.root.multiply(moved - W)
+            size = seen.squared_norms()[0] ** 0.5
+            before = torch.linalg.vector_norm(left).item() / size if size else 0.0
+        converted = converted_module(
+            item, "low-rank", refitted.gain, found, product_norm(B, A), refitted.error, A, B, magnitude,
+            refitted.output_error,
+        )  # fmt: skip
+        return Rebased(item, converted, change / norm if norm else change, before), weight

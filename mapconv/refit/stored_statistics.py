@@ -1,0 +1,168 @@
+"""Second moments of a base's layer inputs as a folder, made once for every adapter of that base.
+
+    statistics.json           format version; base; data; per layer: its width, inputs seen, and the tensor of its root
+    statistics.safetensors    the roots P (``mapconv.algebra.moments``), float32, lower triangles in strips
+
+Layers with the same input share one root.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mapconv.adapter import TensorRef
+from mapconv.algebra.fingerprint import Fingerprint
+from mapconv.algebra.moments import InputRoot
+from mapconv.algebra.regression import RegressionInputs
+from mapconv.checkpoint.headers import read_tensor_file
+from mapconv.checkpoint.reader import TensorReader
+from mapconv.checkpoint.staging import write_file
+from mapconv.checkpoint.writer import SpooledFile
+from mapconv.errors import BaseMismatchError, CheckpointError
+from mapconv.jsonfile import read_object
+from mapconv.placement.base_check import TOLERANCE
+from mapconv.untrusted.schema import COUNT, NUMBER, TABLE, TEXT, Each
+
+STATISTICS_FILE, ROOTS_FILE = "statistics.json", "statistics.safetensors"
+FORMAT_VERSION = 1
+#: Rows of a root that are stored together, up to the diagonal.
+STRIP = 192
+_SCHEMA = {
+    "format_version": COUNT,
+    "base": TABLE,
+    "layers": Each({"tensor": TEXT, "width": COUNT, "tokens": COUNT, "norm": NUMBER, "projection": NUMBER}),
+}
+
+
+class StatisticsWriter:
+    """Writes the folder as layers come; the file that makes it valid is written last."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._spool = SpooledFile(folder / ROOTS_FILE)
+        self._layers: dict[str, dict[str, Any]] = {}
+        self._last: tuple[int, str] = (0, "")
+
+    def add(self, path: str, inputs: RegressionInputs, weight: Fingerprint) -> None:
+        """A layer's inputs, and its weight's fingerprint; the same inputs as for the layer before are stored once."""
+        if self._last[0] != id(inputs):
+            self._last = id(inputs), path
+            self._spool.append(path, packed(inputs.root.factor))
+        self._layers[path] = {
+            "tensor": self._last[1],
+            "width": inputs.root.factor.shape[0],
+            "tokens": inputs.tokens,
+            "norm": weight.norm,
+            "projection": weight.projection,
+        }
+
+    def finish(self, base: Mapping[str, Any], data: Mapping[str, Any]) -> int:
+        """Write the record; returns the number of layers."""
+        self._spool.finish()
+        record = {"format_version": FORMAT_VERSION, "base": base, "data": data, "layers": self._layers}
+        write_file(self._folder / STATISTICS_FILE, json.dumps(record, indent=1) + "\n")
+        return len(self._layers)
+
+    def close(self) -> None:
+        self._spool.close()
+
+
+@dataclass(frozen=True)
+class StoredStatistics:
+    """What a folder holds; roots are read when they are asked for."""
+
+    folder: Path
+    base: Mapping[str, Any]
+    data: Mapping[str, Any]
+    _layers: Mapping[str, Mapping[str, Any]]
+    _tensors: Mapping[str, TensorRef]
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._layers
+
+    @property
+    def paths(self) -> Iterable[str]:
+        return self._layers.keys()
+
+    def shared(self, path: str) -> str:
+        """The name of the root that a layer has, maybe together with others."""
+        return self._layers[path]["tensor"]
+
+    def check(self, path: str, found: Fingerprint) -> None:
+        """Refuse a weight that is not the one whose inputs were collected.
+
+        Raises:
+            BaseMismatchError: it has another norm or projection.
+        """
+        layer = self._layers[path]
+        norm, projection = layer["norm"], layer["projection"]
+        if max(abs(found.norm - norm), abs(found.projection - projection)) > TOLERANCE * max(found.norm, norm):
+            raise BaseMismatchError(
+                f"{self.folder} was collected from another base ({self.base.get('name')}): {path} has norm "
+                f"{found.norm:.9g} in --base and {norm:.9g} there, or other values; collect it from this one."
+            )
+
+    def inputs(self, path: str, reader: TensorReader) -> RegressionInputs:
+        """What is known of a layer's inputs, which are taken to be the same on every base."""
+        layer = self._layers[path]
+        factor = unpacked(reader.read(self._tensors[layer["tensor"]]), layer["width"])
+        if not torch.isfinite(factor).all() or not (factor.diagonal() > 0).all():
+            raise CheckpointError(
+                f"{self.folder / ROOTS_FILE}: {layer['tensor']} is not the root of a second moment: make the folder "
+                "again with `mapconv statistics`."
+            )
+        return RegressionInputs(InputRoot(factor), None, layer["tokens"])
+
+
+def read_statistics(folder: Path) -> StoredStatistics:
+    """What ``mapconv statistics`` wrote.
+
+    Raises:
+        CheckpointError: not such a folder, or files that do not belong together.
+    """
+    path = folder / STATISTICS_FILE
+    try:
+        record = read_object(path, CheckpointError, schema=_SCHEMA)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {STATISTICS_FILE}: make it with `mapconv statistics`.") from None
+    if record["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format version {record['format_version']}, expected {FORMAT_VERSION}.")
+    tensors = {ref.name: ref for ref in read_tensor_file(folder / ROOTS_FILE).tensors}
+    for layer, entry in record["layers"].items():
+        ref = tensors.get(entry["tensor"])
+        if ref is None or ref.dtype != "F32" or ref.shape != (packed_size(entry["width"]),):
+            raise CheckpointError(
+                f"{folder / ROOTS_FILE} has no root of width {entry['width']} for {layer}: the two files do not belong "
+                "together, so make the folder again."
+            )
+    return StoredStatistics(folder, record["base"], record.get("data") or {}, record["layers"], tensors)
+
+
+def packed(factor: torch.Tensor) -> torch.Tensor:
+    """A lower triangular matrix (m, m) as a flat tensor: strips of rows, each up to its last row's diagonal."""
+    return torch.cat([factor[start:stop, :stop].flatten() for start, stop in _strips(len(factor))])
+
+
+def unpacked(values: torch.Tensor, width: int) -> torch.Tensor:
+    """The matrix that ``packed`` made ``values`` of."""
+    factor, position = torch.zeros(width, width), 0
+    for start, stop in _strips(width):
+        size = (stop - start) * stop
+        factor[start:stop, :stop] = values[position : position + size].view(stop - start, stop)
+        position += size
+    return factor
+
+
+def packed_size(width: int) -> int:
+    """Elements of a packed matrix."""
+    return sum((stop - start) * stop for start, stop in _strips(width))
+
+
+def _strips(width: int) -> list[tuple[int, int]]:
+    return [(start, min(start + STRIP, width)) for start in range(0, width, STRIP)]

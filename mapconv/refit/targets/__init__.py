@@ -1,0 +1,1 @@
+"""Where the weight T of a refit comes from: one file a source."""

@@ -1,0 +1,177 @@
+"""Both ways to a low-rank approximation at every rank, against float64 singular values scanned over t."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+
+from mapconv.algebra import lowrank
+from mapconv.algebra.lowrank import best_low_rank, least_rank
+from mapconv.algebra.pencil import DensePencil, residual_norm
+from tests.algebra.test_moments import accumulated, inputs
+
+SPECTRA = ["steep", "flat", "noisy"]
+SHAPES = [(40, 28), (26, 48)]
+
+
+def matrices(spectrum: str, shape: tuple[int, int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(S, W) in float32: S has the spectrum, and a part along W that the best t takes away."""
+    draw = torch.Generator().manual_seed(seed)
+    W = torch.randn(shape, generator=draw)
+    U, _, V = torch.linalg.svd(torch.randn(shape, generator=draw).double(), full_matrices=False)
+    count = min(shape)
+    values = {
+        "steep": 10 ** -(torch.arange(count).double() / 3),
+        "flat": torch.ones(count).double(),
+        "noisy": torch.cat(
+            [torch.tensor([3.0, 2.0, 1.5]), 0.1 + 0.02 * torch.rand(count - 3, generator=draw)]
+        ).double(),
+    }[spectrum]
+    return ((U * values) @ V).float() + 0.02 * W, W
+
+
+@lru_cache
+def oracle(spectrum: str, shape: tuple[int, int], shift: float | None) -> torch.Tensor:
+    return optima(*matrices(spectrum, shape), shift)
+
+
+def optima(S: torch.Tensor, W: torch.Tensor, t: float | None) -> torch.Tensor:
+    """The least error at every rank 1 … min(n, m): of a given t, or of any in a grid that narrows around each best."""
+    S, W = S.double(), W.double()
+
+    def errors(grid: torch.Tensor) -> torch.Tensor:
+        values = torch.linalg.svdvals(S - grid[:, None, None] * W).square()
+        return values.flip(1).cumsum(1).flip(1)[:, 1:]
+
+    if t is not None:
+        return torch.cat([errors(torch.tensor([t]).double())[0], torch.zeros(1)]).sqrt()
+    grid = torch.linspace(-0.2, 0.2, 161).double()
+    coarse, best = errors(grid), []
+    for rank in range(coarse.shape[1]):
+        low, high = grid[coarse[:, rank].argmin()] - 2.5e-3, grid[coarse[:, rank].argmin()] + 2.5e-3
+        for _ in range(3):
+            fine = torch.linspace(float(low), float(high), 11).double()
+            found = errors(fine)[:, rank]
+            middle, width = fine[found.argmin()], (high - low) / 10
+            low, high = middle - width, middle + width
+        best.append(found.min())
+    return torch.stack([*best, torch.zeros((), dtype=torch.float64)]).sqrt()
+
+
+@pytest.fixture(params=["randomized", "dense"])
+def way(request, monkeypatch):
+    monkeypatch.setattr(lowrank, "prefers_dense", lambda *_: request.param == "dense")
+    return request.param
+
+
+@pytest.mark.parametrize(("shift", "threads"), [(None, 1), (None, 2), (0.0, 1), (0.02, 2)])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.usefixtures("way")
+def test_every_rank_is_within_one_percent_of_the_optimum(spectrum, shape, shift, threads):
+    S, W = matrices(spectrum, shape)
+    best, before = oracle(spectrum, shape, shift), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for rank in range(1, min(shape) + 1):
+            pencil = DensePencil(S, W)
+            solution = best_low_rank(pencil, rank, shift=shift)
+            error = residual_norm(pencil, solution.shift, solution.left, solution.right, torch.float64)
+            # Factors in float32: their product is off by about 2⁻²⁴ of itself.
+            floor = 2**-23 * float(S.norm())
+            assert error <= 1.01 * float(best[rank - 1]) + floor, rank
+            # The solver's square is of float32 products, at worst: the bound of refit.agrees for 48 terms.
+            allowed = 2 * (48 * 48) ** 0.5 * 2**-24 * float(S.norm() + abs(solution.shift) * W.norm()) ** 2
+            assert abs(solution.squared_error - error**2) <= allowed, rank
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.usefixtures("way")
+def test_factors_in_bfloat16_add_their_rounding_and_no_more(spectrum):
+    S, W = matrices(spectrum, SHAPES[0])
+    best = oracle(spectrum, SHAPES[0], None)
+    for rank in range(1, 29):
+        pencil = DensePencil(S, W)
+        solution = best_low_rank(pencil, rank)
+        left, right = solution.left.bfloat16(), solution.right.bfloat16()
+        error = residual_norm(pencil, solution.shift, left, right, torch.float64)
+        # Two factors, each off by at most 2⁻⁹ of its values.
+        rounding = 2 * 2**-9 * float(solution.left.norm() * solution.right.norm())
+        assert error <= 1.01 * float(best[rank - 1]) + rounding, rank
+
+
+@pytest.mark.parametrize("statistics", ["full", "diagonal"])
+@pytest.mark.usefixtures("way")
+def test_every_rank_seen_through_inputs(statistics):
+    (S, W), root = matrices("noisy", (40, 28)), accumulated(inputs(200, 28), statistics).root()
+    S, W = root.multiply(S), root.multiply(W)
+    best = optima(S, W, None)
+    for rank in range(1, 29):
+        pencil = DensePencil(S, W)
+        solution = best_low_rank(pencil, rank)
+        error = residual_norm(pencil, solution.shift, solution.left, solution.right, torch.float64)
+        assert error <= 1.01 * float(best[rank - 1]) + 2**-23 * float(S.norm()), rank
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.usefixtures("way")
+def test_a_matrix_without_a_base(spectrum):
+    S, _ = matrices(spectrum, SHAPES[1])
+    best = optima(S, torch.zeros_like(S), 0.0)
+    for rank in range(1, 27):
+        solution = best_low_rank(DensePencil(S), rank)
+        assert solution.shift == 0.0
+        error = float((S.double() - solution.left.double() @ solution.right.double()).norm())
+        assert error <= 1.01 * float(best[rank - 1]) + 2**-23 * float(S.norm()), rank
+
+
+@pytest.mark.parametrize("shift", [None, 0.0])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.usefixtures("way")
+def test_the_least_rank_of_every_tolerance_is_within_one(spectrum, shift):
+    S, W = matrices(spectrum, SHAPES[1])
+    best = oracle(spectrum, SHAPES[1], shift)
+    for tolerance in (0.9, 0.5, 0.2, 0.1, 0.05, 0.02):
+        allowed = tolerance**2 * float(S.double().square().sum())
+        rank, spectrum_, decomposition = least_rank(DensePencil(S, W), allowed, 99, first=2, shift=shift)
+        optimum = 1 + int((best.square() > allowed).sum())
+        assert optimum <= rank <= optimum + 1
+        solution = decomposition.cut(spectrum_, rank)
+        assert solution.squared_error <= allowed * (1 + 1e-6) or rank == 26
+
+
+def test_one_decomposition_serves_a_whole_search(monkeypatch):
+    """A search for a tolerance must not solve for one rank after another."""
+    made = []
+    build = lowrank.Dense
+
+    def counting(*arguments, **options):
+        made.append(1)
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(lowrank, "Dense", counting)
+    S, W = matrices("flat", (40, 28))
+    rank, _, _ = least_rank(DensePencil(S, W), 0.3 * float(S.norm()) ** 2, 28, first=1)
+    assert 12 <= rank <= 27
+    assert len(made) == 1
+
+
+def test_both_factors_come_from_one_basis_when_the_iteration_ends_at_its_limit(monkeypatch):
+    """An iteration that does not settle must not mix the last basis with products of the one before."""
+    from mapconv.algebra import randomized
+    from mapconv.algebra.randomized import Sketch
+
+    monkeypatch.setattr(randomized, "_converged", lambda *_, **__: False)
+    for limit in (1, 2, 3):
+        monkeypatch.setattr(randomized, "MAX_ITERATIONS", limit)
+        S, W = matrices("noisy", (40, 30))
+        pencil = DensePencil(S, W)
+        sketch = Sketch(pencil, 5)
+        assert not sketch.settled
+        solution = sketch.cut(sketch.spectrum, 5)
+        error = residual_norm(pencil, solution.shift, solution.left, solution.right, torch.float64)
+        assert error == pytest.approx(solution.squared_error**0.5, rel=1e-4)

@@ -1,0 +1,54 @@
+"""Where the output goes may be closed, full or of another encoding: an exit status, and no traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+MAPCONV = [sys.executable, "-m", "mapconv"]
+
+
+def shell(line: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    command = ["bash", "-c", line, "bash", *MAPCONV, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        ('"$@" >&-', 0),
+        ('"$@" 2>&-', 0),
+        ('"$@" >&- 2>&- <&-', 0),
+        ('"$@" >/dev/full', 1),
+        ('set -o pipefail; "$@" | true', None),  # 0 or 1, by whether the reader was gone before the text came
+    ],
+)
+def test_a_stream_that_takes_nothing(line, status):
+    done = shell(line, "--help")
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert done.returncode == status or (status is None and done.returncode in (0, 1))
+
+
+def test_a_full_disk_is_named():
+    assert shell('"$@" >/dev/full', "--help").stderr == (
+        "mapconv: error: no space left on the disk: make room and run the command again.\n"
+    )
+
+
+def test_an_encoding_that_lacks_a_character():
+    done = shell('"$@"', "inspect", "no-such-folder/α", PYTHONIOENCODING="latin-1")
+    assert done.returncode == 1
+    assert "\\u03b1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_name_that_is_no_text(tmp_path):
+    name = os.fsencode(tmp_path) + b"/\xff\n\x1b"
+    done = subprocess.run([*MAPCONV, "inspect", name], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "\\udcff\\n\\x1b does not exist" in done.stderr
