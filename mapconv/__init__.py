@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from mapconv.nn.attaching import detach, disabled, map_layers, set_adapter
     from mapconv.nn.loading import load_adapter
     from mapconv.nn.saving import save_adapter
-    from mapconv.nn.training import MapConfig, get_map_model
+    from mapconv.nn.training import MapConfig, get_map_model, print_trainable_parameters
 
 __all__ = [
     "MapConfig", "MapconvError", "__version__", "calibrate", "convert_catalog", "detach", "disabled", "get_map_model",
-    "inspect", "load_adapter", "map_layers", "merge", "push", "rebase", "report", "save_adapter", "set_adapter",
-    "statistics", "upgrade", "verify",
+    "inspect", "load_adapter", "map_layers", "merge", "print_trainable_parameters", "push", "rebase", "report",
+    "save_adapter", "set_adapter", "statistics", "upgrade", "verify",
 ]  # fmt: skip
 
 _HOMES = {
@@ -50,6 +50,7 @@ _HOMES = {
     "load_adapter": "mapconv.nn.loading",
     "map_layers": "mapconv.nn.attaching",
     "merge": "mapconv.commands.merge",
+    "print_trainable_parameters": "mapconv.nn.training",
     "push": "mapconv.commands.push",
     "rebase": "mapconv.commands.rebase",
     "report": "mapconv.commands.report",
@@ -59,6 +60,10 @@ _HOMES = {
     "upgrade": "mapconv.commands.upgrade",
     "verify": "mapconv.commands.verify",
 }
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:

@@ -83,7 +83,7 @@ def _convert(job: Job, table: dict[str, Any]) -> None:
         "worst_error": max(errors),
         "median_error": statistics.median(errors),
         "parameters": result.parameters,
-        "nbytes": result.nbytes,
+        "nbytes": sum(path.stat().st_size for path in result.out.rglob("*") if path.is_file()),
         "content": record["source"]["fingerprint"],
     }
     if "verify" in stages:

@@ -7,6 +7,7 @@ import gc
 import io
 import os
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 from typing import NoReturn
 
@@ -22,6 +23,15 @@ COMMANDS = (
 )  # fmt: skip
 
 
+_EPILOG = """\
+Errors are one sentence and exit 1; wrong usage exits 2. MAPCONV_DEBUG=1 shows tracebacks, NO_COLOR=1 turns colour off.
+
+\b
+Completion by the Tab key, in bash (zsh and fish likewise):
+  echo 'eval "$(_MAPCONV_COMPLETE=bash_source mapconv)"' >> ~/.bashrc
+"""
+
+
 class _Commands(click.Group):
     """Finds the command ``x`` in the module ``mapconv.cli.x``."""
 
@@ -31,11 +41,21 @@ class _Commands(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         return getattr(import_module(f"mapconv.cli.{name}"), name) if name in COMMANDS else None
 
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and name not in COMMANDS:
+            near = get_close_matches(name, COMMANDS, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Commands are {', '.join(COMMANDS)}."
+            context.fail(f"No such command {name!r}.{hint}")
+        return super().resolve_command(context, args)
+
 
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Errors are one sentence and exit 1; wrong usage exits 2. MAPCONV_DEBUG=1 shows tracebacks.",
+    epilog=_EPILOG,
 )
 @click.version_option(__version__, prog_name="mapconv")
 def cli() -> None:

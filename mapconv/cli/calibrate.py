@@ -9,7 +9,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import notes, print_json, print_table, show, small, spread
+from mapconv.cli.output import EPSILON, SCALARS, explain, notes, print_json, print_table, show, small, spread
 from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import CALIBRATE
@@ -42,6 +42,7 @@ def calibrate(chosen: Chosen) -> None:
     else:
         show(f"{shown(result.adapter)} → {result.out}, against {shown(result.source)}")
         show()
+        explain(SCALARS, EPSILON)
         print_calibration(result.report)
     notes(result.report.notes)
     if result.report.interrupted:

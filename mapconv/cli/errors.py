@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import click
 
+from mapconv.cli.output import coloured
 from mapconv.errors import sentence
 from mapconv.untrusted.printable import printable_message
 
@@ -39,5 +40,5 @@ def errors_as_sentences() -> Iterator[None]:
 
 
 def _fail(message: str, *, status: int = 1) -> None:
-    click.echo(f"mapconv: error: {printable_message(message)}", err=True)
+    click.echo(f"{coloured('mapconv: error:', 'red', err=True)} {printable_message(message)}", err=True)
     sys.exit(status)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import notes, print_json, show, size, small
+from mapconv.cli.output import notes, percent, print_json, show, size
 from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import MERGE
@@ -32,10 +32,8 @@ def merge(chosen: Chosen) -> None:
             f"{counted(len(result.files), 'file')}, {size(result.nbytes)}"
         )
         worst = max(result.merged, key=lambda item: item.rounding_error)
-        verb, moves = ("would be merged", "would move") if dry_run else ("merged", "moves")
+        verb, changes = ("would be merged", "would change") if dry_run else ("merged", "changes")
         show(f"  {counted(len(result.merged), 'tensor')} {verb} in {result.seconds:.1f} s")
-        show(
-            f"  rounding to {worst.dtype} {moves} a tensor by at most {small(worst.rounding_error)} of its update "
-            f"({worst.tensor})"
-        )
+        most = percent(worst.rounding_error)
+        show(f"  {worst.dtype} rounding {changes} up to {most} of an update (worst: {worst.tensor})")
     notes(result.notes)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,9 +17,34 @@ from mapconv.jsonfile import finite
 from mapconv.untrusted.printable import printable, printable_message
 
 
-def show(line: str = "") -> None:
+def show(line: str = "", colour: str | None = None) -> None:
     """A line of the result; whatever names it holds, it stays one line."""
-    click.echo(printable(line))
+    click.echo(printable(line) if colour is None else coloured(printable(line), colour))
+
+
+#: What the symbols say, in lines for 80 columns: shown before a table that has them.
+SCALARS = (
+    "α scales the base weight W0 and β its update Δ: α/‖W0‖ = 1 leaves the base as",
+    "it is, and β/α is the size of the update beside it.",
+)
+EPSILON = (
+    "ε is the error as a share of the update: 0 is exact, 1 is as far off as no",
+    "adapter at all.",
+)
+
+
+def explain(*symbols: Sequence[str]) -> None:
+    for line in (line for lines in symbols for line in lines):
+        show(f"  {line}")
+    show()
+
+
+def coloured(text: str, colour: str, *, err: bool = False) -> str:
+    """The text in a colour where a terminal shows it and NO_COLOR does not forbid it (no-color.org)."""
+    stream = sys.stderr if err else sys.stdout
+    if os.environ.get("NO_COLOR") or stream is None or not stream.isatty():
+        return text
+    return click.style(text, fg=colour)
 
 
 def talk(*, verbose: bool) -> None:
@@ -44,12 +73,29 @@ def print_json(table: dict[str, Any]) -> None:
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as they need; the first is flush left, the others flush right."""
+    """Columns as wide as they need; the first is flush left, the others flush right.
+
+    Where a terminal is too narrow, each row becomes a block of lines, a column a line: nothing breaks inside a row.
+    """
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    if sum(widths) + 2 * len(widths) > _columns():
+        label = max(map(len, head))
+        for row in rows:
+            show(f"  {row[0]}")
+            for name, cell in zip(head[1:], row[1:], strict=True):
+                show(f"    {name.ljust(label)}  {cell}")
+        return
     for row in [head, ["─" * width for width in widths], *rows]:
         cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         show("  " + "  ".join(cells).rstrip())
+
+
+def _columns() -> int:
+    """The width of the terminal that watches; a file or a pipe takes any."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return sys.maxsize
+    return shutil.get_terminal_size().columns
 
 
 def size(nbytes: int) -> str:
@@ -73,3 +119,23 @@ def small(value: float) -> str:
     if value == 0:
         return "0"
     return f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.1e}"
+
+
+def percent(share: float) -> str:
+    """``54 %``, ``0.4 %``, ``0 %``, ``2e-05 %``."""
+    value = 100 * share
+    return f"{value:.0f} %" if value >= 10 or value == 0 else f"{value:.2g} %"
+
+
+def roughly(seconds: float) -> str:
+    """An estimate, with no more digits than it deserves: ``5 s``, ``2 min``, ``3 h``."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * length:
+            return f"{_coarse(seconds / length)} {unit}"
+    return f"{_coarse(max(1.0, seconds))} s"
+
+
+def _coarse(value: float) -> int:
+    """To one digit: 1, 2, … 9, 10, 20."""
+    magnitude = 10 ** max(0, math.floor(math.log10(value)))
+    return round(value / magnitude) * magnitude

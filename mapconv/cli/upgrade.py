@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mapconv.cli.calibrate import INTERRUPTED, print_calibration
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import notes, print_json, print_table, show, size, small, spread
+from mapconv.cli.output import (
+    EPSILON,
+    SCALARS,
+    explain,
+    notes,
+    print_json,
+    print_table,
+    roughly,
+    show,
+    size,
+    small,
+    spread,
+)
 from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import UPGRADE
@@ -36,26 +48,43 @@ def upgrade(chosen: Chosen) -> None:
     with starting([chosen["source"]], chosen["base"], whole_base=chosen["data"] is not None, quiet=chosen["quiet"]):
         from mapconv.commands.upgrade import upgrade
 
-    result, dry_run, tolerance = upgrade(**chosen.arguments), chosen["dry_run"], chosen["tolerance"]
-    max_rank = chosen["max_rank"] or MAX_RANK.fallback
+    result, dry_run = upgrade(**chosen.arguments), chosen["dry_run"]
     if chosen["as_json"]:
         print_json(result.to_dict())
     elif dry_run:
-        show(f"would convert {counted(result.planned, f'{result.method} module')} on {shown(result.base)}")
-        show(f"would write {result.out} (about {size(result.nbytes)})")
+        _show_plan(result)
     else:
-        _report(result, tolerance, max_rank)
+        _report(result, chosen)
     notes(result.notes)
     if result.calibration is not None and result.calibration.interrupted:
         raise click.exceptions.Exit(INTERRUPTED)
 
 
-def _report(result: UpgradeResult, tolerance: float | None, max_rank: int) -> None:
+def _show_plan(result: UpgradeResult) -> None:
+    """What would be done, and roughly what it takes."""
+    plan = result.plan
+    show(
+        f"{shown(result.source)} ({result.method}) on {shown(result.base)}: would convert {counted(plan.modules, 'module')}"
+    )
+    kept = f"  kept      {plan.exact:,} in their own factors, exactly"
+    show(f"{kept}; {counted(plan.whole, 'other tensor')} carried over whole" if plan.whole else kept)
+    show(f"  refitted  {plan.refitted:,} to the closest MAP weight")
+    ranks = str(plan.ranks[0]) if len(plan.ranks) == 1 else f"{plan.ranks[0]} to {plan.ranks[-1]}"
+    chosen = f"the smallest with ε ≤ {plan.tolerance:g}; the source's is {ranks}" if plan.tolerance else ranks
+    show(f"  rank      {chosen}")
+    if plan.tokens:
+        show(f"  data      {counted(plan.sequences, 'sequence')}, {counted(plan.tokens, 'token')}: fits layer outputs")
+    show(f"  output    would write {result.out} ({'about ' if plan.tolerance else ''}{size(plan.nbytes)})")
+    show(f"  takes     roughly {roughly(plan.seconds)} and {size(float(f'{plan.memory:.1g}'))} of memory")
+
+
+def _report(result: UpgradeResult, chosen: Chosen) -> None:
     groups = defaultdict(list)
     for module in result.modules:
         groups[module.path.rpartition(".")[2]].append(module)
     show(f"{shown(result.source)} ({result.method}) → {result.out} (MAP)")
     show()
+    explain(SCALARS, EPSILON)
     with_data = any(module.output_error is not None for module in result.modules)
     print_table(
         ["target", "modules", "rank", "α/‖W0‖", "β/α", "ε worst", "ε median"]
@@ -67,14 +96,15 @@ def _report(result: UpgradeResult, tolerance: float | None, max_rank: int) -> No
     show(
         f"  {counted(len(errors), 'module')}, {result.parameters:,} parameters, {size(result.nbytes)}, "
         f"{result.seconds:.1f} s; "
-        f"ε worst {small(max(errors))}, median {small(statistics.median(errors))}"
+        f"ε worst {small(max(errors))}, median {small(statistics.median(errors))}",
+        "yellow" if max(errors) > LARGE_ERROR else None,
     )
     if result.calibration is not None:
         show()
         print_calibration(result.calibration)
     also = "a plain LoRA" if result.plain_lora else "a DoRA"
     show(f"  stock PEFT loads it as {also} adapter: PeftModel.from_pretrained(base, {str(result.out)!r})")
-    advice = _advice(result, tolerance, max_rank)
+    advice = advice_for(result, chosen)
     if advice:
         show(f"  advice: {advice}")
 
@@ -95,23 +125,31 @@ def _row(name: str, modules: list[MapModule], *, with_data: bool) -> list[str]:
     ]
 
 
-def _advice(result: UpgradeResult, tolerance: float | None, max_rank: int) -> str | None:
+def advice_for(result: UpgradeResult, chosen: Mapping[str, Any]) -> str | None:
+    """What else the user may try where ε is large: only options that can be added to those that were chosen."""
+    tolerance = chosen["tolerance"]
+    exact = [] if chosen["lora_compatible"] else ["--direction dora is exact"]
     if tolerance is not None:
-        return _advice_on_tolerance(result.modules, tolerance, max_rank)
+        return _advice_on_tolerance(result.modules, tolerance, chosen["max_rank"] or MAX_RANK.fallback, exact)
     worst = max((_felt_error(module) for module in result.modules), default=0.0)
     if worst <= LARGE_ERROR:
         return None
     if result.method == "LoRA":
         return "ε is large because --rank is below the source's own rank: without --rank the result is exact"
-    has_data = any(module.output_error is not None for module in result.modules) or result.calibration is not None
-    fit = "" if has_data else "--data FILE fits the outputs, "
-    return (
-        f"ε is large where DoRA's magnitudes do not fit in this rank: {fit}--direction dora is exact, "
-        "--tolerance 0.1 chooses ranks, and `mapconv verify` shows what it means for the outputs"
-    )
+    ways = [] if chosen["data"] is not None else ["--data FILE fits layer outputs instead of weights"]
+    if chosen["rank"] is None:
+        ways += [*exact, "--tolerance 0.1 chooses ranks"]
+    else:
+        ways += [f"a --rank above {chosen['rank']} lowers it", *(f"without --rank, {way}" for way in exact)]
+    if chosen["lora_compatible"]:
+        ways.append("without --lora-compatible α is free")
+    reason = "the rank is too low" if chosen["rank"] is not None else "DoRA's magnitudes do not fit in this rank"
+    return f"ε is large because {reason}: {', '.join(ways)}; `mapconv verify` shows what it means for the outputs"
 
 
-def _advice_on_tolerance(modules: Sequence[MapModule], tolerance: float, max_rank: int) -> str | None:
+def _advice_on_tolerance(
+    modules: Sequence[MapModule], tolerance: float, max_rank: int, exact: Sequence[str]
+) -> str | None:
     """What to do about modules that a tolerance could not be met for: at the highest rank allowed, or at their own."""
     over = [module for module in modules if _felt_error(module) > tolerance]
     if not over:
@@ -123,7 +161,9 @@ def _advice_on_tolerance(modules: Sequence[MapModule], tolerance: float, max_ran
     if len(over) > held:
         # A full rank leaves nothing but the rounding of its factors.
         parts.append(f"{_stay(len(over) - held)} above it at full rank, by rounding: --dtype float32")
-    return "; ".join(parts) + "; or use --direction dora"
+    if exact:
+        parts.append("or use --direction dora in place of --tolerance")
+    return "; ".join(parts)
 
 
 def _stay(count: int) -> str:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import notes, print_json, print_table, show, small
+from mapconv.cli.output import EPSILON, explain, notes, print_json, print_table, show, small
 from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import VERIFY
@@ -44,6 +44,7 @@ def _report(report: VerifyReport) -> None:
     show()
     if report.kl is not None:
         _functions(report)
+    explain(EPSILON)
     groups = defaultdict(list)
     for module in report.modules:
         groups[module.path.rpartition(".")[2]].append(module.error)

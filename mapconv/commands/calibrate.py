@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from mapconv.training.calibration import WEIGHT_FILES, CalibrationOptions, Calib
 from mapconv.training.checkpoints import checkpoint_path
 from mapconv.training.models import Train
 from mapconv.training.processes import joined
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ def calibrate(
         "resume": resume,
         "quiet": quiet,
     }
+    log.info("read %s; training starts from %s", data, adapter_path)
     with joined(device) as processes:
         if not processes.is_first:
             calibrate_folder(adapter_path, source, rows, options, processes, into=None, **arguments)

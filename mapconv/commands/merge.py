@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -32,11 +33,12 @@ from mapconv.options.commands import MERGE
 from mapconv.placement.adapters import PlacedAdapter, place_adapters
 from mapconv.placement.base_check import base_fault
 from mapconv.placement.kept_codes import keep_codes
-from mapconv.refit.converter import Dtype
+from mapconv.refit.plan import Dtype
 from mapconv.runtime.progress import progress_bar
 from mapconv.runtime.threads import in_order, worker_count
 from mapconv.wording import counted
 
+log = logging.getLogger(__name__)
 #: What becomes of weights that the base stores in codes.
 Quantized = Literal["dequantize", "copy"]
 
@@ -171,6 +173,7 @@ def _write_weights(plan: MergePlan, staging: Path | None, *, quiet: bool) -> tup
                 if isinstance(file, FixedFile):
                     flush.wrote(file.descriptor, job.nbytes)
                 if result is not None:
+                    log.info("merged %s, %d bytes", result.tensor, job.nbytes)
                     merged.append(result)
     return tuple(merged)
 

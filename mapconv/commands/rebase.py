@@ -23,9 +23,9 @@ from mapconv.options.commands import REBASE
 from mapconv.options.shared import MAX_RANK, SAMPLES, SEQUENCE_LENGTH
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
 from mapconv.placement.pairing import pair_bases
-from mapconv.refit.converter import Dtype
-from mapconv.refit.directory import MapDirectory
+from mapconv.refit.directory import MapDirectory, measured
 from mapconv.refit.evidence import Evidence, gather
+from mapconv.refit.plan import Dtype
 from mapconv.refit.rebase import Rebased, RebaseOptions, Rebaser
 from mapconv.runtime.devices import resolve_device
 from mapconv.runtime.progress import progress_bar
@@ -154,14 +154,13 @@ def rebase(
                 modules = directory.finish(asked, evidence.record, rebase=record)
             finally:
                 directory.close()
-            parameters = directory.parameters
             if evidence.held_out:
                 numbers = measure_served(trained, served, staging, evidence.held_out, device=place, quiet=quiet)
             if numbers is not None:
                 directory.amend(rebase=record | {"served": numbers.to_dict()})
                 if numbers.is_worse and not keep_worse:
                     raise FidelityError(_worse(source, numbers) if changed else _nothing(served))
-            nbytes = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+            parameters, nbytes = measured(staging, modules)
             notes += evidence.notes
             if not changed:
                 notes.append("both bases hold the same weights: there was nothing to rebase")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -20,8 +21,9 @@ from mapconv.hub import locate_adapter
 from mapconv.options.commands import UPGRADE
 from mapconv.options.shared import MAX_RANK, SAMPLES, SEQUENCE_LENGTH, STATISTICS
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
-from mapconv.refit.converter import ConvertOptions, Dtype
+from mapconv.refit.directory import measured
 from mapconv.refit.norms import BaseNorms
+from mapconv.refit.plan import ConvertOptions, Dtype, PlanSummary, UpgradePlan, plan_upgrade
 from mapconv.refit.writer import Sample, read_data, write_map_directory
 from mapconv.runtime.devices import resolve_device
 from mapconv.wording import counted
@@ -30,16 +32,23 @@ if TYPE_CHECKING:
     from mapconv.training.calibration import CalibrationReport
 
 
+log = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class UpgradeResult:
-    """What an upgrade wrote, or with ``dry_run`` what it would write (then without modules)."""
+    """What an upgrade wrote, or with ``dry_run`` what it would write (then without modules, and a rough estimate in the
+    plan).
+
+    ``parameters`` and ``nbytes`` are those of the adapter, as ``inspect`` counts them in the result.
+    """
 
     out: Path
     source: Path
     base: Path
     method: str
     modules: tuple[MapModule, ...]
-    planned: int
+    plan: PlanSummary
     parameters: int
     nbytes: int
     seconds: float
@@ -56,6 +65,7 @@ class UpgradeResult:
         table = {field.name: getattr(self, field.name) for field in fields(self)}
         table |= {name: str(getattr(self, name)) for name in ("out", "source", "base")}
         table["calibration"] = None if self.calibration is None else self.calibration.record()
+        table["plan"] = self.plan.to_dict()
         table["modules"] = [module.to_dict() for module in self.modules]
         return table | {"worst_error": self.worst_error}
 
@@ -130,10 +140,12 @@ def upgrade(
     placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=data is None)
     if placed.adapter.method == "MAP":
         raise UnsupportedError(f"{source} is a MAP adapter already: upgrade the adapter that it was made from.")
-    nbytes = sum(options.stored_bytes(item) for item in placed.modules)
+    plan = plan_upgrade(placed, options)
+    log.info("placed %d modules of %s on %s", len(plan.jobs), source, placed.target.folder)
+    nbytes = plan.nbytes
     check_output(out, force=force, inputs=[source, placed.target.folder], nbytes=nbytes)
     sample = None
-    if data is not None and not _is_exact(placed, options):
+    if data is not None and not plan.is_exact:
         sample = read_data(Path(data), placed.target, samples=samples, length=length)
     refitted: tuple[MapModule, ...] = ()
     modules, parameters, calibration = refitted, 0, None
@@ -141,17 +153,18 @@ def upgrade(
     if not dry_run:
         marks |= placed.target.checkpoint.marks
         with staged_folder(out, force=force) as staging, unchanged(marks):
-            refitted, parameters = write_map_directory(placed, options, norms, sample, staging, quiet=quiet)
+            refitted = write_map_directory(plan, norms, sample, staging, quiet=quiet)
             modules = refitted
+            log.info("wrote %d modules to %s", len(modules), staging)
             if calibrate and sample is not None:
                 training = {"steps": calibrate, "sequence_length": length}
                 calibration = _calibrate(placed, sample, staging, training, device, allow_pickle, quiet=quiet)
                 modules = calibration.modules
-            nbytes = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+            parameters, nbytes = measured(staging, modules)
     notes = [
         *_notes(placed, options),
         *norms.notes,
-        *_data_notes(placed, options, sample, samples, refitted),
+        *_data_notes(plan, sample, samples, refitted),
         *(() if calibration is None else calibration.notes),
     ]
     return UpgradeResult(
@@ -160,7 +173,7 @@ def upgrade(
         base=placed.target.folder,
         method=placed.adapter.method,
         modules=modules,
-        planned=len(placed.modules),
+        plan=plan.summary(None if sample is None else sample.sequences, estimate=dry_run),
         parameters=parameters,
         nbytes=nbytes,
         seconds=time.perf_counter() - started,
@@ -205,16 +218,9 @@ def _notes(placed: PlacedAdapter, options: ConvertOptions) -> list[str]:
     return notes
 
 
-def _is_exact(placed: PlacedAdapter, options: ConvertOptions) -> bool:
-    """Whether nothing is refitted, so that neither data nor training has anything to improve."""
-    return all(options.keeps_factors(item) for item in placed.modules)
-
-
-def _data_notes(
-    placed: PlacedAdapter, options: ConvertOptions, sample: Sample | None, samples: int, refitted: Sequence[MapModule]
-) -> list[str]:
+def _data_notes(plan: UpgradePlan, sample: Sample | None, samples: int, refitted: Sequence[MapModule]) -> list[str]:
     """What is wrong with --data, and what it could not serve; a dry run has refitted nothing."""
-    if options.statistics is None:
+    if plan.options.statistics is None:
         return []
     if sample is None:
         return ["every module keeps its own factors, which is exact: --data and --calibrate change nothing"]
@@ -223,7 +229,7 @@ def _data_notes(
         notes.append(
             f"--data makes {counted(found, 'sequence')} beside those held out, fewer than the {samples} to run"
         )
-    exact = {item.key for item in placed.modules if options.keeps_factors(item)}
+    exact = {job.placed.key for job in plan.jobs if job.kind != "refit"}
     unseen = [m.path for m in refitted if m.output_error is None and m.error and (m.path, m.expert) not in exact]
     if unseen:
         shown = ", ".join(unseen[:3]) + (", …" if len(unseen) > 3 else "")

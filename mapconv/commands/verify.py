@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.data import read_blocks, read_rows
-from mapconv.errors import BaseMismatchError
+from mapconv.errors import AdapterError, BaseMismatchError
 from mapconv.fidelity.comparison import Agreement, Comparison, ModuleError
 from mapconv.fidelity.saved import check_report_place, save_report
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
@@ -26,6 +27,9 @@ from mapconv.runtime.models import load_tokenizer
 from mapconv.runtime.progress import progress_bar
 
 SEQUENCE_LENGTH = 256
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,10 @@ def verify(
     """
     started = time.perf_counter()
     result, against = locate_result(result), locate_adapter(against, allow_pickle=allow_pickle)
+    if result.resolve() == against.resolve():
+        raise AdapterError(
+            f"{result} is the source itself: give what `mapconv upgrade` or `mapconv merge` made of it as RESULT."
+        )
     if save:
         check_report_place(result)
     rows = read_rows(data)
@@ -108,6 +116,7 @@ def verify(
     placed = place_adapter(against, base if against_base is None else against_base, allow_pickle=allow_pickle)
     _check_base(result, (own or placed).target.folder)
     compared = Comparison(result, placed, dtype=dtype, device=resolve_device(device), result_base=own, quiet=quiet)
+    log.info("loaded %s and its source", result)
     total, notes = Agreement(), []
     with torch.inference_mode():
         if compared.reads_text:
@@ -121,7 +130,9 @@ def verify(
                     advance(1)
         if not total.result.positions:
             notes.append("the model was not run (it needs more than text, or has no logits): only weights are compared")
+        log.info("ran both on %d positions", total.result.positions)
         modules = tuple(compared.module_errors())
+        log.info("compared %d weights", len(modules))
     report = VerifyReport(
         result=result,
         source=against,

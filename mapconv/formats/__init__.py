@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mapconv.adapter import Adapter
+from mapconv.checkpoint.filenames import MODEL_CONFIG
 from mapconv.checkpoint.sidecars import check_folder
 from mapconv.errors import AdapterError
 from mapconv.formats import mapdir, peft
@@ -32,9 +33,24 @@ def read_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:
         return dialect.read(found, allow_pickle=allow_pickle)
     if found.config is not None:
         return peft.PeftDirectory().read(found, allow_pickle=allow_pickle)  # says what the configuration lacks
-    if found.header is not None and found.header.tensors:
-        raise AdapterError(
-            f"{found.header.path} holds no adapter, but tensors such as {found.header.tensors[0].name}: give the "
-            "adapter's folder."
+    raise AdapterError(_instead_of_an_adapter(found))
+
+
+def _instead_of_an_adapter(found: Found) -> str:
+    """What a path without an adapter's configuration is, where that can be told."""
+    path, header = found.path, found.header
+    inside = [child.name for child in path.glob("*") if (child / CONFIG_FILE).is_file()]
+    if inside:
+        names = sorted(inside, key=lambda name: (len(name), name))  # checkpoint-90 before checkpoint-100
+        named = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return f"{path} is not an adapter folder, but holds some: give one of them ({named}), as {path / names[-1]}."
+    if (path / MODEL_CONFIG).is_file():
+        return (
+            f"{path} is a full model ({MODEL_CONFIG} and no {CONFIG_FILE}), not an adapter: give the folder of a "
+            "LoRA or DoRA adapter."
         )
-    raise AdapterError(f"{path} has no {CONFIG_FILE}: it is not an adapter folder.")
+    if header is not None and header.tensors:
+        return (
+            f"{header.path} holds no adapter, but tensors such as {header.tensors[0].name}: give the adapter's folder."
+        )
+    return f"{path} has no {CONFIG_FILE}: it is not an adapter folder."

@@ -117,6 +117,12 @@ def _base(base: str | Path | None, recorded: str | None, revision: str | None, a
     if reference is not None and base is None:
         # The configuration has the revision in a field of its own.
         reference = replace(reference, revision=reference.revision or revision)
+    if base is not None and "/" not in str(base) and not str(base).startswith("."):
+        # Only what a configuration recorded may be one word: an old model of the Hub, such as gpt2.
+        raise CheckpointError(
+            f"there is no folder {base} here: give --base as the base model's folder, or as a Hub id with its owner "
+            "(owner/name)."
+        )
     if reference is not None:
         return reference
     if base is None:

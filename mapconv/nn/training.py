@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import get_args
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -21,9 +22,35 @@ from mapconv.nn.updates import DoraUpdate, Update
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
+#: What PEFT's LoraConfig calls the same.
+_PEFT_NAMES = {
+    "r": "rank",
+    "target_modules": "targets",
+    "exclude_modules": "exclude",
+    "layers_to_transform": "layers",
+}
+
+
+class _PeftNames(type):
+    """Lets a class be called with PEFT's names for its arguments, which its users know."""
+
+    def __call__(cls, *args: Any, **settings: Any) -> Any:
+        for theirs, ours in _PEFT_NAMES.items():
+            if theirs in settings:
+                if ours in settings:
+                    raise ValueError(f"{theirs} and {ours} are the same: give one of them")
+                settings[ours] = settings.pop(theirs)
+        known = [field.name for field in fields(cls)]
+        for name in settings.keys() - set(known):
+            near = get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"expected {', '.join(known)}"
+            raise TypeError(f"MapConfig has no setting {name!r}: {hint}")
+        return super().__call__(*args, **settings)
+
+
 @dataclass(frozen=True)
-class MapConfig:
-    """What to train.
+class MapConfig(metaclass=_PeftNames):
+    """What to train; PEFT's names (``r``, ``target_modules``, …) are taken too.
 
     Args:
         rank: of every update.
@@ -110,6 +137,13 @@ def get_map_model(model: nn.Module, config: MapConfig, *, name: str = "default")
         updates[path] = _fresh(layer, path, config, generator)
     attach(model, name, updates, Attached(None, tuple(updates), asdict(config)), "all")
     return model
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many of a model's parameters are trained, in PEFT's words."""
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    trained, total = sum(count for count, trains in counts if trains), sum(count for count, _ in counts)
+    print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / max(1, total):.4f}")
 
 
 def _fresh(layer: nn.Module, path: str, config: MapConfig, generator: torch.Generator) -> Update:

@@ -10,7 +10,6 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -23,70 +22,24 @@ from mapconv.algebra.fingerprint import (
     matrix_fingerprint,
     row_numbers,
 )
-from mapconv.algebra.moments import InputRoot, Statistics
+from mapconv.algebra.moments import InputRoot
 from mapconv.algebra.norms import (
-    BLOCK_ELEMENTS,
     product_difference_norm,
     product_norm,
     row_blocks,
     squared_norm,
 )
-from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
+from mapconv.checkpoint.reader import TensorReader
 from mapconv.errors import CheckpointError
-from mapconv.options.shared import MAX_RANK
 from mapconv.placement.factors import FactorLoader, Factors
 from mapconv.placement.weights import PlacedModule, read_weight
 from mapconv.refit.norms import BaseNorms
+from mapconv.refit.plan import UpgradePlan
 from mapconv.refit.solving import ModuleRefit, Wanted, rounded
 from mapconv.runtime.devices import resolve_device
 
-#: What the factors may be stored in; ``auto`` is the source's own.
-Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 #: Before its first step a DoRA's magnitudes are the base's row norms, but for float32 rounding in sums over a row.
 UNTRAINED = 1e-6
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """What the caller asked for. ``rank`` and ``tolerance`` exclude each other; None for both: the source's rank.
-
-    ``statistics`` of the layers' inputs that refits weigh errors by; None: all weights alike.
-    """
-
-    rank: int | None = None
-    tolerance: float | None = None
-    max_rank: int = MAX_RANK.fallback
-    direction: Direction = "low-rank"
-    lora_compatible: bool = False
-    dtype: Dtype = "float32"
-    device: str = "auto"
-    statistics: Statistics | None = None
-
-    def keeps_factors(self, placed: PlacedModule) -> bool:
-        """Whether the source's own factors serve as they are: always exact, and cheap."""
-        if placed.module.magnitude is not None:
-            return self.direction == "dora"
-        return self.tolerance is None and (self.rank is None or self.rank >= placed.effective_rank)
-
-    def keeps_lora(self, placed: PlacedModule) -> bool:
-        """Whether the module needs no more of its base weight than the norm."""
-        return placed.module.magnitude is None and self.keeps_factors(placed)
-
-    def stored_dtype(self, placed: PlacedModule) -> torch.dtype:
-        """The dtype that this module's factors are written in."""
-        return TORCH_DTYPES[placed.module.lora_A.dtype] if self.dtype == "auto" else getattr(torch, self.dtype)
-
-    def working_bytes(self, placed: PlacedModule) -> int:
-        """Memory that converting this module takes: all but a plain LoRA hold W0 in float32, and with data W0·P too."""
-        if self.keeps_lora(placed) and not placed.initialization:
-            return 16 * BLOCK_ELEMENTS
-        return (4 if self.statistics is None else 8) * placed.weight.numel
-
-    def stored_bytes(self, placed: PlacedModule) -> int:
-        """Bytes of this module's factors as written; with a tolerance, at the source's rank."""
-        height, width = placed.weight.shape
-        rank = placed.effective_rank if self.keeps_factors(placed) else self.rank or placed.effective_rank
-        return (height + width) * min(rank, height, width) * self.stored_dtype(placed).itemsize + 4 * height
 
 
 @dataclass(frozen=True)
@@ -106,9 +59,9 @@ class Converted:
 class Converter:
     """Turns placed modules into MAP form, one at a time; safe to call from several threads."""
 
-    def __init__(self, reader: TensorReader, options: ConvertOptions, norms: BaseNorms) -> None:
-        self._reader, self._options, self._norms = reader, options, norms
-        self._device = resolve_device(options.device)
+    def __init__(self, reader: TensorReader, plan: UpgradePlan, norms: BaseNorms) -> None:
+        self._reader, self._plan, self._options, self._norms = reader, plan, plan.options, norms
+        self._device = resolve_device(plan.options.device)
         self._factors = FactorLoader(reader)
         self._local = threading.local()
 
@@ -119,9 +72,10 @@ class Converter:
 
     def convert(self, placed: PlacedModule, factors: Factors, root: InputRoot | None = None) -> Converted:
         """One module in MAP form; a refit weighs errors by ``root``, the root of its inputs' second moment."""
-        if self._options.keeps_lora(placed):
+        kind = self._plan.kind_of(placed)
+        if kind == "keep-lora":
             return self._keep_lora(placed, factors)
-        if self._options.keeps_factors(placed):
+        if kind == "keep-dora":
             return self._keep_dora(placed, factors)
         return self._refit(placed, factors, root)
 

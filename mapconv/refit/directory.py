@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mapconv.adapter import MapModule
+from mapconv.checkpoint.index import read_tensor_file
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.sidecars import copy_tokenizer
 from mapconv.checkpoint.staging import write_file
@@ -36,8 +37,6 @@ class MapDirectory:
         self._spool = SpooledFile(staging / WEIGHTS_FILE, expected)
         self._stack: list[Converted] = []
         self._converted: dict[tuple[str, int | None], tuple[MapModule, torch.Tensor | None]] = {}
-        #: Parameters of MAP: factors, α and β.
-        self.parameters = 0
         self._written: tuple[dict[str, Any], dict[str, Any], tuple[MapModule, ...]]
 
     def add(self, item: PlacedModule, result: Converted) -> None:
@@ -47,7 +46,6 @@ class MapDirectory:
             for name, tensor in peft_factors(item.module, *_side_by_side(self._stack)):
                 self._spool.append(name, tensor)
             self._stack.clear()
-        self.parameters += result.A.numel() + result.B.numel() + 2
         self._converted[item.key] = result.scalars, result.magnitude
 
     def finish(self, options: Mapping[str, Any], data: Mapping[str, Any] | None, **more: Any) -> tuple[MapModule, ...]:
@@ -95,6 +93,14 @@ class MapDirectory:
                     self._spool.append(f"{KEY_PREFIX}{item.module.path}.lora_B.bias", bias)
             for name, ref in placed.adapter.others.items():
                 self._spool.append(name, reader.read(ref))
+
+
+def measured(folder: Path, modules: Sequence[MapModule]) -> tuple[int, int]:
+    """(parameters, bytes) of the adapter as written and as ``inspect`` counts it: α and β take the place of a low-rank
+    module's magnitude, which is stored for stock PEFT alone."""
+    derived = {f"{KEY_PREFIX}{module.path}.lora_magnitude_vector" for module in modules if module.direction != "dora"}
+    own = [ref for ref in read_tensor_file(folder / WEIGHTS_FILE).tensors if ref.name not in derived]
+    return sum(ref.numel for ref in own), sum(ref.nbytes for ref in own)
 
 
 def _side_by_side(stack: Sequence[Converted]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,8 +22,9 @@ from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.base_check import base_fault
 from mapconv.placement.factors import FactorLoader
 from mapconv.placement.weights import PlacedModule, read_weight
-from mapconv.refit.converter import Converted, Dtype, converted_module, finite_base
+from mapconv.refit.converter import Converted, converted_module, finite_base
 from mapconv.refit.mixture import Run
+from mapconv.refit.plan import Dtype
 from mapconv.refit.solving import ModuleRefit, Wanted
 from mapconv.refit.stored_statistics import StoredStatistics
 from mapconv.refit.targets.adapted import adapted_weight_

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -18,17 +19,19 @@ from mapconv.formats.mapdir import (
     factor_shapes,
 )
 from mapconv.hub.ranges import prefetch
-from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.target_model import TargetModel
 from mapconv.placement.weights import PlacedModule
 from mapconv.refit.activations import input_roots
-from mapconv.refit.converter import Converter, ConvertOptions
+from mapconv.refit.converter import Converted, Converter
 from mapconv.refit.directory import MapDirectory
 from mapconv.refit.norms import BaseNorms
+from mapconv.refit.plan import UpgradePlan
 from mapconv.runtime.devices import resolve_device
 from mapconv.runtime.models import load_tokenizer, stored_text_classes
-from mapconv.runtime.progress import progress_bar
-from mapconv.runtime.threads import in_order, worker_count
+from mapconv.runtime.progress import work_bar
+from mapconv.runtime.threads import in_order
+
+log = logging.getLogger(__name__)
 
 #: Factors that one job keeps: they are in memory once as they are read and once as they are written.
 BATCH_BYTES = 2 << 20
@@ -54,27 +57,24 @@ def read_data(path: Path, target: TargetModel, *, samples: int, length: int) -> 
 
 
 def write_map_directory(
-    placed: PlacedAdapter,
-    options: ConvertOptions,
+    plan: UpgradePlan,
     norms: BaseNorms,
     sample: Sample | None,
     staging: Path,
     *,
     quiet: bool,
-) -> tuple[tuple[MapModule, ...], int]:
-    """Convert every module into ``staging``; returns their scalars and the number of parameters."""
-    directory = MapDirectory(placed, staging, _expected(placed, options))
+) -> tuple[MapModule, ...]:
+    """Convert every module into ``staging``; returns their scalars."""
+    directory = MapDirectory(plan.placed, staging, _expected(plan))
     try:
-        _convert(placed, options, norms, sample, directory, quiet=quiet)
-        modules = directory.finish(asdict(options), None if sample is None else sample.record)
+        _convert(plan, norms, sample, directory, quiet=quiet)
+        return directory.finish(asdict(plan.options), None if sample is None else sample.record)
     finally:
         directory.close()
-    return modules, directory.parameters
 
 
 def _convert(
-    placed: PlacedAdapter,
-    options: ConvertOptions,
+    plan: UpgradePlan,
     norms: BaseNorms,
     sample: Sample | None,
     directory: MapDirectory,
@@ -82,29 +82,35 @@ def _convert(
     quiet: bool,
 ) -> None:
     """Convert every module, and write its factors."""
-    workers = worker_count(max(options.working_bytes(item) for item in placed.modules))
-    total = sum(item.weight.nbytes for item in placed.modules)
+    placed, tokens = plan.placed, 0 if sample is None else sample.sequences.tokens
+    # A module takes its refit and its share of the passes that find its inputs.
+    costs = {job.placed.key: job.work + 2 * tokens * job.placed.weight.numel for job in plan.jobs}
     source = placed.target.checkpoint.source
-    light = [item.weight for item in placed.modules if options.keeps_lora(item)]
-    needed = [item.weight for item in placed.modules if not options.keeps_lora(item) or item.initialization]
+    light, needed = ([item.weight for item in items] for items in (plan.light, plan.reading))
     prefetch(source, [piece.tensor for w in (*needed, *norms.missing(light)) for piece in w.pieces], quiet=quiet)
-    with TensorReader(source) as reader, progress_bar(total, "upgrading", quiet=quiet) as advance:
+    with TensorReader(source) as reader, work_bar(costs.values(), "upgrading", unit="module", quiet=quiet) as advance:
         norms.load(light, reader)
-        converter = Converter(reader, options, norms)
-        for modules, roots in _groups(placed, options, sample, quiet=quiet):
-            jobs = [(batch, roots.get(batch[0].module.path)) for batch in _batches(modules, options)]
-            results = in_order(lambda job: converter.convert_all(*job), jobs, workers)
+        converter = Converter(reader, plan, norms)
+        for modules, roots in _groups(plan, sample, quiet=quiet):
+            jobs = [(batch, roots.get(batch[0].module.path)) for batch in _batches(modules, plan)]
+            results = in_order(lambda job: converter.convert_all(*job), jobs, plan.workers)
             for item, result in zip(modules, chain.from_iterable(results), strict=True):
                 directory.add(item, result)
-                advance(item.weight.nbytes)
+                advance(costs[item.key])
+                log.info("%s: %s, rank %d, ε %.3g", *_told(item, plan, result))
 
 
-def _batches(modules: Sequence[PlacedModule], options: ConvertOptions) -> Iterator[list[PlacedModule]]:
+def _told(item: PlacedModule, plan: UpgradePlan, result: Converted) -> tuple[str, str, int, float]:
+    expert = "" if item.expert is None else f", expert {item.expert}"
+    return f"{item.module.path}{expert}", plan.kind_of(item), result.scalars.rank, result.scalars.error or 0.0
+
+
+def _batches(modules: Sequence[PlacedModule], plan: UpgradePlan) -> Iterator[list[PlacedModule]]:
     """Jobs worth a thread's while: modules that only keep their factors go together, a refit alone."""
     batch: list[PlacedModule] = []
     nbytes = 0
     for item in modules:
-        light = options.keeps_lora(item) and item.experts == 1
+        light = plan.kind_of(item) == "keep-lora" and item.experts == 1
         if batch and (not light or nbytes >= BATCH_BYTES):
             yield batch
             batch, nbytes = [], 0
@@ -118,18 +124,22 @@ def _batches(modules: Sequence[PlacedModule], options: ConvertOptions) -> Iterat
 
 
 def _groups(
-    placed: PlacedAdapter, options: ConvertOptions, sample: Sample | None, *, quiet: bool
+    plan: UpgradePlan, sample: Sample | None, *, quiet: bool
 ) -> Iterable[tuple[Sequence[PlacedModule], Mapping[str, InputRoot | None]]]:
     """The modules that are converted together, and what is known of their inputs."""
+    placed, options = plan.placed, plan.options
     if sample is None or options.statistics is None:
         return [(placed.modules, {})]
     device = resolve_device(options.device)
     return input_roots(placed, sample.sequences, statistics=options.statistics, device=device, quiet=quiet)
 
 
-def _expected(placed: PlacedAdapter, options: ConvertOptions) -> list[TensorSpec]:
+def _expected(plan: UpgradePlan) -> list[TensorSpec]:
     """The tensors of the result in their order, where that is known before any is computed: a LoRA of linear layers."""
-    simple = all(options.keeps_lora(m) and m.experts == 1 and m.module.bias is None for m in placed.modules)
+    placed, options = plan.placed, plan.options
+    simple = all(
+        job.kind == "keep-lora" and job.placed.experts == 1 and job.placed.module.bias is None for job in plan.jobs
+    )
     if not simple or placed.adapter.others:
         return []
     specs = []

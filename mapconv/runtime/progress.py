@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from threading import RLock
 from typing import Any
@@ -43,6 +43,24 @@ def progress_bar(total: int, label: str, *, unit: str = "B", quiet: bool = True)
 
 
 @contextmanager
+def work_bar(costs: Iterable[float], label: str, *, unit: str, quiet: bool = True) -> Iterator[Callable[[float], None]]:
+    """Yield a function that counts one item done, of the cost given: the bar moves by what takes the time.
+
+    Items cost very unlike amounts, so that their mere count would make the time left jump.
+    """
+    costs, done = list(costs), [0]
+    count = f"{{postfix[0]}} of {len(costs):,} {unit}s"
+    look = f"{{desc}}: {{percentage:3.0f}}%|{{bar}}| {count} [{{elapsed}}<{{remaining}}]"
+    with _bar(sum(costs), label, quiet=quiet, bar_format=look, postfix=done) as bar:
+
+        def advance(cost: float) -> None:
+            done[0] += 1
+            bar.update(cost)
+
+        yield advance
+
+
+@contextmanager
 def step_bar(total: int, label: str, *, done: int = 0, quiet: bool = True) -> Iterator[StepBar]:
     """Yield a bar of ``total`` steps of which ``done`` were made before."""
     with _bar(total, label, unit="step", unit_scale=False, quiet=quiet, initial=done) as bar:
@@ -75,7 +93,7 @@ def tally_bar(label: str, *, unit: str, quiet: bool = True) -> Iterator[Callable
             bar.close()
 
 
-def _bar(total: int, label: str, *, quiet: bool, **settings: Any) -> tqdm:
+def _bar(total: float, label: str, *, quiet: bool, **settings: Any) -> tqdm:
     return tqdm(
         total=total,
         desc=label,

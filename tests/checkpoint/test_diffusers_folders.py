@@ -81,7 +81,7 @@ def test_a_folder_keeps_its_file_name(stem, unet, adapter, tmp_path):
 
 def test_shards_and_their_index(unet, adapter, tmp_path):
     wanted = expected(unet, adapter)
-    mapconv.merge(adapter, tmp_path / "shards", base=unet, max_shard_size=300)
+    mapconv.merge(adapter, tmp_path / "shards", base=unet, max_shard_size="0.3KB")
     names = sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors"))
     assert names == [f"{DIFFUSERS}-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
     index = json.loads((tmp_path / "shards" / f"{DIFFUSERS}.safetensors.index.json").read_text())

@@ -154,7 +154,9 @@ def test_a_dry_run_reads_the_data_and_writes_nothing(run, dora, text, tmp_path):
         words = ["--data", text, *LENGTH, "--calibrate", 4, "--dry-run"]
         result = run("upgrade", dora, "-o", tmp_path / "map", *words)
     assert result.status == 0, result.err
-    assert "would convert 14 DoRA modules" in result.out
+    assert "(DoRA) on" in result.out
+    assert "would convert 14 modules" in result.out
+    assert "24 sequences, 768 tokens" in result.out
 
 
 def test_fewer_sequences_than_asked_for_are_said_once(run, dora, text, tmp_path):

@@ -137,7 +137,7 @@ def test_405_billion_parameters(tmp_path, capsys):
     report(capsys, "405B", len(placed.modules), started)
     landed = {item.module.path: (item.weight.name, item.weight.shape) for item in placed.modules}
     assert landed == {path: (f"{path}.weight", shape) for path, shape in modules.items()}
-    assert mapconv.upgrade(adapter, base=base, dry_run=True).planned == 126 * 7
+    assert mapconv.upgrade(adapter, base=base, dry_run=True).plan.modules == 126 * 7
 
 
 def test_128_experts_in_94_layers(tmp_path, capsys):

@@ -173,3 +173,21 @@ def test_trainer(base, tmp_path):
     resumed = Trainer(model=again, args=arguments, train_dataset=data)
     resumed.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-3"))
     assert close(log_probabilities(again.eval()), live)
+
+
+def test_a_configuration_takes_pefts_names():
+    theirs = MapConfig(r=4, target_modules=["q_proj"], exclude_modules=["v_proj"], layers_to_transform=[0])
+    assert theirs == MapConfig(rank=4, targets=("q_proj",), exclude=("v_proj",), layers=(0,))
+    with pytest.raises(ValueError, match="r and rank are the same"):
+        MapConfig(r=4, rank=4)
+    with pytest.raises(TypeError, match="'lora_alpha': expected rank, targets"):
+        MapConfig(lora_alpha=4)
+    with pytest.raises(TypeError, match="did you mean direction"):
+        MapConfig(directon="dora")
+
+
+def test_trainable_parameters_are_printed_as_peft_does(capsys):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    mapconv.print_trainable_parameters(model)
+    assert capsys.readouterr().out == "trainable params: 10 || all params: 26 || trainable%: 38.4615\n"

@@ -1,0 +1,212 @@
+"""The plan of an upgrade: what becomes of each module, decided once from names, shapes and options.
+
+It is what ``--dry-run`` prints, what the converter and the writer go by, and what the progress bar counts.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from mapconv.adapter import Direction
+from mapconv.algebra.moments import Statistics
+from mapconv.algebra.norms import BLOCK_ELEMENTS
+from mapconv.checkpoint.reader import TORCH_DTYPES
+from mapconv.data import Dataset
+from mapconv.options.shared import MAX_RANK
+from mapconv.placement.adapters import PlacedAdapter
+from mapconv.placement.weights import PlacedModule
+from mapconv.runtime.threads import worker_count
+
+#: What the factors may be stored in; ``auto`` is the source's own.
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+#: ``keep-lora``: its own factors, of which the scalars follow from norms. ``keep-dora``: DoRA's own factors and
+#: magnitudes. ``refit``: the closest MAP weight. The first two are exact.
+Kind = Literal["keep-lora", "keep-dora", "refit"]
+
+#: Products with the whole weight that a refit takes, and columns that it has besides the rank; for the estimate alone.
+_PRODUCTS, _MORE_COLUMNS = 24, 8
+#: Memory of the process before any weight is read, and beside the model where one runs: imports, and buffers.
+_IMPORTS, _IMPORTS_WITH_MODEL = 300 << 20, 600 << 20
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What the caller asked for. Of ``rank`` and ``tolerance`` at most one is not None; both None: the source's rank.
+
+    ``statistics`` of the layers' inputs that refits weigh errors by; None: all weights alike.
+    """
+
+    rank: int | None = None
+    tolerance: float | None = None
+    max_rank: int = MAX_RANK.fallback
+    direction: Direction = "low-rank"
+    lora_compatible: bool = False
+    dtype: Dtype = "float32"
+    device: str = "auto"
+    statistics: Statistics | None = None
+
+    def stored_dtype(self, placed: PlacedModule) -> torch.dtype:
+        """The dtype that this module's factors are written in."""
+        return TORCH_DTYPES[placed.module.lora_A.dtype] if self.dtype == "auto" else getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One module: what becomes of it, the rank of the result (with a tolerance the source's), and what it takes.
+
+    ``work`` is in floating-point operations, as far as they can be counted before.
+    """
+
+    placed: PlacedModule
+    kind: Kind
+    rank: int
+    stored_bytes: int
+    working_bytes: int
+    work: float
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """A plan in numbers: modules kept exactly and refitted, tensors carried over whole, the result's ranks.
+
+    ``sequences`` and ``tokens`` of data that the source runs on. ``seconds`` and ``memory`` (bytes) are rough, and None
+    where nobody asked for them.
+    """
+
+    modules: int
+    exact: int
+    refitted: int
+    whole: int
+    ranks: tuple[int, ...]
+    tolerance: float | None
+    sequences: int
+    tokens: int
+    nbytes: int
+    seconds: float | None
+    memory: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self).copy()
+
+
+@dataclass(frozen=True)
+class UpgradePlan:
+    """Every module's job, in the order of ``placed.modules``."""
+
+    placed: PlacedAdapter
+    options: ConvertOptions
+    jobs: tuple[Job, ...]
+
+    @cached_property
+    def _kinds(self) -> dict[tuple[str, int | None], Kind]:
+        return {job.placed.key: job.kind for job in self.jobs}
+
+    def kind_of(self, placed: PlacedModule) -> Kind:
+        return self._kinds[placed.key]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is refitted, so that neither data nor training has anything to improve."""
+        return all(job.kind != "refit" for job in self.jobs)
+
+    @property
+    def light(self) -> list[PlacedModule]:
+        """Modules that need no more of their base weight than the norm."""
+        return [job.placed for job in self.jobs if job.kind == "keep-lora"]
+
+    @property
+    def reading(self) -> list[PlacedModule]:
+        """Modules whose base weight is read: for its values, or for an initialization that is undone."""
+        return [job.placed for job in self.jobs if job.kind != "keep-lora" or job.placed.initialization]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors as written; with a tolerance, at the source's rank."""
+        return sum(job.stored_bytes for job in self.jobs) + sum(
+            ref.nbytes for ref in self.placed.adapter.others.values()
+        )
+
+    @property
+    def workers(self) -> int:
+        return worker_count(max(job.working_bytes for job in self.jobs))
+
+    def summary(self, data: Dataset | None, *, estimate: bool) -> PlanSummary:
+        """The plan in numbers; ``data`` is what the model runs on, None where it does not."""
+        sequences, tokens = (0, 0) if data is None else (len(data), data.tokens)
+        refitted = sum(job.kind == "refit" for job in self.jobs)
+        return PlanSummary(
+            modules=len(self.jobs),
+            exact=len(self.jobs) - refitted,
+            refitted=refitted,
+            whole=len(self.placed.adapter.others),
+            ranks=tuple(sorted({job.rank for job in self.jobs})),
+            tolerance=self.options.tolerance if refitted else None,
+            sequences=sequences,
+            tokens=tokens,
+            nbytes=self.nbytes,
+            seconds=self._seconds(tokens) if estimate else None,
+            memory=self._memory(tokens) if estimate else None,
+        )
+
+    def _seconds(self, tokens: int) -> float:
+        """From the counted operations and the speed of one thin product on this machine, right now."""
+        forward = sum(2 * tokens * job.placed.weight.numel for job in self.jobs)
+        return (sum(job.work for job in self.jobs) / self.workers + forward) / _operations_a_second()
+
+    def _memory(self, tokens: int) -> int:
+        working = self.workers * max(job.working_bytes for job in self.jobs)
+        if not tokens:
+            return _IMPORTS + working
+        checkpoint = self.placed.target.checkpoint
+        return _IMPORTS_WITH_MODEL + working + sum(ref.nbytes for ref in checkpoint.tensors.values())
+
+
+def plan_upgrade(placed: PlacedAdapter, options: ConvertOptions) -> UpgradePlan:
+    """Decide for every module; reads nothing."""
+    return UpgradePlan(placed, options, tuple(_job(item, options) for item in placed.modules))
+
+
+def _job(placed: PlacedModule, options: ConvertOptions) -> Job:
+    kind = _kind(placed, options)
+    height, width = placed.weight.shape
+    rank = min(placed.effective_rank if kind != "refit" else options.rank or placed.effective_rank, height, width)
+    stored = (height + width) * rank * options.stored_dtype(placed).itemsize
+    if kind == "keep-lora":
+        # No more of the base than its norm, a block at a time; an initialization that is undone reads all of it.
+        working = 4 * placed.weight.numel if placed.initialization else 16 * BLOCK_ELEMENTS
+        return Job(placed, kind, rank, stored, working, 4 * rank * (height + width) + 2 * placed.weight.numel)
+    # W0 in float32, and with data W0·P as well.
+    working = (4 if options.statistics is None else 8) * placed.weight.numel
+    columns = rank if options.tolerance is None or kind != "refit" else 2 * rank
+    products = 2 if kind == "keep-dora" else _PRODUCTS
+    work = 2 * placed.weight.numel * products * (columns + _MORE_COLUMNS)
+    return Job(placed, kind, rank, stored + 4 * height, working, work)
+
+
+def _kind(placed: PlacedModule, options: ConvertOptions) -> Kind:
+    if placed.module.magnitude is not None:
+        return "keep-dora" if options.direction == "dora" else "refit"
+    kept = options.tolerance is None and (options.rank is None or options.rank >= placed.effective_rank)
+    return "keep-lora" if kept else "refit"
+
+
+def _operations_a_second(columns: int = 24, size: int = 1024) -> float:
+    """The best of a few products of a matrix with a thin block, on one core as in a run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        matrix, block = torch.ones(size, size), torch.ones(size, columns)
+        return 2 * size * size * columns / min(_timed(matrix, block) for _ in range(8))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _timed(matrix: torch.Tensor, block: torch.Tensor) -> float:
+    started = time.perf_counter()
+    matrix @ block
+    return time.perf_counter() - started
