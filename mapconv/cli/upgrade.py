@@ -63,9 +63,8 @@ def upgrade(chosen: Chosen) -> None:
 def _show_plan(result: UpgradeResult) -> None:
     """What would be done, and roughly what it takes."""
     plan = result.plan
-    show(
-        f"{shown(result.source)} ({result.method}) on {shown(result.base)}: would convert {counted(plan.modules, 'module')}"
-    )
+    what = f"would convert {counted(plan.modules, 'module')}"
+    show(f"{shown(result.source)} ({result.method}) on {shown(result.base)}: {what}")
     kept = f"  kept      {plan.exact:,} in their own factors, exactly"
     show(f"{kept}; {counted(plan.whole, 'other tensor')} carried over whole" if plan.whole else kept)
     show(f"  refitted  {plan.refitted:,} to the closest MAP weight")
