@@ -17,7 +17,7 @@ from mapconv.algebra.fingerprint import Fingerprint
 from mapconv.checkpoint.codecs import plain_dtype, storages
 from mapconv.checkpoint.filenames import ADAPTER_FILES, MERGE_RECORD
 from mapconv.checkpoint.flushing import BackgroundFlush
-from mapconv.checkpoint.index import INDEX_FILE, Checkpoint
+from mapconv.checkpoint.index import Checkpoint
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.sidecars import copy_model_files, write_model_config
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
@@ -36,6 +36,7 @@ from mapconv.placement.kept_codes import keep_codes
 from mapconv.refit.plan import Dtype
 from mapconv.runtime.progress import progress_bar
 from mapconv.runtime.threads import in_order, worker_count
+from mapconv.wording import counted
 
 log = logging.getLogger(__name__)
 #: What becomes of weights that the base stores in codes.
@@ -132,7 +133,7 @@ def merge(
             _check_base(placed, merged)
         notes += copy_model_files(folder, sources[0], staging)
         if len(plan.files) > 1 or plan.target.checkpoint.index_metadata is not None:
-            write_file(staging / INDEX_FILE, _index(plan))
+            write_file(staging / plan.target.checkpoint.index_file, _index(plan))
         copied = quantized == "copy"
         written = plain_dtype(plan.target.checkpoint) if dtype == "auto" and not copied else dtype
         notes += write_model_config(folder, staging, written, plan.target.config, quantized=copied)
@@ -154,7 +155,7 @@ def merge(
 
 def quantization_notes(checkpoint: Checkpoint, *, copied: bool = False) -> list[str]:
     """What the base is quantized as, and what becomes of that; nothing for a plain base."""
-    found = ", ".join(f"{count} weights as {label}" for label, count in storages(checkpoint).items())
+    found = ", ".join(f"{counted(count, 'weight')} as {label}" for label, count in storages(checkpoint).items())
     what = "which are copied as they are" if copied else "which are written as the values that the codes stand for"
     return [f"{shown(checkpoint.folder)} is quantized ({found}), {what}"] if found else []
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mapconv.checkpoint.index import MAX_HEADER_BYTES
+from mapconv.checkpoint.headers import MAX_HEADER_BYTES
 from mapconv.errors import CheckpointError, HubError
 from mapconv.files import LARGE
 from mapconv.hub.client import limit_waits
