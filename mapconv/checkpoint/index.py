@@ -115,6 +115,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} holds its weights as a pickle (.bin) only, and mapconv reads safetensors: convert the model "
             "with save_pretrained() first."
         )
+    if any(folder.glob("*.gguf")):
+        raise CheckpointError(
+            f"{folder} holds its weights as GGUF, and mapconv reads safetensors: give the model that they were made "
+            "from with --base."
+        )
     raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: it is not a model folder.")
 
 

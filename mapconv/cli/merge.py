@@ -42,6 +42,22 @@ from mapconv.hub.reference import shown
     show_default=True,
     help="Of a quantized base: write plain weights, or copy codes where the adapter changes none.",
 )
+@click.option(
+    "--base-values",
+    type=click.Choice(["original", "stored", "measured"]),
+    help="Of a quantized base: merge into its stored values, the original model, or what --data is likelier under.",
+)
+@click.option(
+    "--original",
+    metavar="BASE",
+    help="The model that a quantized base was made from, for --base-values. Default: what its card names.",
+)
+@click.option(
+    "--data",
+    type=options.FOLDER,
+    metavar="FILE",
+    help="Text, .jsonl or .parquet that --base-values measures on. Default: a text that ships with mapconv.",
+)
 @options.allow_pickle
 @options.dry_run
 @options.as_json
@@ -57,6 +73,9 @@ def command(
     max_shard_size: int | None,
     weights: tuple[float, ...] | None,
     quantized: str,
+    base_values: str | None,
+    original: str | None,
+    data: Path | None,
     allow_pickle: bool,
     dry_run: bool,
     as_json: bool,
@@ -73,6 +92,10 @@ def command(
         raise click.UsageError(f"--weights has {len(weights)} numbers for {len(adapters)} adapters.")
     if quantized == "copy" and dtype != "auto":
         raise click.UsageError("--quantized copy keeps the codes as they are: it takes no --dtype.")
+    if base_values in (None, "stored") and original is not None:
+        raise click.UsageError("--original is for --base-values original or measured.")
+    if base_values != "measured" and data is not None:
+        raise click.UsageError("--data is for --base-values measured.")
     from mapconv.commands.merge import merge
 
     result = merge(
@@ -83,6 +106,9 @@ def command(
         max_shard_size=max_shard_size,
         weights=weights,
         quantized=quantized,
+        base_values=base_values,
+        original=original,
+        data=data,
         allow_pickle=allow_pickle,
         force=force,
         dry_run=dry_run,

@@ -50,7 +50,9 @@ FOLDER = click.Path(path_type=Path)
 SOURCE = click.STRING
 
 base = click.option(
-    "--base", metavar="BASE", help="Base model: a folder or a Hub id. Default: what the adapter's config names."
+    "--base",
+    metavar="BASE",
+    help="Base model: a folder, a Hub id, or original. Default: what the adapter's config names.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 quiet = click.option("--quiet", "-q", is_flag=True, help="No progress bar.")

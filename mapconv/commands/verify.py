@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from mapconv.data import read_blocks, read_rows
+from mapconv.data import Rows, read_blocks, read_rows
 from mapconv.fidelity.comparison import Agreement, Comparison, ModuleError
 from mapconv.fidelity.saved import check_report_place, save_report
 from mapconv.formats.peft import CONFIG_FILE
@@ -101,19 +101,10 @@ def verify(
         own = place_adapter(result, base, allow_pickle=allow_pickle)
     placed = place_adapter(against, base if against_base is None else against_base, allow_pickle=allow_pickle)
     compared = Comparison(result, placed, dtype=dtype, device=resolve_device(device), result_base=own, quiet=quiet)
-    total, notes = Agreement(), []
+    total, notes = run_both(compared, rows, placed.target.folder, samples=samples, quiet=quiet)
+    if not total.positions:
+        notes.append("the model was not run (it needs more than text, or has no logits): only weights are compared")
     with torch.inference_mode():
-        if compared.reads_text:
-            tokenizer = load_tokenizer(placed.target.folder)
-            length = min(SEQUENCE_LENGTH, compared.longest_text)
-            blocks = read_blocks(rows, tokenizer, samples=samples, length=length, classes=compared.classes)
-            notes += blocks.notes
-            with progress_bar(len(blocks), "verifying", unit="block", quiet=quiet) as advance:
-                for block in blocks.rows():
-                    _compare(compared, block, total)
-                    advance(1)
-        if not total.positions:
-            notes.append("the model was not run (it needs more than text, or has no logits): only weights are compared")
         modules = tuple(compared.module_errors())
     report = VerifyReport(
         result=result,
@@ -128,6 +119,23 @@ def verify(
     if save:
         save_report(result, report.to_dict())
     return report
+
+
+@torch.inference_mode()
+def run_both(
+    compared: Comparison, rows: Rows, folder: Path, *, samples: int, quiet: bool
+) -> tuple[Agreement, list[str]]:
+    """Run the models on the same text, with the tokenizer in ``folder``; returns sums over positions, and notes."""
+    total = Agreement()
+    if not compared.reads_text:
+        return total, []
+    length = min(SEQUENCE_LENGTH, compared.longest_text)
+    blocks = read_blocks(rows, load_tokenizer(folder), samples=samples, length=length, classes=compared.classes)
+    with progress_bar(len(blocks), "running", unit="block", quiet=quiet) as advance:
+        for block in blocks.rows():
+            _compare(compared, block, total)
+            advance(1)
+    return total, list(blocks.notes)
 
 
 def _compare(compared: Comparison, block: list[int], total: Agreement) -> None:
