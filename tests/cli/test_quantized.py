@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from tests.files import copy, edit_json, edit_tensors, read_header, read_tensors
 from tests.models import save_adapter
-from tests.quantized import WEIGHTS, quantize, save_plain
+from tests.quantized import WEIGHTS, quantize, quantize_with_twin, save_plain
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +199,63 @@ def test_a_broken_quantized_base_writes_nothing(run, command, nf4, lora, tmp_pat
     assert result.status == 1
     assert name in result.err
     assert not (tmp_path / "out").exists()
+
+
+class TestLiveRuns:
+    """What runs the model does so on the values that the codes stand for."""
+
+    @pytest.fixture(scope="class")
+    def dora(self, plain, tmp_path_factory) -> Path:
+        return save_adapter(plain, tmp_path_factory.mktemp("dora") / "dora", use_dora=True, target_modules=["q_proj"])
+
+    @pytest.fixture(scope="class")
+    def text(self, tmp_path_factory) -> Path:
+        path = tmp_path_factory.mktemp("text") / "text.txt"
+        path.write_text(
+            "\n\n".join(f"line {number} of a text that says little, again and again." for number in range(99))
+        )
+        return path
+
+    @pytest.mark.parametrize("storage", ["nf4-double", "gptq-order"])
+    def test_refit_and_calibration(self, run, storage, plain, dora, text, tmp_path):
+        """To the same numbers as on a base that stores these values plain."""
+        found = []
+        for base in quantize_with_twin(plain, storage, tmp_path):
+            out, trained = tmp_path / f"{base.name}-map", tmp_path / f"{base.name}-trained"
+            data = ("--data", text, "--sequence-length", 32)
+            result = run("upgrade", dora, "-o", out, "--base", base, *data, "--samples", 4)
+            assert result.status == 0, result.err
+            result = run(
+                "calibrate",
+                out,
+                "--against",
+                dora,
+                "--base",
+                base,
+                "-o",
+                trained,
+                *data,
+                "--steps",
+                2,
+                "--batch-size",
+                2,
+            )
+            assert result.status == 0, result.err
+            tables = [json.loads((folder / "map_config.json").read_text())["modules"] for folder in (out, trained)]
+            found.append([(module["alpha"], module["beta"]) for table in tables for module in table])
+        (first, second) = (torch.tensor(numbers) for numbers in found)
+        assert torch.allclose(first, second, rtol=1e-3)
+
+
+def test_norms_follow_the_configuration(run, plain, lora, tmp_path, monkeypatch):
+    """How zero points are stored stands in config.json alone: another version is another base to the cache of norms."""
+    monkeypatch.setenv("MAPCONV_CACHE", str(tmp_path / "cache"))
+    base = quantize(plain, "gptq-4", tmp_path)
+    norms = []
+    for version in ("gptq", "gptq_v2"):
+        edit_json(base / "config.json", quantization_config={"quant_method": "gptq", "checkpoint_format": version})
+        result = run("upgrade", lora, "-o", tmp_path / version, "--base", base)
+        assert result.status == 0, result.err
+        table = json.loads((tmp_path / version / "map_config.json").read_text())
+        norms.append([module["base_norm"] for module in table["modules"]])
+    assert all(first != second for first, second in zip(*norms, strict=True))
