@@ -86,6 +86,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} holds its weights as a pickle (.bin) only, and mapconv reads safetensors: convert the model "
             "with save_pretrained() first."
         )
+    if any(folder.glob("*.gguf")):
+        raise CheckpointError(
+            f"{folder} holds its weights as GGUF, and mapconv reads safetensors: give the model that they were made "
+            "from with --base."
+        )
     if (folder / PIPELINE_FILE).exists():
         parts = ", ".join(str(folder / name) for name in _pipeline_models(folder / PIPELINE_FILE))
         raise CheckpointError(

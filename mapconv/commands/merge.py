@@ -23,6 +23,7 @@ from mapconv.checkpoint.sidecars import copy_model_files, write_model_config
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
 from mapconv.checkpoint.unchanged import marks_of, unchanged
 from mapconv.checkpoint.writer import FixedFile, NoFile
+from mapconv.commands.base_values import MEASURED_SAMPLES, BaseValues, choose_base
 from mapconv.errors import BaseMismatchError
 from mapconv.hub import locate_adapter
 from mapconv.hub.reference import shown
@@ -84,6 +85,10 @@ def merge(
     dtype: Dtype = "auto",
     max_shard_size: int | str | None = None,
     quantized: Quantized = "dequantize",
+    base_values: BaseValues | None = None,
+    original: str | Path | None = None,
+    data: str | Path | None = None,
+    samples: int | None = None,
     allow_pickle: bool = False,
     force: bool = False,
     dry_run: bool = False,
@@ -101,6 +106,11 @@ def merge(
         max_shard_size: bytes of tensors in one file, or a text such as ``5GB``; None keeps the base's files.
         quantized: what to do with weights that the base stores in codes: ``dequantize`` all, so that the result is an
             ordinary model in 16 bits; ``copy`` them as they are, where the adapters change plain ones alone.
+        base_values: where the base is quantized, what to merge into: its ``stored`` values, the ``original`` model that
+            it was made from, or the one under which ``data`` is likelier (``measured``); None: the base as it is given.
+        original: that model's folder or Hub id; None: what the base's card names.
+        data: text to measure on, as of ``verify``.
+        samples: sequences of 256 tokens of it (8).
         allow_pickle: read weights from ``.bin`` files (with torch's weights-only loader).
         force: replace ``out``, and accept a base whose weights are not those a MAP adapter was made for.
         dry_run: do all of it but write, so that what would stop the merge stops this.
@@ -116,6 +126,11 @@ def merge(
     sources = [locate_adapter(adapter, allow_pickle=allow_pickle) for adapter in named]
     marks = marks_of(sources, ADAPTER_FILES)
     out = Path(out)
+    choice = None
+    if base_values is not None:
+        measured = {"original": original, "data": data, "samples": samples or MEASURED_SAMPLES}
+        choice = choose_base(sources[0], base, base_values, **measured, allow_pickle=allow_pickle, quiet=quiet)
+        base = choice.base
     placed = place_adapters(sources, base, allow_pickle=allow_pickle)
     if quantized == "copy":
         placed = keep_codes(placed)
@@ -123,6 +138,7 @@ def merge(
     folder = plan.target.folder
     check_output(out, force=force, inputs=[*sources, folder], nbytes=plan.nbytes)
     notes = [*(note for item in placed for note in item.adapter.notes), *plan.target.notes]
+    notes += [] if choice is None else [choice.note]
     notes += quantization_notes(plan.target.checkpoint, copied=quantized == "copy")
     marks |= plan.target.checkpoint.marks
     place = TemporaryDirectory(prefix="mapconv-") if dry_run else staged_folder(out, force=force)
@@ -138,6 +154,8 @@ def merge(
         written = plain_dtype(plan.target.checkpoint) if dtype == "auto" and not copied else dtype
         notes += write_model_config(folder, staging, written, plan.target.config, quantized=copied)
         record = merge_record(placed, weights)
+        if choice is not None:
+            record["base_values"] = choice.record
         write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")
     return MergeResult(
         out=out,

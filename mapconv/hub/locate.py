@@ -22,21 +22,22 @@ from mapconv.checkpoint.filenames import (
     weights_files,
 )
 from mapconv.checkpoint.index import Checkpoint, read_checkpoint
+from mapconv.checkpoint.quantization import MODELOPT_FILE
 from mapconv.errors import AdapterError, CheckpointError, HubError, UnsupportedError
 from mapconv.files import LARGE, open_regular
 from mapconv.hub.faults import ask_hub
+from mapconv.hub.originals import CARD_FILE, ORIGINAL, original_of
 from mapconv.hub.ranges import RangesUnsupportedError, ranged_checkpoint
 from mapconv.hub.reference import HubReference, parse_reference
 from mapconv.jsonfile import read_object
 
-CARD_FILE = "README.md"
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ADAPTER_PICKLE = "adapter_model.bin"
 _ADAPTER_FILES = (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS, "map_config.json", CARD_FILE, *TOKENIZER_FILES)
 _OR_BASE = "or give the base model's folder with --base"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SINGLES, _INDEXES = zip(*map(weights_files, STEMS), strict=True)
-_SMALL_MODEL_FILES = (MODEL_CONFIG, PIPELINE_FILE, *_INDEXES, CARD_FILE, *MODEL_FILES, *TOKENIZER_FILES)
+_SMALL_MODEL_FILES = (MODEL_CONFIG, MODELOPT_FILE, PIPELINE_FILE, *_INDEXES, CARD_FILE, *MODEL_FILES, *TOKENIZER_FILES)
 
 
 def locate_adapter(source: str | Path, *, allow_pickle: bool = False) -> Path:
@@ -79,6 +80,8 @@ def locate_result(result: str | Path) -> Path:
 def locate_base(base: str | Path | None, recorded: str | None, revision: str | None, adapter: Path) -> Path:
     """The folder of the base model: ``base`` if given, else what the adapter's configuration recorded.
 
+    ``original`` as ``base`` is the model that the recorded one is a quantized copy of, by that one's card.
+
     Raises:
         CheckpointError: neither names a model that can be had. HubError: the Hub does not give it.
     """
@@ -108,11 +111,17 @@ def open_base(
 
 
 def _base(base: str | Path | None, recorded: str | None, revision: str | None, adapter: Path) -> Path | HubReference:
+    if base is not None and str(base) == ORIGINAL and not is_folder(ORIGINAL):
+        base = original_of_base(None, recorded, revision, adapter)
     name = str(base) if base is not None else recorded
     if not name:
         raise CheckpointError(f"{adapter} does not say which model it adapts: give the base model with --base.")
     if is_folder(name):
         return Path(name)
+    if name.endswith(".gguf"):
+        raise CheckpointError(
+            f"{name} is a GGUF file, and mapconv reads safetensors: give the model that it was made from with --base."
+        )
     reference = parse_reference(name)
     if reference is not None and base is None:
         # The configuration has the revision in a field of its own.
@@ -130,6 +139,17 @@ def _base(base: str | Path | None, recorded: str | None, revision: str | None, a
             f"{adapter} was trained on {name}, which is not on this machine: give the base model with --base."
         )
     raise CheckpointError(f"{name} is neither a folder nor a Hub id (owner/name): give the base model with --base.")
+
+
+def original_of_base(base: str | Path | None, recorded: str | None, revision: str | None, adapter: Path) -> str:
+    """The model that a quantized base was made from, by that base's card; arguments as of ``locate_base``.
+
+    Raises:
+        CheckpointError: the card does not say. HubError: the Hub does not give it.
+    """
+    found = _base(base, recorded, revision, adapter)
+    folder = found if isinstance(found, Path) else _snapshot(found, (CARD_FILE, MODEL_CONFIG), _OR_BASE)
+    return original_of(folder, str(found))
 
 
 def hub_reference(source: str | Path) -> HubReference | None:

@@ -13,6 +13,7 @@ from mapconv.checkpoint.codecs.arithmetic import (
     expand_nibbles,
     nibble_table,
     read_floats,
+    require_scales,
     scale_,
     shift_,
     unpack_bits,
@@ -78,7 +79,9 @@ class Packed:
         else:
             # A group of equal weights has a scale of zero and is its bias.
             scale_(out, scales, group, self.scale, zero_is_lost=False)
-            shift_(out, self._numbers(reader, self.bias, start, stop), group)
+            bias = self._numbers(reader, self.bias, start, stop)
+            require_scales(bias, self.bias)
+            shift_(out, bias, group)
 
     def _codes(self, reader: Bytes, start: int, stop: int, out: torch.Tensor) -> None:
         if self.order == "columns":
