@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from mapconv.adapter import Direction, MapModule
+from mapconv.algebra.dense import dense_bytes
 from mapconv.algebra.dora import AdaptedWeight, merge_rows_
 from mapconv.algebra.fingerprint import (
     Fingerprint,
@@ -23,6 +24,7 @@ from mapconv.algebra.fingerprint import (
     matrix_fingerprint,
     row_numbers,
 )
+from mapconv.algebra.lowrank import is_randomized
 from mapconv.algebra.moments import InputRoot, Statistics
 from mapconv.algebra.norms import (
     BLOCK_ELEMENTS,
@@ -77,10 +79,18 @@ class ConvertOptions:
         return TORCH_DTYPES[placed.module.lora_A.dtype] if self.dtype == "auto" else getattr(torch, self.dtype)
 
     def working_bytes(self, placed: PlacedModule) -> int:
-        """Memory that converting this module takes: all but a plain LoRA hold W0 in float32, and with data W0·P too."""
+        """Memory that converting this module takes.
+
+        All but a plain LoRA hold W0 in float32, and with data W0·P too; a refit the dense way, its Gram matrices.
+        """
         if self.keeps_lora(placed) and not placed.initialization:
             return 16 * BLOCK_ELEMENTS
-        return (4 if self.statistics is None else 8) * placed.weight.numel
+        whole = (4 if self.statistics is None else 8) * placed.weight.numel
+        if self.keeps_factors(placed):
+            return whole
+        shape, known = placed.weight.shape, placed.effective_rank
+        rank = (self.rank or known) if self.tolerance is None else self.max_rank
+        return whole if is_randomized(shape, rank, known) else whole + dense_bytes(shape)
 
     def stored_bytes(self, placed: PlacedModule) -> int:
         """Bytes of this module's factors as written; with a tolerance, at the source's rank."""
