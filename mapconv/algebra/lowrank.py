@@ -16,18 +16,18 @@ from mapconv.algebra.randomized import OVERSAMPLING, Sketch
 
 Decomposition = Sketch | Dense
 
-# Seconds of one core, fitted to both ways on matrices of 192 × 576 to 4096 × 14336 and ranks 1 to 512: what matters is
-# their ratios, which differ little between processors.
+# Seconds of one core, set by hand after CPU times of both ways on a trained DoRA's weights of 192 × 576, 576 × 576 and
+# 1536 × 576, at ranks 16 to 128; larger matrices are extrapolated. What matters is the ratios.
 #: A product with a thin block, for each element of the matrix: reading it, and one column's multiplication.
 READ, MULTIPLY = 1.0e-9, 0.04e-9
 #: Householder QR and Gram matrices of a thin block, for each of its elements and columns.
 ORTHONORMALIZE = 0.7e-9
-#: A float64 multiplication in a Gram matrix, and everything around one eigendecomposition, for each of its n³.
-GRAM, EIGEN = 0.025e-9, 0.25e-9
+#: A float32 multiplication in a Gram matrix, and everything around one eigendecomposition, for each of its n³.
+GRAM, EIGEN = 0.025e-9, 0.3e-9
 #: Everything around one eigendecomposition in float64 on a sketch, for each of its l³, and how many one search takes.
 SEARCH, SEARCHES = 1.0e-9, 4
 #: Iterations of the one, without and with directions for all of the rank, and eigendecompositions of the other.
-ITERATIONS, FEW_ITERATIONS, DECOMPOSITIONS = 9, 2, 1.3
+ITERATIONS, FEW_ITERATIONS, DECOMPOSITIONS = 10, 2, 1.3
 
 
 def best_low_rank(
