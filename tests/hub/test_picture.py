@@ -1,40 +1,17 @@
-"""The plot of a model card, decoded again: a PNG by its own rules, with each series where its values say."""
+"""The plot of a model card: each series where its values say, in the figure and in the picture."""
 
 from __future__ import annotations
 
-import math
-import struct
-import zlib
-from itertools import pairwise
+import importlib.util
+import io
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from mapconv.adapter import MapModule
-from mapconv.publishing.picture import nice_ticks, scalars_png
-from mapconv.publishing.raster import Canvas
-
-
-def decode(png: bytes) -> np.ndarray:
-    """(height, width, 3) of an 8-bit RGB picture without filters; every checksum is checked."""
-    assert png[:8] == b"\x89PNG\r\n\x1a\n"
-    position, data, size = 8, b"", None
-    while position < len(png):
-        (length,) = struct.unpack_from(">I", png, position)
-        kind, body = png[position + 4 : position + 8], png[position + 8 : position + 8 + length]
-        assert struct.unpack_from(">I", png, position + 8 + length)[0] == zlib.crc32(kind + body)
-        if kind == b"IHDR":
-            width, height, depth, color, *rest = struct.unpack(">IIBBBBB", body)
-            assert (depth, color, rest) == (8, 2, [0, 0, 0])
-            size = height, width
-        data += body if kind == b"IDAT" else b""
-        position += 12 + length
-    assert kind == b"IEND"
-    rows = np.frombuffer(zlib.decompress(data), dtype=np.uint8).reshape(size[0], 1 + 3 * size[1])
-    assert not rows[:, 0].any()
-    return rows[:, 1:].reshape(*size, 3)
+from mapconv.publishing import picture
+from mapconv.publishing.package import _plot
 
 
 def module(path: str, gain: float, ratio: float) -> MapModule:
@@ -43,55 +20,60 @@ def module(path: str, gain: float, ratio: float) -> MapModule:
     )
 
 
-def test_lines_dots_and_text_land_where_they_should():
-    canvas = Canvas(100, 60)
-    canvas.polyline([(10, 30), (90, 30)], (255, 0, 0), 4)
-    canvas.dots([(50, 10)], (0, 0, 255), 5)
-    canvas.text(10, 50, "Il", color=(0, 0, 0))
-    pixels = decode(canvas.png()).astype(int)
-    assert (pixels[30, 20:80] == [255, 0, 0]).all()
-    assert (pixels[30, :7] == 255).all()
-    assert (pixels[10, 50] == [0, 0, 255]).all()
-    assert (pixels[2, 50] == 255).all()
-    assert pixels[42:58, 10:40].min() < 60
-    assert pixels[42:58, 60:].min() == 255
+MODULES = [module(f"model.layers.{n}.{name}", gain, 0.1) for n in range(3) for name, gain in (("q", 0.9), ("v", 1.1))]
 
 
-def test_drawing_over_the_edge_is_cut_off():
-    canvas = Canvas(20, 20)
-    canvas.polyline([(-50, 10), (70, 10)], (0, 0, 0), 2)
-    canvas.dots([(-100, -100), (19, 19)], (0, 0, 0), 3)
-    pixels = decode(canvas.png())
-    assert (pixels[10] < 255).all()
-    assert (pixels[2] == 255).all()
+@pytest.fixture
+def drawn(monkeypatch) -> Figure:
+    """The figure of ``MODULES``, before it becomes a picture."""
+    figure = Figure()
+
+    def draw_on_it(width, height, draw):
+        draw(figure)
+        return b"png"
+
+    monkeypatch.setattr(picture, "figure_png", draw_on_it)
+    assert picture.scalars_png(MODULES) == b"png"
+    return figure
 
 
-def test_the_highest_series_is_drawn_highest():
-    modules = [
-        module(f"model.layers.{n}.{name}", gain, 0.1) for n in range(3) for name, gain in (("q", 0.9), ("v", 1.1))
-    ]
-    pixels = decode(scalars_png(modules)).astype(int)
+def test_each_series_has_its_values_and_its_name(drawn):
+    gains, ratios = drawn.axes
+    for axis, values in ((gains, (0.9, 1.1)), (ratios, (0.1, 0.1))):
+        assert [list(line.get_xdata()) for line in axis.get_lines()] == [[0, 1, 2]] * 2
+        for line, value in zip(axis.get_lines(), values, strict=True):
+            assert list(line.get_ydata()) == pytest.approx([value] * 3)
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["q", "v"]
+
+
+def test_values_that_hardly_differ_are_drawn_as_one(drawn):
+    low, high = drawn.axes[1].get_ylim()
+    assert (low, high) == pytest.approx((0.09, 0.11))
+
+
+def test_the_highest_series_is_drawn_highest_and_the_bytes_repeat():
+    png = picture.scalars_png(MODULES)
+    assert png == picture.scalars_png(MODULES)
+    pixels = (imread(io.BytesIO(png)) * 255).astype(int)
     height, width, _ = pixels.shape
-    plot = pixels[: height - 130, : width // 2]
-    blue = np.argwhere((plot[:, :, 2] > 150) & (plot[:, :, 0] < 60))
-    orange = np.argwhere((plot[:, :, 0] > 180) & (plot[:, :, 2] < 60))
-    assert len(blue) > 0
-    assert len(orange) > 0
-    assert orange[:, 0].max() < blue[:, 0].min()
+    assert (width, height) == (1600, 720)
+    plot = pixels[: height * 4 // 5, : width // 2]
+    blue = (plot[:, :, 2] > 150) & (plot[:, :, 0] < 60)
+    orange = (plot[:, :, 0] > 180) & (plot[:, :, 2] < 60)
+    assert blue.any()
+    assert orange.any()
+    assert orange.any(axis=1).nonzero()[0].max() < blue.any(axis=1).nonzero()[0].min()
 
 
 def test_modules_without_a_layer_give_no_picture():
-    assert scalars_png([module("lm_head", 1.0, 0.1)]) is None
-    assert scalars_png([]) is None
+    assert picture.scalars_png([module("lm_head", 1.0, 0.1)]) is None
+    assert picture.scalars_png([]) is None
 
 
-@given(st.floats(-1e3, 1e3), st.floats(0, 1e3))
-def test_ticks_are_few_round_and_enclose_the_values(low, spread):
-    high = low + spread
-    ticks = nice_ticks(low, high, around=1.0)
-    assert 2 <= len(ticks) <= 9
-    step = ticks[1] - ticks[0]
-    assert ticks[0] <= low + 1e-6 * step
-    assert ticks[-1] >= high - 1e-6 * step
-    assert all(b - a == pytest.approx(step) for a, b in pairwise(ticks))
-    assert round(step / 10 ** math.floor(math.log10(step) + 1e-9), 6) in (1, 2, 5)
+def test_without_matplotlib_the_card_has_its_table_alone(monkeypatch, tmp_path):
+    assert _plot(tmp_path, MODULES) is not None
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "mapconv.publishing.package.find_spec", lambda name: None if name == "matplotlib" else found(name)
+    )
+    assert _plot(tmp_path, MODULES) is None
