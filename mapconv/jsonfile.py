@@ -16,6 +16,9 @@ from mapconv.untrusted.schema import fault as schema_fault
 #: No file of this field nests deeper, and what walks through a table may recurse.
 MOST_NESTING = 64
 
+#: How the text begins that Git-LFS puts in a file's place until the file is pulled.
+LFS_POINTER = b"version https://git-lfs"
+
 
 def read_object(
     path: Path,
@@ -35,6 +38,8 @@ def read_object(
         FileNotFoundError: absent; what that means is the caller's to say.
     """
     content = read_bytes(path, kind, limit=limit)
+    if content.startswith(LFS_POINTER):
+        raise kind(f"{path} is a Git-LFS pointer, not the file itself: run `git lfs pull` in its folder.")
     try:
         table = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -74,7 +74,7 @@ ALGEBRA = [name for name in FILES if inside(name, "mapconv.algebra")]
 CLI = [name for name in FILES if inside(name, "mapconv.cli")]
 #: The rooms, lowest first. A file imports from its own room and from the rooms of lower layers, never from a neighbour.
 LAYERS = [
-    {"errors", "version"},
+    {"errors", "version", "wording"},
     {"untrusted", "files"},
     {"options", "adapter", "jsonfile", "algebra"},
     {"checkpoint", "data", "runtime"},

@@ -18,18 +18,19 @@ import os, subprocess, sys, time
 started = time.perf_counter()
 child = subprocess.Popen(sys.argv[1:])
 _, status, usage = os.wait4(child.pid, 0)
-print(time.perf_counter() - started, usage.ru_maxrss, flush=True)
+print(time.perf_counter() - started, usage.ru_maxrss, usage.ru_utime + usage.ru_stime, flush=True)
 os._exit(os.waitstatus_to_exitcode(status) & 255)
 """
 
 
 @dataclass(frozen=True)
 class Run:
-    """One finished process: seconds of wall time, peak resident megabytes (10⁶ bytes), and its stdout."""
+    """One finished process: seconds of wall time, peak resident megabytes (10⁶ bytes), its stdout, and CPU seconds."""
 
     seconds: float
     megabytes: float
     output: str = ""
+    cpu: float = 0.0
 
 
 def run(*command: object) -> Run:
@@ -44,8 +45,8 @@ def run(*command: object) -> Run:
     output, _, figures = finished.stdout.rstrip("\n").rpartition("\n")
     if finished.returncode:
         sys.exit(f"{command} failed with {finished.returncode}")
-    seconds, kilobytes = figures.split()
-    return Run(float(seconds), int(kilobytes) * 1024 / 1e6, output)
+    seconds, kilobytes, cpu = figures.split()
+    return Run(float(seconds), int(kilobytes) * 1024 / 1e6, output, float(cpu))
 
 
 def mapconv(*arguments: object) -> Run:
@@ -59,5 +60,8 @@ def python(code: str, *arguments: object) -> Run:
 def median(runs: list[Run]) -> Run:
     """The median of each figure on its own."""
     return Run(
-        statistics.median(r.seconds for r in runs), statistics.median(r.megabytes for r in runs), runs[-1].output
+        statistics.median(r.seconds for r in runs),
+        statistics.median(r.megabytes for r in runs),
+        runs[-1].output,
+        statistics.median(r.cpu for r in runs),
     )

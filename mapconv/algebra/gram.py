@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 import torch
 
-#: Squared errors below this fraction of ‖E‖² are rounding of float64 Gram matrices.
-ROUNDING64 = 1e-13
+#: Squared errors below this fraction of ‖E‖² are rounding of the Gram matrices.
+ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6}
 #: The search for t stops once the squared error can fall by less than this fraction: 0.05 % of the error.
 ENOUGH = 1e-3
 #: Below this fraction of its largest possible value, f_k″ is taken for that value: f_k bends down where λ_k and λ_{k+1}
 #: nearly cross.
 LEAST_CURVATURE = 1e-4
 #: Eigenvalues closer than this fraction of the largest are taken for a crossing.
-NEARLY_EQUAL = 1e-12
+NEARLY_EQUAL = {torch.float64: 1e-12, torch.float32: 1e-6}
 MAX_STEPS = 20
 #: Where at most FEW_LEFT eigenvalues are left over, or the matrix is SMALL, f_k has valleys, and t is scanned first.
 SMALL, FEW_LEFT, SCANNED = 64, 16, 41
@@ -56,7 +56,7 @@ class GramPencil:
     """G(t) = SᵀS − t·(SᵀW + WᵀS) + t²·WᵀW, with the exact norms of the whole pencil that a sketch may know a part of.
 
     Args:
-        ss, sw, ww: (l, l) float64: SᵀS, SᵀW and WᵀW; the last two None where there is no W.
+        ss, sw, ww: (l, l) float64 or float32: SᵀS, SᵀW and WᵀW; the last two None where there is no W.
         norms: (‖S‖², ⟨S, W⟩, ‖W‖²).
         complete: whether the matrices are of the whole pencil, not of a sketch.
         rounding: fraction of ‖S‖² below which squared errors are noise, and t = 0 is as good as any other.
@@ -115,18 +115,19 @@ class GramPencil:
         gram = self.ss if t == 0 or self.sw is None else self.ss - t * self.sw + t * t * self.ww
         values, vectors = torch.linalg.eigh(gram)
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-        errors = norm_s - 2 * t * inner + t * t * norm_w - _sums(values)
+        wide = values.double()
+        errors = norm_s - 2 * t * inner + t * t * norm_w - _sums(wide)
         if self.sw is None:
             flat = torch.zeros_like(errors)
             return Spectrum(t, values, vectors, errors.clamp_min(0), flat, flat + 1)
         change = (2 * t) * self.ww - self.sw
         turned = change @ vectors
-        slopes = 2 * (t * norm_w - inner) - _sums((turned * vectors).sum(0))
-        couplings = (vectors.T @ turned).square_()
-        gaps = values[:, None] - values
+        slopes = 2 * (t * norm_w - inner) - _sums((turned * vectors).sum(0).double())
+        couplings = (vectors.T @ turned).double().square_()
+        gaps = wide[:, None] - wide
         # 1/gap, held finite where two values nearly meet; the terms of two values on the same side of k cancel.
-        couplings.mul_(gaps.div_(gaps.square().add_((NEARLY_EQUAL * float(values[0])) ** 2 or 1.0)))
-        bends = 2 * (((self.ww @ vectors) * vectors).sum(0) + couplings.sum(1))
+        couplings.mul_(gaps.div_(gaps.square().add_((NEARLY_EQUAL[values.dtype] * float(wide[0])) ** 2 or 1.0)))
+        bends = 2 * (((self.ww @ vectors) * vectors).sum(0).double() + couplings.sum(1))
         highest = 2 * norm_w
         curvatures = highest - _sums(bends)
         curvatures = torch.where(curvatures >= LEAST_CURVATURE * highest, curvatures.clamp_max(highest), highest)

@@ -7,6 +7,8 @@ spectrum. Which one is cheaper is a matter of shape, rank and the measured cost 
 
 from __future__ import annotations
 
+import torch
+
 from mapconv.algebra.dense import Dense
 from mapconv.algebra.gram import Spectrum
 from mapconv.algebra.pencil import LowRank, Pencil
@@ -14,18 +16,18 @@ from mapconv.algebra.randomized import OVERSAMPLING, Sketch
 
 Decomposition = Sketch | Dense
 
-# Seconds of one core, fitted to both ways on matrices of 192 × 576 to 4096 × 14336 and ranks 1 to 512: what matters is
-# their ratios, which differ little between processors.
+# Seconds of one core, set by hand after CPU times of both ways on a trained DoRA's weights of 192 × 576, 576 × 576 and
+# 1536 × 576, at ranks 16 to 128; larger matrices are extrapolated. What matters is the ratios.
 #: A product with a thin block, for each element of the matrix: reading it, and one column's multiplication.
-READ, MULTIPLY = 1.0e-9, 0.025e-9
+READ, MULTIPLY = 1.0e-9, 0.04e-9
 #: Householder QR and Gram matrices of a thin block, for each of its elements and columns.
-ORTHONORMALIZE = 0.3e-9
-#: A float64 multiplication in a Gram matrix, and everything around one eigendecomposition, for each of its n³.
-GRAM, EIGEN = 0.06e-9, 0.4e-9
-#: Eigendecompositions in the search for t on one sketch.
-SEARCHES = 10
+ORTHONORMALIZE = 0.7e-9
+#: A float32 multiplication in a Gram matrix, and everything around one eigendecomposition, for each of its n³.
+GRAM, EIGEN = 0.025e-9, 0.3e-9
+#: Everything around one eigendecomposition in float64 on a sketch, for each of its l³, and how many one search takes.
+SEARCH, SEARCHES = 1.0e-9, 4
 #: Iterations of the one, without and with directions for all of the rank, and eigendecompositions of the other.
-ITERATIONS, FEW_ITERATIONS, DECOMPOSITIONS = 9, 2, 1.3
+ITERATIONS, FEW_ITERATIONS, DECOMPOSITIONS = 10, 2, 1.3
 
 
 def best_low_rank(
@@ -46,11 +48,16 @@ def best_low_rank(
     rank = min(rank, *pencil.shape)
     if rank == min(pencil.shape) and shift is None:
         shift = 0.0  # no t leaves anything over, so rounding alone would choose one
-    if not dense and is_thin(pencil, rank) and not prefers_dense(pencil, rank):
+    if not dense and is_randomized(pencil.shape, rank, _known(pencil)):
         sketch = Sketch(pencil, rank, t=shift, seed=seed)
         if sketch.settled:
             return sketch.cut(sketch.spectrum, rank)
-    return Dense(pencil, t=shift).best(rank)
+    for dtype in _precisions(dense or rank == min(pencil.shape)):
+        decomposition = Dense(pencil, t=shift, dtype=dtype)
+        spectrum = decomposition.solve(rank)
+        if decomposition.is_fine(spectrum, rank):
+            break
+    return decomposition.cut(spectrum, rank)
 
 
 def least_rank(
@@ -74,28 +81,43 @@ def least_rank(
     """
     max_rank = min(max_rank, *pencil.shape)
     rank, basis = min(first, max_rank), None
-    while not dense and is_thin(pencil, max_rank) and not prefers_dense(pencil, max_rank):
+    while not dense and is_randomized(pencil.shape, max_rank, _known(pencil)):
         sketch = Sketch(pencil, rank, t=shift, seed=seed, start=basis)
         if not sketch.settled:
             break
         if rank == max_rank or float(sketch.spectrum.squared_errors[rank]) <= allowed:
             return (*sketch.least_rank(allowed, rank), sketch)
         rank, basis = min(2 * rank, max_rank), sketch.basis
-    decomposition = Dense(pencil, t=shift)
-    return (*decomposition.least_rank(allowed, max_rank), decomposition)
+    for dtype in _precisions(dense):
+        decomposition = Dense(pencil, t=shift, dtype=dtype)
+        rank, spectrum = decomposition.least_rank(allowed, max_rank)
+        if decomposition.is_fine(spectrum, rank):
+            break
+    return rank, spectrum, decomposition
 
 
-def is_thin(pencil: Pencil, rank: int) -> bool:
-    """Whether a sketch is less than half of the matrix: a wider one settles on t slowly, and saves nothing."""
-    return 2 * (rank + OVERSAMPLING) < min(pencil.shape)
+def _precisions(sure: bool) -> tuple[torch.dtype, ...]:
+    """Of Gram matrices, in the order to try them in; float64 always serves."""
+    return (torch.float64,) if sure else (torch.float32, torch.float64)
 
 
-def prefers_dense(pencil: Pencil, rank: int) -> bool:
+def is_randomized(shape: tuple[int, int], rank: int, known: int) -> bool:
+    """Whether the randomized way is tried first, for a pencil with ``known`` directions.
+
+    A sketch of more than half of the matrix settles on t slowly, and saves nothing.
+    """
+    return 2 * (rank + OVERSAMPLING) < min(shape) and not prefers_dense(shape, rank, known)
+
+
+def prefers_dense(shape: tuple[int, int], rank: int, known: int) -> bool:
     """Whether the dense way is expected to be the cheaper one."""
-    height, width = pencil.shape
-    side, columns = min(height, width), min(rank + OVERSAMPLING, height, width)
+    height, width = shape
+    side, columns = min(shape), min(rank + OVERSAMPLING, height, width)
     dense = 3 * GRAM * height * width * side + DECOMPOSITIONS * EIGEN * side**3
     passes = 2 * height * width * (READ + MULTIPLY * columns)
-    iteration = passes + (height + width) * columns**2 * ORTHONORMALIZE + SEARCHES * EIGEN * columns**3
-    known = 0 if pencil.directions is None else pencil.directions.shape[1]
+    iteration = passes + (height + width) * columns**2 * ORTHONORMALIZE + SEARCHES * SEARCH * columns**3
     return dense <= (FEW_ITERATIONS if rank <= known else ITERATIONS) * iteration
+
+
+def _known(pencil: Pencil) -> int:
+    return 0 if pencil.directions is None else pencil.directions.shape[1]

@@ -42,7 +42,7 @@ class Sketch:
         for iteration in range(MAX_ITERATIONS):
             self._SV, self._WV = pencil.products(self.basis)
             self._search = _search(self._SV, self._WV, norms, complete=self.basis.shape[1] == min(pencil.shape))
-            self.spectrum = self._solve(rank, near)
+            self.spectrum = self._solve(rank, near, first=iteration == 0)
             near = self.spectrum.t
             errors.append(float(self.spectrum.squared_errors[rank]))
             if _converged(errors, noise=ROUNDING * norms[0]):
@@ -69,11 +69,11 @@ class Sketch:
         left, right = self._at(spectrum.t) @ rotation, (self.basis @ rotation).T
         return balanced(spectrum.t, left, right, square)
 
-    def _solve(self, rank: int, near: float) -> Spectrum:
+    def _solve(self, rank: int, near: float, *, first: bool) -> Spectrum:
         found = self._search.solve(rank, t=self._fixed, start=near)
-        if self._fixed is not None or near == 0:
+        if self._fixed is not None or near == 0 or not first:
             return found
-        # f_k may have more than one valley, and on a sketch a second search is cheap.
+        # f_k may have more than one valley; later iterations stay in the one that is chosen here.
         other = self._search.solve(rank, start=0.0)
         return min(found, other, key=lambda spectrum: float(spectrum.squared_errors[rank]))
 

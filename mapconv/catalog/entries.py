@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-#: What an entry may ask for, in the order in which it is done; ``rebase`` takes the place of ``upgrade``, and one of the
-#: two always is.
+#: What an entry may ask for, in the order in which it is done. One of the first two always is: ``rebase`` takes the
+#: place of ``upgrade``.
 STAGES = ("upgrade", "rebase", "calibrate", "verify", "merge", "push")
 
 

@@ -15,14 +15,25 @@ MODEL_FILES = (
     "image_processor_config.json", "configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py",
     "LICENSE*", "NOTICE*",
 )  # fmt: skip
+#: What the weights files of a model are called, without their endings: transformers' name, and diffusers', whose half
+#: precision is a variant of its own.
+STEMS = ("model", "diffusion_pytorch_model", "diffusion_pytorch_model.fp16")
+#: What a pipeline of several diffusers models has at its top.
+PIPELINE_FILE = "model_index.json"
+
+
+def weights_files(stem: str) -> tuple[str, str]:
+    """The names of a single weights file and of an index; diffusers puts a variant before an index's last ending."""
+    name, *variant = stem.split(".")
+    return f"{stem}.safetensors", ".".join([f"{name}.safetensors.index", *variant, "json"])
+
+
 #: Weights as transformers, PEFT and diffusers name them, and the indexes of their shards.
 WEIGHT_FILES = (
     "model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors", "adapter_model.bin",
     "pytorch_model.bin", "pytorch_model-*-of-*.bin", "diffusion_pytorch_model*.safetensors",
 )  # fmt: skip
-INDEX_FILES = (
-    "model.safetensors.index.json", "pytorch_model.bin.index.json", "diffusion_pytorch_model.safetensors.index.json",
-)  # fmt: skip
+INDEX_FILES = (*(weights_files(stem)[1] for stem in STEMS), "pytorch_model.bin.index.json")
 #: Each tells what a folder is, whatever its weights are called.
 RECORD_FILES = ("map_config.json", "adapter_config.json", MERGE_RECORD)
 #: What an adapter is read from.

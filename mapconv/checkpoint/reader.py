@@ -7,7 +7,6 @@ and a positioned read is safe from several threads on one descriptor.
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock, local
@@ -28,8 +27,6 @@ TORCH_DTYPES = {
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-#: What a thread keeps at hand of the quantized weight that it reads.
-_KEPT = 6
 
 
 def row_ranges(ref: TensorRef) -> Iterator[tuple[int, int]]:
@@ -106,15 +103,14 @@ class TensorReader:
         self._read_into(target, ref, start)
         return target
 
-    def kept(self, key: object, make: Callable[[], T]) -> T:
-        """What ``make`` gives, made anew only where this thread has since read other weights."""
-        table: OrderedDict[object, T] = self._local.__dict__.setdefault("kept", OrderedDict())
-        if key not in table:
-            while len(table) >= _KEPT:
-                table.popitem(last=False)
-            table[key] = make()
-        table.move_to_end(key)
-        return table[key]
+    def kept(self, owner: object, name: str, make: Callable[[], T]) -> T:
+        """What ``make`` gives, made anew only where this thread has since read another weight than ``owner``."""
+        if getattr(self._local, "owner", None) != owner:
+            self._local.owner, self._local.parts = owner, {}
+        parts: dict[str, T] = self._local.parts
+        if name not in parts:
+            parts[name] = make()
+        return parts[name]
 
     def _read_into(self, target: torch.Tensor, ref: TensorRef, start: int) -> None:
         """Fill ``target`` (uint8) with the tensor's bytes from ``start`` on."""

@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from mapconv.checkpoint.filenames import MERGE_RECORD, MODEL_CONFIG, MODEL_FILES, TOKENIZER_FILES
+from mapconv.checkpoint.filenames import MERGE_RECORD, MODEL_CONFIG, MODEL_FILES, PIPELINE_FILE, TOKENIZER_FILES
 from mapconv.checkpoint.model_config import read_model_config
 from mapconv.checkpoint.quantization import MODELOPT_FILE, QUANTIZATION_KEYS, without_quantization
 from mapconv.checkpoint.staging import write_file
@@ -23,7 +23,10 @@ from mapconv.errors import CheckpointError, MapconvError
 from mapconv.files import check_regular, open_regular
 
 #: All that mapconv or the libraries that it calls read from a folder, besides the weights.
-_READ_FILES = (*TOKENIZER_FILES, *MODEL_FILES, "README.md", "*config.json", "*.index.json", MERGE_RECORD, "verify.json")
+_READ_FILES = (
+    *TOKENIZER_FILES, *MODEL_FILES, "README.md", "*config.json", "*.index*.json", PIPELINE_FILE, MERGE_RECORD,
+    "verify.json",
+)  # fmt: skip
 
 
 def check_folder(folder: Path, kind: type[MapconvError]) -> None:
@@ -90,7 +93,7 @@ def write_model_config(
     if quantized:
         config |= {key: own[key] for key in QUANTIZATION_KEYS if key in own}
         _copy(base, target, _matching(base, (MODELOPT_FILE,)))
-    if dtype != "auto":
+    if dtype != "auto" and "_class_name" not in config:  # diffusers' configurations name no dtype
         config.setdefault("dtype", dtype)
         _set_dtype(config, dtype)
     write_file(target / MODEL_CONFIG, json.dumps(config, indent=2) + "\n")

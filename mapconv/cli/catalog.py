@@ -11,6 +11,7 @@ import click
 from mapconv.cli.options import Chosen, command
 from mapconv.cli.output import notes, print_json, print_table, say, show, size, small
 from mapconv.options.commands import CATALOG_RUN, CATALOG_STATUS
+from mapconv.wording import counted
 
 if TYPE_CHECKING:
     from mapconv.catalog.status import Status
@@ -53,7 +54,7 @@ def run(chosen: Chosen) -> None:
 
 def _report(result: CatalogResult) -> None:
     rate = f", {result.converted / result.seconds:.2f} a second" if result.converted else ""
-    show(f"{result.catalog} → {result.out}: {result.entries:,} adapters")
+    show(f"{result.catalog} → {result.out}: {counted(result.entries, 'adapter')}")
     show(
         f"  {result.done:,} done ({result.converted:,} now, {size(result.nbytes)}), {result.failed:,} failed, "
         f"{result.left:,} left; {result.seconds:.1f} s{rate}"

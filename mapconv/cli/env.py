@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import click
-
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import print_json
+from mapconv.cli.output import print_json, show
 from mapconv.options.commands import ENV
 
 
@@ -20,4 +18,4 @@ def env(chosen: Chosen) -> None:
         return
     width = max(map(len, found))
     for name, value in found.items():
-        click.echo(f"{name.ljust(width)}  {value}")
+        show(f"{name.ljust(width)}  {value}")

@@ -6,6 +6,7 @@ from mapconv.cli.options import Chosen, command
 from mapconv.cli.output import notes, print_json, print_table, show, size
 from mapconv.hub.reference import shown
 from mapconv.options.commands import INSPECT
+from mapconv.wording import counted
 
 
 @command(INSPECT, "Describe an adapter, and what upgrade would do.")
@@ -21,14 +22,15 @@ def inspect(chosen: Chosen) -> None:
         print_json(found.to_dict())
         return
     show(
-        f"{chosen['source']}: {found.method} adapter, {found.modules} modules, {found.parameters:,} parameters, "
+        f"{chosen['source']}: {found.method} adapter, {counted(found.modules, 'module')}, "
+        f"{counted(found.parameters, 'parameter')}, "
         f"{size(found.nbytes)} of {'/'.join(found.dtypes)}"
     )
     show(f"  base      {found.base or 'not recorded'}{f' @ {found.revision}' if found.revision else ''}")
     if found.fits is not None:
         show(f"  placed    every tensor fits {shown(found.fits)}")
     if found.storages:
-        stored = ", ".join(f"{count} weights as {label}" for label, count in found.storages.items())
+        stored = ", ".join(f"{counted(count, 'weight')} as {label}" for label, count in found.storages.items())
         show(f"  stored    {stored}")
     if found.task_type:
         show(f"  task      {found.task_type}")

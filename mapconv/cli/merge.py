@@ -7,6 +7,7 @@ from mapconv.cli.output import notes, percent, print_json, show, size
 from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import MERGE
+from mapconv.wording import counted
 
 
 @command(MERGE, "Merge an adapter into its base weights.")
@@ -26,10 +27,13 @@ def merge(chosen: Chosen) -> None:
     else:
         verb = "would write" if dry_run else "wrote"
         show(f"{' + '.join(map(str, chosen['adapters']))} ({result.method}) + {shown(result.base)}")
-        show(f"  {verb} {result.out}: {result.tensors} tensors in {len(result.files)} files, {size(result.nbytes)}")
+        show(
+            f"  {verb} {result.out}: {counted(result.tensors, 'tensor')} in "
+            f"{counted(len(result.files), 'file')}, {size(result.nbytes)}"
+        )
         worst = max(result.merged, key=lambda item: item.rounding_error)
         verb, changes = ("would be merged", "would change") if dry_run else ("merged", "changes")
-        show(f"  {len(result.merged)} tensors {verb} in {result.seconds:.1f} s")
+        show(f"  {counted(len(result.merged), 'tensor')} {verb} in {result.seconds:.1f} s")
         most = percent(worst.rounding_error)
         show(f"  {worst.dtype} rounding {changes} up to {most} of an update (worst: {worst.tensor})")
     notes(result.notes)

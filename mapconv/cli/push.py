@@ -11,6 +11,7 @@ from mapconv.cli.options import Chosen, command
 from mapconv.cli.output import notes, print_json, print_table, say, show, size
 from mapconv.options.commands import PUSH
 from mapconv.options.shared import MESSAGE
+from mapconv.wording import counted
 
 if TYPE_CHECKING:
     from mapconv.commands.push import PushResult
@@ -62,7 +63,7 @@ def _show(plan: PushResult, create_pr: bool) -> None:
     show()
     print_table(["file", "size", ""], [[file.name, size(file.nbytes), file.note] for file in plan.files])
     show()
-    show(f"  {len(plan.files)} files, {size(plan.nbytes)}")
+    show(f"  {counted(len(plan.files), 'file')}, {size(plan.nbytes)}")
     if plan.left_behind:
         notes([f"not sent, because mapconv does not know them: {', '.join(plan.left_behind)}"])
 

@@ -11,6 +11,7 @@ from mapconv.cli.output import notes, print_json, print_table, show, size, small
 from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import REBASE
+from mapconv.wording import counted
 
 if TYPE_CHECKING:
     from mapconv.commands.rebase import RebaseResult
@@ -57,7 +58,7 @@ def _report(result: RebaseResult) -> None:
     print_table(["target", "modules", "rank", "ε of weights", "of outputs: worst", "median"], rows)
     show()
     show(
-        f"  {len(result.modules)} modules, {result.parameters:,} parameters, {size(result.nbytes)}, "
+        f"  {counted(len(result.modules), 'module')}, {result.parameters:,} parameters, {size(result.nbytes)}, "
         f"{result.seconds:.1f} s"
     )
     if result.served is not None:

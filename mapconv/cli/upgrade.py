@@ -28,6 +28,7 @@ from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import UPGRADE
 from mapconv.options.shared import MAX_RANK
+from mapconv.wording import counted
 
 if TYPE_CHECKING:
     from mapconv.adapter import MapModule
@@ -62,15 +63,16 @@ def upgrade(chosen: Chosen) -> None:
 def _show_plan(result: UpgradeResult) -> None:
     """What would be done, and roughly what it takes."""
     plan = result.plan
-    show(f"{shown(result.source)} ({result.method}) on {shown(result.base)}: would convert {plan.modules:,} modules")
+    what = f"would convert {counted(plan.modules, 'module')}"
+    show(f"{shown(result.source)} ({result.method}) on {shown(result.base)}: {what}")
     kept = f"  kept      {plan.exact:,} in their own factors, exactly"
-    show(f"{kept}; {plan.whole:,} other tensors carried over whole" if plan.whole else kept)
+    show(f"{kept}; {counted(plan.whole, 'other tensor')} carried over whole" if plan.whole else kept)
     show(f"  refitted  {plan.refitted:,} to the closest MAP weight")
     ranks = str(plan.ranks[0]) if len(plan.ranks) == 1 else f"{plan.ranks[0]} to {plan.ranks[-1]}"
     chosen = f"the smallest with ε ≤ {plan.tolerance:g}; the source's is {ranks}" if plan.tolerance else ranks
     show(f"  rank      {chosen}")
     if plan.tokens:
-        show(f"  data      {plan.sequences:,} sequences, {plan.tokens:,} tokens: fits layer outputs")
+        show(f"  data      {counted(plan.sequences, 'sequence')}, {counted(plan.tokens, 'token')}: fits layer outputs")
     show(f"  output    would write {result.out} ({'about ' if plan.tolerance else ''}{size(plan.nbytes)})")
     show(f"  takes     roughly {roughly(plan.seconds)} and {size(float(f'{plan.memory:.1g}'))} of memory")
 
@@ -91,7 +93,8 @@ def _report(result: UpgradeResult, chosen: Chosen) -> None:
     errors = [module.error for module in result.modules]
     show()
     show(
-        f"  {len(errors)} modules, {result.parameters:,} parameters, {size(result.nbytes)}, {result.seconds:.1f} s; "
+        f"  {counted(len(errors), 'module')}, {result.parameters:,} parameters, {size(result.nbytes)}, "
+        f"{result.seconds:.1f} s; "
         f"ε worst {small(max(errors))}, median {small(statistics.median(errors))}",
         "yellow" if max(errors) > LARGE_ERROR else None,
     )

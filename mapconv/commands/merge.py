@@ -17,12 +17,13 @@ from mapconv.algebra.fingerprint import Fingerprint
 from mapconv.checkpoint.codecs import plain_dtype, storages
 from mapconv.checkpoint.filenames import ADAPTER_FILES, MERGE_RECORD
 from mapconv.checkpoint.flushing import BackgroundFlush
-from mapconv.checkpoint.index import INDEX_FILE, Checkpoint
+from mapconv.checkpoint.index import Checkpoint
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.sidecars import copy_model_files, write_model_config
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
 from mapconv.checkpoint.unchanged import marks_of, unchanged
 from mapconv.checkpoint.writer import FixedFile, NoFile
+from mapconv.commands.base_values import MEASURED_SAMPLES, BaseValues, choose_base
 from mapconv.errors import BaseMismatchError
 from mapconv.hub import locate_adapter
 from mapconv.hub.reference import shown
@@ -36,6 +37,7 @@ from mapconv.placement.kept_codes import keep_codes
 from mapconv.refit.plan import Dtype
 from mapconv.runtime.progress import progress_bar
 from mapconv.runtime.threads import in_order, worker_count
+from mapconv.wording import counted
 
 log = logging.getLogger(__name__)
 #: What becomes of weights that the base stores in codes.
@@ -83,6 +85,10 @@ def merge(
     dtype: Dtype = "auto",
     max_shard_size: int | str | None = None,
     quantized: Quantized = "dequantize",
+    base_values: BaseValues | None = None,
+    original: str | Path | None = None,
+    data: str | Path | None = None,
+    samples: int | None = None,
     allow_pickle: bool = False,
     force: bool = False,
     dry_run: bool = False,
@@ -100,6 +106,11 @@ def merge(
         max_shard_size: bytes of tensors in one file, or a text such as ``5GB``; None keeps the base's files.
         quantized: what to do with weights that the base stores in codes: ``dequantize`` all, so that the result is an
             ordinary model in 16 bits; ``copy`` them as they are, where the adapters change plain ones alone.
+        base_values: where the base is quantized, what to merge into: its ``stored`` values, the ``original`` model that
+            it was made from, or the one under which ``data`` is likelier (``measured``); None: the base as it is given.
+        original: that model's folder or Hub id; None: what the base's card names.
+        data: text to measure on, as of ``verify``.
+        samples: sequences of 256 tokens of it (8).
         allow_pickle: read weights from ``.bin`` files (with torch's weights-only loader).
         force: replace ``out``, and accept a base whose weights are not those a MAP adapter was made for.
         dry_run: do all of it but write, so that what would stop the merge stops this.
@@ -115,6 +126,11 @@ def merge(
     sources = [locate_adapter(adapter, allow_pickle=allow_pickle) for adapter in named]
     marks = marks_of(sources, ADAPTER_FILES)
     out = Path(out)
+    choice = None
+    if base_values is not None:
+        measured = {"original": original, "data": data, "samples": samples or MEASURED_SAMPLES}
+        choice = choose_base(sources[0], base, base_values, **measured, allow_pickle=allow_pickle, quiet=quiet)
+        base = choice.base
     placed = place_adapters(sources, base, allow_pickle=allow_pickle)
     if quantized == "copy":
         placed = keep_codes(placed)
@@ -122,6 +138,7 @@ def merge(
     folder = plan.target.folder
     check_output(out, force=force, inputs=[*sources, folder], nbytes=plan.nbytes)
     notes = [*(note for item in placed for note in item.adapter.notes), *plan.target.notes]
+    notes += [] if choice is None else [choice.note]
     notes += quantization_notes(plan.target.checkpoint, copied=quantized == "copy")
     marks |= plan.target.checkpoint.marks
     place = TemporaryDirectory(prefix="mapconv-") if dry_run else staged_folder(out, force=force)
@@ -132,11 +149,13 @@ def merge(
             _check_base(placed, merged)
         notes += copy_model_files(folder, sources[0], staging)
         if len(plan.files) > 1 or plan.target.checkpoint.index_metadata is not None:
-            write_file(staging / INDEX_FILE, _index(plan))
+            write_file(staging / plan.target.checkpoint.index_file, _index(plan))
         copied = quantized == "copy"
         written = plain_dtype(plan.target.checkpoint) if dtype == "auto" and not copied else dtype
         notes += write_model_config(folder, staging, written, plan.target.config, quantized=copied)
         record = merge_record(placed, weights)
+        if choice is not None:
+            record["base_values"] = choice.record
         write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")
     return MergeResult(
         out=out,
@@ -154,7 +173,7 @@ def merge(
 
 def quantization_notes(checkpoint: Checkpoint, *, copied: bool = False) -> list[str]:
     """What the base is quantized as, and what becomes of that; nothing for a plain base."""
-    found = ", ".join(f"{count} weights as {label}" for label, count in storages(checkpoint).items())
+    found = ", ".join(f"{counted(count, 'weight')} as {label}" for label, count in storages(checkpoint).items())
     what = "which are copied as they are" if copied else "which are written as the values that the codes stand for"
     return [f"{shown(checkpoint.folder)} is quantized ({found}), {what}"] if found else []
 

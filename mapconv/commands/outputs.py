@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mapconv.checkpoint.filenames import ADAPTER_FILES
 from mapconv.hub import hub_reference
 
 
@@ -13,5 +14,7 @@ def output_beside(source: str | Path, suffix: str) -> Path:
     if reference is not None:
         return Path(f"{reference.name}-{suffix}")
     source = Path(source)
+    if source.is_file():
+        source = source.parent if source.name in ADAPTER_FILES else source.with_suffix("")
     resolved = source.resolve()
     return resolved.parent / f"{resolved.name}-{suffix}" if source.name in ("", "..") else Path(f"{source}-{suffix}")

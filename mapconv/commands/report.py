@@ -11,6 +11,7 @@ from typing import Any, Literal
 from mapconv.checkpoint.staging import check_output_file, replace_file
 from mapconv.commands.outputs import output_beside
 from mapconv.errors import AdapterError, DependencyError
+from mapconv.formats.base import Found
 from mapconv.formats.mapdir import MapDirectory
 from mapconv.formats.peft import CONFIG_FILE
 from mapconv.options.commands import REPORT
@@ -79,7 +80,7 @@ def report(
 
 
 def _kind(path: Path) -> Literal["adapter", "catalog"]:
-    if MapDirectory().detect(path):
+    if MapDirectory().recognise(Found(path)):
         return "adapter"
     if (path / LEDGER_FILE).is_file():
         return "catalog"

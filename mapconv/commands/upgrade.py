@@ -26,6 +26,7 @@ from mapconv.refit.norms import BaseNorms
 from mapconv.refit.plan import ConvertOptions, Dtype, PlanSummary, UpgradePlan, plan_upgrade
 from mapconv.refit.writer import Sample, read_data, write_map_directory
 from mapconv.runtime.devices import resolve_device
+from mapconv.wording import counted
 
 if TYPE_CHECKING:
     from mapconv.training.calibration import CalibrationReport
@@ -208,7 +209,7 @@ def _notes(placed: PlacedAdapter, options: ConvertOptions) -> list[str]:
     adapter = placed.adapter
     notes = list(adapter.notes)
     if adapter.whole:
-        notes.append(f"{len(adapter.whole)} whole tensors (heads, biases or token rows) are kept as they are")
+        notes.append(f"kept as they are: {counted(len(adapter.whole), 'whole tensor')} (heads, biases or token rows)")
     if adapter.method == "LoRA" and options.direction == "dora":
         notes.append("the source is a LoRA adapter, which is exact in low-rank form: --direction dora changes nothing")
     highest = max(item.effective_rank for item in placed.modules)
@@ -225,12 +226,14 @@ def _data_notes(plan: UpgradePlan, sample: Sample | None, samples: int, refitted
         return ["every module keeps its own factors, which is exact: --data and --calibrate change nothing"]
     notes, found = list(sample.sequences.notes), len(sample.sequences)
     if found < samples:
-        notes.append(f"--data makes {found} sequences beside those held out, fewer than the {samples} to run")
+        notes.append(
+            f"--data makes {counted(found, 'sequence')} beside those held out, fewer than the {samples} to run"
+        )
     exact = {job.placed.key for job in plan.jobs if job.kind != "refit"}
     unseen = [m.path for m in refitted if m.output_error is None and m.error and (m.path, m.expert) not in exact]
     if unseen:
         shown = ", ".join(unseen[:3]) + (", …" if len(unseen) > 3 else "")
         notes.append(
-            f"{len(unseen)} modules got no input vectors from --data and are refitted by their weights alone: {shown}"
+            f"--data gave no input vectors to {counted(len(unseen), 'module')}, refitted by the weights alone: {shown}"
         )
     return notes

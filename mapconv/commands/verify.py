@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from mapconv.checkpoint.reader import TensorReader
-from mapconv.data import read_blocks, read_rows
+from mapconv.data import Rows, read_blocks, read_rows
 from mapconv.errors import AdapterError, BaseMismatchError
 from mapconv.fidelity.comparison import Agreement, Comparison, ModuleError
 from mapconv.fidelity.saved import check_report_place, save_report
@@ -117,20 +117,11 @@ def verify(
     _check_base(result, (own or placed).target.folder)
     compared = Comparison(result, placed, dtype=dtype, device=resolve_device(device), result_base=own, quiet=quiet)
     log.info("loaded %s and its source", result)
-    total, notes = Agreement(), []
+    total, notes = run_both(compared, rows, placed.target.folder, samples=samples, quiet=quiet)
+    if not total.result.positions:
+        notes.append("the model was not run (it needs more than text, or has no logits): only weights are compared")
+    log.info("ran both on %d positions", total.result.positions)
     with torch.inference_mode():
-        if compared.reads_text:
-            tokenizer = load_tokenizer(placed.target.folder)
-            length = min(SEQUENCE_LENGTH, compared.longest_text)
-            blocks = read_blocks(rows, tokenizer, samples=samples, length=length, classes=compared.classes)
-            notes += blocks.notes
-            with progress_bar(len(blocks), "verifying", unit="block", quiet=quiet) as advance:
-                for block in blocks.rows():
-                    _compare(compared, block, total)
-                    advance(1)
-        if not total.result.positions:
-            notes.append("the model was not run (it needs more than text, or has no logits): only weights are compared")
-        log.info("ran both on %d positions", total.result.positions)
         modules = tuple(compared.module_errors())
         log.info("compared %d weights", len(modules))
     report = VerifyReport(
@@ -161,6 +152,23 @@ def _check_base(result: Path, base: Path) -> None:
         if fault is not None:
             file = item.weight.pieces[0].tensor.file
             raise BaseMismatchError(f"{file}: {item.weight.name} {fault}: give that base with --base.")
+
+
+@torch.inference_mode()
+def run_both(
+    compared: Comparison, rows: Rows, folder: Path, *, samples: int, quiet: bool
+) -> tuple[Agreement, list[str]]:
+    """Run the models on the same text, with the tokenizer in ``folder``; returns sums over positions, and notes."""
+    total = Agreement()
+    if not compared.reads_text:
+        return total, []
+    length = min(SEQUENCE_LENGTH, compared.longest_text)
+    blocks = read_blocks(rows, load_tokenizer(folder), samples=samples, length=length, classes=compared.classes)
+    with progress_bar(len(blocks), "running", unit="block", quiet=quiet) as advance:
+        for block in blocks.rows():
+            _compare(compared, block, total)
+            advance(1)
+    return total, list(blocks.notes)
 
 
 def _compare(compared: Comparison, block: list[int], total: Agreement) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from mapconv.adapter import Adapter
-from mapconv.checkpoint.sidecars import MODEL_CONFIG, check_folder
+from mapconv.checkpoint.filenames import MODEL_CONFIG
+from mapconv.checkpoint.sidecars import check_folder
 from mapconv.errors import AdapterError
 from mapconv.formats import mapdir, peft
-from mapconv.formats.base import Dialect
+from mapconv.formats.base import CONFIG_FILE, Dialect, Found
+from mapconv.formats.foreign import FOREIGN
 
-#: In order of detection: a MAP directory is a PEFT directory as well.
-DIALECTS: tuple[Dialect, ...] = (mapdir.MapDirectory(), peft.PeftDirectory())
+#: In order of recognition: a MAP directory is a PEFT directory as well.
+DIALECTS: tuple[Dialect, ...] = (mapdir.MapDirectory(), peft.PeftDirectory(), *FOREIGN)
 
 
 def read_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:
@@ -21,26 +23,34 @@ def read_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:
         AdapterError: nothing there, no dialect's, or broken; UnsupportedError: sound, but with a refused feature.
     """
     check_folder(path, AdapterError)
-    for dialect in DIALECTS:
-        if dialect.detect(path):
-            return dialect.read(path, allow_pickle=allow_pickle)
     if not path.exists():
         raise AdapterError(f"{path} does not exist: give the adapter's folder.")
-    if path.is_file():
-        raise AdapterError(f"{path} is a file: give the folder that holds it and its {peft.CONFIG_FILE}.")
-    raise AdapterError(_instead_of_an_adapter(path))
+    if path.is_file() and path.suffix != ".safetensors":
+        raise AdapterError(f"{path} is a file: give the folder that holds it and its {CONFIG_FILE}.")
+    found = Found(path)
+    dialect = next((dialect for dialect in DIALECTS if dialect.recognise(found)), None)
+    if dialect is not None:
+        return dialect.read(found, allow_pickle=allow_pickle)
+    if found.config is not None:
+        return peft.PeftDirectory().read(found, allow_pickle=allow_pickle)  # says what the configuration lacks
+    raise AdapterError(_instead_of_an_adapter(found))
 
 
-def _instead_of_an_adapter(path: Path) -> str:
-    """What a folder without an adapter's configuration is, where that can be told."""
-    inside = [child.name for child in path.iterdir() if (child / peft.CONFIG_FILE).is_file()]
+def _instead_of_an_adapter(found: Found) -> str:
+    """What a path without an adapter's configuration is, where that can be told."""
+    path, header = found.path, found.header
+    inside = [child.name for child in path.glob("*") if (child / CONFIG_FILE).is_file()]
     if inside:
         names = sorted(inside, key=lambda name: (len(name), name))  # checkpoint-90 before checkpoint-100
         named = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         return f"{path} is not an adapter folder, but holds some: give one of them ({named}), as {path / names[-1]}."
     if (path / MODEL_CONFIG).is_file():
         return (
-            f"{path} is a full model ({MODEL_CONFIG} and no {peft.CONFIG_FILE}), not an adapter: give the folder of a "
+            f"{path} is a full model ({MODEL_CONFIG} and no {CONFIG_FILE}), not an adapter: give the folder of a "
             "LoRA or DoRA adapter."
         )
-    return f"{path} has no {peft.CONFIG_FILE}: it is not an adapter folder."
+    if header is not None and header.tensors:
+        return (
+            f"{header.path} holds no adapter, but tensors such as {header.tensors[0].name}: give the adapter's folder."
+        )
+    return f"{path} has no {CONFIG_FILE}: it is not an adapter folder."

@@ -81,7 +81,7 @@ def parse_settings(config: Mapping[str, Any], path: Path) -> LoraSettings:
     if method is None:
         raise AdapterError(f"{path} has no peft_type: expected LORA.")
     if method.upper() != "LORA":
-        raise UnsupportedError(f"{path} describes a {method} adapter: mapconv converts LoRA and DoRA (peft_type LORA).")
+        raise UnsupportedError(f"{path}: peft_type is {shown(method)}, and mapconv converts LoRA and DoRA (LORA).")
     _refuse_features(config, field)
     for name in ("task_type", "peft_version"):
         field.text(name)

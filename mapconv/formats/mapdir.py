@@ -21,7 +21,8 @@ from mapconv.adapter import Adapter, MapModule, Module
 from mapconv.checkpoint.staging import write_file
 from mapconv.errors import AdapterError
 from mapconv.files import LARGE
-from mapconv.formats.config import parse_settings, read_config
+from mapconv.formats.base import Found
+from mapconv.formats.config import parse_settings
 from mapconv.formats.peft import CONFIG_FILE, KEY_PREFIX, read_tensors
 from mapconv.jsonfile import read_object
 from mapconv.untrusted.schema import COUNT, NULL, NUMBER, TABLE, TEXT, Each, fault, shown
@@ -67,12 +68,12 @@ _RECORD = {
 class MapDirectory:
     """The dialect that ``mapconv upgrade`` writes."""
 
-    def detect(self, path: Path) -> bool:
-        return (path / MAP_CONFIG_FILE).is_file() and (path / CONFIG_FILE).is_file()
+    def recognise(self, found: Found) -> bool:
+        return (found.path / MAP_CONFIG_FILE).is_file() and found.config is not None
 
-    def read(self, path: Path, *, allow_pickle: bool = False) -> Adapter:
+    def read(self, found: Found, *, allow_pickle: bool = False) -> Adapter:
+        path, config = found.path, found.config or {}
         map_config = read_record(path / MAP_CONFIG_FILE)
-        config = read_config(path / CONFIG_FILE)
         settings = parse_settings(config, path / CONFIG_FILE)
         modules, whole, others, _ = read_tensors(path, settings, allow_pickle=allow_pickle)
         scalars = map_modules(map_config, path / MAP_CONFIG_FILE)

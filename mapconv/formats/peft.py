@@ -9,17 +9,17 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 
 from mapconv.adapter import Adapter, LoraSettings, Module, TensorRef, WholeTensor
-from mapconv.checkpoint.index import read_tensor_file
+from mapconv.checkpoint.headers import read_tensor_file
 from mapconv.errors import AdapterError, UnsupportedError
-from mapconv.files import check_regular
-from mapconv.formats.config import parse_settings, read_config
-from mapconv.formats.pickle import PICKLE_FILE, as_safetensors
+from mapconv.formats.base import CONFIG_FILE, WEIGHTS_FILE, Found
+from mapconv.formats.config import parse_settings
+from mapconv.formats.pickle import PICKLE_FILE, as_safetensors, refuse_pointer
+from mapconv.wording import counted
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 #: PEFT wraps a model twice, and every key of a file starts with the two attribute names.
 KEY_PREFIX = "base_model.model."
 
+_PREFIXES = re.compile(rf"(?:{re.escape(KEY_PREFIX)})*")
 _FLOATS = ("F32", "F16", "BF16")
 #: A LoRA tensor. PEFT strips the adapter's name when it saves; other writers leave it in (`.lora_A.default.weight`).
 _FACTOR = re.compile(
@@ -36,11 +36,11 @@ _WRAPPED_BASE = re.compile(r"(\.token_adapter)?\.base_layer(?=\.)")
 class PeftDirectory:
     """The dialect that PEFT's ``save_pretrained`` writes."""
 
-    def detect(self, path: Path) -> bool:
-        return (path / CONFIG_FILE).is_file()
+    def recognise(self, found: Found) -> bool:
+        return found.config is not None and "peft_type" in found.config
 
-    def read(self, path: Path, *, allow_pickle: bool = False) -> Adapter:
-        config = read_config(path / CONFIG_FILE)
+    def read(self, found: Found, *, allow_pickle: bool = False) -> Adapter:
+        path, config = found.path, found.config or {}
         settings = parse_settings(config, path / CONFIG_FILE)
         modules, whole, others, notes = read_tensors(path, settings, allow_pickle=allow_pickle)
         return Adapter(
@@ -69,6 +69,7 @@ def read_tensors(
     parts: dict[str, dict[str, TensorRef]] = defaultdict(dict)
     others: list[TensorRef] = []
     names = {"default"}
+    prefix = KEY_PREFIX * max(1, min(_wrappings(ref.name) for ref in tensors))
     for ref in tensors:
         if ref.dtype not in _FLOATS:
             raise AdapterError(f"{ref.file}: {ref.name} has dtype {ref.dtype}, expected one of {', '.join(_FLOATS)}.")
@@ -78,7 +79,7 @@ def read_tensors(
             continue
         names.add(match["adapter"] or "default")
         part = "bias" if match["leaf"] == "bias" else match["part"]
-        path = match["path"].removeprefix(KEY_PREFIX)
+        path = match["path"].removeprefix(prefix)
         if part in parts[path]:
             raise AdapterError(
                 f"{ref.file}: {ref.name} and {parts[path][part].name} are the same tensor of one module."
@@ -87,8 +88,15 @@ def read_tensors(
     if not parts:
         raise AdapterError(f"{tensors[0].file} holds no LoRA factors, only {tensors[0].name} and the like.")
     modules = tuple(_module(path, parts[path], settings) for path in sorted(parts, key=natural_order))
-    whole, saved, notes = _whole_tensors(others, settings, names)
+    whole, saved, notes = _whole_tensors(others, settings, names, prefix)
+    if len(prefix) > len(KEY_PREFIX):
+        notes += (f"its keys have PEFT's prefix {prefix.count(KEY_PREFIX)} times ({prefix}…), and are read without it",)
     return modules, whole, saved, notes
+
+
+def _wrappings(key: str) -> int:
+    """How often PEFT wrapped the model: a model that was a PeftModel already has the prefix once more."""
+    return _PREFIXES.match(key).end() // len(KEY_PREFIX)
 
 
 def natural_order(path: str) -> tuple[tuple[int, str], ...]:
@@ -106,12 +114,12 @@ def weights_name(folder: Path) -> str:
 def _weights(folder: Path, *, allow_pickle: bool) -> tuple[TensorRef, ...]:
     weights = folder / weights_name(folder)
     if weights.name == PICKLE_FILE:
+        refuse_pointer(weights)
         if not allow_pickle:
             raise UnsupportedError(
                 f"{weights} is a pickle, which can run code when it is opened: convert it to {WEIGHTS_FILE}, or pass "
                 "--allow-pickle to read it with torch's weights-only loader."
             )
-        check_regular(weights, AdapterError)
         weights = as_safetensors(weights)
     if not weights.exists():
         raise AdapterError(f"{folder} has {CONFIG_FILE} but no {WEIGHTS_FILE}: download the weights.")
@@ -160,11 +168,11 @@ def _check_shape(ref: TensorRef | None, shape: tuple[int, ...]) -> None:
 
 
 def _whole_tensors(
-    refs: Sequence[TensorRef], settings: LoraSettings, adapter_names: set[str]
+    refs: Sequence[TensorRef], settings: LoraSettings, adapter_names: set[str], prefix: str
 ) -> tuple[tuple[WholeTensor, ...], dict[str, TensorRef], tuple[str, ...]]:
     """Whole tensors by the parameter that they replace, all of ``refs`` by PEFT's own key, and notes for the user."""
     name = re.compile(_ADAPTER_NAME.format(names="|".join(map(re.escape, sorted(adapter_names)))))
-    named = {name.sub(r"\1", ref.name.removeprefix(KEY_PREFIX)): ref for ref in refs}
+    named = {name.sub(r"\1", ref.name.removeprefix(prefix)): ref for ref in refs}
     found: dict[str, WholeTensor] = {}
     notes = []
     # A saved module's tensor stands twice where its embedding was resized as well: the trained one comes last and wins.
@@ -203,6 +211,7 @@ def _rows_of(path: str, ref: TensorRef, settings: LoraSettings) -> tuple[int, ..
     rows = (named or [settings.token_rows.get("", ())])[0]
     if len(ref.shape) != 2 or len(rows) != ref.shape[0]:
         raise AdapterError(
-            f"{ref.file}: {ref.name} has shape {list(ref.shape)}, but trainable_token_indices names {len(rows)} tokens."
+            f"{ref.file}: {ref.name} has shape {list(ref.shape)}, but trainable_token_indices names "
+            f"{counted(len(rows), 'token')}."
         )
     return rows

@@ -14,10 +14,23 @@ from functools import cache
 from pathlib import Path
 
 from mapconv.errors import AdapterError
+from mapconv.files import open_regular
+from mapconv.jsonfile import LFS_POINTER
 
 PICKLE_FILE = "adapter_model.bin"
 #: Tensors may share memory, which a safetensors file holds once for each.
 _MOST_GROWTH = 16
+
+
+def refuse_pointer(path: Path) -> None:
+    """Say that a file is a Git-LFS pointer, which is neither a pickle nor anything else to be opened.
+
+    Raises:
+        AdapterError: it is one, or no regular file of its folder.
+    """
+    with open_regular(path, AdapterError) as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise AdapterError(f"{path} is a Git-LFS pointer, not the weights: run `git lfs pull` in its folder.")
 
 
 @cache

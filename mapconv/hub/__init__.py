@@ -3,6 +3,22 @@
 ``huggingface_hub`` is imported where it is used, so that ``mapconv --help`` does not wait for it.
 """
 
-from mapconv.hub.locate import hub_reference, is_folder, locate_adapter, locate_base, locate_result, open_base
+from mapconv.hub.locate import (
+    hub_reference,
+    is_folder,
+    locate_adapter,
+    locate_base,
+    locate_result,
+    open_base,
+    original_of_base,
+)
 
-__all__ = ["hub_reference", "is_folder", "locate_adapter", "locate_base", "locate_result", "open_base"]
+__all__ = [
+    "hub_reference",
+    "is_folder",
+    "locate_adapter",
+    "locate_base",
+    "locate_result",
+    "open_base",
+    "original_of_base",
+]

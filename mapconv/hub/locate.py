@@ -13,22 +13,31 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from mapconv.checkpoint.filenames import MODEL_CONFIG, MODEL_FILES, TOKENIZER_FILES
-from mapconv.checkpoint.index import INDEX_FILE, SINGLE_FILE, Checkpoint, read_checkpoint
+from mapconv.checkpoint.filenames import (
+    MODEL_CONFIG,
+    MODEL_FILES,
+    PIPELINE_FILE,
+    STEMS,
+    TOKENIZER_FILES,
+    weights_files,
+)
+from mapconv.checkpoint.index import Checkpoint, read_checkpoint
+from mapconv.checkpoint.quantization import MODELOPT_FILE
 from mapconv.errors import AdapterError, CheckpointError, HubError, UnsupportedError
 from mapconv.files import LARGE, open_regular
 from mapconv.hub.faults import ask_hub
+from mapconv.hub.originals import CARD_FILE, ORIGINAL, original_of
 from mapconv.hub.ranges import RangesUnsupportedError, ranged_checkpoint
 from mapconv.hub.reference import HubReference, parse_reference
 from mapconv.jsonfile import read_object
 
-CARD_FILE = "README.md"
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ADAPTER_PICKLE = "adapter_model.bin"
 _ADAPTER_FILES = (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS, "map_config.json", CARD_FILE, *TOKENIZER_FILES)
 _OR_BASE = "or give the base model's folder with --base"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_SMALL_MODEL_FILES = (MODEL_CONFIG, INDEX_FILE, CARD_FILE, *MODEL_FILES, *TOKENIZER_FILES)
+_SINGLES, _INDEXES = zip(*map(weights_files, STEMS), strict=True)
+_SMALL_MODEL_FILES = (MODEL_CONFIG, MODELOPT_FILE, PIPELINE_FILE, *_INDEXES, CARD_FILE, *MODEL_FILES, *TOKENIZER_FILES)
 
 
 def locate_adapter(source: str | Path, *, allow_pickle: bool = False) -> Path:
@@ -39,13 +48,24 @@ def locate_adapter(source: str | Path, *, allow_pickle: bool = False) -> Path:
     """
     reference = hub_reference(source)
     if reference is None:
-        return Path(source)
+        return _folder_of(Path(source))
+    if reference.subfolder and reference.subfolder.endswith(".safetensors"):
+        folder, _, file = reference.subfolder.rpartition("/")
+        reference = replace(reference, subfolder=folder or None)
+        if file != _ADAPTER_WEIGHTS:
+            return _snapshot(reference, (file,)) / file
     pickles = [_ADAPTER_PICKLE] if allow_pickle else []
     folder = _snapshot(reference, (*_ADAPTER_FILES, *pickles))
     weights = [_ADAPTER_WEIGHTS, *pickles]
     if not (folder / _ADAPTER_CONFIG).exists() or not any((folder / name).exists() for name in weights):
         _refuse_without_adapter(reference, folder)
     return folder
+
+
+def _folder_of(path: Path) -> Path:
+    """The adapter's folder, where one of its files was named; any other path as it is."""
+    named = path.name in (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS, _ADAPTER_PICKLE)
+    return path.parent if named and path.is_file() and (path.parent / _ADAPTER_CONFIG).is_file() else path
 
 
 def locate_result(result: str | Path) -> Path:
@@ -59,6 +79,8 @@ def locate_result(result: str | Path) -> Path:
 
 def locate_base(base: str | Path | None, recorded: str | None, revision: str | None, adapter: Path) -> Path:
     """The folder of the base model: ``base`` if given, else what the adapter's configuration recorded.
+
+    ``original`` as ``base`` is the model that the recorded one is a quantized copy of, by that one's card.
 
     Raises:
         CheckpointError: neither names a model that can be had. HubError: the Hub does not give it.
@@ -89,11 +111,17 @@ def open_base(
 
 
 def _base(base: str | Path | None, recorded: str | None, revision: str | None, adapter: Path) -> Path | HubReference:
+    if base is not None and str(base) == ORIGINAL and not is_folder(ORIGINAL):
+        base = original_of_base(None, recorded, revision, adapter)
     name = str(base) if base is not None else recorded
     if not name:
         raise CheckpointError(f"{adapter} does not say which model it adapts: give the base model with --base.")
     if is_folder(name):
         return Path(name)
+    if name.endswith(".gguf"):
+        raise CheckpointError(
+            f"{name} is a GGUF file, and mapconv reads safetensors: give the model that it was made from with --base."
+        )
     reference = parse_reference(name)
     if reference is not None and base is None:
         # The configuration has the revision in a field of its own.
@@ -111,6 +139,17 @@ def _base(base: str | Path | None, recorded: str | None, revision: str | None, a
             f"{adapter} was trained on {name}, which is not on this machine: give the base model with --base."
         )
     raise CheckpointError(f"{name} is neither a folder nor a Hub id (owner/name): give the base model with --base.")
+
+
+def original_of_base(base: str | Path | None, recorded: str | None, revision: str | None, adapter: Path) -> str:
+    """The model that a quantized base was made from, by that base's card; arguments as of ``locate_base``.
+
+    Raises:
+        CheckpointError: the card does not say. HubError: the Hub does not give it.
+    """
+    found = _base(base, recorded, revision, adapter)
+    folder = found if isinstance(found, Path) else _snapshot(found, (CARD_FILE, MODEL_CONFIG), _OR_BASE)
+    return original_of(folder, str(found))
 
 
 def hub_reference(source: str | Path) -> HubReference | None:
@@ -139,15 +178,15 @@ def _exists(name: str) -> bool:
 
 def _whole_model(reference: HubReference, hint: str = "") -> Path:
     """All of a model that ``from_pretrained`` needs: one weights file, or the shards that the index lists."""
-    folder = _snapshot(reference, (*_SMALL_MODEL_FILES, SINGLE_FILE), hint)
-    if not (folder / SINGLE_FILE).exists() and (folder / INDEX_FILE).exists():
+    folder = _snapshot(reference, (*_SMALL_MODEL_FILES, *_SINGLES[:-1]), hint)
+    if not _has_weights(folder):
         # Only these: a repository may hold the same weights in another layout as well (consolidated.safetensors).
-        return _snapshot(reference, (*_SMALL_MODEL_FILES, *_shards(folder)), hint)
+        return _snapshot(reference, (*_SMALL_MODEL_FILES, *(_shards(folder) or _SINGLES[-1:])), hint)
     return folder
 
 
 def _has_weights(folder: Path) -> bool:
-    if (folder / SINGLE_FILE).exists():
+    if any((folder / name).exists() for name in _SINGLES):
         return True
     shards = _shards(folder)
     return bool(shards) and all((folder / name).exists() for name in shards)
@@ -155,11 +194,13 @@ def _has_weights(folder: Path) -> bool:
 
 def _shards(folder: Path) -> list[str]:
     """The files that the index lists; read_checkpoint reports what is wrong with an index."""
-    try:
-        weight_map = read_object(folder / INDEX_FILE, CheckpointError, limit=LARGE)["weight_map"]
-        return sorted({str(name) for name in weight_map.values()})
-    except (OSError, CheckpointError, KeyError, AttributeError):
-        return []
+    for index in _INDEXES:
+        try:
+            weight_map = read_object(folder / index, CheckpointError, limit=LARGE)["weight_map"]
+            return sorted({str(name) for name in weight_map.values()})
+        except (OSError, CheckpointError, KeyError, AttributeError):
+            continue
+    return []
 
 
 def _snapshot(reference: HubReference, patterns: Iterable[str], hint: str = "") -> Path:

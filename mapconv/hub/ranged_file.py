@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mapconv.checkpoint.flushing import flush_data
-from mapconv.checkpoint.index import MAX_HEADER_BYTES
+from mapconv.checkpoint.headers import MAX_HEADER_BYTES
 from mapconv.errors import CheckpointError, HubError
 from mapconv.files import LARGE
 from mapconv.hub.client import limit_waits

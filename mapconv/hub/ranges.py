@@ -20,7 +20,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from mapconv.adapter import TensorRef
-from mapconv.checkpoint.index import INDEX_FILE, SINGLE_FILE, ByteSource, Checkpoint, read_checkpoint
+from mapconv.checkpoint.filenames import STEMS, weights_files
+from mapconv.checkpoint.index import ByteSource, Checkpoint, read_checkpoint
 from mapconv.checkpoint.staging import replace_file
 from mapconv.errors import CheckpointError, HubError
 from mapconv.files import LARGE, read_bytes
@@ -82,18 +83,24 @@ class RangedSource:
         from huggingface_hub.errors import EntryNotFoundError
 
         with self._only_one():
-            try:
-                self._open(SINGLE_FILE)
+            for single, index in map(weights_files, STEMS):
+                try:
+                    self._open(single)
+                    return
+                except EntryNotFoundError:
+                    if not (self._folder / index).exists():
+                        continue
+                for name in self._shards(index):
+                    self._open(name)
                 return
-            except EntryNotFoundError:
-                pass
-            try:
-                index = read_object(self._folder / INDEX_FILE, CheckpointError, limit=LARGE)
-                names = sorted({os.path.basename(name) for name in index["weight_map"].values()})
-            except (OSError, CheckpointError, KeyError, TypeError, AttributeError):
-                raise RangesUnsupportedError("no safetensors weights") from None
-            for name in names:
-                self._open(name)
+            raise RangesUnsupportedError("no safetensors weights")
+
+    def _shards(self, index: str) -> list[str]:
+        try:
+            table = read_object(self._folder / index, CheckpointError, limit=LARGE)
+            return sorted({os.path.basename(name) for name in table["weight_map"].values()})
+        except (OSError, CheckpointError, KeyError, TypeError, AttributeError):
+            raise RangesUnsupportedError("no safetensors weights") from None
 
     def has(self, file: Path) -> bool:
         return file in self._files

@@ -13,15 +13,16 @@ from dataclasses import dataclass, field
 import torch
 
 from mapconv.adapter import TensorRef
-from mapconv.algebra.dora import merge_rows_, row_scales
-from mapconv.algebra.fingerprint import Fingerprint, block_fingerprint
+from mapconv.algebra.dora import row_scales
+from mapconv.algebra.fingerprint import Fingerprint
 from mapconv.algebra.norms import BLOCK_ELEMENTS, all_finite, product_norm, row_blocks
 from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader, block_elements, row_ranges
 from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.errors import AdapterError, CheckpointError, MapconvError, OutputError
 from mapconv.merging.plan import ConvertJob, CopyJob, LowRankUpdate, MergeJob
+from mapconv.merging.updates import Buffers, Update
 from mapconv.placement.factors import FactorLoader
-from mapconv.placement.weights import Piece, WeightView, block_numbers, read_rows
+from mapconv.placement.weights import read_rows
 
 #: ‖Δ‖ comes from a Gram matrix of the stored factors, whose rounding its conditioning can enlarge.
 DIRECTION_TOLERANCE = 1e-6
@@ -47,34 +48,10 @@ class MergedTensor:
         return self.rounding_norm / self.update_norm if self.update_norm else 0.0
 
 
-@dataclass
-class _Buffers:
-    """One worker's scratch memory, reused for every block."""
-
-    NBYTES = BLOCK_ELEMENTS * (4 + 4 + 4 + 8 + 4)
-
-    raw: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-    rows: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    spare: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    wide: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
-    out: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-
-    def fit(self, elements: int) -> None:
-        """Make room for blocks of ``elements`` elements (a row may be wider than a block)."""
-        if self.rows.numel() < elements:
-            self.raw = torch.empty(8 * elements, dtype=torch.uint8)
-            self.rows, self.spare = torch.empty(elements), torch.empty(elements)
-            self.wide = torch.empty(elements, dtype=torch.float64)
-            self.out = torch.empty(8 * elements, dtype=torch.uint8)
-
-    def widen(self, values: torch.Tensor) -> torch.Tensor:
-        return self.wide[: values.numel()].view(values.shape).copy_(values)
-
-
 class Merger:
     """Runs the jobs of a plan; safe to call from several threads."""
 
-    WORKING_BYTES = _Buffers.NBYTES
+    WORKING_BYTES = Buffers.NBYTES
 
     def __init__(self, reader: TensorReader, files: Mapping[str, FixedFile | NoFile]) -> None:
         self._reader, self._files = reader, files
@@ -141,7 +118,7 @@ class Merger:
         paths = dict.fromkeys(item.placed.module.path for item in job.updates)
         return MergedTensor(target.name, tuple(paths), target.dtype, update_square**0.5, rounding_square**0.5, base)
 
-    def _prepare(self, item: LowRankUpdate, buffers: _Buffers) -> _Update:
+    def _prepare(self, item: LowRankUpdate, buffers: Buffers) -> Update:
         """Load an update's factors, bring in its gains, and cut out the rows that this tensor holds."""
         placed, piece, scalars = item.placed, item.piece, item.placed.scalars
         factors = self._factors.load(placed)
@@ -157,7 +134,7 @@ class Merger:
             base_gain, update_gain = 1.0 + item.weight * (base_gain - 1.0), item.weight * update_gain
         part = slice(piece.start, piece.stop)
         magnitude = None if magnitude is None else magnitude[part]
-        update = _Update(
+        update = Update(
             placed.weight,
             piece,
             placed.identity,
@@ -172,7 +149,7 @@ class Merger:
             update.scales = row_scales(update.magnitude, self._merged_column_norms(update, buffers))
         return update
 
-    def _merged_column_norms(self, update: _Update, buffers: _Buffers) -> torch.Tensor:
+    def _merged_column_norms(self, update: Update, buffers: Buffers) -> torch.Tensor:
         """‖W0 + BA‖ of each row of a weight that is stored transposed: a pass of its own, since rows are columns."""
         piece = update.piece
         _, height, width = piece.grid
@@ -205,82 +182,11 @@ class Merger:
             return None
         return sum(item.scaling * self._factors.vector(item.tensor) for item in job.biases)
 
-    def _buffers(self, elements: int) -> _Buffers:
+    def _buffers(self, elements: int) -> Buffers:
         if not hasattr(self._local, "buffers"):
-            self._local.buffers = _Buffers()
+            self._local.buffers = Buffers()
         self._local.buffers.fit(elements)
         return self._local.buffers
-
-
-@dataclass
-class _Update:
-    """One weight's update, ready to be applied to rows of the stored matrix that ``piece`` lies in.
-
-    ``base`` collects the fingerprint of the base rows that it meets, if it ``measures_base``.
-    """
-
-    view: WeightView
-    piece: Piece
-    identity: tuple
-    A: torch.Tensor
-    B: torch.Tensor
-    base_gain: float
-    update_gain: float
-    magnitude: torch.Tensor | None
-    measures_base: bool
-    scales: torch.Tensor | None = None
-    base: Fingerprint = field(default_factory=Fingerprint)
-
-    @property
-    def known_norm(self) -> float | None:
-        """How far a plain LoRA moves the weight, which its factors alone tell; None where the base has a part in it."""
-        if self.magnitude is not None or self.base_gain != 1.0:
-            return None
-        return abs(self.update_gain) * product_norm(self.B, self.A)
-
-    @property
-    def columns(self) -> slice:
-        """The stored columns of a transposed piece."""
-        return slice(self.piece.offset, self.piece.offset + self.piece.stop - self.piece.start)
-
-    def apply(self, rows: torch.Tensor, raw: torch.Tensor, start: int, stop: int, buffers: _Buffers) -> None:
-        """Update ``rows``, float32 copies of the stored rows ``start`` to ``stop`` whose own values are ``raw``."""
-        first, last = self.piece.stored_rows
-        low, high = max(start, first), min(stop, last)
-        if low >= high:
-            return
-        rows, raw = rows[low - start : high - start], raw[low - start : high - start]
-        if self.piece.transposed:
-            self._apply_transposed(rows[:, self.columns], raw[:, self.columns], low, high, buffers)
-            return
-        self._measure(raw, low, high, buffers)
-        part = slice(low - first, high - first)
-        merge_rows_(
-            rows,
-            self.A,
-            self.B[part],
-            base_gain=self.base_gain,
-            update_gain=self.update_gain,
-            magnitude=None if self.magnitude is None else self.magnitude[part],
-            into_wide=buffers.widen,
-        )
-
-    def _measure(self, raw: torch.Tensor, start: int, stop: int, buffers: _Buffers) -> None:
-        if self.measures_base:
-            first = self.piece.stored_rows[0]
-            numbers = block_numbers(self.view, self.piece, start - first, stop - first)
-            self.base += block_fingerprint(raw, *numbers, buffers.wide)
-
-    def _apply_transposed(
-        self, rows: torch.Tensor, raw: torch.Tensor, start: int, stop: int, buffers: _Buffers
-    ) -> None:
-        self._measure(raw, start, stop, buffers)
-        A, B, a, b = self.A[:, start:stop].T, self.B.T, self.base_gain, self.update_gain
-        if self.scales is None:
-            rows.copy_(torch.addmm(rows, A, B, beta=a, alpha=b))
-            return
-        gains = (b * self.scales).float()
-        rows.copy_((a - b + gains) * rows + gains * (A @ B))
 
 
 def _check_direction(item: LowRankUpdate, norm: float) -> None:

@@ -184,8 +184,9 @@ def _shards(
         shards[-1].append(ref)
         size += nbytes
     for number, refs in enumerate(shards, 1):
-        single = len(shards) == 1
-        name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        stem = target.checkpoint.stem
+        numbered = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = numbered if len(shards) > 1 else target.checkpoint.single_file
         yield name, refs, target.files[0].metadata
 
 

@@ -14,7 +14,7 @@ from mapconv.adapter import Adapter, MapModule, Module, TensorRef
 from mapconv.algebra.fingerprint import Fingerprint
 from mapconv.algebra.initializations import initial_factors
 from mapconv.algebra.norms import product_norm
-from mapconv.checkpoint.index import read_tensor_file
+from mapconv.checkpoint.headers import read_tensor_file
 from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
 from mapconv.errors import AdapterError, BaseMismatchError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter

@@ -232,6 +232,16 @@ def _as_many_weights(given: Mapping[str, Any], spell: Spell) -> str | None:
     return f"{text}: separate them with commas ({spell('weights', together)})" if numbers else text
 
 
+def _measured_base(given: Mapping[str, Any], spell: Spell) -> str | None:
+    chosen = given.get("base_values")
+    if "original" in given and chosen not in ("original", "measured"):
+        return f"{spell('original', ...)} requires {spell('base_values', 'original')} or measured"
+    for name in ("data", "samples"):
+        if name in given and chosen != "measured":
+            return f"{spell(name, ...)} requires {spell('base_values', 'measured')}"
+    return None
+
+
 def _copied_codes(given: Mapping[str, Any], spell: Spell) -> str | None:
     if given.get("quantized") == "copy" and given.get("dtype", "auto") != "auto":
         copied = spell("quantized", "copy")
@@ -270,6 +280,19 @@ MERGE = Command(
         "Of a quantized base: write plain weights, or copy codes where the adapter changes none.",
         default="dequantize",
     ),
+    Option(
+        "base_values",
+        Choice(("original", "stored", "measured")),
+        "Of a quantized base: merge into its stored values, the original model, or what --data is likelier under.",
+    ),
+    Option(
+        "original",
+        Source(),
+        "The model that a quantized base was made from, for --base-values. Default: what its card names.",
+        metavar="BASE",
+    ),
+    DATA.but(help="Text, .jsonl or .parquet that --base-values measures on. Default: a text that ships with mapconv."),
+    SAMPLES.but(help="Sequences of 256 tokens of it.", fallback=8),
     ALLOW_PICKLE,
     DRY_RUN,
     JSON,
@@ -279,6 +302,7 @@ MERGE = Command(
     rules=(
         Check(("weights", "adapters"), _as_many_weights),
         Check(("quantized", "dtype"), _copied_codes),
+        Check(("base_values", "original", "data", "samples"), _measured_base),
         Excludes("verbose", "quiet"),
     ),
 )

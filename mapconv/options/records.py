@@ -116,17 +116,23 @@ class Command:
 
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-            bound = signature.bind(*args, **kwargs)
-            for name, value in bound.arguments.items():
-                try:
-                    bound.arguments[name] = self.options[name].read(value)
-                except ValueError as error:
-                    raise ValueError(f"{name} is {value!r}, expected {error}") from None
-            for _, fault in self.faults(bound.arguments, _in_python):
-                raise ValueError(fault)
-            return function(*bound.args, **bound.kwargs)
+            bound = [signature.bind(*args, **kwargs)]
+            self._read(bound[0].arguments)
+            # A traceback that prints local variables must not find a token here.
+            del args, kwargs
+            return function(*bound[0].args, **bound.pop().kwargs)
 
         return checked
+
+    def _read(self, arguments: dict[str, Any]) -> None:
+        """Put what each option makes of its value in the value's place."""
+        for name, value in arguments.items():
+            try:
+                arguments[name] = self.options[name].read(value)
+            except ValueError as error:
+                raise ValueError(f"{name} is {value!r}, expected {error}") from None
+        for _, fault in self.faults(arguments, _in_python):
+            raise ValueError(fault)
 
     def spelled(self, name: str, value: Any = ...) -> str:
         """An option as it is typed: ``--direction dora``."""

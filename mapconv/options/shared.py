@@ -16,7 +16,7 @@ AGAINST = Option(
 BASE = Option(
     "base",
     Source(),
-    "Base model: a folder or a Hub id. Default: the one that the adapter's config names.",
+    "Base model: a folder, a Hub id, or original. Default: the one that the adapter's config names.",
     metavar="BASE",
     in_catalog=False,
 )

@@ -20,6 +20,7 @@ from mapconv.placement.stored_model import stored_target
 from mapconv.placement.target_model import Placed, TargetModel, plain_target, vocabulary_sizes
 from mapconv.placement.weights import Piece, PlacedModule, WeightView
 from mapconv.runtime.collector import collector_paused
+from mapconv.wording import counted
 
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 #: transformers' model types whose Conv1D layers store a weight transposed, which a square one does not show.
@@ -130,8 +131,8 @@ def _with_scalars(adapter: Adapter, modules: tuple[PlacedModule, ...]) -> tuple[
     missing = [item.key for item in modules if item.key not in scalars]
     if missing or len(scalars) != len(modules):
         raise AdapterError(
-            f"{adapter.path}: map_config.json describes {len(scalars)} weights, but the tensors make {len(modules)}: "
-            "the files do not belong together."
+            f"{adapter.path}: map_config.json describes {counted(len(scalars), 'weight')}, but the tensors make "
+            f"{len(modules)}: the files do not belong together."
         )
     return tuple(item.with_scalars(scalars[item.key]) for item in modules)
 

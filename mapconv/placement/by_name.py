@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mapconv.errors import PlacementError
+from mapconv.wording import counted
 
 #: At most this many misfits are listed in full.
 _LISTED = 5
@@ -84,8 +85,8 @@ def require_all_targets(config: Mapping[str, Any], placed: Container[str], paths
     missing = [f"{path}: no lora_A and lora_B in the file" for path in paths if is_target(path) and path not in placed]
     if missing:
         raise PlacementError(
-            f"the configuration's target_modules name {len(missing)} modules that the adapter file lacks, so it is "
-            f"incomplete:\n{_listing(missing)}"
+            f"the configuration's target_modules name {counted(len(missing), 'module')} that the adapter file "
+            f"lacks, so it is incomplete:\n{_listing(missing)}"
         )
 
 
@@ -138,8 +139,8 @@ def nearest(name: str, tensors: Mapping[str, Any]) -> str:
 def misfit_report(misfits: list[str], total: int) -> str:
     """One sentence and the first few misfits."""
     return (
-        f"{len(misfits)} of the adapter's {total} modules do not fit this base: is it the model that the adapter was "
-        f"trained on (--base)?\n{_listing(misfits)}"
+        f"{len(misfits)} of the adapter's {counted(total, 'module')} {'does' if len(misfits) == 1 else 'do'} not fit "
+        f"this base: is it the model that the adapter was trained on (--base)?\n{_listing(misfits)}"
     )
 
 

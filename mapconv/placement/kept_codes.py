@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mapconv.adapter import TensorRef
 from mapconv.checkpoint.codecs.base import EncodedTensor
-from mapconv.checkpoint.index import TensorFile
+from mapconv.checkpoint.headers import TensorFile
 from mapconv.errors import UnsupportedError
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.target_model import TargetModel, files_with

@@ -19,6 +19,7 @@ from mapconv.placement.resizing import SIZE_FIELDS, resized_model
 from mapconv.placement.skeleton import LiveModel, typed_model_config
 from mapconv.placement.target_model import BiasUpdate, Placed, TargetModel, common_dtype, files_with
 from mapconv.placement.weights import PlacedModule
+from mapconv.wording import counted
 
 
 def resolve_target(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Placed:
@@ -101,7 +102,8 @@ class _Resolution:
         for name in foreign:
             del self.tensors[name]
         if foreign:
-            self.notes.append(f"{len(foreign)} tensors of the base's own head are left out ({foreign[0]}, …)")
+            shown = foreign[0] + ", …" * (len(foreign) > 1)
+            self.notes.append(f"{counted(len(foreign), 'tensor')} of the base's own head left out ({shown})")
 
     def _replace_in_place(self) -> None:
         """Tensors that PEFT writes into the base's parameter: they show under every name tied to it."""
@@ -250,9 +252,10 @@ class _Resolution:
         stored = self._stored()
         missing = [name for name in self.live.shapes if not any(stored.holds(other) for other in self.live.tied(name))]
         if missing:
+            more = f" and {counted(len(missing) - 1, 'more tensor')}" if len(missing) > 1 else ","
             raise PlacementError(
-                f"a {self.live.class_name} needs {missing[0]} and {len(missing) - 1} more tensors that neither the "
-                "base nor the adapter has: give the model that the adapter was trained on with --base."
+                f"{self.live.class_name} needs {missing[0]}{more} that neither the base nor the adapter "
+                "has: give the model that the adapter was trained on with --base."
             )
 
     def _final_config(self) -> dict[str, Any] | None:

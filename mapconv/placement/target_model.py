@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mapconv.adapter import Adapter, TensorRef, WholeTensor
-from mapconv.checkpoint.index import Checkpoint, TensorFile
+from mapconv.checkpoint.headers import TensorFile
+from mapconv.checkpoint.index import Checkpoint
 from mapconv.placement.weights import PlacedModule
 
 

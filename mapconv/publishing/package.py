@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mapconv.checkpoint.filenames import MERGE_RECORD, MODEL_CONFIG
-from mapconv.checkpoint.index import INDEX_FILE, SINGLE_FILE, read_checkpoint, read_tensor_file
+from mapconv.checkpoint.headers import read_tensor_file
+from mapconv.checkpoint.index import read_checkpoint
 from mapconv.checkpoint.model_config import read_model_config
 from mapconv.checkpoint.sidecars import model_files, tokenizer_files
 from mapconv.errors import AdapterError, HubError
@@ -152,7 +153,7 @@ def _adapter_files(folder: Path) -> list[str]:
 def _merged_files(folder: Path) -> list[str]:
     checkpoint = read_checkpoint(folder)
     weights = [file.path.name for file in checkpoint.files]
-    index = [INDEX_FILE] if weights != [SINGLE_FILE] else []
+    index = [checkpoint.index_file] if weights != [checkpoint.single_file] else []
     small = [name.as_posix() for name in (*tokenizer_files(folder), *model_files(folder))]
     return [MODEL_CONFIG, MERGE_RECORD, *weights, *index, *small]
 

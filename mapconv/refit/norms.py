@@ -25,6 +25,7 @@ from filelock import FileLock
 
 from mapconv.algebra.fingerprint import Fingerprint
 from mapconv.algebra.norms import BLOCK_ELEMENTS
+from mapconv.checkpoint.codecs.base import EncodedTensor
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.placement.weights import Piece, WeightView, weight_fingerprint
@@ -173,6 +174,9 @@ def _identity(checkpoint: Checkpoint) -> str:
         digest.update(repr((*marks, sorted(file.metadata.items()))).encode("utf-8", "surrogateescape"))
         for ref in file.tensors:
             digest.update(f"{ref.name}\0{ref.dtype}\0{ref.shape}\0{ref.start}\n".encode())
+            if isinstance(ref, EncodedTensor):
+                # What the codes stand for is in the configuration too: the size of a block, a format's version.
+                digest.update(repr(ref.encoding).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

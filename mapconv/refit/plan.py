@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 
 from mapconv.adapter import Direction
+from mapconv.algebra.dense import dense_bytes
+from mapconv.algebra.lowrank import is_randomized
 from mapconv.algebra.moments import Statistics
 from mapconv.algebra.norms import BLOCK_ELEMENTS
 from mapconv.checkpoint.reader import TORCH_DTYPES
@@ -182,6 +184,10 @@ def _job(placed: PlacedModule, options: ConvertOptions) -> Job:
         return Job(placed, kind, rank, stored, working, 4 * rank * (height + width) + 2 * placed.weight.numel)
     # W0 in float32, and with data W0·P as well.
     working = (4 if options.statistics is None else 8) * placed.weight.numel
+    if kind == "refit":
+        most = rank if options.tolerance is None else options.max_rank
+        if not is_randomized(placed.weight.shape, most, placed.effective_rank):
+            working += dense_bytes(placed.weight.shape)  # its Gram matrices
     columns = rank if options.tolerance is None or kind != "refit" else 2 * rank
     products = 2 if kind == "keep-dora" else _PRODUCTS
     work = 2 * placed.weight.numel * products * (columns + _MORE_COLUMNS)

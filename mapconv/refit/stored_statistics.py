@@ -20,7 +20,7 @@ from mapconv.adapter import TensorRef
 from mapconv.algebra.fingerprint import Fingerprint
 from mapconv.algebra.moments import InputRoot
 from mapconv.algebra.regression import RegressionInputs
-from mapconv.checkpoint.index import read_tensor_file
+from mapconv.checkpoint.headers import read_tensor_file
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.staging import write_file
 from mapconv.checkpoint.writer import SpooledFile

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from mapconv.wording import counted
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -101,6 +103,12 @@ def _fault(place: str, value: Any, expected: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as JSON, cut where it is long."""
+    """A value as JSON, or what is sure to be told apart from a whole one: where a text was cut, how long a table is."""
     text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    if len(text) <= 60:
+        return text
+    if isinstance(value, str):
+        return f'{json.dumps(value[:50])[:-1]}…"'
+    if isinstance(value, list | dict):
+        return f"<{type(value).__name__} of {counted(len(value), 'item')}>"
+    return f"{text[:50]}…"

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mapconv.adapter import TensorRef
-from mapconv.checkpoint.index import read_checkpoint, read_tensor_file
+from mapconv.checkpoint.headers import read_tensor_file
+from mapconv.checkpoint.index import read_checkpoint
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.writer import FixedFile, SpooledFile, TensorSpec, copy_range, lay_out, write_all_at
 from mapconv.errors import CheckpointError

@@ -39,14 +39,30 @@ def test_no_such_folder(refuse, own_lora, tmp_path):
 
 
 def test_a_file_instead_of_a_folder(run, own_lora, base, tmp_path):
+    """A file of the adapter stands for its folder; any other is no adapter."""
+    for name in (WEIGHTS, "adapter_config.json"):
+        assert run("inspect", own_lora / name, "--base", base).status == 0
+    (own_lora / "notes.txt").write_text("of no use")
     with nothing_written(tmp_path):
-        for name in (WEIGHTS, "adapter_config.json"):
-            assert_refused(run("upgrade", own_lora / name, "--base", base), "is a file", "folder")
+        assert_refused(run("upgrade", own_lora / "notes.txt", "--base", base), "is a file", "folder")
+    assert run("upgrade", own_lora / WEIGHTS, "--base", base).status == 0
+    assert (own_lora.parent / f"{own_lora.name}-map" / "map_config.json").is_file()
 
 
 def test_without_config(refuse, own_lora):
     (own_lora / "adapter_config.json").unlink()
-    refuse("adapter_config.json", "not an adapter folder")
+    refuse("no adapter_config.json", "the factors' rank is")
+
+
+def test_a_config_that_is_a_git_lfs_pointer(refuse, own_lora):
+    (own_lora / "adapter_config.json").write_text(LFS_POINTER)
+    refuse("adapter_config.json", "Git-LFS pointer", "git lfs pull")
+
+
+def test_a_pickle_that_is_a_git_lfs_pointer(refuse, own_lora):
+    (own_lora / WEIGHTS).unlink()
+    (own_lora / "adapter_model.bin").write_text(LFS_POINTER)
+    refuse("adapter_model.bin", "Git-LFS pointer", "git lfs pull")
 
 
 def test_without_weights(refuse, own_lora):

@@ -145,7 +145,7 @@ def test_calibration_follows_the_refit(run, dora, text, fitted, tmp_path):
     models = config["calibration"]["models"]
     assert models["calibrated"]["kl"] <= models["closed form"]["kl"] < models["base"]["kl"]
     assert f"{models['closed form']['kl']:.4f}" in result.out
-    assert "got no input vectors" not in result.err
+    assert "gave no input vectors" not in result.err
     mapconv.merge(tmp_path / "map", tmp_path / "merged")
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mapconv.commands.upgrade import default_output
+from mapconv.commands.outputs import output_beside
 from mapconv.errors import AdapterError
 from mapconv.formats import read_adapter
 from mapconv.hub import locate_adapter
@@ -211,10 +211,10 @@ def test_origin_of_a_cache_folder(tmp_path):
 
 def test_the_default_output_of_a_name_is_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert str(default_output("artist/poems@v1")) == "poems-map"
-    assert str(default_output("artist/many:french/short")) == "short-map"
+    assert str(output_beside("artist/poems@v1", "map")) == "poems-map"
+    assert str(output_beside("artist/many:french/short", "map")) == "short-map"
     (tmp_path / "artist" / "poems").mkdir(parents=True)
-    assert str(default_output("artist/poems")) == "artist/poems-map"
+    assert str(output_beside("artist/poems", "map")) == "artist/poems-map"
 
 
 def test_the_base_that_a_configuration_names_keeps_its_revision(models, run, hub, tmp_path):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from mapconv.formats.config import CHANGED_BASE, REFUSED
+from tests.checkpoint.codecs.encoders import STORAGES
 
 from .options import OPTIONS, Option, combinations
 from .tiny import Tiny
@@ -40,6 +41,19 @@ _FEATURES = {
     ),
 }
 
+_STORAGES = {
+    "bitsandbytes": "NF4 and FP4, single or double quantization; int8 (`llm_int8`)",
+    "fp8": "float8 by blocks with `weight_scale_inv`, or one scale a weight; scales as floats or powers of two",
+    "compressed-tensors": "float8 and int8 by tensor, row, group or block; packed integers of 1 to 8 bits, with zero "
+    "points and act-order; NVFP4, MXFP4",
+    "mxfp4": "gpt-oss: stacked experts in MXFP4",
+    "modelopt": "FP8, NVFP4",
+    "fbgemm_fp8": "float8 by outputs, stacked experts too",
+    "gptq": "2, 3, 4 and 8 bits, `gptq` and `gptq_v2`, act-order",
+    "awq": "4 bits, GEMM layout",
+    "mlx": "key `quantization`: 2 to 8 bits with biases, MXFP4, MXFP8, NVFP4; embeddings and heads too",
+}
+
 
 def support_table() -> str:
     """Feature × layer kind as Markdown, then what is refused and why."""
@@ -51,13 +65,17 @@ def support_table() -> str:
         own = [(tiny, option) for tiny, option in cases if option.name.startswith(starts)]
         cells = [_cell([(t, o) for t, o in own if kind in _kinds(t, o)]) for kind in KINDS]
         lines.append(f"| {feature} | {' | '.join(cells)} |")
+    lines += ["", f"Quantized bases, read by rows as float32 ({len(STORAGES)} variants are tested, each merged and "]
+    lines[-1] += "compared bit for bit with the same values stored plain):"
+    lines += ["", "| `quant_method` | storages |", "|---|---|"]
+    lines += [f"| `{method}` | {storages} |" for method, storages in _STORAGES.items()]
     lines += ["", "Refused by name, before anything is written:", "", "| | why |", "|---|---|"]
     lines += [f"| `{name}` | {reason} |" for name, reason in REFUSED.items()]
     lines += [f"| `init_lora_weights: {name}` | it {reason} |" for name, reason in CHANGED_BASE.items()]
     lines += [
         "| convolutions with groups > 1 | PEFT refuses to merge them as well |",
         "| other `peft_type`s (IA3, LoHa, LoKr, VeRA, …) | they are neither LoRA nor DoRA |",
-        "| quantized bases | an adapter fits the plain weight: give the 16-bit model |",
+        "| bases in other quantized storages (HQQ, AQLM, torchao, GGUF, Marlin layouts, …) | give the 16-bit model |",
         "| several DoRAs on one weight | each rescales the whole weight, so their merges do not add |",
     ]
     return "\n".join(lines)

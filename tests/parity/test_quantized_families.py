@@ -9,7 +9,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GptOssConfig, GptOssForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import mapconv
 from tests.checkpoint.codecs.encoders import llm_int8, nf4, small_floats
@@ -93,3 +101,29 @@ def test_gpt_oss_experts(tmp_path):
     assert_merges(quantized, twin, train(twin, tmp_path / "lora", **targets), tmp_path)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert "quantization_config" not in config
+
+
+def test_experts_stored_one_by_one(tmp_path):
+    """As transformers 4 wrote them, each in NF4; the class of today stacks them."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        num_hidden_layers=1, num_local_experts=3, hidden_size=32, intermediate_size=64, vocab_size=40,
+        num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=2,
+    )  # fmt: skip
+    twin, quantized = tmp_path / "twin", tmp_path / "quantized"
+    MixtralForCausalLM(config).save_pretrained(twin)
+    stored, values = {}, load_file(twin / "model.safetensors")
+    experts = [name for name in values if ".experts." in name]
+    assert len(experts) == 9
+    for name, tensor in values.items():
+        stored[name] = tensor
+        if name in experts:
+            parts, values[name] = nf4(tensor)
+            del stored[name]
+            stored |= {name.removesuffix("weight") + ending: part.clone() for ending, part in parts.items()}
+    save_file(values, twin / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(quantized)
+    edit_json(quantized / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    save_file(stored, quantized / "model.safetensors", metadata={"format": "pt"})
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    assert_merges(quantized, twin, train(twin, tmp_path / "lora", **targets), tmp_path)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mapconv.checkpoint.index import read_checkpoint, read_tensor_file
+from mapconv.checkpoint.headers import read_tensor_file
+from mapconv.checkpoint.index import read_checkpoint
 from mapconv.errors import CheckpointError, MapconvError
 from tests.files import read_header, write_header
 

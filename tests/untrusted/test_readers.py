@@ -12,7 +12,7 @@ import torch
 
 import mapconv
 from mapconv.catalog.reading import read_catalog
-from mapconv.checkpoint.index import read_tensor_file
+from mapconv.checkpoint.headers import read_tensor_file
 from mapconv.checkpoint.model_config import read_model_config
 from mapconv.errors import AdapterError, CatalogError, CheckpointError, HubError, MapconvError, sentence
 from mapconv.jsonfile import MOST_NESTING, read_object
@@ -46,7 +46,7 @@ def test_a_strangers_card_says_nothing_and_ones_own_is_refused(front, own_lora, 
 
 def test_an_upgrade_passes_over_a_strangers_broken_card(own_lora, tmp_path):
     (own_lora / "README.md").write_text("---\ndate: 2023-02-30\nx: !!bool maybe\n---\n")
-    assert mapconv.upgrade(own_lora, tmp_path / "map").planned == 14
+    assert mapconv.upgrade(own_lora, tmp_path / "map").plan.modules == 14
 
 
 def test_tens_of_thousands_of_marks():

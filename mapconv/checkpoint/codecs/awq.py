@@ -39,10 +39,10 @@ class AwqGemm:
         return self.codes, self.zero, self.scale
 
     def rows(self, reader: Bytes, start: int, stop: int, out: torch.Tensor) -> None:
-        out.copy_(self._outputs(reader.kept(self.codes, lambda: self._words(reader, self.codes)), start, stop))
-        zeros = self._outputs(reader.kept(self.zero, lambda: self._words(reader, self.zero)), start, stop)
+        out.copy_(self._outputs(reader.kept(self.codes, "codes", lambda: self._words(reader, self.codes)), start, stop))
+        zeros = self._outputs(reader.kept(self.codes, "zeros", lambda: self._words(reader, self.zero)), start, stop)
         shift_(out, -zeros, self.group)
-        scales = reader.kept(self.scale, lambda: self._scales(reader))[start:stop]
+        scales = reader.kept(self.codes, "scales", lambda: self._scales(reader))[start:stop]
         scale_(out, scales, self.group, self.scale)
 
     def _words(self, reader: Bytes, ref: TensorRef) -> torch.Tensor:

@@ -29,8 +29,8 @@ class Bytes(Protocol):
     def read_bytes(self, ref: TensorRef, start: int, stop: int) -> torch.Tensor:
         """Bytes ``start`` to ``stop`` of a tensor's data, (stop − start,) uint8."""
 
-    def kept(self, key: object, make: Callable[[], T]) -> T:
-        """What ``make`` gives, made once for each thread while it works on the same weight."""
+    def kept(self, owner: object, name: str, make: Callable[[], T]) -> T:
+        """What ``make`` gives, made once by each thread while the weight that it reads is ``owner``."""
 
 
 class Encoding(Protocol):

@@ -81,7 +81,7 @@ class FourBit:
         fits = (low, high) == (first, last) and (high - low) % 2 == 0
         values = out.view(-1) if fits else torch.empty(high - low + (high - low) % 2)
         codes = reader.read_bytes(self.codes, low // 2, (high + 1) // 2)
-        expand_nibbles(codes, reader.kept(self.book, lambda: self._table(reader)), values)
+        expand_nibbles(codes, reader.kept(self.codes, "table", lambda: self._table(reader)), values)
         scales = self.absmax.read(reader, block_start, block_stop)
         scale_(values[None, : high - low], scales[None], self.block, self.absmax.values)
         if not fits:

@@ -39,7 +39,7 @@ class TransposedMxfp4:
             last = min(height, first + stop - start)
             count = last - first
             # Bytes hold two rows each, scales 32.
-            codes, scales = reader.kept((self.codes, expert), lambda: self._expert(reader, expert))  # noqa: B023
+            codes, scales = reader.kept((self.codes, expert), "codes", lambda: self._expert(reader, expert))  # noqa: B023
             low, high = first // 32 * 32, -(-last // 32) * 32
             values = torch.empty((high - low) // 2, codes.shape[1], 2)
             expand_nibbles(codes[low // 2 : high // 2].reshape(-1), _NIBBLES, values.view(-1))

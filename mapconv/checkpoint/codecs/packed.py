@@ -13,6 +13,7 @@ from mapconv.checkpoint.codecs.arithmetic import (
     expand_nibbles,
     nibble_table,
     read_floats,
+    require_scales,
     scale_,
     shift_,
     unpack_bits,
@@ -63,9 +64,9 @@ class Packed:
     def rows(self, reader: Bytes, start: int, stop: int, out: torch.Tensor) -> None:
         self._codes(reader, start, stop, out)
         scales = self._numbers(reader, self.scale, start, stop)
-        zeros = None if self.zero is None else reader.kept(self.zero, lambda: self._zeros(reader))[start:stop]
+        zeros = None if self.zero is None else reader.kept(self.codes, "zeros", lambda: self._zeros(reader))[start:stop]
         if self.group_index is not None:
-            index = reader.kept(self.group_index, lambda: self._index(reader))
+            index = reader.kept(self.codes, "index", lambda: self._index(reader))
             scales, zeros, group = scales[:, index], None if zeros is None else zeros[:, index], 1
         else:
             group = self.group
@@ -78,12 +79,14 @@ class Packed:
         else:
             # A group of equal weights has a scale of zero and is its bias.
             scale_(out, scales, group, self.scale, zero_is_lost=False)
-            shift_(out, self._numbers(reader, self.bias, start, stop), group)
+            bias = self._numbers(reader, self.bias, start, stop)
+            require_scales(bias, self.bias)
+            shift_(out, bias, group)
 
     def _codes(self, reader: Bytes, start: int, stop: int, out: torch.Tensor) -> None:
         if self.order == "columns":
             # Transposed as they are packed: a quarter of the weight's size in 16 bits, or less.
-            data = reader.kept(self.codes, lambda: self._transposed(reader))[start:stop]
+            data = reader.kept(self.codes, "codes", lambda: self._transposed(reader))[start:stop]
         else:
             nbytes = self.codes.nbytes // (self.codes.numel // self.codes.shape[-1])
             data = reader.read_bytes(self.codes, start * nbytes, stop * nbytes).view(stop - start, nbytes)
@@ -105,7 +108,9 @@ class Packed:
         """Scales or biases of some rows, (rows, groups)."""
         if self.order == "rows":
             return read_floats(reader, ref, start * self.groups, stop * self.groups).view(-1, self.groups)
-        table = reader.kept(ref, lambda: read_floats(reader, ref, 0, ref.numel).view(ref.shape).T.contiguous())
+        table = reader.kept(
+            self.codes, ref.name, lambda: read_floats(reader, ref, 0, ref.numel).view(ref.shape).T.contiguous()
+        )
         return table[start:stop]
 
     def _zeros(self, reader: Bytes) -> torch.Tensor:

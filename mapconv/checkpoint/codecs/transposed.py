@@ -32,7 +32,7 @@ class Transposed:
         return self.inner.stored
 
     def rows(self, reader: Bytes, start: int, stop: int, out: torch.Tensor) -> None:
-        out.copy_(reader.kept(self, lambda: self._matrix(reader))[start:stop])
+        out.copy_(reader.kept(self, "matrix", lambda: self._matrix(reader))[start:stop])
 
     def _matrix(self, reader: Bytes) -> torch.Tensor:
         matrix = torch.empty(self.width, self.height)

@@ -1,0 +1,83 @@
+"""Dialects that mapconv knows by their keys and does not read: named, with what their owner can do."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from mapconv.adapter import Adapter
+from mapconv.errors import UnsupportedError
+from mapconv.formats.base import CONFIG_FILE, WEIGHTS_FILE, Found
+
+_AS_PEFT = f"convert it to a PEFT folder ({CONFIG_FILE} and {WEIGHTS_FILE}) first"
+
+
+@dataclass(frozen=True)
+class ForeignDialect:
+    """A dialect whose files have keys of a form that no other has."""
+
+    name: str
+    key: re.Pattern[str]
+    advice: str
+
+    def recognise(self, found: Found) -> bool:
+        return found.header is not None and any(self.key.search(ref.name) for ref in found.header.tensors)
+
+    def read(self, found: Found, *, allow_pickle: bool = False) -> Adapter:
+        path = found.path if found.header is None else found.header.path
+        raise UnsupportedError(f"{path} is {self.name}, which mapconv does not read: {self.advice}.")
+
+
+class PeftWeights:
+    """PEFT's own weights without their configuration."""
+
+    _FACTOR = re.compile(r"^base_model\.model\..*\.lora_(?:embedding_)?A\b")
+
+    def recognise(self, found: Found) -> bool:
+        return found.config is None and self._rank(found) is not None
+
+    def read(self, found: Found, *, allow_pickle: bool = False) -> Adapter:
+        path = found.path if found.header is None else found.header.path
+        raise UnsupportedError(
+            f"{path} has the keys of a PEFT adapter, but there is no {CONFIG_FILE} beside it, and so its "
+            "scaling is unknown: get that file from where the weights come from (the factors' rank is "
+            f"{self._rank(found)}), and give the folder that holds both."
+        )
+
+    def _rank(self, found: Found) -> int | None:
+        refs = () if found.header is None else found.header.tensors
+        return next((ref.shape[0] for ref in refs if ref.shape and self._FACTOR.search(ref.name)), None)
+
+
+#: The most telling first: a LyCORIS file has kohya's names, and some of its own.
+FOREIGN = (
+    PeftWeights(),
+    ForeignDialect(
+        "a LyCORIS adapter (LoHa, LoKr or its DoRA)",
+        re.compile(r"\.(hada_w[12]_[ab]|lokr_w[12](_[ab])?|dora_scale)$"),
+        "merge it with the program that trained it, for its updates are no plain low-rank factors",
+    ),
+    ForeignDialect(
+        "a LoRA of kohya's sd-scripts",
+        re.compile(r"^(lora|lycoris)_\w+\.(lora_(down|up)\.weight|alpha)$"),
+        f"{_AS_PEFT}, for instance with PEFT's examples/lora_dreambooth/convert_kohya_ss_sd_lora_to_peft.py",
+    ),
+    ForeignDialect(
+        "a LoRA of diffusers (load_lora_weights)",
+        re.compile(
+            r"^(unet|transformer|text_encoder(_\d)?)\.|\.processor\.\w+_lora\.(down|up)\.|\.lora_linear_layer\."
+        ),
+        _AS_PEFT,
+    ),
+    ForeignDialect(
+        "a LoRA in ComfyUI's names",
+        re.compile(r"^(diffusion_model|text_encoders)\..*\.lora_"),
+        _AS_PEFT,
+    ),
+    ForeignDialect(
+        "an adapter of MLX-LM",
+        re.compile(r"\.lora_[ab]$"),
+        "merge it with mlx_lm.fuse, or " + _AS_PEFT,
+    ),
+    ForeignDialect("a LoRA that is no PEFT adapter", re.compile(r"lora_|\.lora\."), _AS_PEFT),
+)

@@ -1,0 +1,105 @@
+"""One adapted weight's update of the stored rows that hold it, in a worker's scratch memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from mapconv.algebra.dora import merge_rows_
+from mapconv.algebra.fingerprint import Fingerprint, block_fingerprint
+from mapconv.algebra.norms import BLOCK_ELEMENTS, product_norm
+from mapconv.placement.weights import Piece, WeightView, block_numbers
+
+
+@dataclass
+class Buffers:
+    """One worker's scratch memory, reused for every block."""
+
+    NBYTES = BLOCK_ELEMENTS * (4 + 4 + 4 + 8 + 4)
+
+    raw: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    rows: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    spare: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    wide: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    out: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+
+    def fit(self, elements: int) -> None:
+        """Make room for blocks of ``elements`` elements (a row may be wider than a block)."""
+        if self.rows.numel() < elements:
+            self.raw = torch.empty(8 * elements, dtype=torch.uint8)
+            self.rows, self.spare = torch.empty(elements), torch.empty(elements)
+            self.wide = torch.empty(elements, dtype=torch.float64)
+            self.out = torch.empty(8 * elements, dtype=torch.uint8)
+
+    def widen(self, values: torch.Tensor) -> torch.Tensor:
+        return self.wide[: values.numel()].view(values.shape).copy_(values)
+
+
+@dataclass
+class Update:
+    """One weight's update, ready to be applied to rows of the stored matrix that ``piece`` lies in.
+
+    ``base`` collects the fingerprint of the base rows that it meets, if it ``measures_base``.
+    """
+
+    view: WeightView
+    piece: Piece
+    identity: tuple
+    A: torch.Tensor
+    B: torch.Tensor
+    base_gain: float
+    update_gain: float
+    magnitude: torch.Tensor | None
+    measures_base: bool
+    scales: torch.Tensor | None = None
+    base: Fingerprint = field(default_factory=Fingerprint)
+
+    @property
+    def known_norm(self) -> float | None:
+        """How far a plain LoRA moves the weight, which its factors alone tell; None where the base has a part in it."""
+        if self.magnitude is not None or self.base_gain != 1.0:
+            return None
+        return abs(self.update_gain) * product_norm(self.B, self.A)
+
+    @property
+    def columns(self) -> slice:
+        """The stored columns of a transposed piece."""
+        return slice(self.piece.offset, self.piece.offset + self.piece.stop - self.piece.start)
+
+    def apply(self, rows: torch.Tensor, raw: torch.Tensor, start: int, stop: int, buffers: Buffers) -> None:
+        """Update ``rows``, float32 copies of the stored rows ``start`` to ``stop`` whose own values are ``raw``."""
+        first, last = self.piece.stored_rows
+        low, high = max(start, first), min(stop, last)
+        if low >= high:
+            return
+        rows, raw = rows[low - start : high - start], raw[low - start : high - start]
+        if self.piece.transposed:
+            self._apply_transposed(rows[:, self.columns], raw[:, self.columns], low, high, buffers)
+            return
+        self._measure(raw, low, high, buffers)
+        part = slice(low - first, high - first)
+        merge_rows_(
+            rows,
+            self.A,
+            self.B[part],
+            base_gain=self.base_gain,
+            update_gain=self.update_gain,
+            magnitude=None if self.magnitude is None else self.magnitude[part],
+            into_wide=buffers.widen,
+        )
+
+    def _measure(self, raw: torch.Tensor, start: int, stop: int, buffers: Buffers) -> None:
+        if self.measures_base:
+            first = self.piece.stored_rows[0]
+            numbers = block_numbers(self.view, self.piece, start - first, stop - first)
+            self.base += block_fingerprint(raw, *numbers, buffers.wide)
+
+    def _apply_transposed(self, rows: torch.Tensor, raw: torch.Tensor, start: int, stop: int, buffers: Buffers) -> None:
+        self._measure(raw, start, stop, buffers)
+        A, B, a, b = self.A[:, start:stop].T, self.B.T, self.base_gain, self.update_gain
+        if self.scales is None:
+            rows.copy_(torch.addmm(rows, A, B, beta=a, alpha=b))
+            return
+        gains = (b * self.scales).float()
+        rows.copy_((a - b + gains) * rows + gains * (A @ B))
