@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections import defaultdict
 from typing import TYPE_CHECKING
-
-import click
 
 from mapconv.cli.calibrate import INTERRUPTED, print_calibration
 from mapconv.cli.options import Chosen, command
@@ -41,7 +40,7 @@ def rebase(chosen: Chosen) -> None:
         _report(result)
     notes(result.notes)
     if result.calibration is not None and result.calibration.interrupted:
-        raise click.exceptions.Exit(INTERRUPTED)
+        sys.exit(INTERRUPTED)
 
 
 def _report(result: RebaseResult) -> None:
