@@ -166,7 +166,11 @@ def _faults(options: Options) -> Iterator[tuple[str, str, str]]:
         for name in options.stages["upgrade"]:
             yield "upgrade", name, "an entry is upgraded or rebased: give its options below rebase"
         if "calibrate" in options.stages:
-            yield "calibrate", "calibrate", "a rebased entry runs on another base than its source: leave calibrate out"
+            yield (
+                "calibrate",
+                "calibrate",
+                "a rebase has its own training: give calibrate as an option below rebase",
+            )
     for stage, given in options.stages.items():
         for name, option in COMMANDS[stage].options.items():
             if option.required and option.in_catalog and name not in given and (stage, name) not in _GIVEN_LATER:

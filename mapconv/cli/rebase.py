@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from mapconv.cli.calibrate import INTERRUPTED, print_calibration
 from mapconv.cli.options import Chosen, command
 from mapconv.cli.output import notes, print_json, print_table, show, size, small
 from mapconv.cli.startup import starting
@@ -38,6 +40,8 @@ def rebase(chosen: Chosen) -> None:
     else:
         _report(result)
     notes(result.notes)
+    if result.calibration is not None and result.calibration.interrupted:
+        sys.exit(INTERRUPTED)
 
 
 def _report(result: RebaseResult) -> None:
@@ -61,6 +65,9 @@ def _report(result: RebaseResult) -> None:
         f"  {counted(len(result.modules), 'module')}, {result.parameters:,} parameters, {size(result.nbytes)}, "
         f"{result.seconds:.1f} s"
     )
+    if result.calibration is not None:
+        show()
+        print_calibration(result.calibration)
     if result.served is not None:
         show()
         _served(result.served)

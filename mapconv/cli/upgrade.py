@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-import click
 
 from mapconv.cli.calibrate import INTERRUPTED, print_calibration
 from mapconv.cli.options import Chosen, command
@@ -57,7 +56,7 @@ def upgrade(chosen: Chosen) -> None:
         _report(result, chosen)
     notes(result.notes)
     if result.calibration is not None and result.calibration.interrupted:
-        raise click.exceptions.Exit(INTERRUPTED)
+        sys.exit(INTERRUPTED)
 
 
 def _show_plan(result: UpgradeResult) -> None:

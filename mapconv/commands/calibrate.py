@@ -24,6 +24,7 @@ from mapconv.options.commands import CALIBRATE
 from mapconv.placement.adapters import place_adapter
 from mapconv.training.calibration import WEIGHT_FILES, CalibrationOptions, CalibrationReport, calibrate_folder
 from mapconv.training.checkpoints import checkpoint_path
+from mapconv.training.data import read_training_data
 from mapconv.training.models import Train
 from mapconv.training.processes import joined
 
@@ -110,7 +111,7 @@ def calibrate(
         MapconvError: of the kind that fits; ``out`` is then as it was.
         ValueError: an option out of its range.
     """
-    options = CalibrationOptions(steps, train, objective, learning_rate, batch_size, sequence_length, held_out, seed)
+    options = CalibrationOptions(steps, train, objective, learning_rate, batch_size, sequence_length, seed)
     adapter_path, source_path = locate_adapter(adapter), locate_adapter(against, allow_pickle=allow_pickle)
     out = output_beside(adapter, "calibrated") if out is None else Path(out)
     rows = read_rows(data)
@@ -134,12 +135,16 @@ def calibrate(
     }
     log.info("read %s; training starts from %s", data, adapter_path)
     with joined(device) as processes:
+        sequences = read_training_data(
+            rows, adapter_path, source, length=sequence_length, held_out=held_out, seed=seed, objective=objective
+        )
+        training = adapter_path, source, source, sequences, options, processes
         if not processes.is_first:
-            calibrate_folder(adapter_path, source, rows, options, processes, into=None, **arguments)
+            calibrate_folder(*training, into=None, **arguments)
             return None
         with staged_folder(out, force=force) as staging:
             _copy_sidecars(adapter_path, staging, all_files=in_place)
-            report = calibrate_folder(adapter_path, source, rows, options, processes, into=staging, **arguments)
+            report = calibrate_folder(*training, into=staging, **arguments)
     for path in (checkpoint, checkpoint.with_name(f"{checkpoint.name}.partial")):
         path.unlink(missing_ok=True)
     return CalibrateResult(out, adapter_path, source_path, source.target.folder, report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -24,11 +24,14 @@ from mapconv.options.shared import MAX_RANK, SAMPLES, SEQUENCE_LENGTH
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
 from mapconv.placement.pairing import pair_bases
 from mapconv.refit.directory import MapDirectory, measured
-from mapconv.refit.evidence import Evidence, gather
+from mapconv.refit.evidence import Refits, gather
 from mapconv.refit.plan import Dtype
 from mapconv.refit.rebase import Rebased, RebaseOptions, Rebaser
 from mapconv.runtime.devices import resolve_device
 from mapconv.runtime.progress import progress_bar
+
+if TYPE_CHECKING:
+    from mapconv.training.calibration import CalibrationReport
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class RebaseResult:
     plain_lora: bool
     unchanged: bool
     served: ServedNumbers | None = None
+    calibration: CalibrationReport | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -63,6 +67,7 @@ class RebaseResult:
         table = {field.name: getattr(self, field.name) for field in fields(self)}
         table |= {name: str(getattr(self, name)) for name in ("out", "source", "base", "onto")}
         table["served"] = None if self.served is None else self.served.to_dict()
+        table["calibration"] = None if self.calibration is None else self.calibration.record()
         table["modules"] = [module.to_dict() for module in self.modules]
         return table
 
@@ -84,6 +89,7 @@ def rebase(
     sequence_length: int | None = None,
     statistics: Literal["running", "source", "none"] = "running",
     statistics_from: str | Path | None = None,
+    calibrate: int = 0,
     seed: int = 0,
     device: str = "auto",
     keep_worse: bool = False,
@@ -110,7 +116,11 @@ def rebase(
             ``source``: to the source's own inputs. ``none``: to the weights alone.
         statistics_from: what ``mapconv.statistics`` collected of ``base``: no model runs, and ``data`` only serves to
             measure the result.
-        seed: of the text that the source model writes.
+        calibrate: steps to train the result afterwards, on ``onto``, towards the source on ``base``, with both bases
+            in memory in float32; on ``data`` or the source's own samples. The factors are trained and the base gain is
+            not, so that a plain LoRA stays one; with ``free_gain`` it is trained as well. The result is the step that
+            is best on held-out text. 0: none.
+        seed: of the text that the source model writes, and of the order in which it is trained on.
         device: ``auto``, ``cpu`` or ``cuda``.
         keep_worse: write a result even if it is further from the source than the source itself put on ``onto``.
         allow_pickle: read weights from a ``.bin`` file (with torch's weights-only loader).
@@ -131,29 +141,41 @@ def rebase(
     trained = place_adapter(source, base, allow_pickle=allow_pickle, lean=not runs)
     served = place_adapter(source, onto, allow_pickle=allow_pickle, lean=not runs)
     pair_bases(trained, served)
+    if calibrate:
+        # Imported here: a rebase without training must not wait for what trains.
+        from mapconv.commands.rebase_training import calibrate_rebased, target_classes
+
+        target_classes(trained.target)  # refuses what cannot be trained
     options = RebaseOptions(rank, tolerance, max_rank or MAX_RANK.fallback, free_gain, dtype)
     nbytes = options.stored_bytes(served)
     check_output(out, force=force, inputs=[source, trained.target.folder, served.target.folder], nbytes=nbytes)
     notes = [*trained.adapter.notes, *_other_base(trained, base)]
     modules: tuple[MapModule, ...] = ()
-    parameters, numbers, changed = 0, None, True
+    parameters, numbers, changed, calibration = 0, None, True, None
     if not dry_run:
         place = resolve_device(device)
         marks |= trained.target.checkpoint.marks | served.target.checkpoint.marks
         with staged_folder(out, force=force) as staging, unchanged(marks):
-            evidence = gather(
+            refits, evidence = gather(
                 trained, served, statistics, None if data is None else Path(data), samples, length, seed, place,
                 collected=None if statistics_from is None else Path(statistics_from), quiet=quiet,
             )  # fmt: skip
             directory = MapDirectory(served, staging)
             try:
-                results = _refit(trained, served, options, evidence, directory, quiet=quiet)
+                results = _refit(trained, served, options, refits, directory, quiet=quiet)
+                del refits  # and with it the models that ran
                 changed = any(item.changed > 0 for item in results)
                 record = _record(trained, results)
                 asked = asdict(options) | {"statistics": statistics, "seed": seed}
                 modules = directory.finish(asked, evidence.record, rebase=record)
             finally:
                 directory.close()
+            if calibrate and evidence.text is not None:
+                training = {"steps": calibrate, "seed": seed, "hold_gain": not free_gain}
+                calibration = calibrate_rebased(
+                    trained, served, evidence.text, staging, training, place, allow_pickle, quiet=quiet
+                )
+                modules = calibration.modules
             if evidence.held_out:
                 numbers = measure_served(trained, served, staging, evidence.held_out, device=place, quiet=quiet)
             if numbers is not None:
@@ -161,7 +183,7 @@ def rebase(
                 if numbers.is_worse and not keep_worse:
                     raise FidelityError(_worse(source, numbers) if changed else _nothing(served))
             parameters, nbytes = measured(staging, modules)
-            notes += evidence.notes
+            notes += [*evidence.notes, *(() if calibration is None else calibration.notes)]
             if not changed:
                 notes.append("both bases hold the same weights: there was nothing to rebase")
     return RebaseResult(
@@ -179,6 +201,7 @@ def rebase(
         plain_lora=not needs_magnitude(modules),
         unchanged=not changed,
         served=numbers,
+        calibration=calibration,
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -187,7 +210,7 @@ def _refit(
     trained: PlacedAdapter,
     served: PlacedAdapter,
     options: RebaseOptions,
-    evidence: Evidence,
+    refits: Refits,
     directory: MapDirectory,
     *,
     quiet: bool,
@@ -200,7 +223,7 @@ def _refit(
         Rebaser(trained, served, options) as rebaser,
         progress_bar(total, "rebasing", quiet=quiet) as advance,
     ):
-        for item in evidence.run(rebaser, served.modules):
+        for item in refits(rebaser, served.modules):
             directory.add(item.placed, item.converted)
             results.append(item.without_factors())
             advance(item.placed.weight.nbytes)

@@ -197,11 +197,13 @@ def _calibrate(
     """Train the staged result in place."""
     # Imported here: a conversion without training must not wait for what trains.
     from mapconv.training.calibration import CalibrationOptions, calibrate_folder
+    from mapconv.training.data import read_training_data
     from mapconv.training.processes import Processes
 
     options, processes = CalibrationOptions(**training), Processes(resolve_device(device))
+    data = read_training_data(sample.rows, staging, placed, length=options.sequence_length)
     return calibrate_folder(
-        staging, placed, sample.rows, options, processes, into=staging, allow_pickle=allow_pickle, quiet=quiet
+        staging, placed, placed, data, options, processes, into=staging, allow_pickle=allow_pickle, quiet=quiet
     )
 
 

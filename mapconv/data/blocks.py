@@ -66,6 +66,10 @@ class Dataset:
     def first(self, count: int) -> Dataset:
         return Dataset(self.kind, self.input_ids[:count], self.attention_mask[:count], self.labels[:count], self.notes)
 
+    def last(self, count: int) -> Dataset:
+        ids, mask, labels = (values[-count:] for values in (self.input_ids, self.attention_mask, self.labels))
+        return Dataset(self.kind, ids, mask, labels, self.notes)
+
 
 @dataclass(frozen=True)
 class Tokens:

@@ -14,23 +14,30 @@ from mapconv.runtime.threads import in_order, worker_count
 
 
 def weight_errors(source: PlacedAdapter, result: PlacedAdapter) -> dict[tuple[str, int | None], float]:
-    """ε = ‖T − W'‖ / ‖T − W0‖ of each weight by its key, both weights formed row block by row block in float64."""
+    """ε = ‖T − W'‖ / ‖T − W0‖ of each weight by its key, both weights formed row block by row block in float64.
+
+    W0 is the base that the result is for, which need not be the one that the source was trained on.
+    """
     results = {item.key: item for item in result.modules}
     pairs = [(item, results[item.key]) for item in source.modules]
-    workers = worker_count(max(4 * item.weight.numel for item in source.modules))
-    with TensorReader(source.target.checkpoint.source) as reader:
-        loader = FactorLoader(reader)
-        errors = in_order(lambda pair: _error(*pair, reader, loader), pairs, workers)
+    workers = worker_count(max(8 * item.weight.numel for item in source.modules))
+    with TensorReader(source.target.checkpoint.source) as trained, TensorReader(result.target.checkpoint.source) as own:
+        loader = FactorLoader(trained)
+        errors = in_order(lambda pair: _error(*pair, (trained, own), loader), pairs, workers)
         return {item.key: error for (item, _), error in zip(pairs, errors, strict=True)}
 
 
-def _error(source: PlacedModule, result: PlacedModule, reader: TensorReader, loader: FactorLoader) -> float:
-    base = read_weight(source.weight, reader, torch.empty(source.weight.numel))
+def _error(
+    source: PlacedModule, result: PlacedModule, readers: tuple[TensorReader, TensorReader], loader: FactorLoader
+) -> float:
+    trained = read_weight(source.weight, readers[0], torch.empty(source.weight.numel))
+    same = result.weight == source.weight
+    base = trained if same else read_weight(result.weight, readers[1], torch.empty(result.weight.numel))
     wanted, got = _Weight(source, loader), _Weight(result, loader)
     error = update = 0.0
     for start, stop in row_blocks(*source.weight.shape):
         rows = base[start:stop].double()
-        target = wanted.rows(rows, start, stop)
+        target = wanted.rows(trained[start:stop].double(), start, stop)
         error += squared_norm(target - got.rows(rows, start, stop))
         update += squared_norm(target - rows)
     return (error / update) ** 0.5 if update else 0.0

@@ -50,11 +50,12 @@ def calibration_table(record: Mapping[str, Any]) -> str:
         )
         for name, numbers in record["models"].items()
     ]
-    what = "α and β" if record["train"] == "scalars" else "α, β and the factors"
+    scalars = ["β"] if record.get("hold_gain") else ["α", "β"]
+    what = " and ".join(scalars) if record["train"] == "scalars" else f"{', '.join(scalars)} and the factors"
     goal = "the source's distribution" if record["objective"] == "distill" else "the data's own labels"
     return (
         f"{table(('model', 'perplexity', 'KL(source ‖ model)', 'top-1 as the source'), rows)}\n\n"
-        f"`mapconv calibrate` trained {what} ({record['trained_parameters']:,} numbers) towards {goal} for "
+        f"mapconv trained {what} ({record['trained_parameters']:,} numbers) towards {goal} for "
         f"{record['steps']} steps, and kept step {record['best_step']}. Measured in float32 on the files as they are, "
         f"at {record['held_out_positions']:,} positions of text that was held out."
     )

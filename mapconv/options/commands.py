@@ -26,6 +26,7 @@ from mapconv.options.shared import (
     AGAINST,
     ALLOW_PICKLE,
     BASE,
+    CALIBRATE_AFTERWARDS,
     DATA,
     DEVICE,
     DRY_RUN,
@@ -65,6 +66,16 @@ UPGRADE = Command(
     rules=(Excludes("calibrate", "lora_compatible", "it would train the α that is to stay fixed"),),
 )
 
+
+def _text_to_train_on(given: Mapping[str, Any], spell: Spell) -> str | None:
+    if "calibrate" not in given or "data" in given:
+        return None
+    if "statistics_from" in given or given.get("statistics") == "none":
+        without = spell("statistics_from", ...) if "statistics_from" in given else spell("statistics", "none")
+        return f"{spell('calibrate', ...)} needs text, which {without} has none of: it requires {spell('data', ...)}"
+    return None
+
+
 REBASE = Command(
     "rebase",
     SOURCE,
@@ -102,7 +113,17 @@ REBASE = Command(
         "What `mapconv statistics` collected of the base: no model runs; --data only serves to measure the result.",
         metavar="STATS",
     ),
-    Option("seed", Whole(0), "Random seed of the text that the source model writes.", default=0, metavar="N"),
+    CALIBRATE_AFTERWARDS.but(
+        help="Afterwards train the factors towards the source on its own base for STEPS steps, with both bases in "
+        "float32 in memory.",
+    ),
+    Option(
+        "seed",
+        Whole(0),
+        "Random seed of the text that the source model writes, and of the order of training.",
+        default=0,
+        metavar="N",
+    ),
     DEVICE,
     Option(
         "keep_worse",
@@ -118,6 +139,7 @@ REBASE = Command(
         Requires("max_rank", "tolerance"),
         Excludes("statistics", "statistics_from", "the folder says how they were collected"),
         Excludes("samples", "statistics_from", "the folder says how many there were"),
+        Check(("calibrate", "data", "statistics", "statistics_from"), _text_to_train_on),
     ),
 )
 

@@ -72,7 +72,7 @@ STATISTICS = Option(
     "Second moments of a layer's inputs to collect; diagonal takes less memory.",
     fallback="full",
 )
-CALIBRATE = Option(
+CALIBRATE_AFTERWARDS = Option(
     "calibrate",
     Whole(0),
     "Afterwards train α and β towards the source on --data for STEPS steps, as `mapconv calibrate` does.",
@@ -81,7 +81,7 @@ CALIBRATE = Option(
 )
 #: Text that the result is fitted on.
 FITTING = Group(
-    (DATA, SAMPLES, SEQUENCE_LENGTH, STATISTICS, CALIBRATE),
+    (DATA, SAMPLES, SEQUENCE_LENGTH, STATISTICS, CALIBRATE_AFTERWARDS),
     tuple(Requires(name, "data") for name in ("samples", "sequence_length", "statistics", "calibrate")),
 )
 

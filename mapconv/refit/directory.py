@@ -14,8 +14,19 @@ from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.sidecars import copy_tokenizer
 from mapconv.checkpoint.staging import write_file
 from mapconv.checkpoint.writer import SpooledFile, TensorSpec
-from mapconv.formats.mapdir import needs_magnitude, peft_config, peft_factors, peft_magnitude, write_configs
-from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
+from mapconv.errors import AdapterError
+from mapconv.formats.mapdir import (
+    MAP_CONFIG_FILE,
+    map_modules,
+    needs_magnitude,
+    peft_config,
+    peft_factors,
+    peft_magnitude,
+    read_record,
+    write_configs,
+)
+from mapconv.formats.peft import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
+from mapconv.jsonfile import read_object
 from mapconv.metadata.card import CARD_FILE, local_card
 from mapconv.metadata.provenance import base_name, base_revision, map_config
 from mapconv.placement.adapters import PlacedAdapter
@@ -37,7 +48,6 @@ class MapDirectory:
         self._spool = SpooledFile(staging / WEIGHTS_FILE, expected)
         self._stack: list[Converted] = []
         self._converted: dict[tuple[str, int | None], tuple[MapModule, torch.Tensor | None]] = {}
-        self._written: tuple[dict[str, Any], dict[str, Any], tuple[MapModule, ...]]
 
     def add(self, item: PlacedModule, result: Converted) -> None:
         """Write a module's factors; the experts of a stack come one after another."""
@@ -69,14 +79,16 @@ class MapDirectory:
         respelled = any(item.module.path not in own_paths for item in placed.modules)
         config = peft_config(placed.adapter.config, modules, names, base=base_name(placed), respelled=respelled)
         config["revision"] = base_revision(placed)
-        self._written = config, map_config(placed, options, modules, data=data), modules
-        self.amend(**more)
+        self._describe(config, map_config(placed, options, modules, data=data) | more, modules)
         return modules
 
     def amend(self, **more: Any) -> None:
-        """Put further entries into ``map_config.json``, such as what was measured on the folder."""
-        config, record, modules = self._written
-        record.update(more)
+        """Put further entries into ``map_config.json`` as it is now, such as what was measured on the folder."""
+        config = read_object(self._staging / CONFIG_FILE, AdapterError)
+        record = read_record(self._staging / MAP_CONFIG_FILE) | more
+        self._describe(config, record, map_modules(record, self._staging / MAP_CONFIG_FILE))
+
+    def _describe(self, config: Mapping[str, Any], record: Mapping[str, Any], modules: Sequence[MapModule]) -> None:
         write_file(self._staging / CARD_FILE, local_card(config, record, modules))
         write_configs(self._staging, config, record)
 

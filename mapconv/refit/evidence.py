@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 
 from mapconv.checkpoint.model_config import read_model_config
-from mapconv.data import read_dataset, read_rows
+from mapconv.data import Dataset, read_dataset, read_rows
+from mapconv.data.blocks import Tokens, stack
 from mapconv.errors import DataError
 from mapconv.placement.adapters import FLOAT_DTYPES, PlacedAdapter
 from mapconv.placement.running import load_base
@@ -31,18 +32,40 @@ _DTYPES = {stored: name for name, stored in FLOAT_DTYPES.items()}
 
 @dataclass(frozen=True)
 class Evidence:
-    """How modules are refitted, on what, and unseen sequences to measure the result on.
+    """What modules are refitted on, and unseen sequences to measure the result on.
 
-    ``record`` describes the text in ``map_config.json``; None where none was used.
+    ``record`` describes what was used in ``map_config.json``; None for nothing. ``text`` has the sequences; None where
+    there are none.
     """
 
-    refits: Callable[[Rebaser, Sequence[PlacedModule]], Iterator[Rebased]]
     record: dict[str, Any] | None
-    held_out: list[list[int]]
-    notes: tuple[str, ...] = ()
+    text: Text | None = None
 
-    def run(self, rebaser: Rebaser, modules: Sequence[PlacedModule]) -> Iterator[Rebased]:
-        return self.refits(rebaser, modules)
+    @property
+    def held_out(self) -> list[list[int]]:
+        return [] if self.text is None else self.text.held_out.rows()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return () if self.text is None else self.text.train.notes
+
+
+@dataclass(frozen=True)
+class Text:
+    """Sequences to train on, of which the first ``samples`` are fitted on, and others that are held out."""
+
+    train: Dataset
+    held_out: Dataset
+    samples: int
+    record: dict[str, Any]
+
+    @property
+    def rows(self) -> list[list[int]]:
+        return self.train.first(self.samples).rows()
+
+
+#: Refits modules one after another. It holds the models that run for that, which take memory until it is dropped.
+Refits = Callable[[Rebaser, Sequence[PlacedModule]], Iterator[Rebased]]
 
 
 def gather(
@@ -57,8 +80,8 @@ def gather(
     *,
     collected: Path | None,
     quiet: bool,
-) -> Evidence:
-    """The text and the models that run on it.
+) -> tuple[Refits, Evidence]:
+    """How modules are refitted, and what is known for it: the text, and the models that run on it.
 
     Args:
         trained, served: the adapter on the base it was trained on, and on the other.
@@ -71,8 +94,7 @@ def gather(
     """
     if statistics == "none" or collected is not None:
         text = None if data is None else _from_file(trained, data, samples, length)
-        held_out = [] if text is None else text.held_out
-        return Evidence(Rebaser.by_weights, None, held_out) if collected is None else _stored(collected, held_out)
+        return (Rebaser.by_weights, Evidence(None, text)) if collected is None else _stored(collected, text)
     source = attach_with_peft(_load(trained, device), trained.adapter.path, "source").get_base_model()
     if not reads_text(source):
         raise DataError(
@@ -92,45 +114,38 @@ def gather(
     def refits(rebaser: Rebaser, modules: Sequence[PlacedModule]) -> Iterator[Rebased]:
         return rebaser.by_inputs(run, batches)
 
-    return Evidence(refits, text.record, text.held_out, text.notes)
+    return refits, Evidence(text.record, text)
 
 
-def _stored(folder: Path, held_out: list[list[int]]) -> Evidence:
+def _stored(folder: Path, text: Text | None) -> tuple[Refits, Evidence]:
     stored = read_statistics(folder)
     record = {"name": "statistics of the base", **stored.data}
 
     def refits(rebaser: Rebaser, modules: Sequence[PlacedModule]) -> Iterator[Rebased]:
         return rebaser.by_statistics(stored, modules)
 
-    return Evidence(refits, record, held_out)
+    return refits, Evidence(record, text)
 
 
-@dataclass(frozen=True)
-class _Text:
-    rows: list[list[int]]
-    held_out: list[list[int]]
-    record: dict[str, Any]
-    notes: tuple[str, ...]
-
-
-def _from_file(trained: PlacedAdapter, path: Path, samples: int, length: int) -> _Text:
+def _from_file(trained: PlacedAdapter, path: Path, samples: int, length: int) -> Text:
     target = trained.target
     config = target.source_config or read_model_config(target.folder)
     classes = stored_text_classes(target.class_name or "", config)
-    train, held_out = read_dataset(
-        read_rows(path), load_tokenizer(target.folder), length=length, samples=samples, classes=classes
-    )
-    record = {"name": path.name, "fingerprint": train.fingerprint, "sequences": len(train), "tokens": train.tokens}
-    return _Text(train.rows(), held_out.rows(), record, train.notes)
+    train, held_out = read_dataset(read_rows(path), load_tokenizer(target.folder), length=length, classes=classes)
+    used = train.first(samples)
+    record = {"name": path.name, "fingerprint": used.fingerprint, "sequences": len(used), "tokens": used.tokens}
+    return Text(train, held_out, samples, record)
 
 
-def _own(trained: PlacedAdapter, source: Any, samples: int, length: int, seed: int) -> _Text:
+def _own(trained: PlacedAdapter, source: Any, samples: int, length: int, seed: int) -> Text:
     """What the source writes itself; a tail of it is held out."""
     rows = sample_sequences(
         source, load_tokenizer(trained.target.folder), samples=samples + OWN_HELD_OUT, length=length, seed=seed
     )
+    # Packed blocks, in which every token counts.
+    written = stack([Tokens(tuple(row), tuple(row)) for row in rows], "text", padding=0)
     record = {"name": "the source's own samples", "seed": seed, "sequences": samples, "tokens": samples * length}
-    return _Text(rows[:samples], rows[samples:], record, ())
+    return Text(written.first(samples), written.last(OWN_HELD_OUT), samples, record)
 
 
 def _load(placed: PlacedAdapter, device: torch.device) -> Any:

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mapconv.checkpoint.sidecars import brings_tokenizer
-from mapconv.data import Objective, Rows, read_dataset
+from mapconv.data import Objective
 from mapconv.errors import DataError, ResourceError
 from mapconv.fidelity.metrics import ModelNumbers
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
@@ -21,12 +20,12 @@ from mapconv.metadata.provenance import source_fingerprint
 from mapconv.nn import save_adapter
 from mapconv.options.commands import CALIBRATE
 from mapconv.placement.adapters import PlacedAdapter
-from mapconv.runtime.models import load_tokenizer
 from mapconv.runtime.progress import step_bar
 from mapconv.training.checkpoints import Checkpoint, every
+from mapconv.training.data import TrainingData
 from mapconv.training.evaluation import Evaluator
 from mapconv.training.loop import Recipe, Trainer
-from mapconv.training.models import MAP, SOURCE, WRITTEN, CalibrationModels, Train, target_classes
+from mapconv.training.models import MAP, SOURCE, WRITTEN, CalibrationModels, Train
 from mapconv.training.processes import Processes
 from mapconv.training.report import CalibrationReport, calibrated_modules, write_calibrated
 
@@ -41,7 +40,10 @@ WEIGHT_FILES = (CONFIG_FILE, WEIGHTS_FILE, MAP_CONFIG_FILE)
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What the caller asked for; a learning rate of None is the default of what is trained."""
+    """What the caller asked for; a learning rate of None is the default of what is trained.
+
+    ``hold_gain`` keeps α as it is, so that a plain LoRA stays one.
+    """
 
     steps: int
     train: Train = CALIBRATE.options["train"].default
@@ -49,19 +51,29 @@ class CalibrationOptions:
     learning_rate: float | None = None
     batch_size: int = CALIBRATE.options["batch_size"].default
     sequence_length: int = CALIBRATE.options["sequence_length"].default
-    held_out: int | float | None = None
     seed: int = 0
+    hold_gain: bool = False
 
     @property
     def recipe(self) -> Recipe:
         rate = DEFAULT_RATES[self.train] if self.learning_rate is None else self.learning_rate
-        return Recipe(self.objective, self.train, self.steps, rate, self.batch_size, self.sequence_length, self.seed)
+        return Recipe(
+            self.objective,
+            self.train,
+            self.steps,
+            rate,
+            self.batch_size,
+            self.sequence_length,
+            self.seed,
+            self.hold_gain,
+        )
 
 
 def calibrate_folder(
     folder: Path,
     source: PlacedAdapter,
-    rows: Rows,
+    served: PlacedAdapter,
+    data: TrainingData,
     options: CalibrationOptions,
     processes: Processes,
     *,
@@ -76,8 +88,9 @@ def calibrate_folder(
 
     Args:
         folder: a MAP directory; it may be a staging folder.
-        source: the adapter that it was made from, on its base.
-        rows: the data, from ``mapconv.data.read_rows``.
+        source, served: the adapter that it was made from, on the base that it was trained on and on the one that the
+            MAP directory is for; often the same.
+        data: what to train on, and what to hold out.
         options: of the training.
         processes: this process among those of the run; the first one writes.
         into: where to write; ``folder`` itself to change it in place. Of other processes than the first: None.
@@ -94,25 +107,17 @@ def calibrate_folder(
         MapconvError: of the kind that fits; nothing was written.
     """
     started, recipe = time.perf_counter(), options.recipe
-    classes = target_classes(source.target)
-    tokenizer = load_tokenizer(folder if brings_tokenizer(folder) else source.target.folder)
-    train, held_out = read_dataset(
-        rows,
-        tokenizer,
-        length=recipe.sequence_length,
-        held_out=options.held_out,
-        seed=recipe.seed,
-        objective=recipe.objective,
-        classes=classes,
-    )
+    train, held_out = data.train, data.held_out
     with _enough_memory(processes):
         models = CalibrationModels(
             source,
+            served,
             folder,
             train=recipe.train,
+            hold_gain=recipe.hold_gain,
             device=processes.device,
-            classes=classes,
-            padding=tokenizer.pad_token_id,
+            classes=data.classes,
+            padding=data.padding,
             check_base=check_base,
             allow_pickle=allow_pickle,
         )
@@ -124,7 +129,7 @@ def calibrate_folder(
         if processes.device.type == "cuda":
             models.save_memory()
         closed_form = [parameter.detach().clone() for parameter in models.trained]
-        evaluator = Evaluator(models, held_out, recipe.objective, recipe.batch_size, causal=classes is None)
+        evaluator = Evaluator(models, held_out, recipe.objective, recipe.batch_size, causal=data.classes is None)
         trainer = Trainer(recipe, models, train, evaluator, processes)
         run = {name: str(value) for name, value in asdict(recipe).items()}
         run |= {"data": train.fingerprint, "held-out data": held_out.fingerprint}
@@ -141,7 +146,9 @@ def calibrate_folder(
             best_step = 0
             _write_weights(models, folder, fresh, changed=False)
             numbers, positions = _measure(models, evaluator, closed_form, fresh, processes.device)
-    modules = calibrated_modules(folder, fresh, source)
+        if best_step and not models.stores_float32:
+            notes.append("training needs finer steps than the stored dtype has: the factors are written in float32")
+    modules = calibrated_modules(folder, fresh, source, served.target.folder)
     report = CalibrationReport(
         recipe=recipe,
         steps=progress.step,
@@ -194,7 +201,7 @@ def _train(
     if progress.stopped:
         notes.append(f"{progress.stopped}; the best state, of step {progress.best_step}, is kept")
     if not progress.best_step and not progress.stopped:
-        notes.append("no step improved on the closed form, which is kept: try more data, or a smaller --lr")
+        notes.append("no step improved on the closed form, which is kept: more data or a smaller rate may help")
     return notes
 
 

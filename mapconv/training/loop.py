@@ -36,6 +36,7 @@ class Recipe:
     batch_size: int
     sequence_length: int
     seed: int
+    hold_gain: bool = False
 
     @property
     def warmup(self) -> int:

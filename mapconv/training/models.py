@@ -1,4 +1,4 @@
-"""The base, the source and the MAP adapter as three models on one copy of the base's weights."""
+"""The base, the source and the MAP adapter as three models, on one copy of the base's weights where they share it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def target_classes(target: TargetModel) -> dict[str, int] | None:
     if classes is None and not name.endswith(("CausalLM", "LMHeadModel")):
         raise UnsupportedError(
             f"{target.folder} is a {name}: calibration trains causal language models and sequence classifiers. "
-            "`mapconv upgrade` needs no training."
+            "`mapconv upgrade` and `mapconv rebase` need no training."
         )
     if classes is not None and len(classes) < 2:
         raise UnsupportedError(f"{target.folder} has one output and no classes: calibration compares distributions.")
@@ -48,45 +48,73 @@ def target_classes(target: TargetModel) -> dict[str, int] | None:
 
 
 class CalibrationModels:
-    """The models of one run; which of them computes is switched, no weight moves."""
+    """The models of one run; which of them computes is switched, no weight moves.
+
+    The source runs on the base that it was trained on and all others on the one that the MAP folder is for: one model
+    where the two bases are the same, else two.
+    """
 
     def __init__(
         self,
         source: PlacedAdapter,
+        served: PlacedAdapter,
         folder: Path,
         *,
         train: Train,
+        hold_gain: bool,
         device: torch.device,
         classes: dict[str, int] | None,
         padding: int | None,
         check_base: bool,
         allow_pickle: bool,
     ) -> None:
-        """Load the base in float32, and attach the source and the MAP folder.
+        """Load the bases in float32, and attach the source to its own and the MAP folder to the one that it is for.
+
+        Args:
+            source, served: the source on its own base, and on the one that the MAP folder is for; often the same.
+            folder: the MAP directory.
+            train: what of it.
+            hold_gain: keep α as it is, so that a plain LoRA stays one.
+            device: where to.
+            classes: those of a classifier; None for a causal language model.
+            padding: the token that fills a classifier's texts, where its configuration names none.
+            check_base: refuse a base whose norms are not those that the MAP directory records.
+            allow_pickle: read the source's weights from a ``.bin`` file.
 
         Raises:
             MapconvError: of the kind that fits, where an adapter does not fit the base.
         """
-        self._model = load_base(source, dtype="float32", device=device)
-        self._device, self._classes = device, classes
-        if classes is not None and self._model.config.pad_token_id is None:
-            # By it such a model finds a text's last token.
-            self._model.config.pad_token_id = padding
-        load_adapter(self._model, source.adapter.path, name=SOURCE, allow_pickle=allow_pickle)
+        self._model = load_base(served, dtype="float32", device=device)
+        shared = source.target.folder == served.target.folder
+        self._source = self._model if shared else load_base(source, dtype="float32", device=device)
+        self._device, self._classes, self._check_base = device, classes, check_base
+        for model in (self._source, self._model):
+            if classes is not None and model.config.pad_token_id is None:
+                # By it such a model finds a text's last token.
+                model.config.pad_token_id = padding
+        load_adapter(self._source, source.adapter.path, name=SOURCE, allow_pickle=allow_pickle)
         load_adapter(self._model, folder, name=MAP, trainable=train, check_base=check_base)
-        self._check_base = check_base
         updates = updates_of(self._model, MAP).values()
-        self._sized = [(scalar, 1.0) for update in updates for scalar in update.scalars]
+        if hold_gain:
+            for update in updates:
+                update.relative_alpha.requires_grad_(False)
+        self._sized = [(scalar, 1.0) for update in updates for scalar in update.scalars if scalar.requires_grad]
         if train == "all":
             self._sized += [(factor, _size(factor, update)) for update in updates for factor in update.factors]
 
     @property
     def model(self) -> Any:
+        """The one that the MAP adapter is on."""
         return self._model
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter, _ in self._sized]
+
+    @property
+    def stores_float32(self) -> bool:
+        """Whether the MAP folder's factors came in the dtype in which trained ones are written."""
+        return all(update.origin.dtype is torch.float32 for update in updates_of(self._model, MAP).values())
 
     @property
     def sizes(self) -> list[float]:
@@ -104,10 +132,11 @@ class CalibrationModels:
 
     def logits(self, name: str | None, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """(positions, vocabulary or classes) of the base (None) or an adapter; a classifier's positions are texts."""
-        set_adapter(self._model, name)
+        model = self._source if name == SOURCE else self._model
+        set_adapter(model, name)
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         settings = {} if self._classes is not None else {"use_cache": False}
-        return self._model(**inputs, **settings).logits.flatten(0, -2)
+        return model(**inputs, **settings).logits.flatten(0, -2)
 
     def targets(self, batch: dict[str, torch.Tensor], *, by_label: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(known answer, whether the position counts), both (positions,); an unknown answer is 0.

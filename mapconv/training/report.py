@@ -55,10 +55,10 @@ class CalibrationReport:
         return asdict(self.recipe) | table
 
 
-def calibrated_modules(folder: Path, fresh: Path, source: PlacedAdapter) -> tuple[MapModule, ...]:
-    """The calibrated scalars beside those before, with ε measured against the source."""
+def calibrated_modules(folder: Path, fresh: Path, source: PlacedAdapter, base: Path) -> tuple[MapModule, ...]:
+    """The calibrated scalars beside those before, with ε on ``base`` measured against the source on its own."""
     before = {(module.path, module.expert): module for module in read_adapter(folder).map_modules}
-    placed = place_adapter(fresh, source.target.folder)
+    placed = place_adapter(fresh, base)
     errors = weight_errors(source, placed)
     modules = []
     for module in placed.adapter.map_modules:

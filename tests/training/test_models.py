@@ -14,9 +14,10 @@ from tests.models import load_adapted, load_base, prompts
 
 @pytest.fixture
 def trio(source, closed_form):
+    placed = place_adapter(source, None)
     return CalibrationModels(
-        place_adapter(source, None), closed_form, train="all", device=torch.device("cpu"), classes=None, padding=None,
-        check_base=True, allow_pickle=False,
+        placed, placed, closed_form, train="all", hold_gain=False, device=torch.device("cpu"), classes=None,
+        padding=None, check_base=True, allow_pickle=False,
     )  # fmt: skip
 
 
