@@ -122,7 +122,8 @@ def peft_config(
     targets = {}
     if respelled:
         targets = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-        targets["target_modules"] = [module.path for module in modules]
+        # A stack of experts is a parameter, which target_parameters names.
+        targets["target_modules"] = [m.path for m in modules if pattern_names[m.path] == m.path]
     return (
         dict(source)
         | targets

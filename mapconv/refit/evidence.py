@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from mapconv.algebra.regression import RegressionInputs
 from mapconv.checkpoint.model_config import read_model_config
+from mapconv.checkpoint.reader import TensorReader
 from mapconv.data import read_dataset, read_rows
 from mapconv.errors import DataError
 from mapconv.placement.adapters import FLOAT_DTYPES, PlacedAdapter
@@ -21,6 +24,8 @@ from mapconv.refit.stored_statistics import read_statistics
 from mapconv.runtime.models import attach_with_peft, load_tokenizer, longest_text, reads_text, stored_text_classes
 from mapconv.runtime.sampling import sample_sequences
 
+#: Modules, with their inputs where those are known.
+Survey = Callable[[Sequence[PlacedModule]], Iterator[tuple[PlacedModule, RegressionInputs | None]]]
 Statistics = Literal["running", "source", "none"]
 #: Sequences that run together.
 BATCH = 8
@@ -33,10 +38,12 @@ _DTYPES = {stored: name for name, stored in FLOAT_DTYPES.items()}
 class Evidence:
     """How modules are refitted, on what, and unseen sequences to measure the result on.
 
+    ``survey`` gives the modules with what can be known of their inputs before any is refitted.
     ``record`` describes the text in ``map_config.json``; None where none was used.
     """
 
     refits: Callable[[Rebaser, Sequence[PlacedModule]], Iterator[Rebased]]
+    survey: Survey
     record: dict[str, Any] | None
     held_out: list[list[int]]
     notes: tuple[str, ...] = ()
@@ -72,7 +79,9 @@ def gather(
     if statistics == "none" or collected is not None:
         text = None if data is None else _from_file(trained, data, samples, length)
         held_out = [] if text is None else text.held_out
-        return Evidence(Rebaser.by_weights, None, held_out) if collected is None else _stored(collected, held_out)
+        if collected is None:
+            return Evidence(Rebaser.by_weights, _unknown, None, held_out)
+        return _stored(collected, held_out)
     source = attach_with_peft(_load(trained, device), trained.adapter.path, "source").get_base_model()
     if not reads_text(source):
         raise DataError(
@@ -82,17 +91,31 @@ def gather(
     text = _own(trained, source, samples, length, seed) if data is None else _from_file(trained, data, samples, length)
     batches = [torch.tensor(batch, device=device) for batch in batches_of(text.rows, BATCH)]
     paths = [item.module.path for item in served.modules if item.experts == 1 and not item.module.embedding]
-    run: Run = SourceInputs(source, paths)
-    if statistics == "running":
-        other = _load(served, device)
-        if served.adapter.whole:
-            other = attach_with_peft(other, served.adapter.path, "source").get_base_model()
-        run = Mixture(source, other, paths)
+
+    def survey(modules: Sequence[PlacedModule]) -> Iterator[tuple[PlacedModule, RegressionInputs | None]]:
+        waiting = {item.module.path: item for item in modules}
+        with closing(SourceInputs(source, paths)) as run:
+            for layer in run.run(batches):
+                if layer.path in waiting:
+                    yield waiting.pop(layer.path), layer.inputs
+        yield from _unknown(list(waiting.values()))
 
     def refits(rebaser: Rebaser, modules: Sequence[PlacedModule]) -> Iterator[Rebased]:
+        run: Run
+        if statistics == "running":
+            other = _load(served, device)
+            if served.adapter.whole:
+                other = attach_with_peft(other, served.adapter.path, "source").get_base_model()
+            run = Mixture(source, other, paths)
+        else:
+            run = SourceInputs(source, paths)
         return rebaser.by_inputs(run, batches)
 
-    return Evidence(refits, text.record, text.held_out, text.notes)
+    return Evidence(refits, survey, text.record, text.held_out, text.notes)
+
+
+def _unknown(modules: Sequence[PlacedModule]) -> Iterator[tuple[PlacedModule, RegressionInputs | None]]:
+    return ((item, None) for item in modules)
 
 
 def _stored(folder: Path, held_out: list[list[int]]) -> Evidence:
@@ -102,7 +125,11 @@ def _stored(folder: Path, held_out: list[list[int]]) -> Evidence:
     def refits(rebaser: Rebaser, modules: Sequence[PlacedModule]) -> Iterator[Rebased]:
         return rebaser.by_statistics(stored, modules)
 
-    return Evidence(refits, record, held_out)
+    def survey(modules: Sequence[PlacedModule]) -> Iterator[tuple[PlacedModule, RegressionInputs | None]]:
+        with TensorReader() as reader:
+            yield from zip(modules, stored.inputs_of((item.module.path for item in modules), reader), strict=True)
+
+    return Evidence(refits, survey, record, held_out)
 
 
 @dataclass(frozen=True)
