@@ -15,6 +15,7 @@ from mapconv.data import read_blocks, read_rows
 from mapconv.errors import AdapterError, BaseMismatchError
 from mapconv.fidelity.comparison import Agreement, Comparison, ModuleError
 from mapconv.fidelity.saved import check_report_place, save_report
+from mapconv.fidelity.served import ServedNumbers, measure_served
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
 from mapconv.formats.peft import CONFIG_FILE
 from mapconv.hub import locate_adapter, locate_result
@@ -38,7 +39,8 @@ class VerifyReport:
 
     ``kl`` is the mean KL(source ‖ result) in nats per position (a predicted token, or a text for a classifier);
     ``kl_base`` is KL(source ‖ base), which says how much there was to preserve. Perplexities are those of a causal
-    language model. What was not run is None, and ``notes`` says why.
+    language model. What was not run is None, and ``notes`` says why. ``served`` is there where the source runs on
+    another base than the result: it compares that base alone, the source put on it as it is, and the result.
     """
 
     result: Path
@@ -55,6 +57,7 @@ class VerifyReport:
     perplexity_result: float | None
     modules: tuple[ModuleError, ...]
     seconds: float
+    served: ServedNumbers | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -62,7 +65,8 @@ class VerifyReport:
         return max(self.modules, key=lambda module: module.error)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {name: str(getattr(self, name)) for name in ("result", "source", "base")}
+        paths = {name: str(getattr(self, name)) for name in ("result", "source", "base")}
+        return asdict(self) | paths | {"served": None if self.served is None else self.served.to_dict()}
 
 
 @VERIFY.checks
@@ -117,7 +121,7 @@ def verify(
     _check_base(result, (own or placed).target.folder)
     compared = Comparison(result, placed, dtype=dtype, device=resolve_device(device), result_base=own, quiet=quiet)
     log.info("loaded %s and its source", result)
-    total, notes = Agreement(), []
+    total, notes, served = Agreement(), [], None
     with torch.inference_mode():
         if compared.reads_text:
             tokenizer = load_tokenizer(placed.target.folder)
@@ -128,6 +132,11 @@ def verify(
                 for block in blocks.rows():
                     _compare(compared, block, total)
                     advance(1)
+            if own is not None:
+                other = place_adapter(against, own.target.folder, allow_pickle=allow_pickle)
+                served = measure_served(
+                    placed, other, result, blocks.rows(), device=resolve_device(device), dtype=dtype, quiet=quiet
+                )
         if not total.result.positions:
             notes.append("the model was not run (it needs more than text, or has no logits): only weights are compared")
         log.info("ran both on %d positions", total.result.positions)
@@ -140,6 +149,7 @@ def verify(
         tokens=total.result.positions,
         modules=modules,
         seconds=time.perf_counter() - started,
+        served=served,
         notes=tuple(notes),
         **_means(total, causal=compared.is_causal),
     )
