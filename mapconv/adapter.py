@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,6 +84,21 @@ class Module:
     def tensors(self) -> tuple[TensorRef, ...]:
         refs = (self.lora_A, self.lora_B, self.magnitude, self.bias)
         return tuple(ref for ref in refs if ref is not None)
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether the adapter changes this weight at all, see ``without_factors``."""
+        return self.rank > 0
+
+    @classmethod
+    def without_factors(cls, path: str, shape: tuple[int, int], like: TensorRef) -> Module:
+        """A weight (out, in) that the adapter leaves alone, as a module of rank 0: its factors are no bytes of a file.
+
+        ``like`` is a factor of the same adapter, for the file and the dtype.
+        """
+        A = replace(like, name=f"{path}.lora_A.weight", shape=(0, shape[1]), start=0)
+        B = replace(like, name=f"{path}.lora_B.weight", shape=(shape[0], 0), start=0)
+        return cls(path, 0, 1.0, A, B)
 
     @property
     def module_type(self) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mapconv.cli.calibrate import INTERRUPTED, print_calibration
 from mapconv.cli.options import Chosen, command
 from mapconv.cli.output import notes, print_json, print_table, show, size, small
+from mapconv.cli.served import show_served
 from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import REBASE
@@ -17,7 +18,6 @@ from mapconv.wording import counted
 
 if TYPE_CHECKING:
     from mapconv.commands.rebase import RebaseResult
-    from mapconv.fidelity.served import ServedNumbers
 
 
 @command(REBASE, "Refit an adapter for another base, such as a quantized one.")
@@ -70,33 +70,6 @@ def _report(result: RebaseResult) -> None:
         print_calibration(result.calibration)
     if result.served is not None:
         show()
-        _served(result.served)
+        show_served(result.served)
     also = "a plain LoRA" if result.plain_lora else "a DoRA"
     show(f"  stock PEFT loads it as {also} adapter on {shown(result.onto)}")
-
-
-def _served(numbers: ServedNumbers) -> None:
-    """The verdict first: what the adapter is worth on the other base, before and after."""
-    show(f"  against the source on its own base, {numbers.positions:,} unseen positions:")
-    show()
-    named = [
-        ("source on its own base", numbers.source),
-        ("other base alone", numbers.alone),
-        ("source put on it as it is", numbers.as_is),
-        ("rebased", numbers.rebased),
-    ]
-    print_table(
-        ["model", "KL(source ‖ model)", "same top token", "perplexity"],
-        [
-            [
-                name,
-                small(model.kl),
-                f"{model.top1_agreement:.2%}",
-                "-" if model.perplexity is None else f"{model.perplexity:.4f}",
-            ]
-            for name, model in named
-        ],
-    )
-    show()
-    if numbers.as_is.kl and numbers.rebased.kl:
-        show(f"  {numbers.as_is.kl / numbers.rebased.kl:.1f} × closer to the source than the source as it is")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mapconv.cli.options import Chosen, command
 from mapconv.cli.output import EPSILON, explain, notes, print_json, print_table, show, small
+from mapconv.cli.served import show_served
 from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import VERIFY
@@ -42,8 +43,16 @@ def _report(report: VerifyReport) -> None:
     where = f"{shown(report.result)} against {shown(report.source)}"
     show(f"{where}, {report.tokens:,} positions, {report.seconds:.1f} s")
     show()
-    if report.kl is not None:
+    if report.served is not None:
+        show_served(report.served)
+        show()
+    elif report.kl is not None:
         _functions(report)
+    if report.kl is not None:
+        show(f"  top-1 agreement               {report.top1_agreement:.2%}")
+        show(f"  largest KL at one position    {small(report.kl_largest)}")
+        show(f"  largest logit difference      {small(report.largest_logit_difference)}")
+        show()
     explain(EPSILON)
     groups = defaultdict(list)
     for module in report.modules:
@@ -67,8 +76,4 @@ def _functions(report: VerifyReport) -> None:
         ["model", "perplexity", "KL(source ‖ model)"],
         [[name, "-" if perplexity is None else f"{perplexity:.4f}", small(kl)] for name, perplexity, kl in rows],
     )
-    show()
-    show(f"  top-1 agreement               {report.top1_agreement:.2%}")
-    show(f"  largest KL at one position    {small(report.kl_largest)}")
-    show(f"  largest logit difference      {small(report.largest_logit_difference)}")
     show()

@@ -91,7 +91,7 @@ def _measure(
     """Run the adapter on both bases, and say which of them the data prefers."""
     device = resolve_device("auto")
     compared = Comparison(source, stored, dtype="float32", device=device, result_base=original, quiet=quiet)
-    total, _ = run_both(compared, rows, stored.target.folder, samples=samples, quiet=quiet)
+    total, _, _ = run_both(compared, rows, stored.target.folder, samples=samples, quiet=quiet)
     if not total.result.positions:
         raise DataError(f"{stored.target.folder} needs more than text to run: choose its --base-values by name.")
     on_stored, on_original = (sums.means(causal=compared.is_causal) for sums in (total.source, total.result))

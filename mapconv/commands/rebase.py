@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,10 +22,12 @@ from mapconv.metadata.provenance import base_name, base_revision
 from mapconv.options.commands import REBASE
 from mapconv.options.shared import MAX_RANK, SAMPLES, SEQUENCE_LENGTH
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
+from mapconv.placement.all_linear import with_changed_linears
 from mapconv.placement.pairing import pair_bases
 from mapconv.refit.directory import MapDirectory, measured
 from mapconv.refit.evidence import Refits, gather
 from mapconv.refit.plan import Dtype
+from mapconv.refit.ranks import mean_rank, spread_ranks
 from mapconv.refit.rebase import Rebased, RebaseOptions, Rebaser
 from mapconv.runtime.devices import resolve_device
 from mapconv.runtime.progress import progress_bar
@@ -82,6 +84,9 @@ def rebase(
     rank: int | None = None,
     tolerance: float | None = None,
     max_rank: int | None = None,
+    all_linear: bool = False,
+    spread_rank: bool = False,
+    pad_ranks: bool = False,
     free_gain: bool = False,
     dtype: Dtype = "float32",
     data: str | Path | None = None,
@@ -107,6 +112,11 @@ def rebase(
         base: the base that the adapter was trained on; None takes it from the adapter's configuration.
         rank: rank of the result; None keeps each module's own.
         tolerance: instead of ``rank``: the smallest rank of each module whose ε is at most this, up to ``max_rank``.
+        all_linear: also fit every linear layer that the adapter leaves alone and ``onto`` changed, but for the output
+            head; ``rank`` (None: the source's mean) is then shared out as by ``spread_rank``.
+        spread_rank: take ``rank`` as the mean over the modules' parameters, and give rank where it brings the layers'
+            outputs closest per parameter, by the inputs of the source (or those collected, or by weights alone).
+        pad_ranks: pad all factors with zeros to the largest rank, for servers that take one rank.
         free_gain: fit a factor of ``onto``'s weights as well; the result is then a DoRA for stock PEFT, which servers
             of quantized bases do not take.
         dtype: of the stored factors: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the source's own.
@@ -140,13 +150,17 @@ def rebase(
     runs = (statistics != "none" and statistics_from is None) or data is not None
     trained = place_adapter(source, base, allow_pickle=allow_pickle, lean=not runs)
     served = place_adapter(source, onto, allow_pickle=allow_pickle, lean=not runs)
+    if all_linear:
+        trained, served = with_changed_linears(trained, served)
     pair_bases(trained, served)
     if calibrate:
         # Imported here: a rebase without training must not wait for what trains.
         from mapconv.commands.rebase_training import calibrate_rebased, target_classes
 
         target_classes(trained.target)  # refuses what cannot be trained
-    options = RebaseOptions(rank, tolerance, max_rank or MAX_RANK.fallback, free_gain, dtype)
+    spread = (all_linear or spread_rank) and tolerance is None
+    rank = mean_rank(trained) if spread and rank is None else rank
+    options = RebaseOptions(rank, tolerance, max_rank or MAX_RANK.fallback, free_gain, dtype, pad_ranks)
     nbytes = options.stored_bytes(served)
     check_output(out, force=force, inputs=[source, trained.target.folder, served.target.folder], nbytes=nbytes)
     notes = [*trained.adapter.notes, *_other_base(trained, base)]
@@ -162,11 +176,15 @@ def rebase(
             )  # fmt: skip
             directory = MapDirectory(served, staging)
             try:
+                if spread:
+                    options = _spread(trained, served, options, refits)
                 results = _refit(trained, served, options, refits, directory, quiet=quiet)
                 del refits  # and with it the models that ran
                 changed = any(item.changed > 0 for item in results)
                 record = _record(trained, results)
-                asked = asdict(options) | {"statistics": statistics, "seed": seed}
+                # The ranks stand with the modules.
+                asked = {key: value for key, value in asdict(options).items() if key != "ranks"}
+                asked |= {"all_linear": all_linear, "spread_rank": spread, "statistics": statistics, "seed": seed}
                 modules = directory.finish(asked, evidence.record, rebase=record)
             finally:
                 directory.close()
@@ -206,6 +224,16 @@ def rebase(
     )
 
 
+def _spread(trained: PlacedAdapter, served: PlacedAdapter, options: RebaseOptions, refits: Refits) -> RebaseOptions:
+    """The options with a rank for each module; the experts of a stack, which must be alike, keep theirs."""
+    modules = [item for item in served.modules if item.experts == 1]
+    if not modules:
+        return options
+    with torch.inference_mode(), Rebaser(trained, served, options) as rebaser:
+        spectra = list(rebaser.spectra(refits.survey(modules)))
+    return replace(options, ranks=spread_ranks(spectra, options.rank))
+
+
 def _refit(
     trained: PlacedAdapter,
     served: PlacedAdapter,
@@ -223,7 +251,7 @@ def _refit(
         Rebaser(trained, served, options) as rebaser,
         progress_bar(total, "rebasing", quiet=quiet) as advance,
     ):
-        for item in refits(rebaser, served.modules):
+        for item in refits.run(rebaser, served.modules):
             directory.add(item.placed, item.converted)
             results.append(item.without_factors())
             advance(item.placed.weight.nbytes)

@@ -15,6 +15,7 @@ from mapconv.data import Rows, read_blocks, read_rows
 from mapconv.errors import AdapterError, BaseMismatchError
 from mapconv.fidelity.comparison import Agreement, Comparison, ModuleError
 from mapconv.fidelity.saved import check_report_place, save_report
+from mapconv.fidelity.served import ServedNumbers, measure_served
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
 from mapconv.formats.peft import CONFIG_FILE
 from mapconv.hub import locate_adapter, locate_result
@@ -38,7 +39,8 @@ class VerifyReport:
 
     ``kl`` is the mean KL(source ‖ result) in nats per position (a predicted token, or a text for a classifier);
     ``kl_base`` is KL(source ‖ base), which says how much there was to preserve. Perplexities are those of a causal
-    language model. What was not run is None, and ``notes`` says why.
+    language model. What was not run is None, and ``notes`` says why. ``served`` is there where the source runs on
+    another base than the result: it compares that base alone, the source put on it as it is, and the result.
     """
 
     result: Path
@@ -55,6 +57,7 @@ class VerifyReport:
     perplexity_result: float | None
     modules: tuple[ModuleError, ...]
     seconds: float
+    served: ServedNumbers | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -62,7 +65,8 @@ class VerifyReport:
         return max(self.modules, key=lambda module: module.error)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {name: str(getattr(self, name)) for name in ("result", "source", "base")}
+        paths = {name: str(getattr(self, name)) for name in ("result", "source", "base")}
+        return asdict(self) | paths | {"served": None if self.served is None else self.served.to_dict()}
 
 
 @VERIFY.checks
@@ -117,10 +121,16 @@ def verify(
     _check_base(result, (own or placed).target.folder)
     compared = Comparison(result, placed, dtype=dtype, device=resolve_device(device), result_base=own, quiet=quiet)
     log.info("loaded %s and its source", result)
-    total, notes = run_both(compared, rows, placed.target.folder, samples=samples, quiet=quiet)
+    total, rows_run, notes = run_both(compared, rows, placed.target.folder, samples=samples, quiet=quiet)
     if not total.result.positions:
         notes.append("the model was not run (it needs more than text, or has no logits): only weights are compared")
     log.info("ran both on %d positions", total.result.positions)
+    served = None
+    if own is not None and rows_run:
+        other = place_adapter(against, own.target.folder, allow_pickle=allow_pickle)
+        served = measure_served(
+            placed, other, result, rows_run, device=resolve_device(device), dtype=dtype, quiet=quiet
+        )
     with torch.inference_mode():
         modules = tuple(compared.module_errors())
         log.info("compared %d weights", len(modules))
@@ -131,6 +141,7 @@ def verify(
         tokens=total.result.positions,
         modules=modules,
         seconds=time.perf_counter() - started,
+        served=served,
         notes=tuple(notes),
         **_means(total, causal=compared.is_causal),
     )
@@ -157,18 +168,18 @@ def _check_base(result: Path, base: Path) -> None:
 @torch.inference_mode()
 def run_both(
     compared: Comparison, rows: Rows, folder: Path, *, samples: int, quiet: bool
-) -> tuple[Agreement, list[str]]:
-    """Run the models on the same text, with the tokenizer in ``folder``; returns sums over positions, and notes."""
+) -> tuple[Agreement, list[list[int]], list[str]]:
+    """Run the models on the same text, with the tokenizer in ``folder``: (sums over positions, sequences, notes)."""
     total = Agreement()
     if not compared.reads_text:
-        return total, []
+        return total, [], []
     length = min(SEQUENCE_LENGTH, compared.longest_text)
     blocks = read_blocks(rows, load_tokenizer(folder), samples=samples, length=length, classes=compared.classes)
     with progress_bar(len(blocks), "running", unit="block", quiet=quiet) as advance:
         for block in blocks.rows():
             _compare(compared, block, total)
             advance(1)
-    return total, list(blocks.notes)
+    return total, blocks.rows(), list(blocks.notes)
 
 
 def _compare(compared: Comparison, block: list[int], total: Agreement) -> None:

@@ -13,7 +13,7 @@ from mapconv.checkpoint.index import read_checkpoint
 from mapconv.checkpoint.staging import replace_file
 from mapconv.errors import AdapterError, OutputError
 from mapconv.files import open_regular
-from mapconv.formats.mapdir import FORMAT_VERSION
+from mapconv.formats.mapdir import FORMAT_VERSION, SERVED
 from mapconv.formats.peft import WEIGHTS_FILE
 from mapconv.hub.reference import origin_of
 from mapconv.jsonfile import finite, read_object
@@ -25,6 +25,7 @@ _REPORT = {
     "weights": TEXT,
     "tokens": (COUNT, NULL),
     "modules": [{"path": TEXT, "error": (NUMBER, NULL)}],
+    "served": (SERVED, NULL),
     **dict.fromkeys(
         (
             *("kl", "kl_largest", "kl_base", "top1_agreement", "largest_logit_difference"),

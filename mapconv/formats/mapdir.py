@@ -53,6 +53,18 @@ _CALIBRATION = {
     **dict.fromkeys(("train", "objective"), TEXT),
     **dict.fromkeys(("trained_parameters", "steps", "best_step", "held_out_positions"), COUNT),
 }
+#: What an adapter is worth on another base than its source's (``mapconv.fidelity.served``).
+SERVED = {
+    "positions": COUNT,
+    **dict.fromkeys(
+        ("source", "alone", "as_is", "rebased"), dict.fromkeys(("kl", "top1_agreement", "perplexity"), _NUMBER)
+    ),
+}
+_REBASE = {
+    "from": dict.fromkeys(("name", "revision"), _TEXT),
+    "modules": [{"path": TEXT, "expert": _COUNT, "base_change": _NUMBER, "output_error_before": _NUMBER}],
+    "served": (SERVED, NULL),
+}
 _RECORD = {
     "mapconv_version": _TEXT,
     "base": {**dict.fromkeys(("name", "revision", "fingerprint"), _TEXT), "card": (TABLE, NULL)},
@@ -61,6 +73,7 @@ _RECORD = {
     "options": (TABLE, NULL),
     "data": (TABLE, NULL),
     "calibration": (_CALIBRATION, NULL),
+    "rebase": (_REBASE, NULL),
     "modules": [_MODULE],
 }
 
@@ -123,7 +136,8 @@ def peft_config(
     targets = {}
     if respelled:
         targets = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-        targets["target_modules"] = [module.path for module in modules]
+        # A stack of experts is a parameter, which target_parameters names.
+        targets["target_modules"] = [m.path for m in modules if pattern_names[m.path] == m.path]
     return (
         dict(source)
         | targets

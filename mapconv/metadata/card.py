@@ -18,6 +18,7 @@ from mapconv.adapter import MapModule
 from mapconv.hub.reference import is_repo_id
 from mapconv.metadata.markdown import calibration_table, number, percent, python_code, table, value_range, worst
 from mapconv.metadata.readme import Readme, compose, read_readme
+from mapconv.metadata.rebased import rebase_section
 from mapconv.untrusted.printable import markdown_code, markdown_text
 
 CARD_FILE, PLOT_FILE, REPORT_FILE = "README.md", "scalars.png", "verify.json"
@@ -115,6 +116,12 @@ def _metadata(facts: CardFacts, own: Mapping[str, Any], license_: str | None) ->
 
 def _block(facts: CardFacts, title: str, repo_id: str | None) -> str:
     sections = [f"# {title}", _summary(facts), f"## What MAP is\n\n{_ABOUT}", _loading(facts, repo_id)]
+    rebase = facts.record.get("rebase")
+    if rebase:
+        name, revision = rebase["from"].get("name"), rebase["from"].get("revision")
+        origin = _pinned(name, revision) if name and is_repo_id(name) else "a base in a local folder"
+        base = _pinned(facts.base, facts.base_revision) if facts.base else "another base"
+        sections.append("## Rebased\n\n" + rebase_section(rebase, origin, base))
     sections.append("## Fidelity\n\n" + _fidelity(facts))
     if facts.record.get("calibration"):
         sections.append("## Calibration\n\n" + calibration_table(facts.record["calibration"]))
@@ -130,7 +137,9 @@ def _summary(facts: CardFacts) -> str:
     if facts.kind == "merged":
         return f"{base} with an adapter ({method}) merged into its weights by mapconv."
     made = f"A {method} adapter of {base}, converted to MAP form by mapconv."
-    if not facts.source:
+    if facts.record.get("rebase"):
+        made = f"An adapter of {base}, fitted to it by mapconv from a {method} adapter of another base."
+    elif not facts.source:
         made = f"A MAP adapter of {base}, trained with mapconv."
     elif facts.source.get("method") == "MAP":
         made = f"A MAP adapter of {base}, trained further with mapconv."

@@ -92,6 +92,24 @@ REBASE = Command(
     TOLERANCE,
     MAX_RANK,
     Option(
+        "all_linear",
+        Flag(),
+        "Also fit every other linear layer that OTHER changed. --rank is then the mean, shared out by --spread-rank.",
+        default=False,
+    ),
+    Option(
+        "spread_rank",
+        Flag(),
+        "Take --rank as the mean: give rank to the layers whose outputs it brings closest, parameter for parameter.",
+        default=False,
+    ),
+    Option(
+        "pad_ranks",
+        Flag(),
+        "Pad all factors with zeros to the largest rank, for servers that take one rank.",
+        default=False,
+    ),
+    Option(
         "free_gain",
         Flag(),
         "Fit a factor of OTHER's weights as well; the result then runs as a DoRA, not as a plain LoRA.",
@@ -137,6 +155,8 @@ REBASE = Command(
     rules=(
         Excludes("rank", "tolerance"),
         Requires("max_rank", "tolerance"),
+        Excludes("spread_rank", "tolerance", "each layer gets the rank that it needs"),
+        Excludes("pad_ranks", "tolerance", "the largest rank is not known before the last layer is fitted"),
         Excludes("statistics", "statistics_from", "the folder says how they were collected"),
         Excludes("samples", "statistics_from", "the folder says how many there were"),
         Check(("calibrate", "data", "statistics", "statistics_from"), _text_to_train_on),

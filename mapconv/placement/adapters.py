@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mapconv.adapter import Adapter
+from mapconv.adapter import Adapter, Module
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import AdapterError, CheckpointError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter
 from mapconv.hub import open_base
 from mapconv.placement.bases import plain_base
 from mapconv.placement.by_name import linear_paths, place, require_all_targets
-from mapconv.placement.skeleton import knows_type, names_class
+from mapconv.placement.skeleton import knows_type, names_class, typed_model_config
 from mapconv.placement.starting_point import resolve_target
 from mapconv.placement.stored_model import stored_target
 from mapconv.placement.target_model import Placed, TargetModel, plain_target, vocabulary_sizes
@@ -55,6 +55,21 @@ def place_adapters(
     """
     with collector_paused():
         return _place_adapters(sources, base, allow_pickle=allow_pickle, lean=lean)
+
+
+def place_further(placed: PlacedAdapter, modules: Sequence[Module]) -> tuple[PlacedModule, ...]:
+    """Where modules lie that the adapter has not got itself (``Module.without_factors``), on the same base.
+
+    Raises:
+        PlacementError: one that the base has no weight of its shape for.
+    """
+    adapter = replace(placed.adapter, modules=(*placed.adapter.modules, *modules))
+    config = typed_model_config(placed.target.folder)
+    with collector_paused():
+        _, ((_, found),) = _place([adapter], placed.target.checkpoint, config)
+    further = tuple(item for item in found if not item.module.has_factors)
+    _refuse_other_dtypes([(adapter, further)])
+    return further
 
 
 def _place_adapters(

@@ -30,6 +30,9 @@ def on_weight(
             f"{list(module.weight_shape)}"
         )
     settings, name = adapter.settings, pattern_name or module.path
+    if not module.has_factors:
+        # Nothing that the configuration says is about it.
+        return PlacedModule(replace(module, path=live_path or module.path), weight, parameter, 0, module.scaling)
     if settings.rank_of(name) != module.rank:
         raise PlacementError(
             f"{module.path}: the factors have rank {module.rank}, the configuration says {settings.rank_of(name)}"

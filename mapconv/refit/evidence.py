@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from mapconv.algebra.regression import RegressionInputs
 from mapconv.checkpoint.model_config import read_model_config
+from mapconv.checkpoint.reader import TensorReader
 from mapconv.data import Dataset, read_dataset, read_rows
 from mapconv.data.blocks import Tokens, stack
 from mapconv.errors import DataError
@@ -22,6 +25,8 @@ from mapconv.refit.stored_statistics import read_statistics
 from mapconv.runtime.models import attach_with_peft, load_tokenizer, longest_text, reads_text, stored_text_classes
 from mapconv.runtime.sampling import sample_sequences
 
+#: Modules, with their inputs where those are known.
+Survey = Callable[[Sequence[PlacedModule]], Iterator[tuple[PlacedModule, RegressionInputs | None]]]
 Statistics = Literal["running", "source", "none"]
 #: Sequences that run together.
 BATCH = 8
@@ -64,8 +69,16 @@ class Text:
         return self.train.first(self.samples).rows()
 
 
-#: Refits modules one after another. It holds the models that run for that, which take memory until it is dropped.
-Refits = Callable[[Rebaser, Sequence[PlacedModule]], Iterator[Rebased]]
+@dataclass(frozen=True)
+class Refits:
+    """Ways to go through modules. They hold the models that run for that, which take memory until they are dropped.
+
+    ``run`` refits one module after another; ``survey`` gives the modules with what can be known of their inputs before
+    any is refitted.
+    """
+
+    run: Callable[[Rebaser, Sequence[PlacedModule]], Iterator[Rebased]]
+    survey: Survey
 
 
 def gather(
@@ -94,7 +107,9 @@ def gather(
     """
     if statistics == "none" or collected is not None:
         text = None if data is None else _from_file(trained, data, samples, length)
-        return (Rebaser.by_weights, Evidence(None, text)) if collected is None else _stored(collected, text)
+        if collected is None:
+            return Refits(Rebaser.by_weights, _unknown), Evidence(None, text)
+        return _stored(collected, text)
     source = attach_with_peft(_load(trained, device), trained.adapter.path, "source").get_base_model()
     if not reads_text(source):
         raise DataError(
@@ -104,17 +119,31 @@ def gather(
     text = _own(trained, source, samples, length, seed) if data is None else _from_file(trained, data, samples, length)
     batches = [torch.tensor(batch, device=device) for batch in batches_of(text.rows, BATCH)]
     paths = [item.module.path for item in served.modules if item.experts == 1 and not item.module.embedding]
-    run: Run = SourceInputs(source, paths)
-    if statistics == "running":
-        other = _load(served, device)
-        if served.adapter.whole:
-            other = attach_with_peft(other, served.adapter.path, "source").get_base_model()
-        run = Mixture(source, other, paths)
+
+    def survey(modules: Sequence[PlacedModule]) -> Iterator[tuple[PlacedModule, RegressionInputs | None]]:
+        waiting = {item.module.path: item for item in modules}
+        with closing(SourceInputs(source, paths)) as run:
+            for layer in run.run(batches):
+                if layer.path in waiting:
+                    yield waiting.pop(layer.path), layer.inputs
+        yield from _unknown(list(waiting.values()))
 
     def refits(rebaser: Rebaser, modules: Sequence[PlacedModule]) -> Iterator[Rebased]:
+        run: Run
+        if statistics == "running":
+            other = _load(served, device)
+            if served.adapter.whole:
+                other = attach_with_peft(other, served.adapter.path, "source").get_base_model()
+            run = Mixture(source, other, paths)
+        else:
+            run = SourceInputs(source, paths)
         return rebaser.by_inputs(run, batches)
 
-    return refits, Evidence(text.record, text)
+    return Refits(refits, survey), Evidence(text.record, text)
+
+
+def _unknown(modules: Sequence[PlacedModule]) -> Iterator[tuple[PlacedModule, RegressionInputs | None]]:
+    return ((item, None) for item in modules)
 
 
 def _stored(folder: Path, text: Text | None) -> tuple[Refits, Evidence]:
@@ -124,7 +153,11 @@ def _stored(folder: Path, text: Text | None) -> tuple[Refits, Evidence]:
     def refits(rebaser: Rebaser, modules: Sequence[PlacedModule]) -> Iterator[Rebased]:
         return rebaser.by_statistics(stored, modules)
 
-    return refits, Evidence(record, text)
+    def survey(modules: Sequence[PlacedModule]) -> Iterator[tuple[PlacedModule, RegressionInputs | None]]:
+        with TensorReader() as reader:
+            yield from zip(modules, stored.inputs_of((item.module.path for item in modules), reader), strict=True)
+
+    return Refits(refits, survey), Evidence(record, text)
 
 
 def _from_file(trained: PlacedAdapter, path: Path, samples: int, length: int) -> Text:

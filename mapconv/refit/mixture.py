@@ -97,7 +97,8 @@ class SourceInputs:
     def __init__(self, source: torch.nn.Module, paths: Sequence[str]) -> None:
         layers = dict(source.named_modules())
         self._source, self._layers = source, {path: layers[path] for path in paths if path in layers}
-        WideBlocks(source, dict.fromkeys(name for path in self._layers if (name := block_of(path)) is not None))
+        blocks = dict.fromkeys(name for path in self._layers if (name := block_of(path)) is not None)
+        self._blocks = WideBlocks(source, blocks)
 
     def run(self, batches: Sequence[torch.Tensor]) -> Iterator[Waiting]:
         """As ``Mixture.run``."""
@@ -111,6 +112,10 @@ class SourceInputs:
 
     def fit(self, path: str, weight: torch.Tensor) -> None:
         """Nothing: the source stays as it is."""
+
+    def close(self) -> None:
+        """Leave the source as it was, for another run."""
+        self._blocks.close()
 
 
 def block_of(path: str) -> str | None:

@@ -7,13 +7,14 @@ else that of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch.nn.functional import pad
 
 from mapconv.algebra.fingerprint import matrix_fingerprint
-from mapconv.algebra.norms import product_norm
+from mapconv.algebra.norms import product_norm, squared_norm
 from mapconv.algebra.pencil import DensePencil
 from mapconv.algebra.regression import RegressionInputs
 from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
@@ -25,6 +26,7 @@ from mapconv.placement.weights import PlacedModule, read_weight
 from mapconv.refit.converter import Converted, converted_module, finite_base
 from mapconv.refit.mixture import Run
 from mapconv.refit.plan import Dtype
+from mapconv.refit.ranks import Spectrum, squared_singular_values
 from mapconv.refit.solving import ModuleRefit, Wanted
 from mapconv.refit.stored_statistics import StoredStatistics
 from mapconv.refit.targets.adapted import adapted_weight_
@@ -35,6 +37,7 @@ class RebaseOptions:
     """What the caller asked for; ``ranks`` by module path stand before ``rank``, and None keeps the source's own.
 
     ``free_gain``: the other base's weight may be scaled as well; else a = 1, and the result is a plain LoRA.
+    ``pad_ranks``: zeros bring every module's factors to the largest rank.
     """
 
     rank: int | None = None
@@ -42,6 +45,8 @@ class RebaseOptions:
     max_rank: int = 256
     free_gain: bool = False
     dtype: Dtype = "float32"
+    pad_ranks: bool = False
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     def stored_bytes(self, adapter: PlacedAdapter) -> int:
         """Bytes of the factors as written, about; with a tolerance, at the source's rank."""
@@ -51,7 +56,7 @@ class RebaseOptions:
     def wanted(self, placed: PlacedModule) -> Wanted:
         dtype = TORCH_DTYPES[placed.module.lora_A.dtype] if self.dtype == "auto" else getattr(torch, self.dtype)
         gain = None if self.free_gain and placed.experts == 1 else 1.0
-        rank = self.rank or placed.effective_rank
+        rank = self.ranks.get(placed.module.path) or self.rank or placed.effective_rank
         return Wanted(placed.module.path, rank, self.tolerance, self.max_rank, gain, dtype)
 
 
@@ -86,6 +91,8 @@ class Rebaser:
         self._trained = {item.key: item for item in source.modules}
         self._served = served
         self._options = options
+        ranks = (options.wanted(item).rank for item in served.modules)
+        self._padded = max(ranks) if options.pad_ranks else None
         self._readers = TensorReader(source.target.checkpoint.source), TensorReader(served.target.checkpoint.source)
         self._factors = FactorLoader(self._readers[0])
 
@@ -117,27 +124,29 @@ class Rebaser:
 
     def by_statistics(self, stored: StoredStatistics, modules: Sequence[PlacedModule]) -> Iterator[Rebased]:
         """Each module by the inputs that were collected of the base it was trained on; no model runs."""
-        known: tuple[str, RegressionInputs | None] = ("", None)
+        paths = (item.module.path if item.experts == 1 else None for item in modules)
         with TensorReader() as reader:
-            for item in modules:
-                path = item.module.path
-                if path not in stored or item.experts > 1:
-                    yield self._rebase(item, None)[0]
-                    continue
-                if stored.shared(path) != known[0]:
-                    known = (stored.shared(path), stored.inputs(path, reader))
-                yield self._rebase(item, known[1], stored)[0]
+            for item, inputs in zip(modules, stored.inputs_of(paths, reader), strict=True):
+                yield self._rebase(item, inputs, None if inputs is None else stored)[0]
+
+    def spectra(self, inputs: Iterable[tuple[PlacedModule, RegressionInputs | None]]) -> Iterator[Spectrum]:
+        """What each rank of a module will be worth, as far as its inputs are known beforehand."""
+        for item, known in inputs:
+            T, W = self._adapted(self._trained[item.key]), self._weight(item)
+            seen, whole = (T - W, T) if known is None else (known.pencil(T, W, gains=False).S, known.root.multiply(T))
+            yield Spectrum(
+                item.module.path, item.weight.shape, squared_singular_values(seen) / (squared_norm(whole) or 1.0)
+            )
 
     def _rebase(
         self, item: PlacedModule, inputs: RegressionInputs | None, stored: StoredStatistics | None = None
     ) -> tuple[Rebased, torch.Tensor]:
         """The module, and its weight as written."""
         trained = self._trained[item.key]
-        factors = self._factors.load(trained)
-        base = read_weight(trained.weight, self._readers[0], torch.empty(trained.weight.numel))
+        base = self._base(trained)
         if stored is not None:
             stored.check(item.module.path, matrix_fingerprint(base))
-        W = read_weight(item.weight, self._readers[1], torch.empty(item.weight.numel))
+        W = self._weight(item)
         found = finite_base(matrix_fingerprint(W), item)
         fault = None if trained.scalars is None else base_fault(trained.scalars, matrix_fingerprint(base))
         if fault is not None:
@@ -145,7 +154,7 @@ class Rebaser:
         change = torch.linalg.vector_norm(W - base).item()
         norm = torch.linalg.vector_norm(base).item()
         # The source's update put on the other base as it is: T − W0 + W.
-        T = adapted_weight_(trained, factors, base.clone())
+        T = self._adapted(trained, base.clone())
         moved = (T - base).add_(W)
         wanted = self._options.wanted(item)
         target = DensePencil(T - W, W if wanted.gain is None else None)
@@ -153,6 +162,8 @@ class Rebaser:
         root = None if inputs is None else inputs.root
         refitted = ModuleRefit(target, wanted, root, seen).solve()
         A, B = refitted.A, refitted.B
+        if self._padded is not None:
+            A, B = (pad(A, (0, 0, 0, self._padded - len(A))), pad(B, (0, self._padded - len(A))))
         weight = torch.addmm(W, B.float(), A.float()) * refitted.gain
         magnitude = None
         if refitted.gain != 1.0:
@@ -168,3 +179,13 @@ class Rebaser:
             refitted.output_error,
         )  # fmt: skip
         return Rebased(item, converted, change / norm if norm else change, before), weight
+
+    def _base(self, trained: PlacedModule) -> torch.Tensor:
+        return read_weight(trained.weight, self._readers[0], torch.empty(trained.weight.numel))
+
+    def _weight(self, item: PlacedModule) -> torch.Tensor:
+        return read_weight(item.weight, self._readers[1], torch.empty(item.weight.numel))
+
+    def _adapted(self, trained: PlacedModule, base: torch.Tensor | None = None) -> torch.Tensor:
+        """T, in the memory of the base's weight."""
+        return adapted_weight_(trained, self._factors.load(trained), self._base(trained) if base is None else base)

@@ -9,7 +9,7 @@ Layers with the same input share one root.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,17 @@ class StoredStatistics:
                 f"{self.folder} was collected from another base ({self.base.get('name')}): {path} has norm "
                 f"{found.norm:.9g} in --base and {norm:.9g} there, or other values; collect it from this one."
             )
+
+    def inputs_of(self, paths: Iterable[str | None], reader: TensorReader) -> Iterator[RegressionInputs | None]:
+        """The inputs of layers in turn, None for unknown ones; a root that neighbours share is read once."""
+        known: tuple[str, RegressionInputs | None] = ("", None)
+        for path in paths:
+            if path is None or path not in self:
+                yield None
+                continue
+            if self.shared(path) != known[0]:
+                known = (self.shared(path), self.inputs(path, reader))
+            yield known[1]
 
     def inputs(self, path: str, reader: TensorReader) -> RegressionInputs:
         """What is known of a layer's inputs, which are taken to be the same on every base."""

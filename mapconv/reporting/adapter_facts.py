@@ -38,6 +38,11 @@ class AdapterFacts:
     def record(self) -> Mapping[str, Any]:
         return self.adapter.map_config or {}
 
+    @property
+    def rebase(self) -> Mapping[str, Any]:
+        """The record of ``mapconv rebase``; empty for what was made for the source's own base."""
+        return self.record.get("rebase") or {}
+
 
 def adapter_facts(folder: Path) -> AdapterFacts:
     """Read a MAP directory, and ``verify.json`` beside it.
@@ -53,7 +58,7 @@ def adapter_facts(folder: Path) -> AdapterFacts:
     return AdapterFacts(
         adapter=adapter,
         layout=lay_out([module.path for module in adapter.map_modules]),
-        measures=tuple(_measures(adapter.map_modules, records)),
+        measures=tuple(_measures(adapter.map_modules, records, config.get("rebase") or {})),
         records=records,
         verified=verified,
         calibration=calibration if isinstance(calibration, dict) else {},
@@ -65,7 +70,9 @@ def update_ratio(module: MapModule) -> float | None:
     return module.beta / module.alpha if module.alpha else None
 
 
-def _measures(modules: Sequence[MapModule], records: Sequence[Mapping[str, Any]]) -> Iterable[Measure]:
+def _measures(
+    modules: Sequence[MapModule], records: Sequence[Mapping[str, Any]], rebase: Mapping[str, Any]
+) -> Iterable[Measure]:
     gains = [module.base_gain for module in modules]
     yield Measure(
         "gain",
@@ -80,6 +87,7 @@ def _measures(modules: Sequence[MapModule], records: Sequence[Mapping[str, Any]]
     scale = diverging(found, 0.0) if any(ratio < 0 for ratio in found) else sequential(found)
     yield Measure("ratio", "β/α", "The update's size beside the base's part.", ratios, scale, small)
     yield from _errors(modules, records)
+    yield from _outputs(modules, records, rebase)
     ranks = [number(module.rank) for module in modules]
     yield Measure(
         "rank", "rank", "Of the stored factors.", ranks, sequential(filter(None, map(finite_or_none, ranks))), count
@@ -87,9 +95,9 @@ def _measures(modules: Sequence[MapModule], records: Sequence[Mapping[str, Any]]
 
 
 def _errors(modules: Sequence[MapModule], records: Sequence[Mapping[str, Any]]) -> Iterable[Measure]:
-    """ε, before and after calibration on one scale where both are known; and the error of the outputs."""
+    """ε, before and after calibration on one scale where both are known."""
     after: list[float | None] = [module.error for module in modules]
-    before, outputs = ([number(record.get(key)) for record in records] for key in ("error_before", "output_error"))
+    before = [number(record.get("error_before")) for record in records]
     calibrated = any(value is not None for value in before)
     finite = [value for value in map(finite_or_none, [*after, *before]) if value is not None]
     scale = sequential(finite)
@@ -101,7 +109,24 @@ def _errors(modules: Sequence[MapModule], records: Sequence[Mapping[str, Any]]) 
         lost += ". On the scale of the map before"
     title = "ε after calibration" if calibrated else "ε"
     yield Measure("error", title, f"{lost}.", after, scale, small, "largest")
-    if any(value is not None for value in outputs):
-        finite = [value for value in map(finite_or_none, outputs) if value is not None]
-        about = "The same for the layer's outputs, on its inputs of the calibration text."
-        yield Measure("output", "output error", about, outputs, sequential(finite), small, "largest")
+
+
+def _outputs(
+    modules: Sequence[MapModule], records: Sequence[Mapping[str, Any]], rebase: Mapping[str, Any]
+) -> Iterable[Measure]:
+    """The error of the layers' outputs; of a rebase also what the source on the other base left, on the same scale."""
+    after = [number(record.get("output_error")) for record in records]
+    known = {
+        (entry["path"], entry.get("expert")): entry.get("output_error_before") for entry in rebase.get("modules", ())
+    }
+    before = [number(known.get((module.path, module.expert))) for module in modules]
+    finite = [value for value in map(finite_or_none, [*after, *before]) if value is not None]
+    scale, same = sequential(finite), "The same for the layer's outputs, on its inputs"
+    if any(value is not None for value in before):
+        about = "The part of the wanted change of a layer's outputs that is missing with the source put on this base."
+        yield Measure("outputs-before", "output error before the rebase", about, before, scale, small, "largest")
+        same = "The same of this adapter, on the scale of the map before"
+    if any(value is not None for value in after):
+        title = "output error after the rebase" if rebase else "output error"
+        about = f"{same}." if rebase else f"{same} of the calibration text."
+        yield Measure("output", title, about, after, scale, small, "largest")

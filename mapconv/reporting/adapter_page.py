@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mapconv.metadata.rebased import SERVED_MODELS, verdict
 from mapconv.reporting.adapter_facts import AdapterFacts
 from mapconv.reporting.charts import dots_figure
 from mapconv.reporting.heatmap import heat_map
@@ -23,6 +24,7 @@ def adapter_page(facts: AdapterFacts) -> str:
     lead = element("p", "A MAP adapter: ", element("code", "W' = α·W0/‖W0‖ + β·Δ/‖Δ‖"), ", by module and layer.")
     figures = element("div", *(heat_map(measure, facts.layout) for measure in facts.measures), class_="maps")
     sections = [
+        *_rebase(facts),
         section("summary", "Summary", tiles(list(_tiles(facts)))),
         section("maps", "By layer and module type", figures),
         *_fidelity(facts),
@@ -45,6 +47,20 @@ def _tiles(facts: AdapterFacts) -> Iterable[tuple[str, str, str]]:
         base = number(facts.verified.get("kl_base"))
         yield "KL to the source", small(kl), f"{small(base)} without the adapter"
     yield "PEFT loads it as", "DoRA" if adapter.config.get("use_dora") else "LoRA", "stock, without mapconv"
+
+
+def _rebase(facts: AdapterFacts) -> Iterable[Html]:
+    """What the adapter is worth on the base that it was rebased to: the verdict, then the divergences behind it."""
+    rebase = facts.rebase
+    if not rebase:
+        return
+    served = rebase.get("served")
+    children = [element("p", verdict(served))]
+    if served:
+        rows = [(what, served[name].get("kl"), _perplexity(served[name])) for name, what in SERVED_MODELS.items()]
+        about = f"Mean KL(source ‖ model) in nats at {count(number(served['positions']))} unseen positions."
+        children.append(_kl_figure("served", "KL to the source on its own base", about, rows))
+    yield section("rebase", "Rebased", *children)
 
 
 def _fidelity(facts: AdapterFacts) -> Iterable[Html]:
@@ -110,6 +126,8 @@ def _provenance(facts: AdapterFacts) -> Iterable[tuple[str, object]]:
     record = facts.record
     yield "folder", str(facts.adapter.path)
     yield from _origin("base", record.get("base"))
+    if facts.rebase:
+        yield from _origin("rebased from", facts.rebase["from"])
     source: Any = record.get("source")
     yield from _origin("source", source)
     while isinstance(source, dict) and isinstance(source.get("source"), dict):

@@ -27,13 +27,23 @@ class WideBlocks:
                 parameter.data = parameter.data.float()
         self._hooks = [block.register_forward_pre_hook(self._enter(name)) for name, block in self._blocks.items()]
 
+    def close(self) -> None:
+        """Leave the blocks as they were stored; parameters outside all blocks stay wide."""
+        for hook in self._hooks:
+            hook.remove()
+        while self._wide:
+            self._narrow_oldest()
+
+    def _narrow_oldest(self) -> None:
+        for parameter, dtype in self._wide.popitem(last=False)[1]:
+            parameter.data = parameter.data.to(dtype)
+
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(*_: object) -> None:
             if name in self._wide:
                 return
             if len(self._wide) == _WIDE_BLOCKS:
-                for parameter, dtype in self._wide.popitem(last=False)[1]:
-                    parameter.data = parameter.data.to(dtype)
+                self._narrow_oldest()
             parameters = list(self._blocks[name].parameters())
             self._wide[name] = [(parameter, parameter.dtype) for parameter in parameters]
             for parameter in parameters:
