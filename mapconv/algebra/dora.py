@@ -16,7 +16,7 @@ from mapconv.algebra.norms import row_blocks, row_squares
 
 
 class AdaptedWeight:
-    """T = diag(d)(W0 + BA), seen through the pencil E(t) = (T − W0) − t·W0 of problem (2) in MATH.md.
+    """T = diag(d)(W0 + BA), as the pencil E(t) = (T − W0) − t·W0 of problem (2) in MATH.md.
 
     Args:
         base: W0, (n, m) float32; no copy of it is made.

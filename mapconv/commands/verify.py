@@ -129,7 +129,9 @@ def verify(
                     _compare(compared, block, total)
                     advance(1)
         if not total.result.positions:
-            notes.append("the model was not run (it needs more than text, or has no logits): only weights are compared")
+            notes.append(
+                "the model was not run (its input is more than text, or it has no logits): only weights are compared"
+            )
         log.info("ran both on %d positions", total.result.positions)
         modules = tuple(compared.module_errors())
         log.info("compared %d weights", len(modules))

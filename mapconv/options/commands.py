@@ -62,7 +62,7 @@ UPGRADE = Command(
     DRY_RUN,
     ALLOW_PICKLE,
     TALK,
-    rules=(Excludes("calibrate", "lora_compatible", "it would train the α that is to stay fixed"),),
+    rules=(Excludes("calibrate", "lora_compatible", "it would train the α that has to stay fixed"),),
 )
 
 REBASE = Command(
@@ -93,16 +93,16 @@ REBASE = Command(
     Option(
         "statistics",
         Choice(("running", "source", "none")),
-        "running: fit each layer to the inputs it gets behind rebased layers. source: to the source's. none: weights.",
+        "running: fit to inputs as the rebased layers give them. source: to the source's inputs. none: to weights.",
         default="running",
     ),
     Option(
         "statistics_from",
         Folder(),
-        "What `mapconv statistics` collected of the base: no model runs; --data only serves to measure the result.",
+        "Output of `mapconv statistics` for the base: no model runs; --data is then used only to measure the result.",
         metavar="STATS",
     ),
-    Option("seed", Whole(0), "Random seed of the text that the source model writes.", default=0, metavar="N"),
+    Option("seed", Whole(0), "Random seed for the text that the source model writes.", default=0, metavar="N"),
     DEVICE,
     Option(
         "keep_worse",
@@ -155,7 +155,7 @@ CALIBRATE = Command(
     Option(
         "learning_rate", Real(above=0), "Peak learning rate. Default: depends on --train.", spelling="--lr", metavar="X"
     ),
-    Option("batch_size", Whole(), "Sequences in a step, over all processes.", default=4, metavar="N"),
+    Option("batch_size", Whole(), "Sequences per step, over all processes.", default=4, metavar="N"),
     SEQUENCE_LENGTH.but(default=256, fallback=None),
     Option(
         "held_out",
@@ -164,8 +164,8 @@ CALIBRATE = Command(
         metavar="N",
     ),
     DEVICE,
-    Option("seed", Whole(0), "Random seed of the order of the data and of what is held out.", default=0, metavar="N"),
-    Option("resume", Flag(), "Continue a run of the same settings that was cut off.", default=False, in_catalog=False),
+    Option("seed", Whole(0), "Random seed for the data order and the held-out split.", default=0, metavar="N"),
+    Option("resume", Flag(), "Continue an interrupted run with the same settings.", default=False, in_catalog=False),
     ALLOW_PICKLE,
     TALK,
 )
@@ -178,7 +178,7 @@ VERIFY = Command(
     Option(
         "against_base",
         Source(),
-        "Base that SOURCE runs on, where it was trained on another one than RESULT is for. Default: the same.",
+        "Base that SOURCE runs on, if it is not the base of RESULT. Default: the same.",
         metavar="BASE",
         in_catalog=False,
     ),
@@ -187,7 +187,7 @@ VERIFY = Command(
     Option(
         "max_kl",
         Real(least=0),
-        "Exit 1 if the mean KL divergence is above X.",
+        "Exit with status 1 if the mean KL divergence is above X.",
         metavar="X",
         in_python=False,
         in_catalog=False,
@@ -267,7 +267,7 @@ MERGE = Command(
     Option(
         "quantized",
         Choice(("dequantize", "copy")),
-        "Of a quantized base: write plain weights, or copy codes where the adapter changes none.",
+        "For a quantized base: write plain weights, or copy the codes of unchanged weights.",
         default="dequantize",
     ),
     ALLOW_PICKLE,
@@ -306,7 +306,7 @@ PUSH = Command(
         "Default: HF_TOKEN, or the token of `hf auth login`.",
         metavar="TOKEN",
         in_catalog=False,
-        refusal="set HF_TOKEN instead, a file is no place for it",
+        refusal="set HF_TOKEN instead, a file is not the place for it",
     ),
     DRY_RUN.but(help="Check everything, show what would be sent, open no connection."),
     JSON,
@@ -343,7 +343,7 @@ CATALOG_RUN = Command(
     ),
     Option("workers", Whole(), "Processes that convert. Default: 1, or the number of cores.", metavar="N"),
     Option("ray_address", Text(), "A Ray cluster. Default: Ray on this machine, for this run.", metavar="ADDRESS"),
-    Option("limit", Whole(), "Convert at most N adapters now.", metavar="N"),
+    Option("limit", Whole(), "Convert at most N adapters in this run.", metavar="N"),
     Option("only", Text(), "Convert only entries whose output matches, such as 'poems-*'.", metavar="PATTERN"),
     Option("retry_failed", Flag(), "Try failed entries again even if nothing changed.", default=False),
     Option("push_to", Text(), "Publish each result on the Hub as ORG/OUTPUT.", metavar="ORG"),
@@ -356,7 +356,7 @@ CATALOG_RUN = Command(
 CATALOG_STATUS = Command(
     "catalog status",
     Option("out", Folder(), positional=True, required=True),
-    Option("watch", Flag(), "Show it again each second until the run ends.", default=False, in_python=False),
+    Option("watch", Flag(), "Refresh every second until the run ends.", default=False, in_python=False),
     JSON,
 )
 

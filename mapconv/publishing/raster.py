@@ -1,6 +1,6 @@
 """A small anti-aliased canvas that becomes a PNG: lines, dots and text, with numpy and zlib alone.
 
-A model card's picture has to be a PNG (the Hub shows those everywhere, SVG not), and one chart is no reason to make
+A model card's picture has to be a PNG (the Hub shows those everywhere, SVG not), and one chart is not a reason to make
 every user of mapconv install a plotting library. Text is drawn as strokes through the lit pixels of a 5×7 font.
 """
 

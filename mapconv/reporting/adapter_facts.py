@@ -82,7 +82,12 @@ def _measures(modules: Sequence[MapModule], records: Sequence[Mapping[str, Any]]
     yield from _errors(modules, records)
     ranks = [number(module.rank) for module in modules]
     yield Measure(
-        "rank", "rank", "Of the stored factors.", ranks, sequential(filter(None, map(finite_or_none, ranks))), count
+        "rank",
+        "rank",
+        "Rank of the factors.",
+        ranks,
+        sequential(filter(None, map(finite_or_none, ranks))),
+        count,
     )
 
 
@@ -93,7 +98,7 @@ def _errors(modules: Sequence[MapModule], records: Sequence[Mapping[str, Any]]) 
     calibrated = any(value is not None for value in before)
     finite = [value for value in map(finite_or_none, [*after, *before]) if value is not None]
     scale = sequential(finite)
-    lost = "The part of the source's update that the weight loses; 0 is exact"
+    lost = "The share of the source's update that the weight loses; 0 is exact"
     if calibrated:
         yield Measure(
             "before", "ε before calibration", f"{lost}. As the closed form left it.", before, scale, small, "largest"

@@ -53,7 +53,7 @@ class Scale:
 
 
 def diverging(values: Iterable[float], middle: float, least: float = 0.0) -> Scale:
-    """As far to both sides of ``middle`` as the furthest value, ``least`` at the least: rounding is no pattern."""
+    """As far to both sides of ``middle`` as the furthest value, ``least`` at the least: rounding is not a pattern."""
     reach = max((abs(value - middle) for value in values), default=0.0)
     reach = max(reach, least)
     return Scale("d", middle - reach, middle + reach, middle)

@@ -31,7 +31,7 @@ _STYLE = {
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "text.parse_math": False,  # a dollar sign in a name is no formula
+    "text.parse_math": False,  # a dollar sign in a name is not a formula
     "hatch.linewidth": 0.5,
 }
 _INK, _BAR = "#1b1d21", "#3f5f95"

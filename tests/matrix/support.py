@@ -57,7 +57,7 @@ def support_table() -> str:
     lines += [
         "| convolutions with groups > 1 | PEFT refuses to merge them as well |",
         "| other `peft_type`s (IA3, LoHa, LoKr, VeRA, …) | they are neither LoRA nor DoRA |",
-        "| quantized bases | an adapter fits the plain weight: give the 16-bit model |",
+        "| quantized bases | adapters can only be used with plain weights: give the 16-bit model |",
         "| several DoRAs on one weight | each rescales the whole weight, so their merges do not add |",
     ]
     return "\n".join(lines)
