@@ -88,7 +88,7 @@ class Measure:
 
 
 def heat_map(measure: Measure, layout: Layout) -> Html:
-    """A figure whose cells have numbers for the pointer, the keyboard and the table below it; a constant is one line."""
+    """A figure whose cells have numbers for pointer, keyboard and the table below it; a constant is one line."""
     if measure.constant:
         line = element("p", f"{measure.about} {measure.summary}")
         return element(
