@@ -204,7 +204,7 @@ class Adapter:
     settings: LoraSettings
     modules: tuple[Module, ...]
     whole: tuple[WholeTensor, ...]
-    #: Every tensor that is no factor, by PEFT's key; a converted adapter carries all of them on.
+    #: Every tensor that is not a factor, by PEFT's key; a converted adapter carries all of them on.
     others: Mapping[str, TensorRef]
     base: str | None
     revision: str | None

@@ -26,8 +26,8 @@ import errno
 
 #: What to say of an operating system's refusal, by its number.
 _SYSTEM_ERRORS = {
-    errno.ENOSPC: "no space left on the disk: make room and run the command again",
-    errno.EDQUOT: "the disk quota is used up: make room and run the command again",
+    errno.ENOSPC: "no space left on the disk: free some space and run the command again",
+    errno.EDQUOT: "the disk quota is used up: free some space and run the command again",
     errno.EACCES: "permission denied: change its permissions, or give another folder",
     errno.EPERM: "not permitted: change its permissions, or give another folder",
     errno.EROFS: "the file system is read-only: choose another output folder",

@@ -39,7 +39,7 @@ def read_object(
     """
     content = read_bytes(path, kind, limit=limit)
     if content.startswith(LFS_POINTER):
-        raise kind(f"{path} is a Git-LFS pointer, not the file itself: run `git lfs pull` in its folder.")
+        raise kind(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder.")
     try:
         table = json.loads(content)
     except (ValueError, RecursionError) as error:

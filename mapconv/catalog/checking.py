@@ -174,7 +174,7 @@ def _faults(options: Options) -> Iterator[tuple[str, str, str]]:
     for stage, given in options.stages.items():
         for name, option in COMMANDS[stage].options.items():
             if option.required and option.in_catalog and name not in given and (stage, name) not in _GIVEN_LATER:
-                yield stage, name, f"{name} is missing, which it cannot do without"
+                yield stage, name, f"{name} is missing, which is required"
         for name, fault in COMMANDS[stage].faults(given, _spelled):
             yield stage, name, fault
 
@@ -182,14 +182,14 @@ def _faults(options: Options) -> Iterator[tuple[str, str, str]]:
 def output_fault(name: Any) -> str | None:
     """Why a name cannot be a folder below OUT, or None."""
     if not _is_name(name):
-        return "is no name for a folder"
+        return "is not a valid folder name"
     parts = name.split("/")
     if name.startswith("/") or "\\" in name or ".." in parts or "." in parts:
-        return "leads out of the output folder: give a plain name or a path below it"
+        return "points outside the output folder: give a plain name or a path below it"
     if any(part.startswith(".") for part in parts) or parts[0] == "ledger.jsonl":
         return "is reserved: a name that begins with a dot, and ledger.jsonl, belong to the run"
     if not all(parts) or not name.isprintable() or any(len(os.fsencode(part)) > 200 for part in parts):
-        return "is no name for a folder"
+        return "is not a valid folder name"
     return None
 
 

@@ -39,7 +39,7 @@ def failed_mark(entry: Entry, stat: str) -> str:
 
 
 def source_mark(source: str) -> str:
-    """The stat mark of an adapter's folder; for what is no folder here, that it is none."""
+    """The stat mark of an adapter's folder; for what is not a folder here, that it is none."""
     config = _stat(f"{source}/adapter_config.json")
     weights = _stat(f"{source}/adapter_model.safetensors") or _stat(f"{source}/adapter_model.bin")
     return f"{config}/{weights}"

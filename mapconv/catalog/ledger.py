@@ -134,7 +134,7 @@ def _read_header(file: BinaryIO, path: Path) -> dict[str, Any] | None:
         return None
     header = _parse(first)
     if header is None or header.get("ledger") != LEDGER_VERSION:
-        raise CatalogError(f"{path} is no ledger of this version of mapconv: choose another folder.")
+        raise CatalogError(f"{path} is not a ledger that this version of mapconv can read: choose another folder.")
     return header
 
 

@@ -85,7 +85,7 @@ def _folder_entries(folder: Path) -> Iterator[Entry]:
                 f"{folder} has more than {_MOST_FOLDERS:,} folders without an adapter: name the adapters in a file."
             )
     if not found:
-        raise CatalogError(f"{folder} holds no folders with an adapter_config.json: it is no folder of adapters.")
+        raise CatalogError(f"{folder} holds no folders with an adapter_config.json: it is not a folder of adapters.")
 
 
 def _jsonl_records(path: Path, faults: Faults) -> Iterator[tuple[str, Record]]:
@@ -95,7 +95,8 @@ def _jsonl_records(path: Path, faults: Faults) -> Iterator[tuple[str, Record]]:
         while line := file.readline(_LONGEST_LINE + 1):
             number += 1
             if len(line) > _LONGEST_LINE:
-                faults.add(number, f"longer than {_LONGEST_LINE:,} bytes: it is no entry, and nothing after it is read")
+                why = f"longer than {_LONGEST_LINE:,} bytes: it is not an entry, and nothing after it is read"
+                faults.add(number, why)
                 return
             if not line.strip():
                 continue
@@ -158,7 +159,7 @@ def _located(yaml: Any, loader: Any, node: Any, faults: Faults) -> Record:
             if not isinstance(key, yaml.ScalarNode):
                 faults.add(line, "a key must be a word")
             elif name in table:
-                faults.add(line, f"the key {name!r} stands twice")
+                faults.add(line, f"the key {name!r} occurs twice")
             else:
                 lines[(*place, name)] = line
                 table[name] = value_of(item, (*place, name))
@@ -170,7 +171,7 @@ def _located(yaml: Any, loader: Any, node: Any, faults: Faults) -> Record:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key occurs twice")
     return table
 
 

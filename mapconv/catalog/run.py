@@ -169,7 +169,7 @@ def _line(entry: Entry, stat: str, table: dict[str, Any]) -> dict[str, Any]:
 def _stopped(reason: str, tally: Tally) -> DiskFullError:
     left = tally.due - tally.converted - tally.failed
     return DiskFullError(
-        f"{reason.rstrip('.')}; the run stopped with {left:,} entries left: run the same command again to go on."
+        f"{reason.rstrip('.')}; the run stopped with {left:,} entries left: run the same command again to continue."
     )
 
 

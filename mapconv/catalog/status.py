@@ -90,7 +90,7 @@ def read_status(out: Path) -> Status:
         ),
         slowest=tuple(_largest(((name, kept[3]) for name, kept in last.items() if kept[3] is not None))),
         least_faithful=tuple(_largest(item for item in errors if item[1] > 0)),
-        notes=(f"{broken} lines of the ledger cannot be read and are passed over",) if broken else (),
+        notes=(f"{broken} lines of the ledger cannot be read and were skipped",) if broken else (),
     )
 
 

@@ -31,7 +31,7 @@ class Outcome:
 
 def prepare(cores: int | None = None) -> None:
     """Load what the work needs, and let it use ``cores`` cores of this machine; None: all of them."""
-    import_module("mapconv.commands.upgrade")  # the second that torch takes is no entry's own
+    import_module("mapconv.commands.upgrade")  # the second that torch takes is not an entry's own
     if cores is not None:
         import_module("mapconv.runtime.cores").limit_cores(cores)
 

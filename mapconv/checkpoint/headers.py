@@ -51,7 +51,7 @@ def read_tensor_file(path: Path) -> TensorFile:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a header that is not JSON ({error}): download the file again.") from None
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path} has a header that is no JSON object: download the file again.")
+        raise CheckpointError(f"{path} has a header that is not a JSON object: download the file again.")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
         raise CheckpointError(f"{path} has __metadata__ that is not a table of strings: download the file again.")
@@ -62,7 +62,7 @@ def read_tensor_file(path: Path) -> TensorFile:
     for start, stop, ref in placed:
         if start != position:
             fault = "overlaps the tensor before it" if start < position else "leaves a hole before it"
-            raise CheckpointError(f"{path}: tensor {ref.name} {fault}: the header is not to be trusted.")
+            raise CheckpointError(f"{path}: tensor {ref.name} {fault}: the header cannot be trusted.")
         position = stop
     if position != size:
         raise CheckpointError(
@@ -81,7 +81,7 @@ def _header_bytes(path: Path) -> tuple[bytes, os.stat_result]:
         if not prefix:
             raise CheckpointError(f"{path} is empty: download it again.")
         if prefix == b"version ":
-            raise CheckpointError(f"{path} is a Git-LFS pointer, not the weights: run `git lfs pull` in its folder.")
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder.")
         if len(prefix) < 8:
             raise CheckpointError(f"{path} is only {size} bytes long: it is not a safetensors file.")
         (length,) = struct.unpack("<Q", prefix)
@@ -96,7 +96,7 @@ def _header_bytes(path: Path) -> tuple[bytes, os.stat_result]:
 def _tensor_ref(path: Path, name: str, entry: Any, data_start: int) -> tuple[int, int, TensorRef]:
     """(start, stop, tensor) of one entry of the header."""
     if not _is_text(name):
-        raise CheckpointError(f"{path}: the tensor name {name!r} is no valid Unicode: the header is not to be trusted.")
+        raise CheckpointError(f"{path}: the tensor name {name!r} is not valid Unicode: the header cannot be trusted.")
     if len(name) > MAX_NAME:
         raise CheckpointError(
             f"{path}: the tensor name {name[:60]!r}… has {len(name):,} characters, expected at most {MAX_NAME:,}: the "
@@ -147,5 +147,5 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} stands twice")
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} occurs twice")
     return table

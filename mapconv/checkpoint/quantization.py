@@ -19,7 +19,7 @@ def quantization_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, 
     """The quantization configuration of a model, wherever it stands; None for a plain model.
 
     Raises:
-        CheckpointError: one that is no object.
+        CheckpointError: one that is not an object.
     """
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         for key in QUANTIZATION_KEYS:
@@ -28,8 +28,8 @@ def quantization_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, 
                 continue
             if not isinstance(settings, Mapping):
                 raise CheckpointError(
-                    f"{folder}/config.json says that the model is quantized ({settings!r}), which is no object: give "
-                    "the 16-bit or 32-bit model with --base."
+                    f"{folder}/config.json says that the model is quantized ({settings!r}), which is not an object: "
+                    "give the 16-bit or 32-bit model with --base."
                 )
             return {"quant_method": "mlx" if key == "quantization" else None} | dict(settings)
     path = folder / MODELOPT_FILE

@@ -121,7 +121,7 @@ class TensorReader:
         while view:
             count = os.preadv(descriptor, [view], offset)
             if count == 0:
-                raise CheckpointError(f"{ref.file} became shorter while it was read: tensor {ref.name} is incomplete.")
+                raise CheckpointError(f"{ref.file} was truncated during reading: tensor {ref.name} is incomplete.")
             view, offset = view[count:], offset + count
 
 

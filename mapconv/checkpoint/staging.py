@@ -57,7 +57,7 @@ def check_output(
         raise OutputError(f"no permission to write in {parent}: choose another output folder.")
     free = shutil.disk_usage(parent).free
     if nbytes > free:
-        raise DiskFullError(f"{out} needs {nbytes:,} bytes but only {free:,} are free in {parent}: make room first.")
+        raise DiskFullError(f"{out} needs {nbytes:,} bytes but only {free:,} are free in {parent}: free some space.")
 
 
 def check_output_file(out: Path, *, force: bool, suffix: str) -> None:
@@ -77,7 +77,7 @@ def check_output_file(out: Path, *, force: bool, suffix: str) -> None:
             raise OutputError(f"{out} exists already: pass --force to replace it, or choose another output file.")
     parent = _existing_parent(out.resolve())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{parent} is no folder that can be written in: choose another output file.")
+        raise OutputError(f"{parent} is not a writable folder: choose another output file.")
 
 
 def replace_file(out: Path, content: bytes) -> None:
@@ -142,7 +142,7 @@ def _put_in_place(staging: Path, out: Path, *, force: bool) -> None:
         staging.rename(out)
     except OSError:
         if out.exists():
-            raise OutputError(f"{out} appeared while it was being made: pass --force to replace it.") from None
+            raise OutputError(f"{out} was created in the meantime: pass --force to replace it.") from None
         raise
 
 

@@ -55,6 +55,6 @@ def _check(marks: Mapping[Path, FileMark]) -> None:
             same = False
         if not same:
             raise CheckpointError(
-                f"{path} was changed while it was read, so nothing was written: run the command again when it is "
+                f"{path} changed while it was being read, so nothing was written: run the command again when it is "
                 "complete."
             ) from None

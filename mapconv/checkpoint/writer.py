@@ -180,5 +180,5 @@ def copy_range(source: int, target: int, source_offset: int, target_offset: int,
             write_at(target, memoryview(data), target_offset)
             moved = len(data)
         if moved == 0:
-            raise OSError("the source file became shorter while it was copied")
+            raise OSError("the source file was truncated while it was being copied")
         count, source_offset, target_offset = count - moved, source_offset + moved, target_offset + moved

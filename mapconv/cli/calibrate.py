@@ -23,9 +23,9 @@ INTERRUPTED = 130
 
 @command(CALIBRATE, "Train a MAP adapter towards its source, or on a task.")
 def calibrate(chosen: Chosen) -> None:
-    """Train the MAP adapter in MAPDIR on FILE, and write the state that is best on the part of it that is held out.
+    """Train the MAP adapter in MAPDIR on FILE, and write the state that does best on its held-out part.
 
-    The adapter as it came takes part, so that the result is never worse. Ctrl-C writes the best state so far.
+    The unchanged adapter is a candidate too, so the result is never worse. Ctrl-C writes the best state so far.
 
     Several GPUs: accelerate launch -m mapconv calibrate …
     """
@@ -74,7 +74,7 @@ def print_calibration(report: CalibrationReport) -> None:
     show()
     show(
         f"  {report.trained_parameters:,} numbers trained for {report.steps} steps on {report.tokens:,} tokens in "
-        f"{report.seconds:.1f} s; step {report.best_step} is the best of {len(report.history)} that were measured"
+        f"{report.seconds:.1f} s; step {report.best_step} is the best of the {len(report.history)} that were measured"
     )
     show(
         f"  measured on the written files at {report.held_out_positions:,} positions of "

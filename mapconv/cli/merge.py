@@ -14,7 +14,7 @@ from mapconv.wording import counted
 def merge(chosen: Chosen) -> None:
     """Merge ADAPTER (a MAP folder, or a LoRA or DoRA adapter as it is) into its base model.
 
-    Several adapters merge together: their updates add up, and a weight that a DoRA adapts takes no other.
+    Several adapters merge together: their updates add up, and a weight adapted by a DoRA cannot be adapted by another.
 
     The merged model loads with from_pretrained. Weights are computed in float32 and rounded once.
     """

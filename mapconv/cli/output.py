@@ -58,7 +58,7 @@ def talk(*, verbose: bool) -> None:
 
 
 def say(message: str = "") -> None:
-    """A line for the user that is no data, with indented details where it has any."""
+    """A line for the user that is not data, with indented details where it has any."""
     click.echo(printable_message(message), err=True)
 
 

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 def rebase(chosen: Chosen) -> None:
     """Refit the adapter in SOURCE for the base that it is served on.
 
-    An adapter fits the weights that it was trained on. On a quantized, pruned or continued copy of them (OTHER) its
-    outputs differ. The result is an adapter for OTHER whose layers give the outputs of the source on its own base, as
-    nearly as its rank allows, and it makes up for what OTHER lost. By default it is a plain LoRA.
+    An adapter is fitted to the weights that it was trained on. On a quantized, pruned or continued copy of them (OTHER)
+    its outputs differ. The result is an adapter for OTHER whose layers give the outputs of the source on its own base,
+    as nearly as its rank allows, and it makes up for what OTHER lost. By default it is a plain LoRA.
     """
     with starting([chosen["source"]], chosen["base"], whole_base=True, quiet=chosen["quiet"]):
         from mapconv.commands.rebase import rebase

@@ -1,4 +1,4 @@
-"""The second or two in which torch is imported: the disk is put to work, and the user sees that something happens."""
+"""The second or two in which torch is imported: files are read ahead, and the user sees that something is happening."""
 
 from __future__ import annotations
 

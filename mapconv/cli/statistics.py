@@ -10,7 +10,7 @@ from mapconv.options.commands import STATISTICS_COMMAND
 
 @command(STATISTICS_COMMAND, "Collect a base's layer inputs, for many rebases.")
 def statistics(chosen: Chosen) -> None:
-    """Run BASE on sample text and store what its linear layers are given, for `mapconv rebase --statistics-from`.
+    """Run BASE on text and store statistics of its linear layers' inputs, for `mapconv rebase --statistics-from`.
 
     Adapters of that base are then rebased without running any model.
     """

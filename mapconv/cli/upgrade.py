@@ -65,7 +65,7 @@ def _show_plan(result: UpgradeResult) -> None:
     what = f"would convert {counted(plan.modules, 'module')}"
     show(f"{shown(result.source)} ({result.method}) on {shown(result.base)}: {what}")
     kept = f"  kept      {plan.exact:,} in their own factors, exactly"
-    show(f"{kept}; {counted(plan.whole, 'other tensor')} carried over whole" if plan.whole else kept)
+    show(f"{kept}; {counted(plan.whole, 'other tensor')} copied unchanged" if plan.whole else kept)
     show(f"  refitted  {plan.refitted:,} to the closest MAP weight")
     ranks = str(plan.ranks[0]) if len(plan.ranks) == 1 else f"{plan.ranks[0]} to {plan.ranks[-1]}"
     chosen = f"the smallest with ε ≤ {plan.tolerance:g}; the source's is {ranks}" if plan.tolerance else ranks

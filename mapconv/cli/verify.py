@@ -34,7 +34,7 @@ def verify(chosen: Chosen) -> None:
         _report(report)
     notes(report.notes)
     if max_kl is not None and report.kl is None:
-        raise FidelityError(f"{result}: --max-kl was asked for, but the model could not be run.")
+        raise FidelityError(f"{result}: --max-kl was given, but the model could not be run.")
     if max_kl is not None and not report.kl <= max_kl:  # a NaN is over any limit
         raise FidelityError(f"{result}: KL {report.kl:.3g} to the source is over --max-kl {max_kl:g}.")
 

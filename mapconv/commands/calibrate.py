@@ -124,7 +124,7 @@ def calibrate(
     checkpoint = checkpoint_path(out)
     if checkpoint.exists() and not (resume or force):
         raise OutputError(
-            f"{checkpoint} is the state of a run that was cut off: pass --resume to go on, or --force to start again."
+            f"{checkpoint} is the state of an interrupted run: pass --resume to continue, or --force to start again."
         )
     arguments = {
         "check_base": not force,
@@ -163,7 +163,7 @@ def _copy_sidecars(adapter: Path, staging: Path, *, all_files: bool) -> None:
 
 
 def _check_pair(adapter: Adapter, source: Adapter, *, force: bool) -> None:
-    """Refuse what is no MAP directory, or was made from another adapter than the source."""
+    """Refuse what is not a MAP directory, or was made from another adapter than the source."""
     if adapter.method != "MAP":
         raise AdapterError(f"{adapter.path} is a {adapter.method} adapter: convert it with `mapconv upgrade` first.")
     if source.method == "MAP":

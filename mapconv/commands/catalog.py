@@ -137,7 +137,7 @@ def convert_catalog(
         pending, tally, broken = run.work(
             watch, catalog=catalog, total=len(catalogued), retry_failed=retry_failed, limit=limit
         )
-    notes = [f"{broken} lines of the ledger cannot be read and are passed over"] if broken else []
+    notes = [f"{broken} lines of the ledger cannot be read and were skipped"] if broken else []
     failures = [Failure(name, seen.kind or "unknown", seen.error or "") for name, seen in pending.failed.items()]
     failures += [Failure(name, kind, error) for name, (kind, error) in tally.failures.items()]
     return CatalogResult(

@@ -12,7 +12,7 @@ from mapconv.hub.reference import is_repo_id
 from mapconv.metadata.card import CARD_FILE
 from mapconv.options.commands import PUSH
 from mapconv.options.shared import MESSAGE
-from mapconv.publishing.package import Kind, Parcel, pack
+from mapconv.publishing.package import Kind, Package, pack
 from mapconv.publishing.upload import Destination, send
 
 
@@ -62,34 +62,34 @@ class Push:
 
     def __init__(self, path: str | Path, to: Destination, *, license: str | None, base_id: str | None) -> None:
         if not is_repo_id(to.repo_id) or "/" not in to.repo_id:
-            raise HubError(f"{to.repo_id!r} is no name for a repository on the Hub: give it as owner/name.")
+            raise HubError(f"{to.repo_id!r} is not a repository name: give it as owner/name.")
         self.to = to
-        self.parcel: Parcel = pack(Path(path), base_id=base_id, license_=license)
-        self._card = self.parcel.card(to.repo_id)
+        self.package: Package = pack(Path(path), base_id=base_id, license_=license)
+        self._card = self.package.card(to.repo_id)
 
     def plan(self) -> PushResult:
         """What would be sent; opens no connection."""
         from huggingface_hub import ModelCard
 
-        parcel = self.parcel
+        package = self.package
         card = PushedFile(CARD_FILE, len(self._card.encode()), "model card")
-        files = [PushedFile(file.name, file.nbytes, file.note) for file in parcel.files]
+        files = [PushedFile(file.name, file.nbytes, file.note) for file in package.files]
         return PushResult(
-            path=parcel.folder,
+            path=package.folder,
             repo_id=self.to.repo_id,
-            kind=parcel.kind,
-            base=parcel.base,
-            base_revision=parcel.facts.base_revision,
-            source=parcel.source,
+            kind=package.kind,
+            base=package.base,
+            base_revision=package.facts.base_revision,
+            source=package.source,
             license=ModelCard(self._card).data.license,
             files=tuple(sorted([card, *files], key=lambda file: file.name)),
-            left_behind=parcel.left_behind,
+            left_behind=package.left_behind,
             dry_run=True,
         )
 
     def send(self, token: Secret, *, quiet: bool = True) -> PushResult:
         """Send it; see :func:`push`."""
-        sent = send(self.parcel, self.to, token, bars=False if quiet else None)
+        sent = send(self.package, self.to, token, bars=False if quiet else None)
         return PushResult(**vars(self.plan()) | vars(sent) | {"dry_run": False})
 
 

@@ -85,7 +85,7 @@ def _kind(path: Path) -> Literal["adapter", "catalog"]:
     if (path / LEDGER_FILE).is_file():
         return "catalog"
     if (path / CONFIG_FILE).is_file():
-        raise AdapterError(f"{path} is no MAP adapter yet: run `mapconv upgrade {path}` and report its result.")
+        raise AdapterError(f"{path} is not a MAP adapter yet: run `mapconv upgrade {path}` and report its result.")
     raise AdapterError(
         f"{path} is neither a MAP adapter nor a catalog's output: give a folder that `mapconv upgrade` or "
         "`mapconv catalog run` wrote."

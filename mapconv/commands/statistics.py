@@ -113,6 +113,6 @@ def statistics(
 
 
 def _fingerprint(layer: torch.nn.Module) -> Fingerprint:
-    """Of a layer's weight as a matrix (out, in)."""
+    """The shape of a layer's weight as a matrix (out, in)."""
     weight = layer.weight.detach().float().cpu()
     return matrix_fingerprint(weight.T.contiguous() if type(layer).__name__ == "Conv1D" else weight)

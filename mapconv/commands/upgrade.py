@@ -229,7 +229,7 @@ def _data_notes(plan: UpgradePlan, sample: Sample | None, samples: int, refitted
     notes, found = list(sample.sequences.notes), len(sample.sequences)
     if found < samples:
         notes.append(
-            f"--data makes {counted(found, 'sequence')} beside those held out, fewer than the {samples} to run"
+            f"--data gives {counted(found, 'sequence')} beside those held out, fewer than the {samples} to run"
         )
     exact = {job.placed.key for job in plan.jobs if job.kind != "refit"}
     unseen = [m.path for m in refitted if m.output_error is None and m.error and (m.path, m.expert) not in exact]

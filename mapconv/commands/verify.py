@@ -123,7 +123,9 @@ def verify(
     log.info("loaded %s and its source", result)
     total, rows_run, notes = run_both(compared, rows, placed.target.folder, samples=samples, quiet=quiet)
     if not total.result.positions:
-        notes.append("the model was not run (it needs more than text, or has no logits): only weights are compared")
+        notes.append(
+            "the model was not run (its input is more than text, or it has no logits): only weights are compared"
+        )
     log.info("ran both on %d positions", total.result.positions)
     served = None
     if own is not None and rows_run:

@@ -12,7 +12,7 @@ from typing import Any
 from mapconv.data.rows import UnusableRowError
 from mapconv.errors import DataError
 
-#: A template that takes longer over one conversation is broken, or a stranger's joke: real ones take milliseconds.
+#: A template that takes longer for one conversation is broken, or a stranger's joke: real ones take milliseconds.
 LONGEST_RENDERING = 10.0
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -75,7 +75,7 @@ class ChatTemplate:
             if not (text.startswith(until) and until.startswith(before)):
                 raise UnusableRowError(
                     "the chat template rewrites earlier turns when later ones follow, and has no {% generation %} "
-                    "mark that would tell the assistant's tokens"
+                    "block that identifies the assistant's tokens"
                 )
             spans.append((len(before), len(until)))
         return spans
@@ -113,7 +113,7 @@ def _time_limit(what: str, seconds: float) -> Iterator[None]:
 
     def stop(number: int, frame: object) -> None:
         raise _TooLongError(
-            f"{what} takes more than {seconds:g} seconds over one conversation: give a model with another template."
+            f"{what} takes more than {seconds:g} seconds for one conversation: give a model with another template."
         )
 
     if threading.current_thread() is not threading.main_thread():

@@ -207,7 +207,7 @@ class _Reader:
         if type(label) is not int or label not in names.values():
             shown = ", ".join(names) if len(names) <= 8 else f"{len(names)} names"
             raise UnusableRowError(
-                f"its label {row.label!r} is none of the model's classes (0 to {len(names) - 1}, or {shown})"
+                f"its label {row.label!r} is not one of the model's classes (0 to {len(names) - 1}, or {shown})"
             )
         return self._single(row.content, label)
 

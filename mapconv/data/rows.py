@@ -76,7 +76,7 @@ def read_rows(path: str | Path | None) -> Rows:
     if suffix == ".parquet":
         return _collect(path, _parquet_rows(path))
     if suffix == ".json":
-        raise DataError(f"{path} is one JSON document: write one object a line, and name the file .jsonl.")
+        raise DataError(f"{path} is one JSON document: write one object per line, and name the file .jsonl.")
     text = _read_utf8(path)
     return Rows(path, "text", (Row(1, text),), from_plain_text=True)
 
@@ -152,14 +152,14 @@ def _row(number: int, kind: Kind, entry: dict[str, Any]) -> Row:
 
 def _conversation(messages: Any, tools: Any) -> dict[str, Any]:
     if not isinstance(messages, list) or not messages:
-        raise UnusableRowError("messages is no list of messages")
+        raise UnusableRowError("messages is not a list of messages")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise UnusableRowError("a message has no role")
         if not isinstance(message.get("content"), str | list | None):
             raise UnusableRowError("a message's content is neither a string nor a list")
     if tools is not None and not isinstance(tools, list):
-        raise UnusableRowError("tools is no list")
+        raise UnusableRowError("tools is not a list")
     return {"conversation": messages, "tools": tools or None}
 
 
@@ -196,19 +196,19 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
         number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
-                batch.validate(full=True)  # offsets and text: a broken page is no error until it is looked at
+                batch.validate(full=True)  # offsets and text: a broken page is not an error until it is looked at
                 for entry in batch.to_pylist():
                     number += 1
                     yield number, entry
     except OSError as error:
         raise _unreadable(path, error) from None
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter for the names of its columns
-        raise DataError(f"{path} is no Parquet file ({_first_line(error)}): write it again.") from None
+        raise DataError(f"{path} is not a Parquet file ({_first_line(error)}): write it again.") from None
 
 
 def _read_utf8(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is not text
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}): convert it, or give another file.") from None
     except OSError as error:

@@ -36,13 +36,13 @@ _HONOURED = frozenset(
 )
 #: Fields that are refused unless empty, each with the reason.
 REFUSED = {
-    "enable_lora": "LoRA on a part of a fused layer (PEFT 0.2's MergedLinear) has no place in today's models",
-    "alora_invocation_tokens": "an activated LoRA acts on some tokens only, so it is no fixed weight",
-    "arrow_config": "Arrow routes between adapters at run time, so it is no fixed weight",
-    "use_qalora": "QALoRA pools the inputs of a quantized layer, so it fits no plain weight",
+    "enable_lora": "LoRA on a part of a fused layer (PEFT 0.2's MergedLinear) does not occur in today's models",
+    "alora_invocation_tokens": "an activated LoRA acts on some tokens only, so it is not a fixed weight",
+    "arrow_config": "Arrow routes between adapters at run time, so it is not a fixed weight",
+    "use_qalora": "QALoRA pools the inputs of a quantized layer, so it cannot be applied to a plain weight",
     "kasa_config": "KaSA replaces the base weight by a truncated one that the file does not hold",
-    "use_bdlora": "its factors are block-diagonal, in a layout of their own",
-    "monteclora_config": "MonteCLoRA samples its weights at run time, so it is no fixed weight",
+    "use_bdlora": "its factors are block-diagonal, in a special layout",
+    "monteclora_config": "MonteCLoRA samples its weights at run time, so it is not a fixed weight",
     "velora_config": "VeLoRA adds projections that compress activations in the backward pass, which have no merge",
 }
 #: Initialisations that leave the base weight as it is, so that the saved factors are the whole adapter.
@@ -110,7 +110,7 @@ def _refuse_features(config: Mapping[str, Any], field: _Fields) -> None:
             raise UnsupportedError(f"{field.path}: {name}={shown(value)}: {REFUSED[name]}.")
         else:
             raise UnsupportedError(
-                f"{field.path}: {name}={shown(value)} is a field that mapconv does not know: remove it from the file "
+                f"{field.path}: {name}={shown(value)} is a field unknown to mapconv: remove it from the file "
                 "if it does not change the weights."
             )
 
@@ -125,7 +125,7 @@ def _initialization(config: Mapping[str, Any], path: Path) -> str | None:
     if init in _RECOMPUTED_INITS:
         return init
     name = init.partition("_niter_")[0] + "_niter_*" if "_niter_" in init else init
-    reason = CHANGED_BASE.get(name, "is an initialization that mapconv does not know")
+    reason = CHANGED_BASE.get(name, "is an initialization unknown to mapconv")
     raise UnsupportedError(
         f"{path}: init_lora_weights={init!r} {reason}: export it as plain LoRA first "
         "(PEFT: save_pretrained(path_initial_model_for_weight_conversion=…))."

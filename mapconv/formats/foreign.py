@@ -25,7 +25,7 @@ class ForeignDialect:
 
     def read(self, found: Found, *, allow_pickle: bool = False) -> Adapter:
         path = found.path if found.header is None else found.header.path
-        raise UnsupportedError(f"{path} is {self.name}, which mapconv does not read: {self.advice}.")
+        raise UnsupportedError(f"{path} is {self.name}, which mapconv cannot read: {self.advice}.")
 
 
 class PeftWeights:
@@ -40,7 +40,7 @@ class PeftWeights:
         path = found.path if found.header is None else found.header.path
         raise UnsupportedError(
             f"{path} has the keys of a PEFT adapter, but there is no {CONFIG_FILE} beside it, and so its "
-            "scaling is unknown: get that file from where the weights come from (the factors' rank is "
+            "scaling is unknown: get that file from the source of the weights (the factors' rank is "
             f"{self._rank(found)}), and give the folder that holds both."
         )
 
@@ -55,7 +55,7 @@ FOREIGN = (
     ForeignDialect(
         "a LyCORIS adapter (LoHa, LoKr or its DoRA)",
         re.compile(r"\.(hada_w[12]_[ab]|lokr_w[12](_[ab])?|dora_scale)$"),
-        "merge it with the program that trained it, for its updates are no plain low-rank factors",
+        "merge it with the program that trained it, for its updates are not plain low-rank factors",
     ),
     ForeignDialect(
         "a LoRA of kohya's sd-scripts",
@@ -79,5 +79,5 @@ FOREIGN = (
         re.compile(r"\.lora_[ab]$"),
         "merge it with mlx_lm.fuse, or " + _AS_PEFT,
     ),
-    ForeignDialect("a LoRA that is no PEFT adapter", re.compile(r"lora_|\.lora\."), _AS_PEFT),
+    ForeignDialect("a LoRA that is not a PEFT adapter", re.compile(r"lora_|\.lora\."), _AS_PEFT),
 )

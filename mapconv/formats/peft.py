@@ -60,7 +60,7 @@ class PeftDirectory:
 def read_tensors(
     folder: Path, settings: LoraSettings, *, allow_pickle: bool = False
 ) -> tuple[tuple[Module, ...], tuple[WholeTensor, ...], dict[str, TensorRef], tuple[str, ...]]:
-    """Every tensor of the weights file: modules, whole tensors, all that are no factors; and notes for the user.
+    """Every tensor of the weights file: modules, whole tensors, all that are not factors; and notes for the user.
 
     Raises:
         AdapterError: no weights, or a missing, misshapen or doubled tensor.
@@ -138,7 +138,7 @@ def _module(path: str, parts: dict[str, TensorRef], settings: LoraSettings) -> M
         if part not in parts:
             raise AdapterError(f"{known.file}: module {path} has no {part}, although it has {known.name}.")
     for part in parts.keys() - {*wanted, "bias"}:
-        raise AdapterError(f"{known.file}: tensor {parts[part].name} does not go with the configuration (use_dora).")
+        raise AdapterError(f"{known.file}: tensor {parts[part].name} contradicts the configuration (use_dora).")
     a, b, magnitude = parts[name_A], parts[name_B], parts.get("lora_magnitude_vector")
     if len(a.shape) < 2 or len(b.shape) != len(a.shape) or any(size != 1 for size in b.shape[2:]):
         raise AdapterError(
@@ -175,14 +175,14 @@ def _whole_tensors(
     named = {name.sub(r"\1", ref.name.removeprefix(prefix)): ref for ref in refs}
     found: dict[str, WholeTensor] = {}
     notes = []
-    # A saved module's tensor stands twice where its embedding was resized as well: the trained one comes last and wins.
+    # A saved module's tensor occurs twice where its embedding was resized as well: the trained one comes last and wins.
     for key, ref in sorted(named.items(), key=lambda item: ".modules_to_save." in item[0]):
         if ".original_module." in key:
             notes.append(f"{ref.name} is PEFT's copy of the untrained module, and has no effect")
             continue
         if ".lora_" in key or key.startswith("lora_"):
             raise AdapterError(
-                f"{ref.file}: tensor {ref.name} is no part of a LoRA or DoRA module (expected ….lora_A.weight, "
+                f"{ref.file}: tensor {ref.name} is not part of a LoRA or DoRA module (expected ….lora_A.weight, "
                 "….lora_B.weight, ….lora_embedding_A, ….lora_embedding_B or ….lora_magnitude_vector)."
             )
         rows = _TOKEN_ROWS.fullmatch(key)

@@ -23,14 +23,14 @@ _MOST_GROWTH = 16
 
 
 def refuse_pointer(path: Path) -> None:
-    """Say that a file is a Git-LFS pointer, which is neither a pickle nor anything else to be opened.
+    """Say that a file is a Git LFS pointer, which is neither a pickle nor anything else to be opened.
 
     Raises:
         AdapterError: it is one, or no regular file of its folder.
     """
     with open_regular(path, AdapterError) as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise AdapterError(f"{path} is a Git-LFS pointer, not the weights: run `git lfs pull` in its folder.")
+            raise AdapterError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder.")
 
 
 @cache
@@ -51,12 +51,12 @@ def as_safetensors(path: Path) -> Path:
     if not isinstance(table, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in table.items()
     ):
-        raise AdapterError(f"{path} holds more than a table of tensors: it is no adapter's weights.")
+        raise AdapterError(f"{path} holds something other than a table of tensors: it is not an adapter's weights.")
     size, claimed = path.stat().st_size, sum(value.nbytes for value in table.values())
     if claimed > _MOST_GROWTH * size:
         raise AdapterError(
             f"{path} is {size:,} bytes long but its tensors have {claimed:,}: they repeat the same few numbers, "
-            "so it is no adapter's weights."
+            "so it is not an adapter's weights."
         )
     folder = Path(tempfile.mkdtemp(prefix="mapconv-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -76,6 +76,6 @@ def _refuse_bomb(path: Path) -> None:
         return  # the older form, or none at all, which torch's loader says
     if expanded > _MOST_GROWTH * size:
         raise AdapterError(
-            f"{path} is {size:,} bytes long and expands to {expanded:,}: torch compresses nothing, so it is no "
+            f"{path} is {size:,} bytes long and expands to {expanded:,}: torch does not compress, so it is not an "
             "adapter's weights."
         )

@@ -76,7 +76,7 @@ def is_offline(error: BaseException) -> bool:
 
 
 def is_garbled(error: BaseException) -> bool:
-    """An answer that is no JSON, or JSON of another shape: a proxy's page in place of the Hub's."""
+    """An answer that is not JSON, or JSON of another shape: a proxy's page in place of the Hub's."""
     if isinstance(error, json.JSONDecodeError):
         return True
     # JSON of another shape fails on its first use, inside the client; the same error from our own lines is a bug.

@@ -76,7 +76,7 @@ def _watched(stream: Any, url: str, limit: int) -> Iterator[bytes]:
         if received > limit:
             raise HubError(
                 f"{url} sends more than the {limit:,} bytes that it should: check HF_ENDPOINT, and whether a proxy "
-                "stands in between."
+                "is in between."
             )
         now = time.monotonic()
         if now - since >= faults.REQUEST_TIMEOUT:

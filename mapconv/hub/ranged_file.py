@@ -146,8 +146,8 @@ class RangedFile:
             encoded = response.headers.get("Content-Encoding", "identity") != "identity"
             if response.status_code != 206 or found is None or encoded:
                 raise RangesUnsupportedError(
-                    f"{self.url} comes as a whole only, where byte ranges were asked for: run the same command again, "
-                    "or give a local copy of the model with --base."
+                    f"{self.url} sends only whole files, although byte ranges were requested: run the same command "
+                    "again, or give a local copy of the model with --base."
                 )
             first, last, size = map(int, found.groups())
             expected = min(stop, size)
@@ -199,8 +199,8 @@ class RangedFile:
     def _untrue(self, what: str, *, transient: bool = False) -> HubError:
         """The error for an answer that is not what was asked for; ``transient``: worth another attempt."""
         error = HubError(
-            f"{self.url} answered with {what}: run the same command again, and if it stays so, check HF_ENDPOINT and "
-            "whether a proxy stands in between."
+            f"{self.url} answered with {what}: run the same command again, and if that fails too, check HF_ENDPOINT "
+            "and whether a proxy is in between."
         )
         error.transient = transient
         return error

@@ -22,7 +22,7 @@ def explain(error: BaseException, name: str, doing: Doing) -> str:
             return f"{name} cannot be pushed to while HF_HUB_OFFLINE is set: unset it and run the command again."
         return f"{name} is not in the local cache, and the Hub is not asked while HF_HUB_OFFLINE is set: unset it."
     if isinstance(error, errors.GatedRepoError):
-        return f"{name} is gated: ask for access at {hub}/{repo}, then set HF_TOKEN to a token of that account."
+        return f"{name} is gated: request access at {hub}/{repo}, then set HF_TOKEN to a token of that account."
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{name} has no such branch, tag or commit: see {hub}/{repo}/branches."
     if isinstance(error, errors.LocalTokenNotFoundError):
@@ -35,7 +35,7 @@ def explain(error: BaseException, name: str, doing: Doing) -> str:
     if _is_xet(error):
         return (
             f"the Hub's Xet storage failed for {name} ({_line(error)}): run the same command again, or set "
-            "HF_HUB_DISABLE_XET=1 to do without it."
+            "HF_HUB_DISABLE_XET=1 to avoid it."
         )
     if is_transport(error):
         return (
@@ -44,7 +44,7 @@ def explain(error: BaseException, name: str, doing: Doing) -> str:
         )
     if is_garbled(error) or isinstance(error, errors.FileMetadataError):
         return (
-            f"{hub} does not answer as a Hub does ({kind}) for {name}: check HF_ENDPOINT, and whether a proxy stands "
+            f"{hub} does not answer as the Hub does ({kind}) for {name}: check HF_ENDPOINT, and whether a proxy stands "
             "in between."
         )
     if "Invalid metadata in README.md" in str(error):
@@ -60,13 +60,13 @@ def _of_status(status: int, error: BaseException, name: str, doing: Doing, hub: 
         return f"the Hub does not accept the token for {name} (401): make a new one at {hub}/settings/tokens."
     if status == 401 and reading:
         return (
-            f"{name} is no folder here and not on the Hub, or it is private and no token was sent (401): check the "
+            f"{name} is not a folder here and not on the Hub, or it is private and no token was sent (401): check the "
             "name, or log in with `hf auth login` or HF_TOKEN."
         )
     if status == 401:
         return f"pushing to {name} needs a token (401): log in with `hf auth login`, set HF_TOKEN or pass --token."
     if status == 403 and reading:
-        return f"the Hub forbids reading {name} with this token (403{said}): use a token of an account that may."
+        return f"the Hub forbids reading {name} with this token (403{said}): use a token of an account with access."
     if status == 403:
         return (
             f"this token may not write to {name} (403{said}): make one with write permission at {hub}/settings/tokens, "
@@ -75,9 +75,9 @@ def _of_status(status: int, error: BaseException, name: str, doing: Doing, hub: 
     if status == 404 and reading:
         return f"{name} is neither a folder here nor a repository that the Hub shows you (404): check the name."
     if status == 404:
-        return f"the Hub shows no repository {name} (404): check the name, and that the token may see it."
+        return f"the Hub shows no repository {name} (404): check the name, and that the token gives access to it."
     if status == 409:
-        return f"another operation on {name} is in the way (409{said}): wait a moment and run the same command again."
+        return f"another operation on {name} is in progress (409{said}): wait a moment and run the same command again."
     if status == 412:
         return f"somebody else keeps committing to {name} (412): run the same command again when they are done."
     if status == 413:
@@ -87,7 +87,7 @@ def _of_status(status: int, error: BaseException, name: str, doing: Doing, hub: 
         later = f"in {seconds:.0f} seconds" if seconds else "in a few minutes"
         return f"the Hub limits the rate of requests (429) for {name}: run the same command again {later}."
     if status >= 500:
-        return f"the Hub has trouble ({status}) with {name}: run the same command again later, it goes on from there."
+        return f"the Hub has trouble ({status}) with {name}: run the same command again later to continue."
     return f"the Hub refuses the request for {name} ({status}{said}): correct what it names and run again."
 
 

@@ -155,12 +155,12 @@ def plan_merge(
 
 
 def _refuse_weight(adapter: PlacedAdapter, weight: float) -> None:
-    """A weight scales updates; what an adapter brings whole (heads, rows, biases) has no part to scale."""
+    """A weight scales updates; what an adapter replaces as a whole (heads, rows, biases) has no part to scale."""
     whole = [item.tensor for item in adapter.adapter.whole]
     whole += [item.module.bias for item in adapter.modules if item.module.bias is not None]
     if weight != 1.0 and whole:
         raise UnsupportedError(
-            f"{adapter.adapter.path} brings {whole[0].name}, which is no low-rank update and cannot be scaled by "
+            f"{adapter.adapter.path} contains {whole[0].name}, which is not a low-rank update and cannot be scaled by "
             f"--weights ({weight:g}): give this adapter the weight 1."
         )
 

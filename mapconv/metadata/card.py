@@ -64,7 +64,7 @@ class CardFacts:
 
 
 def card_facts(folder: Path) -> dict[str, Any]:
-    """What a result takes over from the README.md of its base or source; a card that is no YAML says nothing."""
+    """What a result takes over from the README.md of its base or source; a card that is not YAML says nothing."""
     metadata = read_readme(folder / CARD_FILE).metadata
     return {key: metadata[key] for key in _COPIED if _is_plain(metadata.get(key))}
 
@@ -184,7 +184,8 @@ def _fidelity(facts: CardFacts) -> str:
     )
     if not report["tokens"]:
         return (
-            f"Measured by `mapconv verify` on the weights alone, as the model needs more than text to run: {weights}."
+            f"Measured by `mapconv verify` on the weights alone, as the model needs more than text as its "
+            f"input: {weights}."
         )
     rows = [
         (name, "-" if report[key] is None else f"{report[key]:.4f}", number(kl))
@@ -218,7 +219,7 @@ def _scalars(facts: CardFacts) -> str:
     ]
     text = table(("target", "modules", "rank", "α/‖W0‖", "β/α", "ε worst"), rows)
     if any(module.error is not None for module in facts.modules):
-        text += "\n\nε is the part of the source's update that the refit loses in a weight; 0 is exact."
+        text += "\n\nε is the share of the source's update that the refit loses in a weight; 0 is exact."
     return f"{text}\n\n![α/‖W0‖ and β/α over the layers, by module type]({PLOT_FILE})" if facts.has_plot else text
 
 

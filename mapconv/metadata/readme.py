@@ -68,7 +68,7 @@ def parse_readme(text: str, where: str) -> Readme:
     """Take a README.md apart; text without our block is the user's own, and comes after it.
 
     Raises:
-        HubError: its metadata is no YAML table.
+        HubError: its metadata is not a YAML table.
     """
     front = _FRONT.match(text)
     metadata = _read_yaml(front["yaml"], where) if front else {}

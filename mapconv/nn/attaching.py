@@ -29,9 +29,9 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 @dataclass
 class Attached:
-    """One adapter on a model: where it came from (None: made here), and its tensors that are no factors.
+    """One adapter on a model: where it came from (None: made here), and its tensors that are not factors.
 
-    ``paths`` are those of its layers in the live model. ``others`` has what it brings whole, by PEFT's key. ``base``,
+    ``paths`` are those of its layers in the live model. ``others`` has its whole tensors, by PEFT's key. ``base``,
     ``source`` and ``options`` are what ``map_config.json`` records; ``base`` is None where nothing was checked.
     """
 

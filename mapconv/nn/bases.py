@@ -67,7 +67,8 @@ def values_of(module: nn.Module, path: str) -> Iterator[torch.Tensor]:
             raise UnsupportedError(f"{path} is on the meta device and has no values: load the model's weights first.")
         if weight.dtype.itemsize < 2 or not weight.is_floating_point():
             raise UnsupportedError(
-                f"{path} has dtype {weight.dtype}: an adapter fits the plain weight, so load the 16- or 32-bit model."
+                f"{path} has dtype {weight.dtype}: adapters can only be attached to plain weights, "
+                "so load the 16- or 32-bit model."
             )
         yield matrix(module, weight)
 

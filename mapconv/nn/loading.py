@@ -41,8 +41,8 @@ def load_adapter(
 ) -> nn.Module:
     """Attach a MAP directory, or a LoRA or DoRA adapter, to ``model`` in place, and run with it.
 
-    A LoRA takes the low-rank form and a DoRA the direction ``dora``, both exactly. What the adapter brings whole
-    (heads, biases, token rows) takes the base's place while the adapter is active, and is not trained. The base is
+    A LoRA takes the low-rank form and a DoRA the direction ``dora``, both exactly. Its whole tensors
+    (heads, biases, token rows) take the base's place while the adapter is active, and are not trained. The base is
     frozen until the last adapter is detached.
 
     Args:

@@ -98,7 +98,7 @@ class MapConfig(metaclass=_PeftNames):
             try:
                 re.compile(value)
             except re.error as error:
-                raise ValueError(f"{name} is {value!r}, which is no regular expression ({error})") from None
+                raise ValueError(f"{name} is {value!r}, which is not a regular expression ({error})") from None
         elif not all(isinstance(item, str) and item for item in value):
             raise ValueError(f"{name} is {value!r}, expected names of layers")
 

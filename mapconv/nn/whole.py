@@ -1,4 +1,4 @@
-"""What an adapter brings whole: heads, biases, trained token rows. They take the base's place while it runs.
+"""An adapter's whole tensors: heads, biases, trained token rows. They take the base's place while it runs.
 
 A saved module (``modules_to_save``) and trained rows belong to names of their own, so the module gets another
 parameter; a tensor that PEFT writes into the base's own parameter shows under every name that is tied to it.

@@ -51,7 +51,7 @@ VERIFY = Command(
     Option(
         "against_base",
         Source(),
-        "Base that SOURCE runs on, where it was trained on another one than RESULT is for. Default: the same.",
+        "Base that SOURCE runs on, if it is not the base of RESULT. Default: the same.",
         metavar="BASE",
         in_catalog=False,
     ),
@@ -60,7 +60,7 @@ VERIFY = Command(
     Option(
         "max_kl",
         Real(least=0),
-        "Exit 1 if the mean KL divergence is above X.",
+        "Exit with status 1 if the mean KL divergence is above X.",
         metavar="X",
         in_python=False,
         in_catalog=False,
@@ -150,7 +150,7 @@ MERGE = Command(
     Option(
         "quantized",
         Choice(("dequantize", "copy")),
-        "Of a quantized base: write plain weights, or copy codes where the adapter changes none.",
+        "For a quantized base: write plain weights, or copy the codes of unchanged weights.",
         default="dequantize",
     ),
     Option(
@@ -203,7 +203,7 @@ PUSH = Command(
         "Default: HF_TOKEN, or the token of `hf auth login`.",
         metavar="TOKEN",
         in_catalog=False,
-        refusal="set HF_TOKEN instead, a file is no place for it",
+        refusal="set HF_TOKEN instead, a file is not the place for it",
     ),
     DRY_RUN.but(help="Check everything, show what would be sent, open no connection."),
     JSON,
@@ -240,7 +240,7 @@ CATALOG_RUN = Command(
     ),
     Option("workers", Whole(), "Processes that convert. Default: 1, or the number of cores.", metavar="N"),
     Option("ray_address", Text(), "A Ray cluster. Default: Ray on this machine, for this run.", metavar="ADDRESS"),
-    Option("limit", Whole(), "Convert at most N adapters now.", metavar="N"),
+    Option("limit", Whole(), "Convert at most N adapters in this run.", metavar="N"),
     Option("only", Text(), "Convert only entries whose output matches, such as 'poems-*'.", metavar="PATTERN"),
     Option("retry_failed", Flag(), "Try failed entries again even if nothing changed.", default=False),
     Option("push_to", Text(), "Publish each result on the Hub as ORG/OUTPUT.", metavar="ORG"),
@@ -253,7 +253,7 @@ CATALOG_RUN = Command(
 CATALOG_STATUS = Command(
     "catalog status",
     Option("out", Folder(), positional=True, required=True),
-    Option("watch", Flag(), "Show it again each second until the run ends.", default=False, in_python=False),
+    Option("watch", Flag(), "Refresh every second until the run ends.", default=False, in_python=False),
     JSON,
 )
 

@@ -49,7 +49,7 @@ UPGRADE = Command(
     DRY_RUN,
     ALLOW_PICKLE,
     TALK,
-    rules=(Excludes("calibrate", "lora_compatible", "it would train the α that is to stay fixed"),),
+    rules=(Excludes("calibrate", "lora_compatible", "it would train the α that has to stay fixed"),),
 )
 
 
@@ -108,13 +108,13 @@ REBASE = Command(
     Option(
         "statistics",
         Choice(("running", "source", "none")),
-        "running: fit each layer to the inputs it gets behind rebased layers. source: to the source's. none: weights.",
+        "running: fit to inputs as the rebased layers give them. source: to the source's inputs. none: to weights.",
         default="running",
     ),
     Option(
         "statistics_from",
         Folder(),
-        "What `mapconv statistics` collected of the base: no model runs; --data only serves to measure the result.",
+        "Output of `mapconv statistics` for the base: no model runs; --data is then used only to measure the result.",
         metavar="STATS",
     ),
     CALIBRATE_AFTERWARDS.but(
@@ -184,7 +184,7 @@ CALIBRATE = Command(
     Option(
         "learning_rate", Real(above=0), "Peak learning rate. Default: depends on --train.", spelling="--lr", metavar="X"
     ),
-    Option("batch_size", Whole(), "Sequences in a step, over all processes.", default=4, metavar="N"),
+    Option("batch_size", Whole(), "Sequences per step, over all processes.", default=4, metavar="N"),
     SEQUENCE_LENGTH.but(default=256, fallback=None),
     Option(
         "held_out",
@@ -193,8 +193,8 @@ CALIBRATE = Command(
         metavar="N",
     ),
     DEVICE,
-    Option("seed", Whole(0), "Random seed of the order of the data and of what is held out.", default=0, metavar="N"),
-    Option("resume", Flag(), "Continue a run of the same settings that was cut off.", default=False, in_catalog=False),
+    Option("seed", Whole(0), "Random seed for the data order and the held-out split.", default=0, metavar="N"),
+    Option("resume", Flag(), "Continue an interrupted run with the same settings.", default=False, in_catalog=False),
     ALLOW_PICKLE,
     TALK,
 )

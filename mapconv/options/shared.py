@@ -69,13 +69,13 @@ SEQUENCE_LENGTH = Option("sequence_length", Whole(2), "Tokens in a sequence.", f
 STATISTICS = Option(
     "statistics",
     Choice(("full", "diagonal")),
-    "Second moments of a layer's inputs to collect; diagonal takes less memory.",
+    "Second moments of the layer inputs to collect; diagonal takes less memory.",
     fallback="full",
 )
 CALIBRATE_AFTERWARDS = Option(
     "calibrate",
     Whole(0),
-    "Afterwards train α and β towards the source on --data for STEPS steps, as `mapconv calibrate` does.",
+    "Then train α and β towards the source on --data for STEPS steps, as `mapconv calibrate` does.",
     default=0,
     metavar="STEPS",
 )
@@ -113,7 +113,7 @@ QUIET = Option("quiet", Flag(), "No progress bar.", default=True, short="-q", in
 VERBOSE = Option(
     "verbose",
     Flag(),
-    "Say on stderr what is done, with times.",
+    "Log each step to stderr, with times.",
     default=False,
     short="-v",
     in_python=False,

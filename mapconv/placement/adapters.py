@@ -157,8 +157,8 @@ def _refuse_other_dtypes(placed: Sequence[tuple[Adapter, Sequence[PlacedModule]]
     for ref in (piece.tensor for _, modules in placed for item in modules for piece in item.weight.pieces):
         if ref.dtype not in FLOAT_DTYPES.values():
             raise CheckpointError(
-                f"{ref.file}: {ref.name} has dtype {ref.dtype}: an adapter fits the plain weight, so give the 16-bit "
-                "or 32-bit model with --base."
+                f"{ref.file}: {ref.name} has dtype {ref.dtype}: adapters can only be used with plain weights, so give "
+                "the 16-bit or 32-bit model with --base."
             )
 
 

@@ -55,7 +55,7 @@ def place(
         if name not in tensors:
             misfits.append(f"{path}: no tensor {name}{nearest(name, tensors) if len(misfits) < _LISTED else ''}")
         elif tensors[name] != shape:
-            misfits.append(f"{path}: {name} is {list(tensors[name])}, the adapter fits {list(shape)}")
+            misfits.append(f"{path}: {name} is {list(tensors[name])}, the adapter expects {list(shape)}")
         elif name in owners:
             misfits.append(f"{path}: {name} is adapted by {owners[name]} already")
         else:

@@ -145,7 +145,7 @@ class ShapePlacement:
         present = [self.stored_name(name) for name in self._options(module)]
         if present:
             shapes = " and ".join(f"{name} is {list(self.tensors[name].shape)}" for name in present)
-            return f"{module.path}: {shapes}, the adapter fits {expected}"
+            return f"{module.path}: {shapes}, the adapter expects {expected}"
         name = self.stored_name(f"{_inner(module)}.weight")
         return f"{module.path}: no tensor {name}{nearest(name, self.tensors)}"
 

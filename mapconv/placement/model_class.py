@@ -45,9 +45,9 @@ def trained_class(config: dict[str, Any], adapters: Sequence[Adapter], folder: P
         except CheckpointError as error:
             misfits.append(str(error))
             continue
-        homeless = _homeless(live, adapters)
-        if homeless:
-            misfits = homeless if len(misfits) < 2 else misfits
+        unplaced = _unplaced(live, adapters)
+        if unplaced:
+            misfits = unplaced if len(misfits) < 2 else misfits
             continue
         respelled = _respellings(live, adapters)
         if best is None or respelled < best[0]:
@@ -91,7 +91,7 @@ def in_names_of(live: LiveModel, adapter: Adapter) -> Adapter:
     return replace(adapter, others=others)
 
 
-def _homeless(live: LiveModel, adapters: Sequence[Adapter]) -> list[str]:
+def _unplaced(live: LiveModel, adapters: Sequence[Adapter]) -> list[str]:
     """What has no parameter in a live model."""
     misfits = []
     for adapter in adapters:

@@ -125,7 +125,7 @@ class _Resolution:
             if parameter in owners:
                 raise UnsupportedError(
                     f"{item.tensor.file} and {owners[parameter].tensor.file} both bring {parameter} whole "
-                    "(modules_to_save), and only one can stand in the merged model: merge them one by one."
+                    "(modules_to_save), and only one can be in the merged model: merge them one by one."
                 )
             owners[parameter] = item
             stored = self._stored()
@@ -177,7 +177,7 @@ class _Resolution:
                     self.tensors[name] = replace(self.tensors[source], name=name)
                     if source in self.dtypes:
                         self.dtypes[name] = self.dtypes[source]
-        self.notes.append("tied weights are written apart: the adapter changes one end only")
+        self.notes.append("tied weights are written separately: the adapter changes only one of them")
 
     def _untie_config(self) -> None:
         """Say so in the configuration, unless the class reads another meaning into it (T5: no scaling of the logits).

@@ -67,7 +67,7 @@ def stored_target(checkpoint: Checkpoint, adapters: Sequence[Adapter], config: M
 
 
 def _whole(adapter: Adapter, names: ShapePlacement) -> Iterator[tuple[WholeTensor, str]]:
-    """Every tensor that the adapter brings whole, or rows of, and the stored one that it belongs to."""
+    """Every tensor that the adapter replaces, or rows of, and the stored one that it belongs to."""
     misfits = []
     for item in adapter.whole:
         name = names.stored_name(item.parameter)

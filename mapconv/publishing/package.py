@@ -53,7 +53,7 @@ class Outgoing:
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Package:
     """Everything that a push sends, but for the README.md, which depends on what the Hub has already."""
 
     folder: Path
@@ -88,7 +88,7 @@ class Parcel:
         return text
 
 
-def pack(folder: Path, *, base_id: str | None = None, license_: str | None = None) -> Parcel:
+def pack(folder: Path, *, base_id: str | None = None, license_: str | None = None) -> Package:
     """Choose and rewrite the files of a MAP adapter or a merged model.
 
     Args:
@@ -100,7 +100,7 @@ def pack(folder: Path, *, base_id: str | None = None, license_: str | None = Non
         HubError: a local path that cannot be rewritten, or a symbolic link. AdapterError, CheckpointError: broken.
     """
     if base_id is not None and not is_repo_id(base_id):
-        raise HubError(f"--base-id {base_id!r} is no Hub id: give it as owner/name.")
+        raise HubError(f"--base-id {base_id!r} is not a Hub id: give it as owner/name.")
     kind = _kind(folder)
     place = folder / (MAP_CONFIG_FILE if kind == "adapter" else MERGE_RECORD)
     record = read_record(place)
@@ -127,7 +127,7 @@ def pack(folder: Path, *, base_id: str | None = None, license_: str | None = Non
     readme = folder / CARD_FILE
     own = parse_readme(_readme_text(readme), str(readme)) if readme.exists() else Readme()
     sent = {file.name for file in files} | {CARD_FILE, REPORT_FILE}
-    return Parcel(folder, kind, base, tuple(files), facts, own, license_, _left_behind(folder, sent))
+    return Package(folder, kind, base, tuple(files), facts, own, license_, _left_behind(folder, sent))
 
 
 def _kind(folder: Path) -> Kind:
@@ -136,9 +136,9 @@ def _kind(folder: Path) -> Kind:
     if (folder / MERGE_RECORD).is_file():
         return "merged"
     if (folder / CONFIG_FILE).is_file():
-        raise AdapterError(f"{folder} is no MAP adapter yet: run `mapconv upgrade {folder}` and push its result.")
+        raise AdapterError(f"{folder} is not a MAP adapter yet: run `mapconv upgrade {folder}` and push its result.")
     if not folder.is_dir():
-        raise AdapterError(f"{folder} is no folder: give what `mapconv upgrade` or `mapconv merge` wrote.")
+        raise AdapterError(f"{folder} is not a folder: give what `mapconv upgrade` or `mapconv merge` wrote.")
     raise AdapterError(
         f"{folder} has neither {MAP_CONFIG_FILE} nor {MERGE_RECORD}: give what `mapconv upgrade` or `mapconv merge` "
         "wrote."

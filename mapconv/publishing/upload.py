@@ -1,4 +1,4 @@
-"""Send a parcel to the Hub: one commit with all of it, repeated where that is safe, and nothing where nothing changed.
+"""Send a package to the Hub: one commit with all of it, repeated where that is safe, and nothing where nothing changed.
 
 A commit is either visible as a whole or not at all. It names its parent, so that a commit by somebody else in between
 is noticed (412) and the card is written again from what the Hub has then. A second run after an interruption, or a
@@ -16,14 +16,14 @@ from mapconv.hub.client import Secret, limit_waits, quiet_client
 from mapconv.hub.client_errors import never_arrived, status_of
 from mapconv.hub.faults import ATTEMPTS, always, ask_hub, with_retries
 from mapconv.metadata.card import CARD_FILE
-from mapconv.publishing.package import Outgoing, Parcel
+from mapconv.publishing.package import Outgoing, Package
 
 LIBRARY = "mapconv"
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a parcel goes, and how."""
+    """Where a package goes, and how."""
 
     repo_id: str
     private: bool = False
@@ -44,8 +44,8 @@ class Sent:
     changed: bool
 
 
-def send(parcel: Parcel, to: Destination, token: Secret, *, bars: bool | None = None) -> Sent:
-    """Create the repository if need be, and commit the parcel.
+def send(package: Package, to: Destination, token: Secret, *, bars: bool | None = None) -> Sent:
+    """Create the repository if need be, and commit the package.
 
     Raises:
         HubError: what the Hub or the network refuses, in one sentence.
@@ -63,7 +63,7 @@ def send(parcel: Parcel, to: Destination, token: Secret, *, bars: bool | None = 
 
     with quiet_client(bars=bars):
         created = ask_hub(lambda: _ensure_repository(api, to), to.repo_id, "write")
-        info, head = ask_hub(lambda: _commit_on_head(api, parcel, to), to.repo_id, "write", hint=may_have_opened)
+        info, head = ask_hub(lambda: _commit_on_head(api, package, to), to.repo_id, "write", hint=may_have_opened)
     where = f"{api.endpoint}/{to.repo_id}"
     return Sent(
         url=where if to.revision is None else f"{where}/tree/{to.revision}",
@@ -116,18 +116,18 @@ def _ensure_branch(api: Any, to: Destination) -> None:
         _retried(lambda: api.create_branch(to.repo_id, branch=to.revision, exist_ok=True))
 
 
-def _commit_on_head(api: Any, parcel: Parcel, to: Destination) -> tuple[Any, str]:
+def _commit_on_head(api: Any, package: Package, to: Destination) -> tuple[Any, str]:
     """Commit, and again on the new head where somebody else's commit came in between."""
     for _ in range(1, ATTEMPTS):
         try:
-            return _commit(api, parcel, to)
+            return _commit(api, package, to)
         except Exception as error:
             if status_of(error) != 412:
                 raise
-    return _commit(api, parcel, to)
+    return _commit(api, package, to)
 
 
-def _commit(api: Any, parcel: Parcel, to: Destination) -> tuple[Any, str]:
+def _commit(api: Any, package: Package, to: Destination) -> tuple[Any, str]:
     """Commit on top of the present head; returns the client's answer and that head.
 
     With a lost answer the whole call is repeated: files that arrived with it then count as unchanged. A pull request
@@ -138,8 +138,8 @@ def _commit(api: Any, parcel: Parcel, to: Destination) -> tuple[Any, str]:
     there = _retried(lambda: api.model_info(to.repo_id, revision=to.revision))
     head = there.sha
     has_card = any(file.rfilename == CARD_FILE for file in there.siblings or ())
-    card = parcel.card(to.repo_id, _remote_card(api, to.repo_id, head) if has_card else None).encode()
-    files = [*parcel.files, Outgoing(CARD_FILE, parcel.folder / CARD_FILE, len(card), card)]
+    card = package.card(to.repo_id, _remote_card(api, to.repo_id, head) if has_card else None).encode()
+    files = [*package.files, Outgoing(CARD_FILE, package.folder / CARD_FILE, len(card), card)]
 
     def attempt() -> Any:
         limit_waits()

@@ -32,7 +32,7 @@ def input_roots(
     The model is the base with the source adapter, whose layers' inputs are the ones that the result will see. It runs
     on the sequences of ``data`` in float32, one block of it at a time in that precision, and only that block's
     statistics are in memory. Layers with the same input share one moment. A path is absent, or its root None, where
-    nothing was seen: a layer that no input reached, or whose inputs are no vectors (stacked experts, convolutions).
+    nothing was seen: a layer that no input reached, or whose inputs are not vectors (stacked experts, convolutions).
 
     Raises:
         CheckpointError: the model or the adapter cannot be loaded, or overflows on these inputs.
@@ -43,7 +43,7 @@ def input_roots(
     rest = groups.pop(None, [])
     model = _source_model(placed, device, quiet=quiet)
     if not reads_text(model):
-        raise UnsupportedError(f"{placed.target.folder} needs more than text to run: convert it without --data.")
+        raise UnsupportedError(f"{placed.target.folder} needs more than text as its input: convert it without --data.")
     length = max(len(row) for row in data.rows())
     if length > longest_text(model):
         raise DataError(

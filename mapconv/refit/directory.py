@@ -59,7 +59,7 @@ class MapDirectory:
         self._converted[item.key] = result.scalars, result.magnitude
 
     def finish(self, options: Mapping[str, Any], data: Mapping[str, Any] | None, **more: Any) -> tuple[MapModule, ...]:
-        """Write the rest: magnitudes, what the adapter brings whole, tokenizer, card and configurations.
+        """Write the rest: magnitudes, the adapter's whole tensors, tokenizer, card and configurations.
 
         Args:
             options: what the run was asked for, for the record.
@@ -96,7 +96,7 @@ class MapDirectory:
         self._spool.close()
 
     def _keep_the_rest(self) -> None:
-        """Carry over what is no low-rank update: heads, rows and biases as they are, LoRA biases with their scaling."""
+        """Carry over what is not a low-rank update: heads, rows and biases unchanged, LoRA biases scaled."""
         placed = self._placed
         with TensorReader() as reader:
             for item in {item.module.path: item for item in placed.modules}.values():

@@ -113,7 +113,8 @@ def gather(
     source = attach_with_peft(_load(trained, device), trained.adapter.path, "source").get_base_model()
     if not reads_text(source):
         raise DataError(
-            f"{trained.target.folder} needs more than text to run: rebase it by its weights, with --statistics none."
+            f"{trained.target.folder} needs more than text as its input: rebase it by its weights, with "
+            "--statistics none."
         )
     length = min(length, longest_text(source)) if data is None else length
     text = _own(trained, source, samples, length, seed) if data is None else _from_file(trained, data, samples, length)

@@ -49,7 +49,7 @@ class Mixture:
         """
         Args:
             source: the base with the source adapter, as it was trained.
-            served: the other base; what the adapter brings whole is in it already.
+            served: the other base; the adapter's whole tensors are in it already.
             paths: the layers to be fitted, by their path in both models; those that either lacks are left out.
         """
         self._source, self._served = source, served
@@ -126,7 +126,7 @@ def block_of(path: str) -> str | None:
 
 
 def _paired(path: str, x: dict[int, torch.Tensor], x_made: dict[int, torch.Tensor]) -> RegressionInputs | None:
-    """Both moments over every batch; None where the inputs are no vectors, or differ in shape."""
+    """Both moments over every batch; None where the inputs are not vectors, or differ in shape."""
     tensors = [*x.values(), *x_made.values()]
     if not all(tensor.is_floating_point() and tensor.ndim >= 2 for tensor in tensors):
         return None
@@ -141,7 +141,7 @@ def _paired(path: str, x: dict[int, torch.Tensor], x_made: dict[int, torch.Tenso
 
 
 def _alone(path: str, x: dict[int, torch.Tensor]) -> RegressionInputs | None:
-    """The second moment of the inputs of every batch; None where they are no vectors."""
+    """The second moment of the inputs of every batch; None where they are not vectors."""
     if not all(tensor.is_floating_point() and tensor.ndim >= 2 for tensor in x.values()):
         return None
     moment = InputMoment(next(iter(x.values())).shape[-1], "full")

@@ -114,7 +114,7 @@ class BaseNorms:
         return found
 
     def _write(self, table: dict[str, Fingerprint]) -> None:
-        """Whole or not at all; a cache that cannot be written is no reason to fail."""
+        """Whole or not at all; a cache that cannot be written is not a reason to fail."""
         finite = {
             name: (found.square.hex(), found.projection.hex())
             for name, found in sorted(table.items())

@@ -74,7 +74,7 @@ class Job:
 
 @dataclass(frozen=True)
 class PlanSummary:
-    """A plan in numbers: modules kept exactly and refitted, tensors carried over whole, the result's ranks.
+    """A plan in numbers: modules kept exactly and refitted, tensors copied unchanged, the result's ranks.
 
     ``sequences`` and ``tokens`` of data that the source runs on. ``seconds`` and ``memory`` (bytes) are rough, and None
     where nobody asked for them.

@@ -13,7 +13,7 @@ from mapconv.formats import read_adapter
 from mapconv.reporting.heatmap import Measure
 from mapconv.reporting.layout import Layout, lay_out
 from mapconv.reporting.numbers import count, finite_or_none, gain, number, small
-from mapconv.reporting.scales import diverging, sequential
+from mapconv.reporting.scales import diverging, sequential, spanning
 
 
 @dataclass(frozen=True)
@@ -90,25 +90,27 @@ def _measures(
     yield from _outputs(modules, records, rebase)
     ranks = [number(module.rank) for module in modules]
     yield Measure(
-        "rank", "rank", "Of the stored factors.", ranks, sequential(filter(None, map(finite_or_none, ranks))), count
+        "rank",
+        "rank",
+        "Rank of the factors.",
+        ranks,
+        sequential(filter(None, map(finite_or_none, ranks))),
+        count,
     )
 
 
 def _errors(modules: Sequence[MapModule], records: Sequence[Mapping[str, Any]]) -> Iterable[Measure]:
-    """ε, before and after calibration on one scale where both are known."""
+    """ε, and what a calibration changed of it."""
     after: list[float | None] = [module.error for module in modules]
     before = [number(record.get("error_before")) for record in records]
-    calibrated = any(value is not None for value in before)
-    finite = [value for value in map(finite_or_none, [*after, *before]) if value is not None]
-    scale = sequential(finite)
-    lost = "The part of the source's update that the weight loses; 0 is exact"
+    changes = [None if a is None or b is None else a - b for a, b in zip(after, before, strict=True)]
+    calibrated = any(change is not None for change in changes)
+    lost = "The share of the source's update that the weight loses; 0 is exact."
+    yield Measure("error", "ε after calibration" if calibrated else "ε", lost, after, spanning(after), small, "largest")
     if calibrated:
-        yield Measure(
-            "before", "ε before calibration", f"{lost}. As the closed form left it.", before, scale, small, "largest"
-        )
-        lost += ". On the scale of the map before"
-    title = "ε after calibration" if calibrated else "ε"
-    yield Measure("error", title, f"{lost}.", after, scale, small, "largest")
+        about = "ε after calibration less ε before it: the weights move away from the source where the outputs gain."
+        known = [change for change in map(finite_or_none, changes) if change is not None]
+        yield Measure("change", "change of ε", about, changes, diverging(known, 0.0), small)
 
 
 def _outputs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,6 +18,14 @@ from mapconv.reporting.page import build_page, definitions, section, tiles
 
 #: Whose numbers a calibration records, in its own words.
 _CALIBRATED = ("base", "source", "closed form", "calibrated")
+#: Up to which share of the base's KL to the source a result deserves which words.
+_WORTH = (
+    (0.01, "Very good: the adapter answers almost exactly as its source does."),
+    (0.1, "Good: the adapter answers much as its source does."),
+    (0.5, "Fair: a part of what the source does is lost."),
+    (1.0, "Poor: most of what the source does is lost."),
+    (math.inf, "Bad: the adapter is further from its source than the base model without it."),
+)
 
 
 def adapter_page(facts: AdapterFacts) -> str:
@@ -26,8 +35,8 @@ def adapter_page(facts: AdapterFacts) -> str:
     sections = [
         *_rebase(facts),
         section("summary", "Summary", tiles(list(_tiles(facts)))),
-        section("maps", "By layer and module type", figures),
         *_fidelity(facts),
+        section("maps", "By layer and module type", figures),
         section("modules", "Modules", modules.place()),
         section("provenance", "Made from", definitions(list(_provenance(facts)))),
     ]
@@ -83,8 +92,32 @@ def _fidelity(facts: AdapterFacts) -> Iterable[Html]:
         more = [*_verify_rows(verified)]
         pair = element("div", *figures, class_="pair")
         yield section(
-            "fidelity", "Against the source", pair, definitions(more) if more else None, _history(calibration)
+            "fidelity",
+            "Against the source",
+            _verdict(facts),
+            pair,
+            definitions(more) if more else None,
+            _history(calibration),
         )
+
+
+def _verdict(facts: AdapterFacts) -> Html | None:
+    """One sentence on whether the KL is good: beside that of the base, which has nothing of the adapter."""
+    models = _named_tables(facts.calibration.get("models"))
+    measured = (
+        (facts.verified.get("kl"), facts.verified.get("kl_base")),
+        (models.get("calibrated", {}).get("kl"), models.get("base", {}).get("kl")),
+    )
+    for found, alone in measured:
+        kl, base = finite_or_none(number(found)), finite_or_none(number(alone))
+        if kl is None or base is None or kl < 0 or base <= 0:
+            continue
+        share = kl / base
+        worth = next(said for limit, said in _WORTH if share <= limit)
+        return element(
+            "p", element("strong", worth), f" Its KL to the source is {small(kl)}; without it, {small(base)}."
+        )
+    return None
 
 
 def _history(calibration: Mapping[str, Any]) -> Html | None:

@@ -19,7 +19,7 @@ _REPORT_FILE = "report.html"
 _EXTREMES, _FAILURES, _GROUPS = 10, 40, 12
 #: (key, title, about, value of an entry, spelling) of each distribution.
 DISTRIBUTIONS: tuple[tuple[str, str, str, Callable[[Entry], float | None], Callable[[float | None], str]], ...] = (
-    ("worst_error", "ε, worst module", "Lost of an update in an entry's worst module", lambda e: e.worst_error, small),
+    ("worst_error", "ε, worst module", "Share of an update lost in the worst module", lambda e: e.worst_error, small),
     ("median_error", "ε, median module", "The same in its median module", lambda e: e.median_error, small),
     ("kl", "KL to the source", "Mean KL(source ‖ result) in nats", lambda e: e.kl, small),
     ("seconds", "seconds", "Time that an entry took", lambda e: e.seconds, seconds),
@@ -77,8 +77,8 @@ def _tiles(ledger: Ledger) -> Iterable[tuple[str, str, str]]:
 def _unreadable(ledger: Ledger) -> Html | None:
     if not ledger.unreadable:
         return None
-    lines = "1 line of the ledger is" if ledger.unreadable == 1 else f"{ledger.unreadable:,} lines of the ledger are"
-    return element("p", f"{lines} no entry and not counted.", class_="note")
+    lines = "1 line of the ledger was" if ledger.unreadable == 1 else f"{ledger.unreadable:,} lines of the ledger were"
+    return element("p", f"{lines} not readable and not counted.", class_="note")
 
 
 def _groups(ledger: Ledger) -> Iterable[Html]:

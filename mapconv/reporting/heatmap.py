@@ -70,9 +70,30 @@ class Measure:
             return f"{self.spell(found[0])} in all {len(found):,} modules."
         return f"{self.span}, median {self.spell(statistics.median(found))}, over {len(found):,} modules."
 
+    @property
+    def constant(self) -> bool:
+        """Whether every module has the same value, which one line says better than a map."""
+        return len(set(self.finite)) == 1 and len(self.finite) == len(self.values)
+
+    @property
+    def colours(self) -> str:
+        """What the colours stand for, in words."""
+        scale = self.scale
+        if scale.high <= scale.low:
+            return ""
+        low, high = self.spell(scale.low), self.spell(scale.high)
+        if scale.middle is None:
+            return f" The colours run from {low}, the faintest, to {high}, the strongest."
+        return f" Blue is below {self.spell(scale.middle)}, down to {low}; orange is above it, up to {high}."
+
 
 def heat_map(measure: Measure, layout: Layout) -> Html:
-    """A figure whose cells carry their numbers for the pointer, the keyboard and the table below it."""
+    """A figure whose cells have numbers for pointer, keyboard and the table below it; a constant is one line."""
+    if measure.constant:
+        line = element("p", f"{measure.about} {measure.summary}")
+        return element(
+            "figure", element("figcaption", element("h3", measure.title), line), class_="card", id=f"map-{measure.key}"
+        )
     missing = False
     children: list[Html] = []
     for row, name in enumerate(layout.types):
@@ -103,7 +124,8 @@ def heat_map(measure: Measure, layout: Layout) -> Html:
         data_title=measure.title,
         data_columns=" ".join("-" if layer is None else str(layer) for layer in layout.layers),
     )
-    about = element("div", element("h3", measure.title), element("p", f"{measure.about} {measure.summary}"))
+    text = f"{measure.about} {measure.summary}{measure.colours}"
+    about = element("div", element("h3", measure.title), element("p", text))
     return element(
         "figure",
         element("figcaption", about, _legend(measure, missing), class_="with-legend"),

@@ -34,7 +34,7 @@ def lay_out(paths: Sequence[str]) -> Layout:
     templates = [_template(path) for path in paths]
     layers = [layer_of(path) for path in paths]
     known = sorted({layer for layer in layers if layer is not None})
-    # A number far from the others is no reason for a million columns.
+    # A number far from the others is not a reason for a million columns.
     span = range(known[0], known[-1] + 1) if known and known[-1] - known[0] < 4 * len(known) + 64 else known
     columns: tuple[int | None, ...] = (*span, *((None,) if None in layers else ()))
     rows = sorted(dict.fromkeys(templates), key=_familiar)

@@ -51,7 +51,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """``unreadable`` counts whole lines that are no entry; the torn last one of a killed run is passed over."""
+    """``unreadable`` counts whole lines that are not entries; the torn last one of a killed run is passed over."""
 
     folder: Path
     mapconv_version: str

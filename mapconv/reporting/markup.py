@@ -21,7 +21,7 @@ def escape(text: object) -> Html:
 
 
 def element(name: str, *children: object, **attributes: object) -> Html:
-    """``<name attribute="…">children</name>``; children that are no Html are escaped.
+    """``<name attribute="…">children</name>``; children that are not Html are escaped.
 
     ``class_`` stands for ``class`` and ``aria_label`` for ``aria-label``; an attribute that is None or False is left
     out, and True stands alone.

@@ -11,7 +11,7 @@ from mapconv.reporting.numbers import count, gain, number, small, text
 
 
 def module_table(facts: AdapterFacts) -> DataTable:
-    """Rows are modules by number; what no module has is no column."""
+    """Rows are modules by number; what no module has is not a column."""
     modules, records, layout = facts.modules, facts.records, facts.layout
     place_of = {member: place for place, members in layout.members.items() for member in members}
     entries = facts.verified.get("modules")

@@ -6,6 +6,7 @@ style sheet gives each a light and a dark value: more is always further from the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -53,7 +54,7 @@ class Scale:
 
 
 def diverging(values: Iterable[float], middle: float, least: float = 0.0) -> Scale:
-    """As far to both sides of ``middle`` as the furthest value, ``least`` at the least: rounding is no pattern."""
+    """As far to both sides of ``middle`` as the furthest value, ``least`` at the least: rounding is not a pattern."""
     reach = max((abs(value - middle) for value in values), default=0.0)
     reach = max(reach, least)
     return Scale("d", middle - reach, middle + reach, middle)
@@ -70,6 +71,12 @@ def sequential(values: Iterable[float]) -> Scale:
     if low < high:
         low = 0.0 if low <= high / 2 else min(low, 0.9 * high)
     return Scale("s", low, high)
+
+
+def spanning(values: Iterable[float | None]) -> Scale:
+    """From the least to the largest finite value: for a number whose pattern matters more than its size."""
+    found = [value for value in values if value is not None and math.isfinite(value)]
+    return Scale("s", min(found, default=0.0), max(found, default=0.0))
 
 
 def ramp(kind: Kind, theme: str) -> list[str]:

@@ -18,7 +18,7 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise DependencyError("--device cuda was asked for, but torch sees no CUDA device: use --device cpu.")
+        raise DependencyError("--device cuda was given, but torch sees no CUDA device: use --device cpu.")
     return torch.device(name)
 
 

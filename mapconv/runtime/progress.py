@@ -37,7 +37,7 @@ class StepBar:
 
 @contextmanager
 def progress_bar(total: int, label: str, *, unit: str = "B", quiet: bool = True) -> Iterator[Advance]:
-    """Yield a function that advances a bar of ``total`` units; ``quiet`` or a stderr that is no terminal hides it."""
+    """Yield a function that advances a bar of ``total`` units; no bar with ``quiet`` or off a terminal."""
     with _bar(total, label, unit=unit, unit_scale=unit == "B", quiet=quiet) as bar:
         yield bar.update
 

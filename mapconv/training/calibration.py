@@ -142,7 +142,7 @@ def calibrate_folder(
         _write_weights(models, folder, fresh, changed=best_step > 0)
         numbers, positions = _measure(models, evaluator, closed_form, fresh, processes.device)
         if best_step and not _is_better(numbers, recipe.objective):
-            notes.append("rounding to the stored dtype took the gain away, so the closed form is kept")
+            notes.append("rounding to the stored dtype cancelled the improvement, so the closed form is kept")
             best_step = 0
             _write_weights(models, folder, fresh, changed=False)
             numbers, positions = _measure(models, evaluator, closed_form, fresh, processes.device)
@@ -248,6 +248,6 @@ def _enough_memory(processes: Processes) -> Iterator[None]:
         where = "the GPU" if processes.device.type == "cuda" else "this machine"
         other = ", or train on the CPU with --device cpu" if processes.device.type == "cuda" else ""
         raise ResourceError(
-            f"the memory of {where} does not suffice for this training: use a smaller --batch-size or "
+            f"{where} does not have enough memory for this training: use a smaller --batch-size or "
             f"--sequence-length{other}."
         ) from None

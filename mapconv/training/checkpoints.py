@@ -56,7 +56,7 @@ class Checkpoint:
         except OSError as error:
             raise OutputError(f"{self._path} cannot be read ({error.strerror}): {again}") from None
         except Exception as error:  # torch raises many kinds for a file that is none of its own
-            raise DataError(f"{self._path} is no checkpoint of mapconv ({type(error).__name__}): {again}") from None
+            raise DataError(f"{self._path} is not a mapconv checkpoint ({type(error).__name__}): {again}") from None
         if fingerprint != self._fingerprint:
             changed = [name for name in self._run if run.get(name) != self._run[name]]
             raise DataError(f"{self._path} is of a run with other {', '.join(changed) or 'settings'}: {again}")

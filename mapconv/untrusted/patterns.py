@@ -30,7 +30,7 @@ Value = TypeVar("Value")
 
 #: About 20 ms of ``re``. Expressions of published adapters take a few hundred steps on a module's path.
 MOST_STEPS = 1_000_000
-#: Keys of one table that are no plain names: each is tried on each module.
+#: Keys of one table that are not plain names: each is tried on each module.
 MOST_EXPRESSIONS = 1_000
 #: An expression with no more ways to match any text than these needs no count.
 _FEW = 20_000
@@ -63,7 +63,7 @@ def require_bounded(expression: str, text: str, place: str) -> None:
             f"{_short(text)}: write it without repetition inside repetition."
         ) from None
     except _INVALID as error:
-        raise AdapterError(f"{place} has {_short(expression)}, which is no regular expression ({error}).") from None
+        raise AdapterError(f"{place} has {_short(expression)}, which is not a regular expression ({error}).") from None
 
 
 def _short(text: str) -> str:
@@ -78,7 +78,7 @@ class PatternTable(Generic[Value]):
     """
 
     def __init__(self, entries: Mapping[str, Value], place: str) -> None:
-        """Raises AdapterError for a key that is no regular expression; ``place`` is the file and the field."""
+        """Raises AdapterError for a key that is not a regular expression; ``place`` is the file and the field."""
         self._place = place
         self._values = list(entries.values())
         self._keys = list(entries)
@@ -93,7 +93,7 @@ class PatternTable(Generic[Value]):
                     self._expressions.append((order, key, re.compile(_at_the_end(key))))
                 except _INVALID as error:
                     raise AdapterError(
-                        f"{place} has {_short(key)}, which is no regular expression ({error})."
+                        f"{place} has {_short(key)}, which is not a regular expression ({error})."
                     ) from None
         if len(self._expressions) > MOST_EXPRESSIONS:
             raise AdapterError(

@@ -61,7 +61,7 @@ def _refuse_traps(yaml: Any, loader: Any) -> None:
         event = loader.get_event()
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent) or depth > _MOST_NESTING:
-            raise YamlError(event.start_mark.line + 1, "anchors, aliases and deep nesting have no place here")
+            raise YamlError(event.start_mark.line + 1, "anchors, aliases and deep nesting are not allowed here")
 
 
 def _has_huge_number(value: Any) -> bool:

@@ -72,7 +72,7 @@ adapters:
     words = {
         4: ['rank is "many"', "a whole number"],
         7: ["source is missing"],
-        9: ["../escape", "leads out"],
+        9: ["../escape", "points outside"],
         11: ["colour"],
         13: ["rank", "belongs below upgrade"],
         16: ["ranks", "no such option"],
@@ -81,11 +81,11 @@ adapters:
         19: ["tolerance", "a number"],
         20: ["max_rank is 0", "at least 1"],
         21: ["'a' is taken by line 6"],
-        23: ["/etc", "leads out"],
+        23: ["/etc", "points outside"],
         27: ["merge is 3", "a table"],
         28: ["[1, 2]"],
         29: ["just a text"],
-        31: ["'source' stands twice"],
+        31: ["'source' occurs twice"],
         34: ["out", "the run sets it"],
         36: ["calibrate: data is missing"],
     }
@@ -106,7 +106,7 @@ def test_faults_of_a_jsonl_catalog(tmp_path):
     found = faults(path)
     assert found.keys() == {3, 5, 6, 7, 8, 9, 10}
     assert "not JSON" in found[3]
-    assert "stands twice" in found[6]
+    assert "occurs twice" in found[6]
     assert "taken by line 2" in found[8]
 
 

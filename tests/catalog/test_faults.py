@@ -82,7 +82,7 @@ def test_a_full_disk_stops_the_run_and_the_next_goes_on(error, adapters, tmp_pat
         result = run("catalog", "run", adapters, "-o", tmp_path / "out")
     assert result.status == 1
     (sentence,) = result.err.splitlines()
-    assert "run the same command again to go on" in sentence
+    assert "run the same command again to continue" in sentence
     assert "3 entries left" in sentence  # entries of the first base come first: a000, a002, a004
     assert lines(tmp_path / "out") == 3, "the entry that met the full disk is not to blame"
     assert mapconv.convert_catalog(adapters, tmp_path / "out").converted == 3

@@ -50,7 +50,7 @@ def test_what_is_no_ledger_is_left_alone(text, adapters, tmp_path):
     path.parent.mkdir()
     path.write_bytes(text)
     for use in (lambda: mapconv.convert_catalog(adapters, path.parent), lambda: read_status(path.parent)):
-        with pytest.raises(CatalogError, match="no ledger of this version"):
+        with pytest.raises(CatalogError, match="not a ledger that this version"):
             use()
     assert path.read_bytes() == text
 

@@ -53,7 +53,7 @@ def test_a_file_that_changes_in_the_midst(which, change, command, run, own_dora,
     monkeypatch.setattr(FactorLoader, "load", load)
     result = run(command, own_dora, "--base", own_base, "-o", tmp_path / "out")
     assert loaded >= 3
-    assert_refused(result, f"{path} was changed while it was read", "run the command again")
+    assert_refused(result, f"{path} changed while it was being read", "run the command again")
     assert {entry.name for entry in tmp_path.iterdir()} == {"base", "dora"}
 
 

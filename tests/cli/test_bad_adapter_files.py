@@ -39,7 +39,7 @@ def test_no_such_folder(refuse, own_lora, tmp_path):
 
 
 def test_a_file_instead_of_a_folder(run, own_lora, base, tmp_path):
-    """A file of the adapter stands for its folder; any other is no adapter."""
+    """A file of the adapter stands for its folder; any other is not an adapter."""
     for name in (WEIGHTS, "adapter_config.json"):
         assert run("inspect", own_lora / name, "--base", base).status == 0
     (own_lora / "notes.txt").write_text("of no use")
@@ -56,13 +56,13 @@ def test_without_config(refuse, own_lora):
 
 def test_a_config_that_is_a_git_lfs_pointer(refuse, own_lora):
     (own_lora / "adapter_config.json").write_text(LFS_POINTER)
-    refuse("adapter_config.json", "Git-LFS pointer", "git lfs pull")
+    refuse("adapter_config.json", "Git LFS pointer", "git lfs pull")
 
 
 def test_a_pickle_that_is_a_git_lfs_pointer(refuse, own_lora):
     (own_lora / WEIGHTS).unlink()
     (own_lora / "adapter_model.bin").write_text(LFS_POINTER)
-    refuse("adapter_model.bin", "Git-LFS pointer", "git lfs pull")
+    refuse("adapter_model.bin", "Git LFS pointer", "git lfs pull")
 
 
 def test_without_weights(refuse, own_lora):
@@ -87,7 +87,7 @@ def test_weights_without_a_tensor(refuse, own_lora):
 
 def test_git_lfs_pointer(refuse, own_lora):
     (own_lora / WEIGHTS).write_text(LFS_POINTER)
-    refuse(WEIGHTS, "Git-LFS pointer", "git lfs pull")
+    refuse(WEIGHTS, "Git LFS pointer", "git lfs pull")
 
 
 @pytest.mark.parametrize("keep", [5, 8, 400, -1])

@@ -57,7 +57,7 @@ def test_truncated(keep, refuse, own_base):
 
 def test_git_lfs_pointer(refuse, own_base):
     (own_base / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
-    refuse(own_base, "Git-LFS pointer")
+    refuse(own_base, "Git LFS pointer")
 
 
 @pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "sub/a.safetensors", "..", ""])

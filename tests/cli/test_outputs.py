@@ -196,7 +196,7 @@ def test_less_room_than_the_result_needs(convert, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 10_000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with nothing_written(tmp_path):
-        assert_refused(convert(tmp_path / "out"), "only 10,000 are free", "make room")
+        assert_refused(convert(tmp_path / "out"), "only 10,000 are free", "free some space")
 
 
 def test_disk_that_fills_while_writing(convert, tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ def test_a_stream_that_takes_nothing(line, status):
 
 def test_a_full_disk_is_named():
     assert shell('"$@" >/dev/full', "--help").stderr == (
-        "mapconv: error: no space left on the disk: make room and run the command again.\n"
+        "mapconv: error: no space left on the disk: free some space and run the command again.\n"
     )
 
 

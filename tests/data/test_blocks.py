@@ -127,7 +127,7 @@ def test_labelled_rows_are_padded_and_know_their_class(read, tokenizer):
 
 @pytest.mark.parametrize("label", [3, -1, True, 0.0, "great", None, [1]])
 def test_a_label_outside_the_classes(read, label):
-    with pytest.raises(DataError, match=r"none of the model's classes \(0 to 2, or good, bad, odd\)"):
+    with pytest.raises(DataError, match=r"not one of the model's classes \(0 to 2, or good, bad, odd\)"):
         read([{"input": "a", "label": label}] * 3, classes=CLASSES, objective="task")
 
 

@@ -102,7 +102,7 @@ def test_what_the_template_refuses_is_a_bad_row(read):
 def test_a_template_without_an_end_is_given_up(read, monkeypatch):
     monkeypatch.setattr("mapconv.data.chat.LONGEST_RENDERING", 0.2)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + PLAIN
-    with pytest.raises(DataError, match=r"takes more than 0\.2 seconds over one conversation"):
+    with pytest.raises(DataError, match=r"takes more than 0\.2 seconds for one conversation"):
         read([chat("u:a", "a:b")] * 4, endless)
 
 

@@ -75,7 +75,7 @@ BAD = [
     ({"text": 3}, "expected a string"),
     ({"text": "  "}, "text is empty"),
     ('{"text": "\\ud800"}', "half a surrogate pair"),
-    ({"messages": []}, "no list of messages"),
+    ({"messages": []}, "not a list of messages"),
     ({"messages": ["hi"]}, "no role"),
     ({"messages": [{"role": 1, "content": "a"}]}, "no role"),
     ({"messages": [{"role": "user", "content": 1}]}, "content"),
@@ -108,7 +108,7 @@ def test_bad_rows_are_counted_and_too_many_are_refused(line, reason, tmp_path):
         ("a.jsonl", b'{"text": "a"}\n\x1f\x8b', "is not UTF-8 text"),
         ("a.jsonl", b'{"text": "a"}\n{"messages": [{"role": "user", "content": "a"}]}', "mixes kinds of rows: line 2"),
         ("a.json", b'[{"text": "a"}]', "one object a line"),
-        ("a.parquet", b"PAR1 and no more", "no Parquet file"),
+        ("a.parquet", b"PAR1 and no more", "not a Parquet file"),
     ],
 )
 def test_files_that_are_refused(name, content, said, tmp_path):

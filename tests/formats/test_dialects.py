@@ -21,7 +21,7 @@ FILES = {
     "diffusers-old": ("song.safetensors", ("down_blocks.0.attn1.processor.to_k_lora.down.weight",), "diffusers"),
     "comfy": ("song.safetensors", ("diffusion_model.blocks.0.self_attn.q.lora_A.weight",), "ComfyUI"),
     "mlx": ("adapters.safetensors", ("model.layers.0.self_attn.q_proj.lora_a",), "mlx_lm.fuse"),
-    "unknown": ("song.safetensors", ("blocks.0.lora_something",), "no PEFT adapter"),
+    "unknown": ("song.safetensors", ("blocks.0.lora_something",), "not a PEFT adapter"),
 }
 
 
@@ -40,7 +40,7 @@ def test_named_with_what_to_do(foreign, as_file, config):
     if config is not None:
         (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(
-        UnsupportedError, match=rf"{name} is an? .*which mapconv does not read: (convert|merge)"
+        UnsupportedError, match=rf"{name} is an? .*which mapconv cannot read: (convert|merge)"
     ) as caught:
         mapconv.inspect(folder / name if as_file else folder)
     assert words in str(caught.value)

@@ -115,10 +115,10 @@ def test_offline_uses_what_was_fetched_and_says_what_was_not(models, run, hub, p
 @pytest.mark.parametrize(
     ("name", "token", "words"),
     [
-        ("artist/absent", None, ["artist/absent is no folder here and not on the Hub", "401"]),
+        ("artist/absent", None, ["artist/absent is not a folder here and not on the Hub", "401"]),
         ("artist/absent", READ_TOKEN, ["neither a folder here nor a repository", "404"]),
         ("artist/hidden", READ_TOKEN, ["neither a folder here nor a repository", "404"]),
-        ("artist/gated", READ_TOKEN, ["artist/gated is gated", "ask for access", "HF_TOKEN"]),
+        ("artist/gated", READ_TOKEN, ["artist/gated is gated", "request access", "HF_TOKEN"]),
         ("artist/gated", None, ["artist/gated is gated"]),
         ("artist/poems", "hf_unknown", ["does not accept the token", "401"]),
         ("artist/poems@v9", None, ["artist/poems@v9 has no such branch, tag or commit"]),

@@ -45,8 +45,8 @@ def test_a_passing_fault_is_repeated_and_makes_one_commit(models, run, hub, meth
     ("method", "pattern", "fault", "words", "finishes"),
     [
         ("POST", "/repos/create", {"status": 503, "times": 9}, ["trouble (503)", "again later"], True),
-        ("POST", "/validate-yaml", {"status": 200, "times": 9} | PROXY, ["does not answer as a Hub", "proxy"], False),
-        ("POST", "/validate-yaml", {"status": 200, "times": 9, "body": b"[1]"}, ["does not answer as a Hub"], False),
+        ("POST", "/validate-yaml", {"status": 200, "times": 9} | PROXY, ["does not answer as the Hub", "proxy"], False),
+        ("POST", "/validate-yaml", {"status": 200, "times": 9, "body": b"[1]"}, ["does not answer as the Hub"], False),
         (
             "POST", "/validate-yaml",
             {"status": 400, "body": b'{"errors": [{"message": "license is unknown"}]}'},

@@ -127,7 +127,7 @@ def test_a_compressed_answer_is_not_taken_for_bytes_of_the_file(hub, remote):
         return answer
 
     hub.fault("GET", "/cdn/", change=packed)
-    with pytest.raises(HubError, match="as a whole only"):
+    with pytest.raises(HubError, match="only whole files"):
         remote.fetch(0, 1000)
 
 

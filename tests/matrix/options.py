@@ -103,7 +103,7 @@ OPTIONS: tuple[Option, ...] = (
         lambda tiny: plain(tiny) | {"exclude_modules": rf".*\.0\..*{linear(tiny)[0]}"},
         only=("llama", "gpt2", "vit", "qwen2-vl"),
     ),
-    # The task is no class: retrievers are trained on whole vision-language models as well as on bare ones.
+    # The task is not a class: retrievers are trained on whole vision-language models as well as on bare ones.
     Option("feature-extraction", with_settings(task_type="FEATURE_EXTRACTION"), only=_VISION_TEXT),
     # Biases
     Option("lora-bias", on("biased", lora_bias=True)),

@@ -51,7 +51,7 @@ def read_or_refuse(path):
         file = None
     if file is None:
         assert str(path) in message
-        message.encode()  # a message that no terminal can show is no message
+        message.encode()  # a message that no terminal can show is not a message
         return None
     size = path.stat().st_size
     assert sum(ref.nbytes for ref in file.tensors) < size

@@ -28,7 +28,12 @@ def test_the_pointer_shows_a_modules_numbers_on_every_map(adapter, adapter_html,
     said = page.locator("#tip").inner_text()
     assert "v_proj, layer 2" in said
     assert page.locator("#tip .here").all_inner_texts() == ["α/‖W0‖", gain(module["base_gain"])]
-    for number in (module["beta"] / module["alpha"], module["error"], module["error_before"], module["output_error"]):
+    for number in (
+        module["beta"] / module["alpha"],
+        module["error"],
+        module["error"] - module["error_before"],
+        module["output_error"],
+    ):
         assert small(number) in said
     assert page.locator(".cells .on").count() == page.locator(".heat").count() == 6
     page.mouse.move(5, 5)

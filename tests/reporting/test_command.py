@@ -74,7 +74,7 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_is_written(run,
         (["adapter", "-o", "a.html", "--png", "taken.png"], "pass --force"),
         (["adapter", "-o", "folder.html", "--force"], "not a file"),
         (["adapter", "-o", "link.html", "--force"], "not a file"),
-        (["adapter", "-o", "taken.html/a.html"], "no folder that can be written in"),
+        (["adapter", "-o", "taken.html/a.html"], "not a writable folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

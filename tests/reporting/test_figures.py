@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import mapconv
 from mapconv.reporting.charts import dots_figure, histogram, histogram_figure
-from mapconv.reporting.heatmap import Measure
+from mapconv.reporting.heatmap import Measure, heat_map
 from mapconv.reporting.layout import lay_out
 from mapconv.reporting.numbers import count, gain, number, seconds, size, small, tick
-from mapconv.reporting.scales import LEVELS, diverging, ramp, sequential
+from mapconv.reporting.scales import LEVELS, diverging, ramp, sequential, spanning
 from tests.reporting.samples import calibrate_records, data_of
 
 floats = st.one_of(st.floats(), st.floats(1e-12, 1e12), st.just(0.0), st.none())
@@ -62,7 +62,7 @@ def test_maps_show_the_numbers_of_map_config(upgraded):
     expected = {
         "gain": lambda m: gain(m["base_gain"]),
         "ratio": lambda m: small(m["beta"] / m["alpha"]),
-        "before": lambda m: small(m["error_before"]),
+        "change": lambda m: small(m["error"] - m["error_before"]),
         "error": lambda m: small(m["error"]),
         "output": lambda m: small(m["output_error"]),
         "rank": lambda m: count(m["rank"]),
@@ -70,12 +70,18 @@ def test_maps_show_the_numbers_of_map_config(upgraded):
     assert figures(page).keys() == expected.keys()
     for key, said in expected.items():
         places = {(m["path"].rpartition(".")[2], m["path"].split(".")[2]): said(m) for m in modules}
-        assert shown(figures(page)[key]) == places
+        figure = figures(page)[key]
+        if len(set(places.values())) == 1 and "data-columns" not in figure:  # one line says it
+            assert f"{said(modules[0])} in all {len(modules)} modules." in figure
+        else:
+            assert shown(figure) == places
 
 
 def test_the_table_below_a_map_has_the_maps_numbers(upgraded, adapter_html):
     for page in (upgraded[1], adapter_html.read_text(encoding="utf-8")):
-        for figure in figures(page).values():
+        maps = [figure for figure in figures(page).values() if "data-columns" in figure]
+        assert len(maps) >= 3
+        for figure in maps:
             cells = shown(figure)
             assert len(cells) >= 14
             assert tabled(figure) == {place: said.replace("no value", "–") for place, said in cells.items()}
@@ -94,6 +100,12 @@ def test_the_modules_table_has_every_number_exactly(upgraded):
         assert [row[keys.index(key)][0] for row in table["rows"]] == [module[name] for module in modules]
     assert [row[keys.index("path")] for row in table["rows"]] == [module["path"] for module in modules]
     assert "expert" not in keys
+
+
+def test_the_verdict_stands_before_the_maps(adapter_html):
+    page = adapter_html.read_text(encoding="utf-8")
+    assert re.search(r"<strong>(Very good|Good|Fair|Poor|Bad): ", page)
+    assert page.index('id="fidelity"') < page.index('id="maps"')
 
 
 def test_kl_of_all_four_models(adapter_html):
@@ -133,6 +145,15 @@ def test_experts_of_a_layer_share_a_cell_that_says_so():
     measure = Measure("error", "ε", "", (0.1, 0.3, 0.2), sequential([0.1, 0.3]), small, "largest")
     assert measure.said_at(layout.members[0, 0]) == "0.3000 (largest of 3: 0.1000 … 0.3000)"
     assert Measure("gain", "", "", (0.1, 0.3, 0.2), sequential([0.3]), small).at((0, 1, 2)) == 0.2
+
+
+def test_a_map_of_one_value_is_one_line():
+    layout = lay_out(["layers.0.up", "layers.1.up"])
+    figure = str(heat_map(Measure("rank", "rank", "", (8.0, 8.0), sequential([8.0]), small), layout))
+    assert "in all 2 modules." in figure
+    assert "data-at" not in figure
+    figure = str(heat_map(Measure("error", "ε", "", (0.1, 0.3), spanning([0.1, 0.3]), small), layout))
+    assert "The colours run from 0.1000, the faintest, to 0.3000, the strongest." in figure
 
 
 def test_what_is_not_finite_is_said_and_has_no_colour():
@@ -191,6 +212,7 @@ def test_scales():
     assert sequential([0.6, 1.0]).low == 0.6
     assert sequential([0.999, 1.0]).low == 0.9
     assert sequential([16.0, 16.0]).ticks == (16.0,)
+    assert spanning([0.4, None, math.nan, 0.1]).ticks == (0.1, 0.25, 0.4)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_a_checkpoint_is_not_thrown_away_unasked(run, start, command_line, tmp_p
     assert_refused(run(*words, "--steps", STEPS + 1, "--resume"), "other steps")
     assert_refused(run(*words, "--steps", STEPS, "--resume", "--sequence-length", "16"), "held-out data")
     (tmp_path / ".out.checkpoint").write_bytes(b"PK")
-    assert_refused(run(*words, "--steps", STEPS, "--resume"), "is no checkpoint of mapconv")
+    assert_refused(run(*words, "--steps", STEPS, "--resume"), "is not a mapconv checkpoint")
     assert names(tmp_path) == {".out.checkpoint"}
     assert run(*words, "--steps", "1", "--force").status == 0
     assert names(tmp_path) == {"out"}

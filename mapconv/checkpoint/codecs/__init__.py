@@ -126,7 +126,7 @@ def _codec(checkpoint: Checkpoint, settings: Mapping[str, Any] | None) -> Codec 
         if method in codec.methods:
             return codec
     raise UnsupportedError(
-        f"{checkpoint.folder} is quantized ({method}), a storage that mapconv does not read: {_ADVICE}."
+        f"{checkpoint.folder} is quantized ({method}), a format that mapconv cannot read: {_ADVICE}."
     )
 
 

@@ -92,7 +92,7 @@ def read_floats(reader: Bytes, ref: TensorRef, start: int, stop: int, dtype: str
 def require_scales(scales: torch.Tensor, ref: TensorRef) -> None:
     """Refuse scales that hold NaN or infinity."""
     if not math.isfinite(scales.sum().item()) and not torch.isfinite(scales).all():
-        raise fault(ref, "holds NaN or infinity, which scales no weight: download the model again")
+        raise fault(ref, "holds NaN or infinity, which cannot scale a weight: download the model again")
 
 
 def scale_(

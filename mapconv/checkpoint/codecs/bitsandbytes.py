@@ -186,20 +186,20 @@ def _read_book(ref: TensorRef, reader: Bytes) -> torch.Tensor:
     """A code book's values, which scales turn into weights: none is larger than 1."""
     book = read_floats(reader, ref, 0, ref.numel)
     if not bool((book.abs() <= 1).all()):
-        raise fault(ref, "holds values outside [-1, 1], which no code book has: download the model again")
+        raise fault(ref, "holds values outside [-1, 1], which no codebook contains: download the model again")
     return book
 
 
 def _read_state(ref: TensorRef, reader: Bytes) -> dict[str, Any]:
     """The JSON that describes a 4-bit weight, with every field that is used checked."""
     if ref.nbytes > _STATE_BYTES:
-        raise fault(ref, f"is {ref.nbytes:,} bytes long, which describes no weight: the file is not to be trusted")
+        raise fault(ref, f"is {ref.nbytes:,} bytes long, which describes no weight: the file cannot be trusted")
     try:
         state = json.loads(bytes(reader.read_bytes(ref, 0, ref.nbytes).tolist()))
     except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict):
-        raise fault(ref, "is no JSON object: download the model again")
+        raise fault(ref, "is not a JSON object: download the model again")
     shape = state.get("shape")
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
         raise fault(ref, f"has shape {shape!r}, expected [rows, columns]")

@@ -65,6 +65,6 @@ class BlockFp8:
                 scale, f"is {list(scale.shape)}, expected {list(expected)} for {list(codes.shape)} in blocks of {block}"
             )
         if scale.dtype not in ("F32", "BF16", "F16", "U8", "F8_E8M0"):
-            raise fault(scale, f"has dtype {scale.dtype}, which mapconv does not know for a scale")
+            raise fault(scale, f"has dtype {scale.dtype}, which is not a known dtype for a scale")
         exponents = "F8_E8M0" if scale.dtype in ("U8", "F8_E8M0") else None
         return ScaledBytes("block FP8", codes, scale, height, width, block, scale_dtype=exponents)

@@ -125,7 +125,7 @@ def _shape(model: QuantizedModel, ref: TensorRef) -> tuple[int, int]:
     values = model.reader.read_bytes(ref, 0, ref.nbytes)
     height, width = values.view(torch.int64 if ref.dtype == "I64" else torch.int32).tolist()
     if not (0 < height <= 1 << 31 and 0 < width <= 1 << 31):
-        raise fault(ref, f"says {[height, width]}, which is no weight's shape")
+        raise fault(ref, f"says {[height, width]}, which is not a weight's shape")
     return height, width
 
 

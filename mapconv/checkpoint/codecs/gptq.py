@@ -31,7 +31,7 @@ class Gptq:
         layout = str(model.settings.get("checkpoint_format") or "")
         if layout not in _ZERO_OFFSETS:
             raise UnsupportedError(
-                f"{model.folder} is quantized (gptq, checkpoint_format {layout}), a form that mapconv does not read: "
+                f"{model.folder} is quantized (gptq, checkpoint_format {layout}), a format that mapconv cannot read: "
                 "give the 16-bit or 32-bit model with --base."
             )
         for path, codes in model.ending(".qweight"):

@@ -49,7 +49,7 @@ class Mlx:
                 yield model.encoded(codes.name, (*codes.shape[:-1], width), encoding)
             else:
                 raise UnsupportedError(
-                    f"{model.folder} is quantized (mlx, mode {mode}), a form that mapconv does not read: give the "
+                    f"{model.folder} is quantized (mlx, mode {mode}), a format that mapconv cannot read: give the "
                     "16-bit or 32-bit model with --base."
                 )
 

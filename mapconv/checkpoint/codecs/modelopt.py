@@ -32,7 +32,7 @@ class ModelOpt:
         algorithm = model.settings.get("quant_algo")
         if algorithm is not None and str(algorithm).upper() not in _ALGORITHMS:
             raise UnsupportedError(
-                f"{model.folder} is quantized (modelopt {algorithm}), a form that mapconv does not read: give the "
+                f"{model.folder} is quantized (modelopt {algorithm}), a format that mapconv cannot read: give the "
                 "16-bit or 32-bit model with --base."
             )
         for path, scale in model.ending(".weight_scale"):

@@ -95,7 +95,7 @@ def scaled_bytes(
         raise fault(scale, f"is {list(scale.shape)}, expected {wanted} for {codes.name} {list(codes.shape)}")
     exponents = "F8_E8M0" if scale.dtype in ("U8", "F8_E8M0") else None
     if exponents is None and scale.dtype not in ("F32", "F16", "BF16"):
-        raise fault(scale, f"has dtype {scale.dtype}, which mapconv does not know for a scale")
+        raise fault(scale, f"has dtype {scale.dtype}, which is not a known dtype for a scale")
     if zero is not None and (zero.numel != scale.numel or zero.dtype not in (*BYTE_VALUES, "F32", "F16", "BF16")):
         raise fault(zero, f"is {zero.dtype} {list(zero.shape)}, expected one for each scale {list(scale.shape)}")
     return ScaledBytes(label, codes, scale, height, width, block, zero=zero, scale_dtype=exponents, columns=columns)

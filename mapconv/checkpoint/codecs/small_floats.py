@@ -52,5 +52,5 @@ class SmallFloats:
         value = read_floats(reader, self.overall, 0, 1)
         require_scales(value, self.overall)
         if not value.all():
-            raise fault(self.overall, "is zero, which scales no weight: download the model again")
+            raise fault(self.overall, "is zero, which cannot scale a weight: download the model again")
         return value
