@@ -138,7 +138,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "config.json").write_text("theirs")
 
-    with pytest.raises(OutputError, match="appeared"):
+    with pytest.raises(OutputError, match="was created in the meantime"):
         race()
     assert listing(tmp_path).keys() == {"out", "out/config.json"}
     assert (tmp_path / "out" / "config.json").read_text() == "theirs"

@@ -107,7 +107,7 @@ def test_bad_rows_are_counted_and_too_many_are_refused(line, reason, tmp_path):
         ("a.jsonl", b"\n\n", "is empty"),
         ("a.jsonl", b'{"text": "a"}\n\x1f\x8b', "is not UTF-8 text"),
         ("a.jsonl", b'{"text": "a"}\n{"messages": [{"role": "user", "content": "a"}]}', "mixes kinds of rows: line 2"),
-        ("a.json", b'[{"text": "a"}]', "one object a line"),
+        ("a.json", b'[{"text": "a"}]', "one object per line"),
         ("a.parquet", b"PAR1 and no more", "not a Parquet file"),
     ],
 )
