@@ -47,7 +47,7 @@ adapters:
   output: b
   merge: true
   push: {repo_id: owner/b, private: true}
-- {source: ./lora, output: c, upgrade: {direction: dora}}
+- {source: ./lora, output: c, upgrade: {dtype: float16}}
 """
 LEDGER = (
     {"ledger": 1, "mapconv_version": "1.0"},

@@ -109,10 +109,10 @@ def refuse_code(config: dict[str, Any], where: Path) -> None:
         CheckpointError: with the setting.
     """
     for key, value in config.items():
-        if isinstance(value, dict) and key.lstrip("_") not in _IMPLEMENTATIONS:
+        if isinstance(value, dict) and str(key).lstrip("_") not in _IMPLEMENTATIONS:
             refuse_code(value, where)
         named = value.values() if isinstance(value, dict) else [value]
-        if key.lstrip("_") in _IMPLEMENTATIONS and any("/" in str(name) for name in named):
+        if str(key).lstrip("_") in _IMPLEMENTATIONS and any("/" in str(name) for name in named):
             raise CheckpointError(
                 f"{where}: {key} names code on the Hub ({value}), which mapconv never runs: remove it."
             )

@@ -143,7 +143,7 @@ def poison(adapter: Path, kind: str) -> None:
 POISONS = {
     "nan": ("AdapterError", "NaN"),
     "truncated": ("CheckpointError", "truncated"),
-    "no config": ("AdapterError", "no adapter_config.json"),
+    "no config": ("UnsupportedError", "no adapter_config.json"),
     "no weights": ("AdapterError", "no adapter_model.safetensors"),
     "shape": ("PlacementError", "do not fit this base"),
     "no base": ("CheckpointError", "/nowhere/model"),

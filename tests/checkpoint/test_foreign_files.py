@@ -98,7 +98,7 @@ def test_an_absent_file_is_absent(tmp_path):
     "name",
     ["README.md", "tokenizer.json", "additional_chat_templates/x.jinja", "adapter_model.safetensors", "LICENSE.txt"],
 )
-def test_no_command_follows_a_link_out_of_an_adapter(own_lora, base, tmp_path, secret, run, name):
+def test_no_command_follows_a_link_out_of_an_adapter(own_lora, lora, base, tmp_path, secret, run, name):
     """With what the link leads to planted in its place, nothing of it is in any output, for there is none."""
     (own_lora / name).parent.mkdir(exist_ok=True)
     (own_lora / name).unlink(missing_ok=True)
@@ -108,7 +108,7 @@ def test_no_command_follows_a_link_out_of_an_adapter(own_lora, base, tmp_path, s
         ("upgrade", own_lora, "-o", tmp_path / "out", "--base", base, "--dry-run"),
         ("merge", own_lora, "-o", tmp_path / "out", "--base", base),
         ("inspect", own_lora),
-        ("verify", own_lora, "--against", own_lora, "--base", base),
+        ("verify", lora, "--against", own_lora, "--base", base),
     ):
         done = run(*command)
         assert done.status == 1, command

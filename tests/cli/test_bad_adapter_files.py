@@ -140,7 +140,7 @@ def test_map_directory_without_its_modules(run, base, lora, tmp_path):
     assert run("upgrade", lora, "-o", tmp_path / "map").status == 0
     edit_json(tmp_path / "map" / "map_config.json", modules=[])
     with nothing_written(tmp_path):
-        assert_refused(run("merge", tmp_path / "map", "-o", tmp_path / "out"), "map_config.json", "no list of modules")
+        assert_refused(run("merge", tmp_path / "map", "-o", tmp_path / "out"), "map_config.json", "has no modules")
 
 
 def test_map_directory_of_a_later_format(run, lora, tmp_path):

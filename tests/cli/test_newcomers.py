@@ -104,8 +104,9 @@ def test_advice_goes_with_what_was_chosen(words, run, dora, tmp_path):
 def test_advice_about_a_tolerance_that_was_missed(dora, tmp_path):
     result = mapconv.upgrade(dora, tmp_path / "map", tolerance=0.01, max_rank=1)
     chosen = {name: option.default for name, option in UPGRADE.options.items()} | {"tolerance": 0.01}
-    assert "raise it, or use --direction dora in place of --tolerance" in advice_for(result, chosen)
-    assert "dora" not in advice_for(result, chosen | {"lora_compatible": True})
+    advice = advice_for(result, chosen | {"max_rank": 1})
+    assert advice.endswith("at --max-rank 1: raise it; or use --direction dora in place of --tolerance")
+    assert "dora" not in advice_for(result, chosen | {"max_rank": 1, "lora_compatible": True})
 
 
 def test_a_narrow_terminal_gets_a_line_a_column(monkeypatch, capsys):

@@ -115,6 +115,9 @@ def attach_whole(model: torch.nn.Module, adapter: Path) -> PeftModel:
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         stored = set(file.keys())
     copies = {key for key in stored if ".modules_to_save." in key and key.replace(".modules_to_save.", ".") in stored}
+    # And it saves trained rows once for each end of a tied pair, of which it reads those of the embedding alone.
+    rows = sorted(key for key in stored if ".token_adapter." in key)
+    copies |= {key for key in rows if ".lm_head." in key and len(rows) > 1}
     unexpected = sorted(set(report.unexpected_keys) - copies)
     assert not unexpected, f"unexpected adapter keys: {unexpected[:3]}"
     return peft_model.eval()

@@ -120,8 +120,8 @@ def test_one_block_at_a_time_is_in_float32(workshop: Workshop, monkeypatch):
     case = workshop.case(MODELS["llama"], BY_NAME["all-linear-dora"])
     made, load = [], activations._source_model
 
-    def half(placed, device):
-        made.append(load(placed, device))
+    def half(placed, device, **settings):
+        made.append(load(placed, device, **settings))
         for block in made[0].model.layers:
             block.to(torch.bfloat16)
         return made[0]

@@ -38,14 +38,14 @@ def assert_nothing_ran(folder: Path) -> None:
     assert not (folder / "asked").exists()
 
 
-def test_a_tokenizer_of_its_own_code_is_refused(evil_base, lora, tmp_path, run):
+def test_a_tokenizer_of_its_own_code_is_refused(evil_base, lora, dora, tmp_path, run):
     edit_json(
         evil_base / "tokenizer_config.json",
         tokenizer_class="EvilTokenizer",
         auto_map={"AutoTokenizer": ["tokenization_evil.EvilTokenizer", "tokenization_evil.EvilTokenizer"]},
     )
     for command in (
-        ("verify", lora, "--against", lora, "--base", evil_base),
+        ("verify", dora, "--against", lora, "--base", evil_base),
         ("upgrade", lora, "-o", tmp_path / "out", "--base", evil_base, "--rank", "2", "--data", __file__),
     ):
         done = run(*command)
@@ -54,7 +54,7 @@ def test_a_tokenizer_of_its_own_code_is_refused(evil_base, lora, tmp_path, run):
             assert "needs Python code of its own, which mapconv never runs" in done.err
 
 
-def test_a_model_of_its_own_code_is_refused(evil_base, lora, tmp_path, run):
+def test_a_model_of_its_own_code_is_refused(evil_base, lora, dora, tmp_path, run):
     edit_json(
         evil_base / "config.json",
         model_type="evil",
@@ -64,7 +64,7 @@ def test_a_model_of_its_own_code_is_refused(evil_base, lora, tmp_path, run):
             "AutoModelForCausalLM": "modeling_evil.EvilForCausalLM",
         },
     )
-    done = run("verify", lora, "--against", lora, "--base", evil_base)
+    done = run("verify", dora, "--against", lora, "--base", evil_base)
     assert_nothing_ran(tmp_path)
     assert done.status == 1
     assert "needs Python code of its own, which mapconv never runs" in done.err
