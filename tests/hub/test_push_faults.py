@@ -53,7 +53,7 @@ def test_a_passing_fault_is_repeated_and_makes_one_commit(models, run, hub, meth
             ["model card", "license is unknown"], False,
         ),
         ("POST", "/preupload/", {"status": 403}, ["may not write to me/x (403", "settings/tokens"], False),
-        ("POST", "/commit/", {"status": 409}, ["in the way (409)", "same command again"], False),
+        ("POST", "/commit/", {"status": 409}, ["is in progress (409)", "same command again"], False),
         ("POST", "/commit/", {"status": 412, "times": 9}, ["keeps committing", "(412)"], False),
         ("POST", "/commit/", {"status": 413}, ["too large (413)"], False),
         ("POST", "/commit/", {"status": 429, "headers": {"Retry-After": "300"}}, ["(429)", "300 seconds"], False),

@@ -153,7 +153,7 @@ def test_what_is_no_result_of_mapconv_is_refused_by_name(models, run, hub, tmp_p
     for folder, words in (
         (models.dora, "mapconv upgrade"),
         (models.base, "neither"),
-        (tmp_path / "absent", "no folder"),
+        (tmp_path / "absent", "is not a folder"),
     ):
         with pytest.raises(AdapterError, match=words):
             _plan(folder)

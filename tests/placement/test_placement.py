@@ -75,7 +75,7 @@ def test_a_long_list_of_misfits_is_cut():
 
 
 def test_wrong_shapes_say_both():
-    with pytest.raises(PlacementError, match=r"v_proj.weight is \[8, 4\], the adapter fits \[8, 5\]"):
+    with pytest.raises(PlacementError, match=r"v_proj.weight is \[8, 4\], the adapter expects \[8, 5\]"):
         place(MODULES | {PATHS[1]: (8, 5)}, TENSORS)
 
 

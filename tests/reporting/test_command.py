@@ -66,7 +66,7 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_is_written(run,
     ("words", "said"),
     [
         (["absent", "-o", "a.html"], "neither a MAP adapter nor a catalog's output"),
-        (["plain", "-o", "a.html"], "no MAP adapter yet: run `mapconv upgrade plain`"),
+        (["plain", "-o", "a.html"], "not a MAP adapter yet: run `mapconv upgrade plain`"),
         (["empty", "-o", "a.html"], "neither a MAP adapter nor a catalog's output"),
         (["adapter", "-o", "adapter/map_config.json", "--force"], "does not end with .html"),
         (["adapter", "-o", "a.html", "--png", "a.jpg"], "does not end with .png"),
