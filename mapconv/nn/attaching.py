@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -137,7 +137,9 @@ def _wrapped(model: nn.Module, path: str) -> MapLayer:
     parent, leaf = _parent(model, path)
     module = getattr(parent, leaf)
     if not isinstance(module, MapLayer):
-        module = LAYERS[kind_of(module)](module, path)
+        kind = kind_of(module)
+        assert kind is not None  # the paths are those of ``adaptable``
+        module = LAYERS[kind](module, path)
         setattr(parent, leaf, module)
     return module
 
@@ -167,7 +169,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     if state.active is not None:
         take_back(state.adapters[state.active].replacements)
     for layer in layers.values():
-        layer.active = name if name in layer.updates else None
+        layer.active = name if name is not None and name in layer.updates else None
     if name is not None:
         apply_all(state.adapters[name].replacements)
     state.active = name
@@ -228,6 +230,11 @@ def factor_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
     return [parameter for update in updates_of(model, name).values() for parameter in update.factors]
 
 
+def layers_of(model: nn.Module, name: str) -> dict[str, MapLayer]:
+    """The wrapped layers that an adapter changes by their path, in the adapter's order."""
+    return {path: cast(MapLayer, model.get_submodule(path)) for path in named(model, name).paths}
+
+
 def updates_of(model: nn.Module, name: str) -> dict[str, Update]:
     """An adapter's updates by the path of their layer, in the adapter's order."""
-    return {path: model.get_submodule(path).updates[name] for path in named(model, name).paths}
+    return {path: layer.update(name) for path, layer in layers_of(model, name).items()}

@@ -34,9 +34,19 @@ def kind_of(module: nn.Module) -> Kind | None:
     return "conv" if isinstance(module, _CONVOLUTIONS) else None
 
 
+def is_grouped(module: nn.Module) -> bool:
+    """Whether the layer is a convolution with groups, which cannot be adapted."""
+    return isinstance(module, _CONVOLUTIONS) and module.groups > 1
+
+
+def weight_of(layer: Any) -> nn.Parameter:
+    """The weight of a layer that ``kind_of`` knows; to torch's types, any attribute of a module may be a module."""
+    return layer.weight
+
+
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of the layer's weight as a matrix: a kernel counts as inputs, a vocabulary too."""
-    shape = module.weight.shape
+    shape = weight_of(module).shape
     if kind_of(module) in ("transposed", "embedding"):
         return shape[1], shape[0]
     return shape[0], shape[1:].numel()
@@ -51,7 +61,7 @@ def execution_device(module: nn.Module) -> torch.device:
     """Where the layer computes, which an accelerate hook may know better than its weight."""
     hook = getattr(module, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
-    return module.weight.device if device is None else torch.device(device)
+    return weight_of(module).device if device is None else torch.device(device)
 
 
 @contextmanager
@@ -62,7 +72,7 @@ def values_of(module: nn.Module, path: str) -> Iterator[torch.Tensor]:
         UnsupportedError: a layer on the meta device, which has none, or one whose weight is quantized.
     """
     with _brought_in(module):
-        weight = module.weight.detach()
+        weight = weight_of(module).detach()
         if weight.device.type == "meta":
             raise UnsupportedError(f"{path} is on the meta device and has no values: load the model's weights first.")
         if weight.dtype.itemsize < 2 or not weight.is_floating_point():
@@ -129,4 +139,5 @@ def merged_row_norms(
 
 def _blocks(stored: torch.Tensor) -> Iterator[tuple[int, int]]:
     """Row ranges: of a size that fits a core's cache, or that keeps a GPU busy."""
-    return row_blocks(*stored.shape, BLOCK_ELEMENTS if stored.device.type == "cpu" else 64 * BLOCK_ELEMENTS)
+    rows, width = stored.shape
+    return row_blocks(rows, width, BLOCK_ELEMENTS if stored.device.type == "cpu" else 64 * BLOCK_ELEMENTS)

@@ -78,7 +78,8 @@ class MapLinear(Function):
         grad_x = grad_A = grad_B = grad_a = grad_b = None
         g = grad.to(dtype).reshape(-1, B.shape[0])
         flat = projected.view(-1, A.shape[0])
-        back = g @ B.to(dtype) if for_x or for_A or for_b else None
+        if for_x or for_A or for_b:
+            back = g @ B.to(dtype)
         if for_b:
             grad_b = inner(flat, back).to(b.dtype)
         if for_B:

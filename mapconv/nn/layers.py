@@ -6,13 +6,15 @@ active: one copy of the base weights serves them all.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
 
 from mapconv.nn.bases import kind_of
 from mapconv.nn.functions import MapLinear, Scale
-from mapconv.nn.updates import Update
+from mapconv.nn.updates import DoraUpdate, Update
 
 
 class MapLayer(nn.Module):
@@ -20,7 +22,8 @@ class MapLayer(nn.Module):
 
     def __init__(self, base_layer: nn.Module, path: str) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        # A layer of a kind in LAYERS; its attributes differ by kind.
+        self.base_layer: Any = base_layer
         self.path = path
         self.updates = nn.ModuleDict()
         self.active: str | None = None
@@ -58,19 +61,24 @@ class MapLayer(nn.Module):
     def padding_idx(self) -> int | None:
         return self.base_layer.padding_idx
 
-    # Scalars
+    # Updates and their scalars
+
+    def update(self, name: str) -> Update:
+        """The update of one adapter."""
+        # torch's ModuleDict cannot say what modules it holds.
+        return self.updates[name]  # pyright: ignore[reportReturnType]
 
     def alpha(self, name: str) -> float:
         """α of one update, in the unit of the weights."""
-        return self.updates[name].alpha()
+        return self.update(name).alpha()
 
     def beta(self, name: str) -> float:
         """β of one update, in the unit of the weights."""
-        return self.updates[name].beta(self.base_layer, self.path)
+        return self.update(name).beta(self.base_layer, self.path)
 
     def gains(self, name: str) -> tuple[float, float]:
         """(a, b): what W0 and the stored direction are multiplied by."""
-        a, b = self.updates[name].gains()
+        a, b = self.update(name).gains()
         return float(a), float(b)
 
     @property
@@ -88,15 +96,15 @@ class MapLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.active is None or self.is_merged:
             return self.base_layer(x)
-        update = self.updates[self.active]
-        return self._dora(x, update) if update.direction == "dora" else self._low_rank(x, update)
+        update = self.update(self.active)
+        return self._dora(x, update) if isinstance(update, DoraUpdate) else self._low_rank(x, update)
 
     def _low_rank(self, x: torch.Tensor, update: Update) -> torch.Tensor:
         a, b = update.gains()
         y = self._scaled_base(x, a)
         return y + self._expand(Scale.apply(self._project(x, update.A, y), b), update.B)
 
-    def _dora(self, x: torch.Tensor, update: Update) -> torch.Tensor:
+    def _dora(self, x: torch.Tensor, update: DoraUpdate) -> torch.Tensor:
         a, b = update.gains()
         row_gains = b * update.scales(self.base_layer, self.path)
         bias = self._bias(x)

@@ -23,7 +23,7 @@ from mapconv.hub import locate_adapter
 from mapconv.merging.merger import DIRECTION_TOLERANCE
 from mapconv.metadata.provenance import source_record
 from mapconv.nn.attaching import Attached, Trainable, adaptable, attach, check_model, disabled, has_adapters
-from mapconv.nn.bases import base_fingerprint, kind_of, values_of
+from mapconv.nn.bases import base_fingerprint, kind_of, values_of, weight_of
 from mapconv.nn.placement import place_on_layers
 from mapconv.nn.updates import DoraUpdate, Origin, Update
 from mapconv.nn.whole import replacements
@@ -181,11 +181,13 @@ class _Loader:
             a, base_norm = scalars.base_gain, scalars.base_norm
             # A direction of length 0 has no gain; one keeps its factors alive.
             b = scalars.update_gain if scalars.direction_norm else 1.0
+        assert module.magnitude is not None  # it is what makes the module a DoRA
         magnitude = self._factor(module.magnitude).reshape(-1)
         return DoraUpdate(A, B, magnitude, relative_alpha=a, relative_beta=b, base_norm=base_norm)
 
     def bias(self, module: Module) -> torch.Tensor:
         """What ``lora_bias`` adds, scaling included."""
+        assert module.bias is not None  # only modules with one are asked
         return self._factor(module.bias) * (1.0 if module.path in self._scalars else module.scaling)
 
     def finite(self, ref: TensorRef) -> torch.Tensor:
@@ -203,11 +205,12 @@ class _Loader:
 
 def _check_base(scalars: MapModule, found: Fingerprint, layer: nn.Module, live: str, recorded: str | None) -> None:
     """Compare W0's fingerprint with the recorded one, as exactly as the model's dtype lets them agree."""
-    dtype, tolerances = layer.weight.dtype, {}
+    weight = weight_of(layer)
+    dtype, tolerances = weight.dtype, {}
     if recorded not in TORCH_DTYPES or torch.promote_types(TORCH_DTYPES[recorded], dtype) is not dtype:
         # Rounding N weights, each by at most the fraction u: the errors are independent, and add a part u² at most.
         unit = torch.finfo(dtype).eps / 2
-        tolerances["norm_tolerance"] = TOLERANCE + unit**2 + 16 * unit / math.sqrt(layer.weight.numel() or 1)
+        tolerances["norm_tolerance"] = TOLERANCE + unit**2 + 16 * unit / math.sqrt(weight.numel() or 1)
         # Their own projection has a standard deviation of u·‖W0‖ at most.
         tolerances["tolerance"] = TOLERANCE + 16 * unit
     fault = base_fault(scalars, found, **tolerances)

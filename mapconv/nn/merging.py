@@ -25,7 +25,8 @@ def merge_adapter(model: nn.Module) -> None:
         UnsupportedError: no adapter is active, or a layer's weight is not in memory (accelerate's offload).
         OutputError: W' overflows the weight's dtype; the model is then as before.
     """
-    if state_of(model).active is None:
+    active = state_of(model).active
+    if active is None:
         raise UnsupportedError("no adapter is active: choose the one to merge with set_adapter.")
     layers = [layer for layer in map_layers(model).values() if layer.active is not None and not layer.is_merged]
     for layer in layers:
@@ -36,7 +37,7 @@ def merge_adapter(model: nn.Module) -> None:
             )
     try:
         for layer in layers:
-            _merge(layer, layer.updates[layer.active])
+            _merge(layer, layer.update(active))
     except BaseException:
         unmerge_adapter(model)
         raise

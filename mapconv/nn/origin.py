@@ -90,4 +90,4 @@ def _base_facts(layer: MapLayer, update: Update) -> dict[str, Any]:
         "base_dtype": SAFETENSORS_DTYPES[weight.dtype],
         "base_shape": list(matrix_shape(layer.base_layer)),
     }
-    return facts | (update.origin.base_facts if update.origin else {})
+    return {**facts, **(update.origin.base_facts if update.origin else {})}

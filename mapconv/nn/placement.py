@@ -9,7 +9,7 @@ from torch import nn
 
 from mapconv.adapter import Adapter, Module
 from mapconv.errors import CheckpointError, PlacementError, UnsupportedError
-from mapconv.nn.bases import kind_of, matrix_shape
+from mapconv.nn.bases import is_grouped, kind_of, matrix_shape, weight_of
 from mapconv.placement.by_name import place, require_all_targets
 from mapconv.placement.skeleton import LiveModel
 
@@ -57,7 +57,7 @@ def place_on_layers(
 def _other_version(model: nn.Module) -> Rename | None:
     """transformers' own renaming of the names of its older versions, for one of its models."""
     config = getattr(model, "config", None)
-    if not hasattr(config, "to_dict") or not hasattr(model, "base_model_prefix"):
+    if config is None or not hasattr(config, "to_dict") or not hasattr(model, "base_model_prefix"):
         return None
     try:
         live = LiveModel(config.to_dict(), type(model).__name__)
@@ -67,12 +67,12 @@ def _other_version(model: nn.Module) -> Rename | None:
 
 
 def _check_kind(module: Module, live: str, layer: nn.Module) -> None:
-    kind = kind_of(layer)
-    kernel = tuple(layer.weight.shape[1:]) if kind == "conv" else (module.lora_A.shape[1],)
+    kind, weight = kind_of(layer), weight_of(layer)
+    kernel = tuple(weight.shape[1:]) if kind == "conv" else (module.lora_A.shape[1],)
     if module.embedding != (kind == "embedding") or module.lora_A.shape[1:] != kernel:
         raise PlacementError(
             f"{module.path}: the adapter's factors are not those of {live}, a {type(layer).__name__} of weight "
-            f"{list(layer.weight.shape)}."
+            f"{list(weight.shape)}."
         )
-    if kind == "conv" and layer.groups > 1:
+    if is_grouped(layer):
         raise UnsupportedError(f"{module.path} is a convolution with groups > 1, which PEFT itself refuses to merge.")

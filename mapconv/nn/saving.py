@@ -22,7 +22,7 @@ from mapconv.errors import OutputError, UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude, peft_config, peft_factors, peft_magnitude, write_configs
 from mapconv.formats.peft import WEIGHTS_FILE
 from mapconv.metadata.card import CARD_FILE, local_card
-from mapconv.nn.attaching import Attached, named, updates_of
+from mapconv.nn.attaching import Attached, layers_of, named, updates_of
 from mapconv.nn.bases import kind_of, merged_row_norms, values_of
 from mapconv.nn.layers import MapLayer
 from mapconv.nn.origin import is_respelled, live_base, live_record, source_config
@@ -66,7 +66,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default", f
     nbytes = sum(4 * factor.numel() for update in updates.values() for factor in update.factors)
     folder = Path(base["name"] or "")
     check_output(out, force=force, inputs=[folder] if base["name"] and folder.is_dir() else [], nbytes=nbytes)
-    layers = [model.get_submodule(live) for live in attached.paths]
+    layers = list(layers_of(model, name).values())
     if any(layer.is_merged for layer in layers):
         raise UnsupportedError(f"an adapter is merged into {layers[0].path}: call unmerge_adapter first.")
     saved = [_saved(layer, updates[live]) for live, layer in zip(attached.paths, layers, strict=True)]
@@ -99,11 +99,11 @@ def _refuse_lost_training(model: nn.Module) -> None:
 
 
 def _saved(layer: MapLayer, update: Update) -> Saved:
-    module = update.origin.module if update.origin else _new_module(layer, update)
-    if update.is_as_loaded and update.origin.scalars is not None:
-        factors = [factor.detach().cpu().to(update.origin.dtype) for factor in (update.A, update.B)]
-        magnitude = getattr(update, "magnitude", update.origin.magnitude)
-        return Saved(module, update.origin.scalars, *factors, magnitude)
+    origin = update.origin
+    module = origin.module if origin else _new_module(layer, update)
+    if origin is not None and origin.scalars is not None and update.is_as_loaded:
+        A, B = (factor.detach().cpu().to(origin.dtype) for factor in (update.A, update.B))
+        return Saved(module, origin.scalars, A, B, getattr(update, "magnitude", origin.magnitude))
     return _saved_dora(layer, update, module) if isinstance(update, DoraUpdate) else _saved_low_rank(update, module)
 
 
@@ -166,6 +166,7 @@ def _write_weights(staging: Path, saved: Sequence[Saved], attached: Attached) ->
                 spool.append(key, tensor)
         if needs_magnitude([item.scalars for item in saved]):
             for item in saved:
+                assert item.magnitude is not None  # if one needs it, _with_magnitude has given it to all
                 spool.append(*peft_magnitude(item.module, item.magnitude))
         for key, tensor in attached.others.items():
             spool.append(key, tensor)

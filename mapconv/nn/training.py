@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from mapconv.adapter import Direction
 from mapconv.errors import PlacementError, UnsupportedError
 from mapconv.formats.peft import natural_order
 from mapconv.nn.attaching import Attached, adaptable, attach, check_model
-from mapconv.nn.bases import base_fingerprint, kind_of, matrix_shape, row_squares, values_of
+from mapconv.nn.bases import base_fingerprint, is_grouped, kind_of, matrix_shape, row_squares, values_of
 from mapconv.nn.updates import DoraUpdate, Update
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -40,7 +40,7 @@ class _PeftNames(type):
                 if ours in settings:
                     raise ValueError(f"{theirs} and {ours} are the same: give one of them")
                 settings[ours] = settings.pop(theirs)
-        known = [field.name for field in fields(cls)]
+        known = [field.name for field in fields(cast(Any, cls))]  # MapConfig, a dataclass
         for name in settings.keys() - set(known):
             near = get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"expected {', '.join(known)}"
@@ -132,7 +132,7 @@ def get_map_model(model: nn.Module, config: MapConfig, *, name: str = "default")
     updates = {}
     generator = torch.Generator().manual_seed(config.seed)
     for path, layer in layers.items():
-        if kind_of(layer) == "conv" and layer.groups > 1:
+        if is_grouped(layer):
             raise UnsupportedError(f"{path} is a convolution with groups > 1, which PEFT refuses to merge: exclude it.")
         updates[path] = _fresh(layer, path, config, generator)
     attach(model, name, updates, Attached(None, tuple(updates), asdict(config)), "all")

@@ -99,6 +99,7 @@ class Update(nn.Module):
         if self._is_stale():
             with _lasting():
                 self._keep(self._unit_norm * inverse_norm(self.A, self.B)[0])
+        assert self._cache is not None  # or it would be stale
         return alpha, (beta.reshape(()) * self._cache).to(beta.dtype)
 
     def _keep(self, value: torch.Tensor) -> None:
@@ -200,6 +201,7 @@ class DoraUpdate(Update):
                 norms = self.row_norms(base, path, dtype)
                 inverse = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
             self._keep(inverse)
+        assert self._cache is not None  # or it would be stale
         return (self.magnitude * self._cache).to(self.magnitude.dtype)
 
     def row_norms(self, base: nn.Module, path: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -91,7 +91,9 @@ class _Slot:
 
     @property
     def parameter(self) -> nn.Parameter:
-        return self.module._parameters[self.leaf]
+        parameter = self.module._parameters[self.leaf]
+        assert parameter is not None  # _slots leaves out the names without one
+        return parameter
 
 
 def _slots(model: nn.Module) -> dict[str, _Slot]:
