@@ -13,7 +13,7 @@ import struct
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mapconv.adapter import ITEM_SIZES, TensorRef
 from mapconv.checkpoint.unchanged import FileMark
@@ -127,7 +127,7 @@ def _wrong(path: Path, name: str, what: str) -> CheckpointError:
     return CheckpointError(f"{path}: tensor {name} {what}")
 
 
-def _naturals(value: Any) -> bool:
+def _naturals(value: Any) -> TypeGuard[list[int]]:
     # bool is an int to isinstance, and JSON's true must not pass for a size of 1.
     return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_SIZE for item in value)
 

@@ -114,7 +114,7 @@ class TensorReader:
 
     def _read_into(self, target: torch.Tensor, ref: TensorRef, start: int) -> None:
         """Fill ``target`` (uint8) with the tensor's bytes from ``start`` on."""
-        view, offset = memoryview(target.numpy()), ref.start + start
+        view, offset = target.numpy().data, ref.start + start
         if self._source is not None:
             self._source.require(ref.file, offset, offset + len(view))
         descriptor = self.descriptor(ref.file)

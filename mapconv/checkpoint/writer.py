@@ -71,7 +71,7 @@ class FixedFile:
 
     def write(self, tensor: torch.Tensor, offset: int) -> None:
         """Write a contiguous tensor's bytes at ``offset``."""
-        write_at(self._descriptor, memoryview(tensor.view(-1).view(torch.uint8).numpy()), offset)
+        write_at(self._descriptor, tensor.view(-1).view(torch.uint8).numpy().data, offset)
 
     def copy_from(self, descriptor: int, source: int, target: int, count: int) -> None:
         copy_range(descriptor, self._descriptor, source, target, count)
@@ -116,7 +116,7 @@ class SpooledFile:
     def append(self, name: str, tensor: torch.Tensor) -> None:
         data = tensor.detach().cpu().contiguous()
         spec = TensorSpec(name, SAFETENSORS_DTYPES[data.dtype], tuple(data.shape))
-        view = memoryview(data.view(-1).view(torch.uint8).numpy())
+        view = data.view(-1).view(torch.uint8).numpy().data
         self._specs.append(spec)
         self._waiting.append(view)
         self._waiting_bytes += len(view)

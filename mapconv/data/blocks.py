@@ -91,7 +91,7 @@ def stack(sequences: Sequence[Tokens], kind: Kind, padding: int, notes: Sequence
         input_ids[row, :length] = torch.tensor(sequence.tokens)
         mask[row, :length] = 1
         if classes:
-            labels[row] = sequence.labels
+            labels[row] = torch.tensor(sequence.labels)
         else:
             labels[row, :length] = torch.tensor(sequence.labels)
     return Dataset(kind, input_ids, mask, labels, tuple(notes))

@@ -17,7 +17,7 @@ from mapconv.errors import DataError, DependencyError
 #: ``text``: documents; ``chat``: conversations; ``labelled``: one text each with its class, for a classifier.
 Kind = Literal["text", "chat", "labelled"]
 #: The field that tells a row's kind, and the fields that each kind reads.
-_KIND_OF = {"text": "text", "messages": "chat", "input": "labelled"}
+_KIND_OF: dict[str, Kind] = {"text": "text", "messages": "chat", "input": "labelled"}
 _FIELDS = {"text": {"text"}, "chat": {"messages", "tools"}, "labelled": {"input", "label"}}
 #: Share of rows that may be unusable before the file as a whole is refused.
 _TOLERATED = 0.01

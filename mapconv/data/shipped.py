@@ -7,4 +7,4 @@ from importlib.resources import files
 
 def packaged_text(name: str) -> str:
     """A text that ships with mapconv."""
-    return files("mapconv.data").joinpath("texts", name).read_text(encoding="utf-8")
+    return (files("mapconv.data") / "texts" / name).read_text(encoding="utf-8")

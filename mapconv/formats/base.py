@@ -49,6 +49,8 @@ class Dialect(Protocol):
 
     def recognise(self, found: Found) -> bool:
         """Whether this is written in the dialect, by file names, the configuration or the header's keys alone."""
+        ...
 
     def read(self, found: Found, *, allow_pickle: bool = False) -> Adapter:
         """The adapter's records, validated as far as that goes without the base model; pickles only if allowed."""
+        ...

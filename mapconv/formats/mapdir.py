@@ -133,7 +133,7 @@ def peft_config(
     others = dict(
         sorted((item for item in ranks.items() if item[1] != rank), key=lambda item: (-len(item[0]), item[0]))
     )
-    targets = {}
+    targets: dict[str, Any] = {}
     if respelled:
         targets = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
         # A stack of experts is a parameter, which target_parameters names.
@@ -235,13 +235,16 @@ def map_modules(record: Mapping[str, Any], path: Path) -> tuple[MapModule, ...]:
     """
     modules = []
     for entry in record["modules"]:
+        scalars: dict[str, Any] = {
+            name: float(entry[name]) for name in ("alpha", "beta", "base_norm", "direction_norm")
+        }
+        scalars |= {name: None if entry.get(name) is None else float(entry[name]) for name in _MEASURED}
         module = MapModule(
             path=entry["path"],
             direction=entry["direction"],
             rank=entry["rank"],
             expert=entry.get("expert"),
-            **{name: float(entry[name]) for name in ("alpha", "beta", "base_norm", "direction_norm")},
-            **{name: None if entry.get(name) is None else float(entry[name]) for name in _MEASURED},
+            **scalars,
         )
         if not math.isfinite(module.base_gain) or not math.isfinite(module.update_gain):
             raise AdapterError(f"{path}: module {module.path} has a scalar that is not finite.")

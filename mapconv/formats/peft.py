@@ -96,7 +96,9 @@ def read_tensors(
 
 def _wrappings(key: str) -> int:
     """How often PEFT wrapped the model: a model that was a PeftModel already has the prefix once more."""
-    return _PREFIXES.match(key).end() // len(KEY_PREFIX)
+    found = _PREFIXES.match(key)
+    assert found is not None  # no prefix at all is a match too
+    return found.end() // len(KEY_PREFIX)
 
 
 def natural_order(path: str) -> tuple[tuple[int, str], ...]:

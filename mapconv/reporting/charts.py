@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from mapconv.reporting.markup import Html, element, table
 from mapconv.reporting.numbers import NONE, finite_or_none, tick
@@ -135,6 +136,11 @@ def _axis(found: Histogram, spell: Callable[[float | None], str]) -> Html:
     return element("div", *marks, class_="axis", aria_hidden="true")
 
 
+def _on_axis(value: float | None) -> TypeGuard[float]:
+    """Whether a logarithmic axis has a place for the value."""
+    return value is not None and math.isfinite(value) and value > 0
+
+
 def dots_figure(
     key: str,
     title: str,
@@ -143,7 +149,7 @@ def dots_figure(
     spell: Callable[[float | None], str],
 ) -> Html:
     """Named values on one logarithmic axis: (name, value, what it is). 0 and what is not finite stand as words."""
-    values = [value for _, value, _ in rows if finite_or_none(value) is not None and value > 0]
+    values = [value for _, value, _ in rows if _on_axis(value)]
     first = math.floor(math.log10(min(values))) if values else 0
     last = max(math.ceil(math.log10(max(values))), first + 1) if values else 1
 
@@ -152,8 +158,7 @@ def dots_figure(
 
     lines = []
     for number, (name, value, what) in enumerate(rows):
-        on_axis = finite_or_none(value) is not None and value > 0
-        dot = element("u", style=f"left:{part(math.log10(value))}") if on_axis else None
+        dot = element("u", style=f"left:{part(math.log10(value))}") if _on_axis(value) else None
         track = element("i", dot, data_at=f"{number},0", data_tip=f"{name}: {spell(value)}. {what}")
         lines += [element("b", name), track, element("span", spell(value), class_="said")]
     every = max(1, math.ceil((last - first) / 6))

@@ -110,8 +110,6 @@ def _entry(found: Mapping[str, Any]) -> Entry:
     counts = (
         "rank", "modules", "worst_error", "median_error", "parameters", "nbytes", "kl", "seconds", "attempts",
     )  # fmt: skip
-    return Entry(
-        name=found["entry"],
-        **{word: text(found.get(word)) for word in words},
-        **{name: number(found.get(name)) for name in counts},
-    )
+    fields: dict[str, Any] = {word: text(found.get(word)) for word in words}
+    fields |= {name: number(found.get(name)) for name in counts}
+    return Entry(name=found["entry"], **fields)

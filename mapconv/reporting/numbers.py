@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 NONE = "–"
 
@@ -20,7 +20,7 @@ def number(value: Any) -> float | None:
 
 
 def finite_or_none(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+    return value if _finite(value) else None
 
 
 def text(value: Any) -> str:
@@ -32,13 +32,13 @@ def text(value: Any) -> str:
 
 def gain(value: float | None) -> str:
     """A number around 1: ``1.00214``."""
-    return _special(value) or f"{value:.5f}"
+    return f"{value:.5f}" if _finite(value) else _special(value)
 
 
 def small(value: float | None) -> str:
     """A number near zero: ``0``, ``0.0123`` or ``1.23e-08``."""
-    if special := _special(value):
-        return special
+    if not _finite(value):
+        return _special(value)
     if value == 0:
         return "0"
     return f"{value:.4f}" if 0.001 <= abs(value) < 1e6 else f"{value:.2e}"
@@ -46,13 +46,15 @@ def small(value: float | None) -> str:
 
 def count(value: float | None) -> str:
     """``1,234``."""
-    return _special(value) or (f"{value:,.0f}" if abs(value) < 1e15 else f"{value:.2e}")
+    if not _finite(value):
+        return _special(value)
+    return f"{value:,.0f}" if abs(value) < 1e15 else f"{value:.2e}"
 
 
 def size(value: float | None) -> str:
     """Bytes: ``1.2 MB``."""
-    if special := _special(value):
-        return special
+    if not _finite(value):
+        return _special(value)
     if abs(value) >= 1e18:
         return f"{value:.2e} B"
     units = iter(("B", "KB", "MB", "GB", "TB"))
@@ -64,8 +66,8 @@ def size(value: float | None) -> str:
 
 def seconds(value: float | None) -> str:
     """``0.42 s``, ``12.3 s``, ``5 min 03 s``, ``2 h 05 min``."""
-    if special := _special(value):
-        return special
+    if not _finite(value):
+        return _special(value)
     if abs(value) < 60:
         return f"{value:.2f} s" if abs(value) < 10 else f"{value:.1f} s"
     if abs(value) >= 1e9:
@@ -84,9 +86,14 @@ def tick(spelled: str) -> str:
     return re.sub(r"\.(\d*?)0+(?!\d)", lambda digits: f".{digits[1]}" if digits[1] else "", spelled)
 
 
-def _special(value: float | None) -> str | None:
+def _finite(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
+
+
+def _special(value: float | None) -> str:
+    """The word for what is not a finite number."""
     if value is None:
         return NONE
     if math.isnan(value):
         return "NaN"
-    return None if math.isfinite(value) else ("∞" if value > 0 else "−∞")
+    return "∞" if value > 0 else "−∞"

@@ -65,7 +65,7 @@ def unpack_bits(codes: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     groups = -(-count // 8)
     padded = torch.nn.functional.pad(codes, (0, max(0, groups * bits - codes.shape[1])))[:, : groups * bits]
     eights = padded.reshape(len(codes), groups, bits).long()
-    joined = sum(eights[:, :, byte] << (8 * byte) for byte in range(bits))
+    joined = sum((eights[:, :, byte] << (8 * byte) for byte in range(bits)), start=torch.tensor(0))
     shifts = torch.arange(0, 8 * bits, bits)
     # Eight codes of 8 bits reach the sign bit, which the mask takes off again.
     return ((joined[:, :, None] >> shifts) & ((1 << bits) - 1)).reshape(len(codes), -1)[:, :count]

@@ -25,12 +25,15 @@ class Bytes(Protocol):
 
     def read(self, ref: TensorRef) -> torch.Tensor:
         """A whole tensor of a dtype that torch can name on every version."""
+        ...
 
     def read_bytes(self, ref: TensorRef, start: int, stop: int) -> torch.Tensor:
         """Bytes ``start`` to ``stop`` of a tensor's data, (stop − start,) uint8."""
+        ...
 
     def kept(self, owner: object, name: str, make: Callable[[], T]) -> T:
         """What ``make`` gives, made once by each thread while the weight that it reads is ``owner``."""
+        ...
 
 
 class Encoding(Protocol):
@@ -42,10 +45,12 @@ class Encoding(Protocol):
     @property
     def label(self) -> str:
         """The storage's name as users know it: ``bitsandbytes nf4``."""
+        ...
 
     @property
     def stored(self) -> tuple[TensorRef, ...]:
         """The tensors that the values are made of, the codes first; they may lie in different files."""
+        ...
 
     def rows(self, reader: Bytes, start: int, stop: int, out: torch.Tensor) -> None:
         """Decode rows ``start`` to ``stop`` into ``out`` (rows, width), float32; all leading dimensions count rows.
@@ -117,15 +122,24 @@ class QuantizedModel:
 class Codec(Protocol):
     """One storage: where it is in a checkpoint."""
 
-    #: The values of ``quant_method`` that name it.
-    methods: tuple[str, ...]
-    #: Endings of tensors' names that tell it from all others, where the configuration does not.
-    signature: tuple[str, ...]
-    #: Endings of the names of its tensors that no plain weight has.
-    companions: tuple[str, ...]
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The values of ``quant_method`` that name it."""
+        ...
+
+    @property
+    def signature(self) -> tuple[str, ...]:
+        """Endings of tensors' names that tell it from all others, where the configuration does not."""
+        ...
+
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """Endings of the names of its tensors that no plain weight has."""
+        ...
 
     def describing(self, tensors: Mapping[str, TensorRef]) -> list[TensorRef]:
         """Small tensors whose values say what shape a weight has; they are read before anything is placed."""
+        ...
 
     def weights(self, model: QuantizedModel) -> Iterator[EncodedTensor]:
         """Every weight in this storage.
@@ -133,6 +147,7 @@ class Codec(Protocol):
         Raises:
             CheckpointError: companions that are missing or do not fit. UnsupportedError: a version not known.
         """
+        ...
 
 
 def fault(ref: TensorRef, what: str) -> CheckpointError:

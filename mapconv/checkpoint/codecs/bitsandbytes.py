@@ -213,6 +213,6 @@ def _read_state(ref: TensorRef, reader: Bytes) -> dict[str, Any]:
             raise fault(ref, f"has {key} {state.get(key)!r}, expected an even number of elements")
     if "nested_blocksize" in state:
         offset = state.get("nested_offset")
-        if type(offset) not in (int, float) or not math.isfinite(offset):
+        if not isinstance(offset, int | float) or isinstance(offset, bool) or not math.isfinite(offset):
             raise fault(ref, f"has nested_offset {offset!r}, expected a number")
     return state

@@ -146,9 +146,9 @@ def _block(scheme: Mapping[str, Any]) -> tuple[int, int] | None:
     if isinstance(structure, str):
         structure = structure.split("x")
     if isinstance(structure, list) and len(structure) == 2:
-        sizes = [_size(int(size) if str(size).isdecimal() else None) for size in structure]
-        if all(sizes):
-            return sizes[0], sizes[1]
+        height, width = (_size(int(size) if str(size).isdecimal() else None) for size in structure)
+        if height and width:
+            return height, width
     group = _size(scheme.get("group_size"))
     return None if group is None else (1, group)
 

@@ -64,9 +64,12 @@ class Packed:
     def rows(self, reader: Bytes, start: int, stop: int, out: torch.Tensor) -> None:
         self._codes(reader, start, stop, out)
         scales = self._numbers(reader, self.scale, start, stop)
-        zeros = None if self.zero is None else reader.kept(self.codes, "zeros", lambda: self._zeros(reader))[start:stop]
-        if self.group_index is not None:
-            index = reader.kept(self.codes, "index", lambda: self._index(reader))
+        zero, columns = self.zero, self.group_index
+        zeros = (
+            None if zero is None else reader.kept(self.codes, "zeros", lambda: self._zeros(reader, zero))[start:stop]
+        )
+        if columns is not None:
+            index = reader.kept(self.codes, "index", lambda: self._index(reader, columns))
             scales, zeros, group = scales[:, index], None if zeros is None else zeros[:, index], 1
         else:
             group = self.group
@@ -113,17 +116,16 @@ class Packed:
         )
         return table[start:stop]
 
-    def _zeros(self, reader: Bytes) -> torch.Tensor:
+    def _zeros(self, reader: Bytes, ref: TensorRef) -> torch.Tensor:
         """The zero points, (height, groups): codes packed along the height, for each group a stream."""
-        data = reader.read_bytes(self.zero, 0, self.zero.nbytes)
+        data = reader.read_bytes(ref, 0, ref.nbytes)
         if self.order == "rows":  # (words, groups)
-            data = data.view(torch.int32).view(self.zero.shape).T.contiguous().view(torch.uint8)
+            data = data.view(torch.int32).view(ref.shape).T.contiguous().view(torch.uint8)
         data = data.view(self.groups, -1)
         unpack = unpack_words if self.padded else unpack_bits
         return (unpack(data, self.bits, self.height).T + self.zero_offset).float()
 
-    def _index(self, reader: Bytes) -> torch.Tensor:
-        ref = self.group_index
+    def _index(self, reader: Bytes, ref: TensorRef) -> torch.Tensor:
         index = reader.read_bytes(ref, 0, ref.nbytes).view(torch.int32).long()
         if bool((index == -1).all()):  # groups that follow one another, said in another way
             index = torch.arange(self.width) // self.group

@@ -90,7 +90,12 @@ def scaled_bytes(
     elif block is None and len(scale.shape) == 2 and scale.shape[0] == height and width % max(1, scale.shape[1]) == 0:
         block = (1, width // scale.shape[1])
     expected = None if block is None else block_grid(height, width, block)
-    if expected is None or scale.numel != math.prod(expected) or scale.shape[0] not in (1, expected[0]):
+    if (
+        block is None
+        or expected is None
+        or scale.numel != math.prod(expected)
+        or scale.shape[0] not in (1, expected[0])
+    ):
         wanted = "one scale for each row" if expected is None else str(list(expected))
         raise fault(scale, f"is {list(scale.shape)}, expected {wanted} for {codes.name} {list(codes.shape)}")
     exponents = "F8_E8M0" if scale.dtype in ("U8", "F8_E8M0") else None

@@ -42,15 +42,16 @@ class SmallFloats:
         expand_nibbles(reader.read_bytes(self.codes, start * half, stop * half), _NIBBLES, out.view(-1))
         scales = read_floats(reader, self.scale, start * groups, stop * groups, self.scale_dtype).view(-1, groups)
         if self.overall is not None:
-            overall = self._overall(reader)
+            overall = _overall(reader, self.overall)
             scales = scales / overall if self.overall_is == "divisor" else scales * overall
         scale_(out, scales, self.group, self.scale)
         if self.columns is not None:
             scale_(out, read_floats(reader, self.columns, 0, self.width)[None], 1, self.columns)
 
-    def _overall(self, reader: Bytes) -> torch.Tensor:
-        value = read_floats(reader, self.overall, 0, 1)
-        require_scales(value, self.overall)
-        if not value.all():
-            raise fault(self.overall, "is zero, which cannot scale a weight: download the model again")
-        return value
+
+def _overall(reader: Bytes, ref: TensorRef) -> torch.Tensor:
+    value = read_floats(reader, ref, 0, 1)
+    require_scales(value, ref)
+    if not value.all():
+        raise fault(ref, "is zero, which cannot scale a weight: download the model again")
+    return value
