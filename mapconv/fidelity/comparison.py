@@ -116,7 +116,9 @@ class Comparison:
         if self._is_adapter:
             self._merged.set_adapter("result")
         result = _run(self._merged, tokens)
-        assert source is not None and result is not None  # models of the base's class, which has logits
+        # Models of the base's class, which has logits.
+        assert source is not None
+        assert result is not None
         return base, source, result
 
     def module_errors(self) -> Iterator[ModuleError]:
