@@ -78,7 +78,8 @@ def matrix_fingerprint(matrix: torch.Tensor) -> Fingerprint:
     # Of a size that fits a core's cache, or that keeps a GPU busy.
     elements = BLOCK_ELEMENTS if device.type == "cpu" else 64 * BLOCK_ELEMENTS
     total = Fingerprint()
-    for start, stop in row_blocks(*matrix.shape, elements):
+    height, width = matrix.shape
+    for start, stop in row_blocks(height, width, elements):
         total += block_fingerprint(matrix[start:stop], left[start:stop], right)
     return total
 

@@ -112,12 +112,12 @@ class GramPencil:
     def at(self, t: float) -> Spectrum:
         """The eigendecomposition of G(t), and the errors' derivatives from it."""
         norm_s, inner, norm_w = self.norms
-        gram = self.ss if t == 0 or self.sw is None else self.ss - t * self.sw + t * t * self.ww
+        gram = self.ss if t == 0 or self.sw is None or self.ww is None else self.ss - t * self.sw + t * t * self.ww
         values, vectors = torch.linalg.eigh(gram)
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
         wide = values.double()
         errors = norm_s - 2 * t * inner + t * t * norm_w - _sums(wide)
-        if self.sw is None:
+        if self.sw is None or self.ww is None:
             flat = torch.zeros_like(errors)
             return Spectrum(t, values, vectors, errors.clamp_min(0), flat, flat + 1)
         change = (2 * t) * self.ww - self.sw

@@ -132,6 +132,6 @@ def _first_basis(pencil: Pencil, rank: int, start: torch.Tensor | None, seed: in
     size = min(max(rank, known) + OVERSAMPLING, *pencil.shape)
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device draws the same numbers
     columns = torch.randn(width, size, generator=generator).to(pencil.device)
-    if known:
+    if start is not None:
         columns[:, : min(known, size)] = start[:, :size]
     return orthonormal(columns)

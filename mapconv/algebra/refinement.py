@@ -21,7 +21,7 @@ def refined(pencil: Pencil, t: float, basis: torch.Tensor, rank: int) -> LowRank
 
     The squared error is measured, not computed from singular values, whose squares cancel.
     """
-    best = None
+    best: LowRank | None = None
     basis = basis.double()
     for _ in range(MAX_STEPS):
         left_basis = torch.linalg.qr(_product(pencil, t, basis)).Q
@@ -35,6 +35,7 @@ def refined(pencil: Pencil, t: float, basis: torch.Tensor, rank: int) -> LowRank
             if not idle:
                 continue
         break
+    assert best is not None  # the first step always sets it
     return best
 
 

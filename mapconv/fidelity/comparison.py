@@ -115,7 +115,11 @@ class Comparison:
         source = _run(self._model, tokens)
         if self._is_adapter:
             self._merged.set_adapter("result")
-        return base, source, _run(self._merged, tokens)
+        result = _run(self._merged, tokens)
+        # Models of the base's class, which has logits.
+        assert source is not None
+        assert result is not None
+        return base, source, result
 
     def module_errors(self) -> Iterator[ModuleError]:
         """Every adapted weight, as PEFT's own code merges it."""

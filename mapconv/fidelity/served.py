@@ -84,11 +84,11 @@ def measure_served(
             count = len(logits) if targets is None else len(targets)
             sums["source"].add(logits[:count], logits[:count], targets)
             with model.disable_adapter():
-                sums["alone"].add(logits[:count], _logits(model, row, device)[:count], targets)
+                sums["alone"].add(logits[:count], _some_logits(model, row, device)[:count], targets)
             advance(1)
             for name in ("as_is", "rebased"):
                 model.set_adapter(name)
-                sums[name].add(logits[:count], _logits(model, row, device)[:count], targets)
+                sums[name].add(logits[:count], _some_logits(model, row, device)[:count], targets)
                 advance(1)
     means = {name: total.means(causal=causal) for name, total in sums.items()}
     return ServedNumbers(sums["source"].positions, **means)
@@ -98,3 +98,9 @@ def _logits(model: Any, row: Sequence[int], device: torch.device) -> torch.Tenso
     output = model(**model_inputs(model, torch.tensor([row], device=device)))
     logits = getattr(output, "logits", None)
     return None if logits is None else logits[0].reshape(-1, logits.shape[-1])
+
+
+def _some_logits(model: Any, row: Sequence[int], device: torch.device) -> torch.Tensor:
+    logits = _logits(model, row, device)
+    assert logits is not None  # a model of the source's class, which has them
+    return logits

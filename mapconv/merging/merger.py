@@ -129,7 +129,7 @@ class Merger:
         if scalars is not None:
             base_gain, update_gain = scalars.base_gain, scalars.update_gain
             if scalars.direction == "low-rank":
-                _check_direction(item, product_norm(B, A))
+                _check_direction(item, scalars.direction_norm, product_norm(B, A))
         if item.weight != 1.0:
             base_gain, update_gain = 1.0 + item.weight * (base_gain - 1.0), item.weight * update_gain
         part = slice(piece.start, piece.stop)
@@ -146,7 +146,7 @@ class Merger:
             measures_base=scalars is not None,
         )
         if piece.transposed and magnitude is not None:
-            update.scales = row_scales(update.magnitude, self._merged_column_norms(update, buffers))
+            update.scales = row_scales(magnitude, self._merged_column_norms(update, buffers))
         return update
 
     def _merged_column_norms(self, update: Update, buffers: Buffers) -> torch.Tensor:
@@ -180,7 +180,7 @@ class Merger:
         """What the adapters' own biases add to this bias vector."""
         if not job.biases:
             return None
-        return sum(item.scaling * self._factors.vector(item.tensor) for item in job.biases)
+        return sum((item.scaling * self._factors.vector(item.tensor) for item in job.biases), start=torch.zeros(()))
 
     def _buffers(self, elements: int) -> Buffers:
         if not hasattr(self._local, "buffers"):
@@ -189,8 +189,7 @@ class Merger:
         return self._local.buffers
 
 
-def _check_direction(item: LowRankUpdate, norm: float) -> None:
-    expected = item.placed.scalars.direction_norm
+def _check_direction(item: LowRankUpdate, expected: float, norm: float) -> None:
     if abs(norm - expected) > DIRECTION_TOLERANCE * max(norm, expected):
         raise AdapterError(
             f"{item.placed.module.lora_A.file}: the direction of {item.placed.module.path} has norm {norm:.7g}, but "

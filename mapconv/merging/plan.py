@@ -140,13 +140,10 @@ def plan_merge(
         header, placed = lay_out(Path(name), specs, metadata)
         files.append(OutputFile(name, header, placed[-1].stop, tuple(spec.name for spec in specs)))
         for source, output in zip(refs, placed, strict=True):
-            changes = (
-                updates.get(source.name, ()),
-                target.rows.get(source.name, ()),
-                target.biases.get(source.name, ()),
-            )
-            if any(changes):
-                jobs.append(MergeJob(source, output, *(tuple(change) for change in changes)))
+            low_rank = tuple(updates.get(source.name, ()))
+            rows, biases = target.rows.get(source.name, ()), target.biases.get(source.name, ())
+            if low_rank or rows or biases:
+                jobs.append(MergeJob(source, output, low_rank, rows, biases))
             elif source.dtype != output.dtype or source.stored != (source,):
                 jobs.append(ConvertJob(source, output))
             else:

@@ -34,7 +34,7 @@ def map_config(
     options: Mapping[str, Any],
     modules: Sequence[MapModule],
     *,
-    data: dict[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of ``map_config.json``; ``data`` describes the text that refits weighed errors by."""
     entries = [

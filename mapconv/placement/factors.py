@@ -86,6 +86,7 @@ class FactorLoader:
         """One expert's factors: A holds the experts one after another, B has them side by side, fastest."""
         A, B = self._stack(placed.module)
         rank, experts = placed.rank, placed.experts
+        assert placed.expert is not None  # a stack is placed expert by expert
         start = placed.expert * rank
         return A[start : start + rank], B.view(B.shape[0], rank, experts)[:, :, placed.expert].contiguous()
 

@@ -27,6 +27,7 @@ def resized_model(live: LiveModel, config: dict[str, Any], adapters: Sequence[Ad
     changed = False
     for item in whole:
         parameter = live.parameter_name(item.parameter)
+        assert parameter is not None  # the class was chosen because it has all that the adapters name
         expected, found = live.shapes[parameter], item.tensor.shape
         if expected == found:
             continue

@@ -212,7 +212,10 @@ def knows_type(config: Mapping[str, Any]) -> bool:
     if not isinstance(model_type, str):
         return False
     with quiet_libraries():
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+        # The table itself is public; transformers only imports it into that module.
+        from transformers.models.auto.configuration_auto import (
+            CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
+        )
     return model_type in CONFIG_MAPPING_NAMES
 
 

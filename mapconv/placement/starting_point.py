@@ -109,7 +109,7 @@ class _Resolution:
         """Tensors that PEFT writes into the base's parameter: they show under every name tied to it."""
         for item in self._whole(rows=False):
             if item.in_place:
-                parameter = self.live.parameter_name(item.parameter)
+                parameter = self._parameter(item)
                 stored = self._stored()
                 held = [name for name in self.live.tied(parameter) if stored.holds(name)]
                 for name in held or [parameter]:
@@ -121,7 +121,7 @@ class _Resolution:
         for item in self._whole(rows=False):
             if item.in_place:
                 continue
-            parameter = self.live.parameter_name(item.parameter)
+            parameter = self._parameter(item)
             if parameter in owners:
                 raise UnsupportedError(
                     f"{item.tensor.file} and {owners[parameter].tensor.file} both bring {parameter} whole "
@@ -151,6 +151,11 @@ class _Resolution:
         self.dtypes[name] = self.dtypes.get(name) or (previous.dtype if previous else common_dtype(self.checkpoint))
         self.tensors[name] = replace(source, name=name)
 
+    def _parameter(self, item: WholeTensor) -> str:
+        parameter = self.live.parameter_name(item.parameter)
+        assert parameter is not None  # the class was chosen because it has all that the adapters name
+        return parameter
+
     def _whole(self, *, rows: bool) -> list[WholeTensor]:
         return [item for adapter in self.adapters for item in adapter.whole if (item.rows is not None) == rows]
 
@@ -170,9 +175,11 @@ class _Resolution:
         self._untie_config()
         for group in groups:
             source = next((ref for name in group for ref in stored.names(name)), None)
+            if source is None:
+                continue
             # Both ends of a pair that still counts as tied must be there: transformers ties no two tensors that differ.
             split = len({content.get(name, ()) for name in group}) > 1
-            for name in group if source is not None else ():
+            for name in group:
                 if not any(stored.holds(other) for other in ((name,) if split else self.live.tied(name))):
                     self.tensors[name] = replace(self.tensors[source], name=name)
                     if source in self.dtypes:
@@ -192,27 +199,28 @@ class _Resolution:
         if not untied.ties_embeddings:
             self.config, self.live = config, untied
 
-    def _content_by_name(self) -> dict[str, tuple]:
+    def _content_by_name(self) -> dict[str, tuple[Any, ...]]:
         """What the adapters do to each live name alone."""
-        content: dict[str, tuple] = defaultdict(tuple)
+        content: dict[str, tuple[Any, ...]] = {}
         for adapter in self.adapters:
             for module in adapter.modules:
                 parameter = live_parameter(module.path, adapter, self.live)
-                content[parameter] += ((str(adapter.path), module.path),)
+                assert parameter is not None  # as in ``_parameter``
+                content[parameter] = (*content.get(parameter, ()), (str(adapter.path), module.path))
             for item in adapter.whole:
-                parameter = self.live.parameter_name(item.parameter)
+                parameter = self._parameter(item)
                 if item.rows is None and item.in_place:
                     continue
                 own = ("rows", item.rows, item.tensor.name) if item.rows is not None else ("saved", item.tensor.shape)
                 for name in self._names_of(item, parameter):
-                    content[name] += (own,)
+                    content[name] = (*content.get(name, ()), own)
         return content
 
     def _names_of(self, item: WholeTensor, parameter: str) -> list[str]:
         """Trained rows show through every tied name that has none of its own."""
         if item.rows is None or not self.live_ties:
             return [parameter]
-        others = {self.live.parameter_name(other.parameter) for other in self._whole(rows=True) if other is not item}
+        others = {self._parameter(other) for other in self._whole(rows=True) if other is not item}
         return [name for name in self.groups[parameter] if name == parameter or name not in others]
 
     # Updates
@@ -220,7 +228,7 @@ class _Resolution:
     def _collect_rows(self) -> None:
         stored = self._stored()
         for item in self._whole(rows=True):
-            parameter = self.live.parameter_name(item.parameter)
+            parameter = self._parameter(item)
             for name in self._names_of(item, parameter):
                 for tensor in stored.names(name):
                     if item not in self.rows[tensor]:
@@ -228,6 +236,7 @@ class _Resolution:
                         self.rows[tensor].append(item)
 
     def _check_rows(self, item: WholeTensor, ref: TensorRef) -> None:
+        assert item.rows is not None  # only trained rows are collected
         if ref.shape[1:] != item.tensor.shape[1:] or max(item.rows) >= ref.shape[0]:
             raise PlacementError(
                 f"{item.tensor.name} is {list(item.tensor.shape)} for rows of {ref.name} {list(ref.shape)}."
@@ -235,15 +244,18 @@ class _Resolution:
 
     def _collect_biases(self, placed: Sequence[Sequence[PlacedModule]]) -> None:
         stored = self._stored()
-        for item in (item for items in placed for item in items if item.module.bias is not None):
+        for item in (item for items in placed for item in items):
+            bias = item.module.bias
+            if bias is None:
+                continue
             parameter = item.parameter.removesuffix("weight") + "bias"
             names = stored.names(parameter)
             if parameter not in self.live.shapes or len(names) != 1:
                 raise UnsupportedError(
-                    f"{item.module.bias.name}: lora_bias adds to the bias of {item.module.path}, but the base has "
+                    f"{bias.name}: lora_bias adds to the bias of {item.module.path}, but the base has "
                     "none, so that no merged model of its class can hold it."
                 )
-            self.biases[names[0]].append(BiasUpdate(item.module.bias, item.scaling))
+            self.biases[names[0]].append(BiasUpdate(bias, item.scaling))
 
     # The result
 

@@ -50,7 +50,7 @@ def input_roots(
             f"{placed.target.folder} takes {longest_text(model)} tokens at most, and the data's sequences have up to "
             f"{length}: choose a smaller --sequence-length."
         )
-    observer = _Observer(model, placed.modules, statistics, units=list(groups))
+    observer = _Observer(model, placed.modules, statistics, units=[name for name in groups if name is not None])
     batches = _batches(data.rows(), 1 if rest else BATCH)
     passes = [_forward(model, torch.tensor(batch, device=device)) for batch in batches]
     waiting = dict(groups)
@@ -142,7 +142,8 @@ class _Observer:
 
     def _new_moment(self, module: Module) -> InputMoment:
         # The inputs of an embedding are one-hot, so that their second moment is diagonal.
-        return InputMoment(module.weight_shape[1], "diagonal" if module.embedding else self._statistics)
+        statistics: Statistics = "diagonal" if module.embedding else self._statistics
+        return InputMoment(module.weight_shape[1], statistics)
 
 
 def _batches(rows: Sequence[list[int]], size: int) -> list[list[list[int]]]:

@@ -98,6 +98,7 @@ class Converter:
 
     def _keep_dora(self, placed: PlacedModule, factors: Factors) -> Converted:
         """T is kept in DoRA's own factors, with Δ = T − W0 and a = b = 1 (``mapconv.algebra`` section 5)."""
+        assert factors.magnitude is not None  # a DoRA's
         scaled = factors.B.double() * placed.scaling
         A, B = self._stored(factors.A, placed), self._stored(factors.B * placed.scaling, placed)
         base = self._base_matrix(placed)

@@ -70,6 +70,7 @@ class MapDirectory:
         modules = tuple(scalars for scalars, _ in converted)
         if needs_magnitude(modules):
             for item, (_, magnitude) in zip(placed.modules, converted, strict=True):
+                assert magnitude is not None  # where one module needs a magnitude, each was given one
                 self._spool.append(*peft_magnitude(item.module, magnitude))
         self._keep_the_rest()
         self._spool.finish()

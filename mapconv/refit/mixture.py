@@ -83,7 +83,7 @@ class Mixture:
 
     def fit(self, path: str, weight: torch.Tensor) -> None:
         """Give a layer of the served model its fitted weight (out, in); what stands on it otherwise is switched off."""
-        layer = self._others[path]
+        layer: Any = self._others[path]
         if hasattr(layer, "base_layer"):
             layer.enable_adapters(False)
             layer = layer.base_layer

@@ -79,6 +79,7 @@ class BaseNorms:
 
     @property
     def _path(self) -> Path:
+        assert self._folder is not None  # asked for only where there is a cache
         return self._folder / f"{self._key}.json"
 
     def _known(self) -> dict[str, Fingerprint]:

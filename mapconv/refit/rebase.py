@@ -169,7 +169,7 @@ class Rebaser:
         if refitted.gain != 1.0:
             magnitude = torch.linalg.vector_norm(weight.double(), dim=1)
         before = None
-        if seen is not None:
+        if inputs is not None and seen is not None:
             # M(1) of the moved weight: what it leaves of the outputs, measured as the refit's own error is.
             left = seen.S - inputs.root.multiply(moved - W)
             size = seen.squared_norms()[0] ** 0.5

@@ -98,8 +98,8 @@ class ModuleRefit:
         return Refitted(gain, stored.A, stored.B, _ratio(residual, norm), self._error(stored))
 
     def _find(self, *, dense: bool, precision: torch.dtype) -> _Stored:
-        wanted, problem = self._wanted, self._problem
-        if wanted.tolerance is None:
+        wanted, problem, tolerance = self._wanted, self._problem, self._wanted.tolerance
+        if tolerance is None:
             solution = refit(problem, wanted.rank, gain=wanted.gain, dense=dense)
             if abs(solution.gain) <= SMALLEST_GAIN:
                 solution = refit(problem, wanted.rank, gain=1.0, dense=dense)
@@ -111,9 +111,7 @@ class ModuleRefit:
             return self._error(stored)
 
         def search(gain: float | None) -> _Stored:
-            found = refit_to_tolerance(
-                problem, wanted.tolerance, wanted.max_rank, gain=gain, measure=measure, dense=dense
-            )
+            found = refit_to_tolerance(problem, tolerance, wanted.max_rank, gain=gain, measure=measure, dense=dense)
             return tried[id(found)]
 
         stored = search(wanted.gain)

@@ -8,7 +8,7 @@ the block was seen to do before the memory for it is needed by the next.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class _Pass:
 
 def in_lockstep(
     blocks: dict[str, torch.nn.Module], passes: Sequence[Callable[[], Any]], enter: Callable[[str], None]
-) -> Iterator[str | None]:
+) -> Generator[str | None, None, None]:
     """Yield the name of each block once every pass has left it; at last None, when the passes have ended.
 
     A block that runs again in the same pass is not reported again. The passes are ended when the iterator is closed.
@@ -100,7 +100,7 @@ def in_lockstep(
 
 def paused_before(
     layers: dict[str, torch.nn.Module], passes: Sequence[Callable[[], Any]]
-) -> Iterator[tuple[str, dict[int, torch.Tensor]]]:
+) -> Generator[tuple[str, dict[int, torch.Tensor]], None, None]:
     """Yield the name of each layer and its input in every pass, by the pass's number, before any pass runs it.
 
     What the caller does to the layer between two steps is what the passes then compute with. A pass that does not come
@@ -140,7 +140,9 @@ class _Driver:
         try:
             for forward in self._forwards:
                 running.append(_Pass(forward))
-                self._current[running[-1].thread.ident] = running[-1]
+                ident = running[-1].thread.ident
+                assert ident is not None  # the thread has started
+                self._current[ident] = running[-1]
             active = dict(enumerate(running))
             while active:
                 places: dict[str | None, dict[int, Any]] = {}

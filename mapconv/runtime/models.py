@@ -53,7 +53,8 @@ def load_model(
     with quiet_libraries(), translated(f"the model in {folder}", CheckpointError):
         import transformers
 
-        loader = transformers.AutoModelForCausalLM if class_name is None else model_class(class_name)
+        # Untyped: the stubs know neither the report beside the model nor that a state stands in for the folder.
+        loader: Any = transformers.AutoModelForCausalLM if class_name is None else model_class(class_name)
         settings: dict[str, Any] = {}
         if config is not None:
             values = {key: value for key, value in config.items() if key != "model_type"}

@@ -168,7 +168,9 @@ class Trainer:
                 loss = self._loss(batch, targets, weights)
             loss.backward()
             total += loss.detach()
-        self._processes.sum_([total, *(parameter.grad for parameter in self._models.trained)])
+        # Every parameter has a gradient: those that had none were given zeros above.
+        gradients = [parameter.grad for parameter in self._models.trained if parameter.grad is not None]
+        self._processes.sum_([total, *gradients])
         return float(total), int(self._data.attention_mask[everything].sum())
 
     def _loss(self, batch: dict[str, torch.Tensor], targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -114,7 +114,8 @@ class CalibrationModels:
     @property
     def stores_float32(self) -> bool:
         """Whether the MAP folder's factors came in the dtype in which trained ones are written."""
-        return all(update.origin.dtype is torch.float32 for update in updates_of(self._model, MAP).values())
+        origins = [update.origin for update in updates_of(self._model, MAP).values()]
+        return all(origin is not None and origin.dtype is torch.float32 for origin in origins)
 
     @property
     def sizes(self) -> list[float]:

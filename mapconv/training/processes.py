@@ -6,11 +6,14 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as distributed
 
 from mapconv.runtime.devices import resolve_device
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class Processes:
         """Whether this process writes and speaks."""
         return self.rank == 0
 
-    def share(self, indices: list[int]) -> list[int]:
-        return indices[self.rank :: self.size]
+    def share(self, items: list[_Item]) -> list[_Item]:
+        return items[self.rank :: self.size]
 
     def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace each tensor by its sum over all processes, in one exchange; they share a dtype."""
