@@ -124,7 +124,7 @@ def sentence(error: Exception) -> str:
     if is_out_of_memory(error):
         return "out of memory: close other programs, use --device cpu, or convert on a larger machine."
     if isinstance(error, OSError):
-        reason = _SYSTEM_ERRORS.get(error.errno) or error.strerror or str(error)
+        reason = _SYSTEM_ERRORS.get(error.errno or 0) or error.strerror or str(error)
         return f"{error.filename}: {reason}." if error.filename else f"{reason}."
     if isinstance(error, ValueError):
         return f"{error}."

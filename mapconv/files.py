@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from mapconv.errors import MapconvError
 
@@ -17,7 +17,7 @@ from mapconv.errors import MapconvError
 SMALL, LARGE = 16 << 20, 256 << 20
 
 
-def open_regular(path: Path, kind: type[MapconvError], *, folder: Path | None = None) -> BinaryIO:
+def open_regular(path: Path, kind: type[MapconvError], *, folder: Path | None = None) -> BufferedReader:
     """Open a file to read its bytes.
 
     Args:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mapconv.catalog.claims import Claims
 from mapconv.catalog.entries import STAGES, Entry, Options
@@ -105,6 +105,7 @@ class Checker:
                 self._faults.add(line, f"{stage}: unknown option {name!r}: {reason}")
                 continue
             try:
+                assert option is not None  # a name that the command takes
                 checked[name] = self._value(option, value)
             except ValueError as error:
                 self._faults.add(line, f"{stage}: {name} is {_shown(value)}: expected {error}")
@@ -193,7 +194,7 @@ def output_fault(name: Any) -> str | None:
     return None
 
 
-def _is_name(value: Any) -> bool:
+def _is_name(value: Any) -> TypeGuard[str]:
     """Whether this is a text that can name a file: JSON's escapes can spell half a character."""
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         return False

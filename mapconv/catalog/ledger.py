@@ -70,7 +70,7 @@ class Ledger:
     def append(self, tables: Sequence[dict[str, Any]]) -> None:
         """Write lines and flush them to the disk; one flush serves all of them."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        lines = [dict.fromkeys(FIELDS) | table | {"finished": now} for table in tables]
+        lines: list[dict[str, Any]] = [dict.fromkeys(FIELDS) | table | {"finished": now} for table in tables]
         self._write(lines)
         for line in lines:
             self.seen[line["entry"]] = _seen(line)

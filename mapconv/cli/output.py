@@ -98,7 +98,7 @@ def _columns() -> int:
     return shutil.get_terminal_size().columns
 
 
-def size(nbytes: int) -> str:
+def size(nbytes: float) -> str:
     """1,234,567 → ``1.2 MB``."""
     value, unit = float(nbytes), "B"
     for unit in ("B", "KB", "MB", "GB", "TB"):

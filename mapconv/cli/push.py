@@ -72,5 +72,5 @@ def _report(result: PushResult) -> None:
     show()
     if not result.changed and result.pull_request is None:
         show(f"nothing to send: {result.repo_id} has these files already")
-    show(result.pull_request or result.url)
+    show(result.pull_request or result.url or "")
     show(f"commit {result.commit}")

@@ -34,7 +34,7 @@ def reference() -> str:
 def _pages(command: click.Command, parent: click.Context | None) -> Iterator[tuple[str, str]]:
     """(name as typed, help page) of a command, then of each below it."""
     name = "mapconv" if parent is None else command.name
-    settings = cli.context_settings | {"terminal_width": _WIDTH, "max_content_width": _WIDTH}
+    settings = dict(cli.context_settings) | {"terminal_width": _WIDTH, "max_content_width": _WIDTH}
     with click.Context(command, info_name=name, parent=parent, **settings) as context:
         yield context.command_path, command.get_help(context)
         if isinstance(command, click.Group):

@@ -71,6 +71,7 @@ def choose_base(
     if values != "stored" and plain is None:
         plain = original_of_base(*named)
     if values == "original":
+        assert plain is not None  # found above
         return ChosenBase(plain, {"chosen": "original"})
     folder = locate_base(*named)
     if quantization_settings(folder, _config(folder)) is None:
@@ -80,6 +81,7 @@ def choose_base(
         )
     if values == "stored":
         return ChosenBase(folder, {"chosen": "stored"})
+    assert plain is not None  # found above
     stored, other = (place_adapter(source, where, allow_pickle=allow_pickle) for where in (folder, plain))
     record = _measure(source, stored, other, read_rows(data), samples=samples, quiet=quiet)
     return ChosenBase(plain if record["chosen"] == "original" else folder, record)

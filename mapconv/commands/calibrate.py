@@ -145,6 +145,7 @@ def calibrate(
         with staged_folder(out, force=force) as staging:
             _copy_sidecars(adapter_path, staging, all_files=in_place)
             report = calibrate_folder(*training, into=staging, **arguments)
+    assert report is not None  # this is the first process
     for path in (checkpoint, checkpoint.with_name(f"{checkpoint.name}.partial")):
         path.unlink(missing_ok=True)
     return CalibrateResult(out, adapter_path, source_path, source.target.folder, report)

@@ -46,7 +46,8 @@ def write_base_model(out: Path) -> None:
         config = LlamaConfig.from_dict(
             {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
         )
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model = LlamaForCausalLM(config)
+        model.to(torch.bfloat16)  # pyright: ignore[reportArgumentType]: the decorator hides the method's signature
         model.load_state_dict(loaded.state_dict())
         check_output(out, force=True, inputs=[folder])
         with staged_folder(out, force=True) as staging:
@@ -87,7 +88,7 @@ def train_adapter(
         advance(1)
     check_output(out, force=True, inputs=[base])
     with staged_folder(out, force=True) as staging:
-        model.save_pretrained(staging)
+        model.save_pretrained(str(staging))
     return loss.item()
 
 

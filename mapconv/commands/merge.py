@@ -202,7 +202,9 @@ def _check_base(placed: Sequence[PlacedAdapter], merged: Sequence[MergedTensor])
     for tensor in merged:
         for identity, part in tensor.base.items():
             found[identity] += part
-    for item in (item for adapter in placed for item in adapter.modules if item.scalars is not None):
+    for item in (item for adapter in placed for item in adapter.modules):
+        if item.scalars is None:
+            continue
         fault = base_fault(item.scalars, found[item.identity])
         if fault is not None:
             raise BaseMismatchError(
@@ -220,7 +222,7 @@ def _output_files(plan: MergePlan, staging: Path | None) -> Iterator[dict[str, F
     try:
         for file in plan.files:
             files[file.name] = FixedFile(staging / file.name, file.header, file.nbytes)
-        yield files
+        yield {**files}
     finally:
         for open_file in files.values():
             open_file.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class Push:
             base=package.base,
             base_revision=package.facts.base_revision,
             source=package.source,
-            license=ModelCard(self._card).data.license,
+            license=ModelCard(self._card).data.license,  # pyright: ignore[reportAttributeAccessIssue]: set from the YAML
             files=tuple(sorted([card, *files], key=lambda file: file.name)),
             left_behind=package.left_behind,
             dry_run=True,
@@ -90,7 +90,7 @@ class Push:
     def send(self, token: Secret, *, quiet: bool = True) -> PushResult:
         """Send it; see :func:`push`."""
         sent = send(self.package, self.to, token, bars=False if quiet else None)
-        return PushResult(**vars(self.plan()) | vars(sent) | {"dry_run": False})
+        return replace(self.plan(), **vars(sent), dry_run=False)
 
 
 @PUSH.checks

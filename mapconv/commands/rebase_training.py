@@ -46,6 +46,8 @@ def calibrate_rebased(
     padding = load_tokenizer(trained.target.folder).pad_token_id
     data = TrainingData(text.train, text.held_out, target_classes(trained.target), padding)
     options = CalibrationOptions(train="all", sequence_length=text.train.input_ids.shape[1], **training)
-    return calibrate_folder(
+    report = calibrate_folder(
         staging, trained, served, data, options, Processes(device), into=staging, allow_pickle=allow_pickle, quiet=quiet
     )
+    assert report is not None  # this is the only process
+    return report

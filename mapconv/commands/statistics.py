@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -114,5 +114,5 @@ def statistics(
 
 def _fingerprint(layer: torch.nn.Module) -> Fingerprint:
     """The shape of a layer's weight as a matrix (out, in)."""
-    weight = layer.weight.detach().float().cpu()
+    weight = cast(torch.Tensor, layer.weight).detach().float().cpu()
     return matrix_fingerprint(weight.T.contiguous() if type(layer).__name__ == "Conv1D" else weight)

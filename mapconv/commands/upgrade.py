@@ -188,7 +188,7 @@ def _calibrate(
     placed: PlacedAdapter,
     sample: Sample,
     staging: Path,
-    training: dict[str, int],
+    training: dict[str, Any],
     device: str,
     allow_pickle: bool,
     *,
@@ -202,9 +202,11 @@ def _calibrate(
 
     options, processes = CalibrationOptions(**training), Processes(resolve_device(device))
     data = read_training_data(sample.rows, staging, placed, length=options.sequence_length)
-    return calibrate_folder(
+    report = calibrate_folder(
         staging, placed, placed, data, options, processes, into=staging, allow_pickle=allow_pickle, quiet=quiet
     )
+    assert report is not None  # this is the only process
+    return report
 
 
 def _notes(placed: PlacedAdapter, options: ConvertOptions) -> list[str]:

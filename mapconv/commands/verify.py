@@ -161,6 +161,7 @@ def _check_base(result: Path, base: Path) -> None:
     with TensorReader() as reader:
         norms.load([item.weight for item in placed.modules], reader)
     for item in placed.modules:
+        assert item.scalars is not None  # a MAP directory has them
         fault = base_fault(item.scalars, norms[item.weight])
         if fault is not None:
             file = item.weight.pieces[0].tensor.file
@@ -194,8 +195,8 @@ def _compare(compared: Comparison, block: list[int], total: Agreement) -> None:
 
 
 def _means(total: Agreement, *, causal: bool) -> dict[str, float | None]:
-    names = ("kl", "kl_largest", "kl_base", "top1_agreement", "largest_logit_difference")
-    perplexities = ("perplexity_base", "perplexity_source", "perplexity_result")
+    names: tuple[str, ...] = ("kl", "kl_largest", "kl_base", "top1_agreement", "largest_logit_difference")
+    perplexities: tuple[str, ...] = ("perplexity_base", "perplexity_source", "perplexity_result")
     if not total.result.positions:
         return dict.fromkeys((*names, *perplexities))
     base, source, result = (sums.means(causal=causal) for sums in (total.base, total.source, total.result))

@@ -18,7 +18,7 @@ _RETRIED_BY_CLIENT = ("/preupload/", "/info/lfs/")
 _HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2")
 
 
-def is_transient(error: Exception) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed a moment later."""
     if type(error).__name__ == "LocalEntryNotFoundError":  # "not in the cache, and asking the Hub failed": why?
         error = deepest(error)
@@ -88,5 +88,5 @@ def is_garbled(error: BaseException) -> bool:
     )
 
 
-def _url(error: Exception) -> str:
+def _url(error: BaseException) -> str:
     return str(getattr(getattr(getattr(error, "response", None), "request", None), "url", ""))

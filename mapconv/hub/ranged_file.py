@@ -191,6 +191,7 @@ class RangedFile:
             self._spans = _merged([*self._spans, (start, stop)])
             temporary = self._record.with_suffix(".partial")
             temporary.unlink(missing_ok=True)
+            assert self._version is not None  # known since the header was opened
             table = {"size": self._version.size, "etag": self._version.etag, "have": self._spans}
             with open(temporary, "x", encoding="utf-8") as file:
                 file.write(json.dumps(table))

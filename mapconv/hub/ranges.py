@@ -49,6 +49,7 @@ def ranged_checkpoint(reference: HubReference, snapshot: Path) -> Checkpoint:
         RangesUnsupportedError: the server answers a range with the whole file. HubError, CheckpointError: as elsewhere.
     """
     pinned = origin_of(snapshot)
+    assert pinned is not None  # a snapshot lies in the client's cache
     folder = _own_folder(_lean_folder(pinned))
     for path in snapshot.iterdir():
         if path.is_file():
@@ -126,6 +127,7 @@ class RangedSource:
         from huggingface_hub import hf_hub_url
 
         url = hf_hub_url(self._pinned.repo_id, name, subfolder=self._pinned.subfolder, revision=self._pinned.revision)
+        assert self._pinned.revision is not None  # a commit
         remote = RangedFile(url, self._folder / name, self._pinned.revision)
         remote.open_header()
         self._files[remote.path] = remote
@@ -183,6 +185,7 @@ def _own_folder(folder: Path) -> Path:
 def _lean_folder(pinned: HubReference) -> Path:
     from huggingface_hub import cached_assets_path
 
+    assert pinned.revision is not None  # a commit
     owner = "models--" + pinned.repo_id.replace("/", "--")
     root = cached_assets_path(library_name="mapconv", namespace="ranges", subfolder=owner)
     return root / "snapshots" / pinned.revision / (pinned.subfolder or "")

@@ -60,7 +60,10 @@ def is_repo_id(name: str) -> bool:
 def shown(folder: Path) -> str:
     """A folder as the user knows it: a copy in the Hub's cache by its name and commit, any other by its path."""
     origin = origin_of(folder)
-    return str(folder) if origin is None else str(replace(origin, revision=origin.revision[:12]))
+    if origin is None:
+        return str(folder)
+    assert origin.revision is not None  # a commit
+    return str(replace(origin, revision=origin.revision[:12]))
 
 
 def origin_of(folder: Path) -> HubReference | None:

@@ -170,9 +170,12 @@ class Size:
         if isinstance(value, str) and value == self.word:
             return None
         match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-        if match is None and type(value) is not int:
+        if match is not None:
+            number = int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+        elif type(value) is int:
+            number = value
+        else:
             raise ValueError(self.expected)
-        number = value if match is None else int(float(match[1]) * _UNITS[(match[2] or "").upper()])
         if number < 1:
             raise ValueError(self.expected)
         if number < self.least and not (match and match[2]):

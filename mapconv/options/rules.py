@@ -18,7 +18,7 @@ class Rule(Protocol):
     @property
     def names(self) -> tuple[str, ...]: ...
 
-    def fault(self, given: Mapping[str, Any], spell: Spell) -> str | None:
+    def fault(self, given: Mapping[str, Any], spell: Spell, /) -> str | None:
         """What is wrong with the options that were given (those that differ from their defaults), or None."""
 
 

@@ -203,7 +203,8 @@ class _Steps:
             text = self._text
             return {p + 1: n for p, n in ways.items() if p < len(text) and _may_match(op, argument, text[p])}
         if op in _REPEATS:
-            return self._repeated(*argument, ways)
+            least, most, body = argument
+            return self._repeated(least, most, body, ways)
         if op is ops.BRANCH:
             return _sum([self.through(alternative, ways) for alternative in argument[1]])
         if op is ops.SUBPATTERN:

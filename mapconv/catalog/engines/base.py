@@ -18,6 +18,7 @@ class Engine(Protocol):
 
     def run(self, jobs: Iterable[Job]) -> Iterator[list[tuple[Job, Outcome]]]:
         """Yield what is finished, as soon as it is, in batches; closing the iterator stops all work at once."""
+        ...
 
 
 def died(job: Job, how: str, deaths: int) -> Outcome:

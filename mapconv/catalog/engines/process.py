@@ -112,20 +112,23 @@ class _Worker:
             env=environment,
             pass_fds=() if lock is None else (lock,),
         )
-        self.pipe = self._process.stdout
+        # Both are pipes.
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._jobs, self.pipe = self._process.stdin, self._process.stdout
         self.job: Job | None = None
         self.ready = False
 
     def send(self, job: Job) -> None:
         self.job = job
         with contextlib.suppress(BrokenPipeError):  # its death shows in the other pipe
-            self._process.stdin.write(json.dumps(job.to_dict()).encode() + b"\n")
-            self._process.stdin.flush()
+            self._jobs.write(json.dumps(job.to_dict()).encode() + b"\n")
+            self._jobs.flush()
 
     def end(self) -> str:
         """Wait for a process that ends by itself, or has died; returns how."""
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._jobs.close()
         try:
             status = self._process.wait(10)
         except subprocess.TimeoutExpired:

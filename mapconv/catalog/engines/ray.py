@@ -87,7 +87,8 @@ def start(workers: int, address: str | None) -> tuple[Any, bool]:
         how = {"num_cpus": workers, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
     for attempt in range(1, _STARTS + 1):
         try:
-            ray.init(**how, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+            # Ray takes the name of a level too.
+            ray.init(**how, log_to_driver=False, logging_level="ERROR", configure_logging=False)  # pyright: ignore[reportArgumentType]
             return ray, True
         except Exception as error:  # Ray raises what its transports raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
