@@ -42,8 +42,9 @@ class Agreement:
     def add(self, base: torch.Tensor, source: torch.Tensor, result: torch.Tensor, targets: torch.Tensor | None) -> None:
         """Count logits (positions, classes) of three models; ``targets``: the known next tokens of a causal model."""
         count = len(source) if targets is None else len(targets)
-        for sums, logits in ((self.base, base), (self.source, source), (self.result, result)):
-            sums.add(source[:count], logits[:count], targets)
+        wanted = source[:count]
+        for sums, logits in ((self.base, base[:count]), (self.source, wanted), (self.result, result[:count])):
+            sums.add(wanted, logits, targets)
 
 
 class Comparison:

@@ -82,7 +82,8 @@ def measure_served(
             # The last position of a causal model predicts nothing that is known.
             targets = torch.tensor(row[1:], device=device) if causal else None
             count = len(logits) if targets is None else len(targets)
-            sums["source"].add(logits[:count], logits[:count], targets)
+            own = logits[:count]
+            sums["source"].add(own, own, targets)
             with model.disable_adapter():
                 sums["alone"].add(logits[:count], _some_logits(model, row, device)[:count], targets)
             advance(1)
