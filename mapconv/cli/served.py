@@ -34,4 +34,7 @@ def show_served(numbers: ServedNumbers) -> None:
     )
     show()
     if numbers.as_is.kl and numbers.rebased.kl:
-        show(f"  {numbers.as_is.kl / numbers.rebased.kl:.1f} × closer to the source than the source as it is")
+        ratio, word = numbers.as_is.kl / numbers.rebased.kl, "closer to"
+        if ratio < 1:
+            ratio, word = 1 / ratio, "further from"
+        show(f"  {ratio:.1f} × {word} the source than the source as it is")

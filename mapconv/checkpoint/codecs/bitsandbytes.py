@@ -8,7 +8,7 @@ absmax is itself stored in codes of a byte: ``nested_book[code] · nested_absmax
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -213,6 +213,7 @@ def _read_state(ref: TensorRef, reader: Bytes) -> dict[str, Any]:
             raise fault(ref, f"has {key} {state.get(key)!r}, expected an even number of elements")
     if "nested_blocksize" in state:
         offset = state.get("nested_offset")
-        if not isinstance(offset, int | float) or isinstance(offset, bool) or not math.isfinite(offset):
+        # Against a bound: JSON has whole numbers beyond float64, which math.isfinite cannot take; a NaN is below none.
+        if not isinstance(offset, int | float) or isinstance(offset, bool) or not abs(offset) <= sys.float_info.max:
             raise fault(ref, f"has nested_offset {offset!r}, expected a number")
     return state
