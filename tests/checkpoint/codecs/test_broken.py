@@ -123,7 +123,7 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
     [
         {"shape": [32]}, {"shape": [32, -64]}, {"shape": "32x64"}, {"shape": [1 << 40, 1 << 40]}, {"blocksize": 0},
         {"blocksize": 63}, {"blocksize": True}, {"dtype": "int8"}, {"quant_type": "fp4"}, {"nested_blocksize": "x"},
-        {"nested_offset": None}, {"nested_offset": math.inf},
+        {"nested_offset": None}, {"nested_offset": math.inf}, {"nested_offset": 10**400},
     ],
     ids=str,
 )  # fmt: skip
