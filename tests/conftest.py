@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from mapconv.cli import main
 from tests.files import copy
+from tests.forked import ForkedPython
 from tests.models import save_adapter, save_base
 
 torch.set_num_threads(1)
@@ -66,6 +67,13 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return Run(status, captured.out, captured.err)
 
     return command
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[ForkedPython]:
+    """For what needs a process of its own: a fork has the libraries loaded, a subprocess loads them for seconds."""
+    with ForkedPython() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
