@@ -86,6 +86,8 @@ def _place_adapters(
 
 def _place(adapters: Sequence[Adapter], checkpoint: Checkpoint, config: Mapping[str, Any]) -> Placed:
     """The quick way where it suffices, else by the model's class, or where there is none by shapes."""
+    if any(adapter.is_spelled for adapter in adapters):
+        return stored_target(checkpoint, adapters, config)
     plain = _place_plain(adapters, checkpoint, config)
     if plain is not None:
         return plain

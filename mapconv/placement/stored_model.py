@@ -12,6 +12,8 @@ from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import PlacementError, UnsupportedError
 from mapconv.placement.by_name import misfit_report, nearest
 from mapconv.placement.by_shape import ShapePlacement
+from mapconv.placement.spelling.names import SpelledNames, components_of
+from mapconv.placement.spelling.placing import SpelledPlacement
 from mapconv.placement.target_model import BiasUpdate, Placed, TargetModel, files_with, vocabulary_sizes
 from mapconv.placement.weights import PlacedModule
 
@@ -34,7 +36,7 @@ def stored_target(checkpoint: Checkpoint, adapters: Sequence[Adapter], config: M
                 f"{adapter.path} repeats layers (layer_replication), and {checkpoint.folder} has no config.json of a "
                 "transformers model that could say so: give such a base with --base."
             )
-        names = ShapePlacement(adapter, checkpoint.tensors)
+        names = _names(adapter, checkpoint, config)
         modules = names.modules()
         placed.append((adapter, modules))
         for item in modules:
@@ -66,7 +68,15 @@ def stored_target(checkpoint: Checkpoint, adapters: Sequence[Adapter], config: M
     return target, tuple(placed)
 
 
-def _whole(adapter: Adapter, names: ShapePlacement) -> Iterator[tuple[WholeTensor, str]]:
+def _names(
+    adapter: Adapter, checkpoint: Checkpoint, config: Mapping[str, Any]
+) -> ShapePlacement | SpelledPlacement:
+    if not adapter.is_spelled:
+        return ShapePlacement(adapter, checkpoint.tensors)
+    return SpelledPlacement(adapter, checkpoint.tensors, SpelledNames(checkpoint.tensors, components_of(config)))
+
+
+def _whole(adapter: Adapter, names: ShapePlacement | SpelledPlacement) -> Iterator[tuple[WholeTensor, str]]:
     """Every tensor that the adapter replaces, or rows of, and the stored one that it belongs to."""
     misfits = []
     for item in adapter.whole:
@@ -84,7 +94,7 @@ def _whole(adapter: Adapter, names: ShapePlacement) -> Iterator[tuple[WholeTenso
         raise PlacementError(misfit_report(misfits, len(adapter.modules) + len(adapter.whole)))
 
 
-def _biases(modules: Sequence[PlacedModule], names: ShapePlacement) -> Iterator[tuple[str, BiasUpdate]]:
+def _biases(modules: Sequence[PlacedModule], names: ShapePlacement | SpelledPlacement) -> Iterator[tuple[str, BiasUpdate]]:
     """What each adapter's own biases (``lora_bias``) add to, by stored name."""
     for item in modules:
         if item.module.bias is None:
