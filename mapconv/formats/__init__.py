@@ -14,7 +14,7 @@ from mapconv.formats.foreign import FOREIGN
 from mapconv.formats.image.kohya import KOHYA
 
 #: In order of recognition: a MAP directory is a PEFT directory as well.
-DIALECTS: tuple[Dialect, ...] = (mapdir.MapDirectory(), peft.PeftDirectory(), KOHYA, *FOREIGN)
+DIALECTS: tuple[Dialect, ...] = (mapdir.MapDirectory(), peft.PeftDirectory(), *FOREIGN[:2], KOHYA, *FOREIGN[2:])
 
 
 def read_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:

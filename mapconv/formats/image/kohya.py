@@ -24,4 +24,4 @@ ENDINGS = {
     ".alpha": "alpha",
 }
 
-KOHYA = ImageDialect("a LoRA of kohya's sd-scripts", KeyTable(PREFIXES, ENDINGS), frozenset({"down", "up", "alpha"}))
+KOHYA = ImageDialect("kohya's sd-scripts", KeyTable(PREFIXES, ENDINGS), frozenset({"down", "up", "alpha"}))

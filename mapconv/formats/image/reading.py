@@ -66,8 +66,8 @@ class ImageDialect:
         trained = file.metadata.get("ss_network_module")
         by = f" (trained with --network_module {trained})" if trained else ""
         return UnsupportedError(
-            f"{file.path} is {self.name}{by}, but {counted(len(foreign), 'tensor')} of it {_is(foreign)} none of that "
-            f"dialect's: {named}."
+            f"{file.path} has the keys of {self.name}{by}, but {counted(len(foreign), 'tensor')} of it "
+            f"{'has' if len(foreign) == 1 else 'have'} none of those: {named}."
         )
 
 
@@ -78,8 +78,3 @@ def _alpha(parts: KeyParts, reader: TensorReader) -> float | None:
     if ref.numel != 1:
         raise AdapterError(f"{ref.file}: {ref.name} is {list(ref.shape)}, expected one number.")
     return finite(float(reader.read(ref).double()), ref)
-
-
-def _is(refs: Sequence[TensorRef]) -> str:
-    return "is" if len(refs) == 1 else "are"
-

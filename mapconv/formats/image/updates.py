@@ -41,9 +41,8 @@ def scaling_of(alpha: float | None, rank: int) -> float:
 
 
 def unfit(one: TensorRef, other: TensorRef) -> AdapterError:
-    return AdapterError(
-        f"{one.file}: {one.name} is {list(one.shape)} and {other.name} is {list(other.shape)}: no factors of one weight."
-    )
+    shapes = f"{one.name} is {list(one.shape)} and {other.name} is {list(other.shape)}"
+    return AdapterError(f"{one.file}: {shapes}: no factors of one weight.")
 
 
 def finite(value: float, ref: TensorRef) -> float:
