@@ -47,7 +47,7 @@ INSPECT = Command("inspect", SOURCE, BASE, ALLOW_PICKLE, JSON)
 VERIFY = Command(
     "verify",
     Option("result", Source(), positional=True, required=True, in_catalog=False),
-    AGAINST,
+    AGAINST.but(help="What it was made from: a LoRA or DoRA adapter, or a finetuned model."),
     BASE,
     Option(
         "against_base",
