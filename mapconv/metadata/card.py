@@ -19,6 +19,7 @@ from mapconv.hub.reference import is_repo_id
 from mapconv.metadata.markdown import calibration_table, number, percent, python_code, table, value_range, worst
 from mapconv.metadata.readme import Readme, compose, read_readme
 from mapconv.metadata.rebased import rebase_section
+from mapconv.metadata.survived import survival_table
 from mapconv.untrusted.printable import markdown_code, markdown_text
 
 CARD_FILE, PLOT_FILE, REPORT_FILE = "README.md", "scalars.png", "verify.json"
@@ -124,6 +125,8 @@ def _block(facts: CardFacts, title: str, repo_id: str | None) -> str:
         base = _pinned(facts.base, facts.base_revision) if facts.base else "another base"
         sections.append("## Rebased\n\n" + rebase_section(rebase, origin, base))
     sections.append("## Fidelity\n\n" + _fidelity(facts))
+    if facts.record.get("survival"):
+        sections.append("## What survives in the stored weights\n\n" + survival_table(facts.record["survival"]))
     if facts.record.get("calibration"):
         sections.append("## Calibration\n\n" + calibration_table(facts.record["calibration"]))
     if facts.modules:
