@@ -68,7 +68,8 @@ def test_merged_and_upgraded_as_diffusers_fuses_it(unet, lora, source, tmp_path)
     wanted = fused(unet, lora)
     mapconv.merge(source, tmp_path / "merged", base=unet)
     result = mapconv.upgrade(source, base=unet)
-    assert result.out == tmp_path / "style-map" and result.worst_error == 0
+    assert result.out == tmp_path / "style-map"
+    assert result.worst_error == 0
     mapconv.merge(result.out, tmp_path / "again", base=unet)
     for folder in ("merged", "again"):
         merged = load_file(tmp_path / folder / "diffusion_pytorch_model.safetensors")
@@ -76,7 +77,8 @@ def test_merged_and_upgraded_as_diffusers_fuses_it(unet, lora, source, tmp_path)
         for name, tensor in wanted.items():
             torch.testing.assert_close(merged[name], tensor, rtol=1e-6, atol=1e-6)
     record = json.loads((result.out / "map_config.json").read_text())
-    assert record["source"]["method"] == "LoRA" and record["source"]["fingerprint"].startswith("sha256:")
+    assert record["source"]["method"] == "LoRA"
+    assert record["source"]["fingerprint"].startswith("sha256:")
 
 
 def test_inspect_says_the_dialect(unet, source):
