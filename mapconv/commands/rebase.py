@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -179,7 +180,8 @@ def rebase(
                 if spread:
                     options = _spread(trained, served, options, refits)
                 results = _refit(trained, served, options, refits, directory, quiet=quiet)
-                del refits  # and with it the models that ran
+                del refits  # and with it the models that ran, whose hooks refer to them in circles
+                gc.collect()
                 changed = any(item.changed > 0 for item in results)
                 record = _record(trained, results)
                 # The ranks stand with the modules.

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from mapconv.data.blocks import batches_of
 from mapconv.fidelity.metrics import ModelNumbers, Sums, add_all
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.running import load_base
@@ -23,8 +22,6 @@ from mapconv.runtime.widening import WideBlocks, blocks_of
 #: In nats. Two float32 forward passes of one function differ by 1e-6 in a logit, and by its square in the divergence;
 #: this leaves room for the sums of a large vocabulary.
 ROUNDING = 1e-8
-#: Sequences that run together: the logits of four models are in memory for each.
-_BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -75,8 +72,9 @@ def measure_served(
     causal = is_causal(own.get_base_model())
     sums = {name: Sums() for name in ("source", "alone", "as_is", "rebased")}
     with progress_bar(len(rows), "measuring", unit="sequence", quiet=quiet) as advance:
-        for batch in batches_of(rows, _BATCH):
-            tokens = torch.tensor(batch, device=device)
+        # One at a time, because the logits of four models are in memory.
+        for row in rows:
+            tokens = torch.tensor([row], device=device)
             wanted = _logits(own, tokens)
             if wanted is None:
                 return None
@@ -86,12 +84,11 @@ def measure_served(
             for name in ("as_is", "rebased"):
                 other.set_adapter(name)
                 logits.append(_some_logits(other, tokens))
-            for number, row in enumerate(tokens):
-                # The last position of a causal model predicts nothing that is known.
-                targets = row[1:] if causal else None
-                each = [_positions(values[number], targets) for values in logits]
-                add_all(list(sums.values()), each[0], each, targets)
-                advance(1)
+            # The last position of a causal model predicts nothing that is known.
+            targets = tokens[0, 1:] if causal else None
+            each = [values if targets is None else values[: len(targets)] for values in logits]
+            add_all(list(sums.values()), each[0], each, targets)
+            advance(1)
     means = {name: total.means(causal=causal) for name, total in sums.items()}
     return ServedNumbers(sums["source"].positions, **means)
 
@@ -104,15 +101,10 @@ def _base(placed: PlacedAdapter, device: torch.device, dtype: str) -> Any:
     return base
 
 
-def _positions(logits: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
-    """(positions, classes), as many as there are known next tokens."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    return rows if targets is None else rows[: len(targets)]
-
-
 def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor | None:
-    """(sequences, …, classes), or None."""
-    return getattr(forward_pass(model, tokens)(), "logits", None)
+    """(positions, classes) of one sequence, or None."""
+    logits = getattr(forward_pass(model, tokens)(), "logits", None)
+    return None if logits is None else logits[0].reshape(-1, logits.shape[-1])
 
 
 def _some_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
