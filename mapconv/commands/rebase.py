@@ -196,8 +196,9 @@ def rebase(
                     trained, served, evidence.text, staging, training, place, allow_pickle, quiet=quiet
                 )
                 modules = calibration.modules
-            if evidence.held_out:
-                numbers = measure_served(trained, served, staging, evidence.held_out, device=place, quiet=quiet)
+            # A calibration chose its best step by all of them: its numbers are to be those of the table.
+            if rows := evidence.held_out(every=bool(calibrate)):
+                numbers = measure_served(trained, served, staging, rows, device=place, quiet=quiet)
             if numbers is not None:
                 directory.amend(rebase=record | {"served": numbers.to_dict()})
                 if numbers.is_worse and not keep_worse:

@@ -43,9 +43,12 @@ class Evidence:
     record: dict[str, Any] | None
     text: Text | None = None
 
-    @property
-    def held_out(self) -> list[list[int]]:
-        return [] if self.text is None else self.text.held_out.first(MEASURED).rows()
+    def held_out(self, *, every: bool = False) -> list[list[int]]:
+        """Sequences to measure the result on: ``MEASURED``, or ``every`` one that there is."""
+        if self.text is None:
+            return []
+        held_out = self.text.held_out
+        return (held_out if every else held_out.first(MEASURED)).rows()
 
     @property
     def notes(self) -> tuple[str, ...]:
