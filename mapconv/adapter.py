@@ -196,10 +196,14 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter on disk: its method, its modules in a fixed order, and the configuration as it was written."""
+    """An adapter on disk: its method, its modules in a fixed order, and the configuration as it was written.
+
+    What is extracted from a full finetune is described in the same way before it is written: its modules then have no
+    factors yet, and ``path`` is the model's folder.
+    """
 
     path: Path
-    method: Literal["LoRA", "DoRA", "MAP"]
+    method: Literal["LoRA", "DoRA", "MAP", "full finetune"]
     config: dict[str, Any]
     settings: LoraSettings
     modules: tuple[Module, ...]

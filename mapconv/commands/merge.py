@@ -27,8 +27,9 @@ from mapconv.commands.base_values import MEASURED_SAMPLES, BaseValues, choose_ba
 from mapconv.errors import BaseMismatchError
 from mapconv.hub import locate_adapter
 from mapconv.hub.reference import shown
-from mapconv.merging.merger import MergedTensor, Merger
+from mapconv.merging.merger import MergedTensor, Merger, survival_record
 from mapconv.merging.plan import MergePlan, plan_merge
+from mapconv.merging.survival import DAMAGED, Survival, total
 from mapconv.metadata.provenance import merge_record
 from mapconv.options.commands import MERGE
 from mapconv.placement.adapters import PlacedAdapter, place_adapters
@@ -59,19 +60,15 @@ class MergeResult:
     dry_run: bool
     notes: tuple[str, ...] = ()
 
+    @property
+    def survival(self) -> Survival:
+        """What of the update survives in all changed tensors together."""
+        return total(item.survival for item in self.merged)
+
     def to_dict(self) -> dict[str, Any]:
         table = asdict(self) | {"out": str(self.out), "base": str(self.base)}
-        table["merged"] = [
-            {
-                "tensor": item.tensor,
-                "modules": item.modules,
-                "dtype": item.dtype,
-                "update_norm": item.update_norm,
-                "rounding_norm": item.rounding_norm,
-                "rounding_error": item.rounding_error,
-            }
-            for item in self.merged
-        ]
+        table["merged"] = [item.to_dict() for item in self.merged]
+        table["survival"] = self.survival.to_dict()
         return table
 
 
@@ -153,7 +150,8 @@ def merge(
         copied = quantized == "copy"
         written = plain_dtype(plan.target.checkpoint) if dtype == "auto" and not copied else dtype
         notes += write_model_config(folder, staging, written, plan.target.config, quantized=copied)
-        record = merge_record(placed, weights)
+        notes += _advice(merged)
+        record = merge_record(placed, weights) | {"survival": survival_record(merged)}
         if choice is not None:
             record["base_values"] = choice.record
         write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")
@@ -169,6 +167,18 @@ def merge(
         dry_run=dry_run,
         notes=tuple(notes),
     )
+
+
+def _advice(merged: Sequence[MergedTensor]) -> list[str]:
+    """One line on what helps, where less of the update survives than a user would expect."""
+    damaged = [item for item in merged if item.survival.projection < DAMAGED]
+    if not damaged:
+        return []
+    worst = min(damaged, key=lambda item: item.survival.projection)
+    return [
+        f"less than {DAMAGED:g} of the update survives rounding to {worst.dtype} in {counted(len(damaged), 'tensor')} "
+        f"(least: {worst.survival.projection:.2f} in {worst.tensor}): --dtype float32 keeps all of it"
+    ]
 
 
 def quantization_notes(checkpoint: Checkpoint, *, copied: bool = False) -> list[str]:

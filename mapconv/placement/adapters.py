@@ -59,6 +59,18 @@ def place_adapters(
         return _place_adapters(sources, base, allow_pickle=allow_pickle, lean=lean)
 
 
+def place_described(adapter: Adapter, checkpoint: Checkpoint, config: Mapping[str, Any]) -> PlacedAdapter:
+    """An adapter that is no folder's on a base whose headers are read (``placement.bases.plain_base``).
+
+    Raises:
+        MapconvError: a tensor of it that has no place.
+    """
+    with collector_paused():
+        target, ((placed, modules),) = _place([adapter], checkpoint, config)
+    _refuse_other_dtypes([(placed, modules)])
+    return PlacedAdapter(placed, target, modules)
+
+
 def place_further(placed: PlacedAdapter, modules: Sequence[Module]) -> tuple[PlacedModule, ...]:
     """Where modules lie that the adapter has not got itself (``Module.without_factors``), on the same base.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,18 +38,31 @@ def input_roots(
         DataError: the sequences are longer than the model's positions allow.
         UnsupportedError: the model needs more than text.
     """
-    groups = _by_block(placed.modules)
+    yield from roots_of(
+        _source_model(placed, device, quiet=quiet), placed.target.folder, placed.modules, data, statistics, device
+    )
+
+
+def roots_of(
+    model: torch.nn.Module,
+    folder: Path,
+    modules: Sequence[PlacedModule],
+    data: Dataset,
+    statistics: Statistics,
+    device: torch.device,
+) -> Iterator[tuple[list[PlacedModule], Mapping[str, InputRoot | None]]]:
+    """As ``input_roots``, of the layers of a model that is loaded already; ``folder`` is what errors call it."""
+    groups = _by_block(modules)
     rest = groups.pop(None, [])
-    model = _source_model(placed, device, quiet=quiet)
     if not reads_text(model):
-        raise UnsupportedError(f"{placed.target.folder} needs more than text as its input: convert it without --data.")
+        raise UnsupportedError(f"{folder} needs more than text as its input: convert it without --data.")
     length = max(len(row) for row in data.rows())
     if length > longest_text(model):
         raise DataError(
-            f"{placed.target.folder} takes {longest_text(model)} tokens at most, and the data's sequences have up to "
+            f"{folder} takes {longest_text(model)} tokens at most, and the data's sequences have up to "
             f"{length}: choose a smaller --sequence-length."
         )
-    observer = _Observer(model, placed.modules, statistics, units=[name for name in groups if name is not None])
+    observer = _Observer(model, modules, statistics, units=[name for name in groups if name is not None])
     # With an adapted head, one at a time: the logits of a batch are the largest tensor by far.
     batches = batches_of(data.rows(), 1 if rest else BATCH)
     passes = [forward_pass(model, torch.tensor(batch, device=device)) for batch in batches]
@@ -71,19 +85,19 @@ class _Observer:
         self, model: torch.nn.Module, modules: Sequence[PlacedModule], statistics: Statistics, units: Sequence[str]
     ) -> None:
         self.units = {name: model.get_submodule(name) for name in units}
-        self._statistics = statistics
+        self._statistics: Statistics = statistics
         #: By block, then by module path: what lies in no block may run long before its turn comes.
         self._moments: dict[str | None, dict[str, InputMoment]] = defaultdict(dict)
         self._seen: list[tuple[torch.Tensor, InputMoment]] = []
         self._stored: dict[str, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
-        #: Adapted linear layers, by block.
+        #: Linear layers that PEFT has adapted, by block.
         self._linears: dict[str | None, list[Any]] = defaultdict(list)
         layers = dict(model.named_modules())
         for module in {item.module.path: item.module for item in modules if item.experts == 1}.values():
             if len(module.lora_A.shape) == 2 and module.path in layers:
                 layer = layers[module.path]
                 layer.register_forward_pre_hook(self._hook(module), with_kwargs=True)
-                if not module.embedding and module.bias is None:
+                if hasattr(layer, "merge") and not module.embedding and module.bias is None:
                     self._linears[block_of(module.path)].append(layer)
         inside = {id(parameter) for unit in self.units.values() for parameter in unit.parameters()}
         for parameter in model.parameters():
