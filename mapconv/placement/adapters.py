@@ -23,6 +23,8 @@ from mapconv.runtime.collector import collector_paused
 from mapconv.wording import counted
 
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+#: And torch's names by those of safetensors headers.
+FLOAT_NAMES = {stored: name for name, stored in FLOAT_DTYPES.items()}
 #: transformers' model types whose Conv1D layers store a weight transposed, which a square one does not show.
 _TRANSPOSING = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 
