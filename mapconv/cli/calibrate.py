@@ -15,6 +15,7 @@ from mapconv.hub.reference import shown
 from mapconv.options.commands import CALIBRATE
 
 if TYPE_CHECKING:
+    from mapconv.adapter import MapModule
     from mapconv.training.calibration import CalibrationReport
 
 #: The exit status of a run that Ctrl-C ended, as shells have it.
@@ -82,16 +83,16 @@ def print_calibration(report: CalibrationReport) -> None:
     )
 
 
-def _row(name: str, modules: list) -> list[str]:
+def _row(name: str, modules: list[MapModule]) -> list[str]:
     return [
         name,
         str(len(modules)),
         spread([_ratio(module.alpha, module.alpha_before) for module in modules]),
         spread([_ratio(module.beta, module.beta_before) for module in modules]),
-        small(statistics.median(module.error_before for module in modules)),
-        small(statistics.median(module.error for module in modules)),
+        small(statistics.median(module.error_before for module in modules if module.error_before is not None)),
+        small(statistics.median(module.measured_error for module in modules)),
     ]
 
 
-def _ratio(after: float, before: float) -> float:
+def _ratio(after: float, before: float | None) -> float:
     return after / before if before else 1.0

@@ -114,8 +114,10 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
     return low if low == high else f"{low} … {high}"
 
 
-def small(value: float) -> str:
-    """A number near zero: ``0``, ``0.0123`` or ``1.2e-08``."""
+def small(value: float | None) -> str:
+    """A number near zero: ``0``, ``0.0123`` or ``1.2e-08``; ``-`` where there is none."""
+    if value is None:
+        return "-"
     if value == 0:
         return "0"
     return f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.1e}"

@@ -57,7 +57,7 @@ def _report(result: RebaseResult) -> None:
         seen = [module.output_error for module in modules if module.output_error is not None]
         of_outputs = [small(max(seen)), small(statistics.median(seen))] if seen else ["-", "-"]
         rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} … {ranks[-1]}"
-        errors = [module.error for module in modules]
+        errors = [module.measured_error for module in modules]
         rows.append([name, str(len(modules)), rank, small(statistics.median(errors)), *of_outputs])
     print_table(["target", "modules", "rank", "ε of weights", "of outputs: worst", "median"], rows)
     show()

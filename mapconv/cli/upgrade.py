@@ -73,7 +73,8 @@ def _show_plan(result: UpgradeResult) -> None:
     if plan.tokens:
         show(f"  data      {counted(plan.sequences, 'sequence')}, {counted(plan.tokens, 'token')}: fits layer outputs")
     show(f"  output    would write {result.out} ({'about ' if plan.tolerance else ''}{size(plan.nbytes)})")
-    show(f"  takes     roughly {roughly(plan.seconds)} and {size(float(f'{plan.memory:.1g}'))} of memory")
+    if plan.seconds is not None and plan.memory is not None:
+        show(f"  takes     roughly {roughly(plan.seconds)} and {size(float(f'{plan.memory:.1g}'))} of memory")
 
 
 def _report(result: UpgradeResult, chosen: Chosen) -> None:
@@ -89,7 +90,7 @@ def _report(result: UpgradeResult, chosen: Chosen) -> None:
         + (["of outputs: worst", "median"] if with_data else []),
         [_row(name, modules, with_data=with_data) for name, modules in groups.items()],
     )
-    errors = [module.error for module in result.modules]
+    errors = [module.measured_error for module in result.modules]
     show()
     show(
         f"  {counted(len(errors), 'module')}, {result.parameters:,} parameters, {size(result.nbytes)}, "
@@ -117,8 +118,8 @@ def _row(name: str, modules: list[MapModule], *, with_data: bool) -> list[str]:
         str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} … {ranks[-1]}",
         spread([module.base_gain for module in modules]),
         spread([module.beta / module.alpha if module.alpha else 0.0 for module in modules]),
-        small(max(module.error for module in modules)),
-        small(statistics.median(module.error for module in modules)),
+        small(max(module.measured_error for module in modules)),
+        small(statistics.median(module.measured_error for module in modules)),
         *(of_outputs if with_data else []),
     ]
 
@@ -170,4 +171,4 @@ def _stay(count: int) -> str:
 
 def _felt_error(module: MapModule) -> float:
     """ε of the outputs where data was seen, which is what was minimised there; else of the weights."""
-    return module.error if module.output_error is None else module.output_error
+    return module.measured_error if module.output_error is None else module.output_error

@@ -122,6 +122,7 @@ def merge(
             or a dtype for weights that are copied in codes.
     """
     started = time.perf_counter()
+    assert not isinstance(max_shard_size, str)  # the option has made bytes of it
     named = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     sources = [locate_adapter(adapter, allow_pickle=allow_pickle) for adapter in named]
     marks = marks_of(sources, ADAPTER_FILES)

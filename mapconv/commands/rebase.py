@@ -63,7 +63,7 @@ class RebaseResult:
 
     @property
     def worst_error(self) -> float:
-        return max((module.error for module in self.modules), default=0.0)
+        return max((module.measured_error for module in self.modules), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         table = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -143,7 +143,7 @@ def rebase(
         ValueError: an option out of its range, or options that cannot be used together.
     """
     started = time.perf_counter()
-    samples, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
+    wanted, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
     out = output_beside(source, "rebased") if out is None else Path(out)
     source = locate_adapter(source, allow_pickle=allow_pickle)
     marks = marks_of([source], ADAPTER_FILES)
@@ -171,7 +171,7 @@ def rebase(
         marks |= trained.target.checkpoint.marks | served.target.checkpoint.marks
         with staged_folder(out, force=force) as staging, unchanged(marks):
             refits, evidence = gather(
-                trained, served, statistics, None if data is None else Path(data), samples, length, seed, place,
+                trained, served, statistics, None if data is None else Path(data), wanted, length, seed, place,
                 collected=None if statistics_from is None else Path(statistics_from), quiet=quiet,
             )  # fmt: skip
             directory = MapDirectory(served, staging)
@@ -227,6 +227,7 @@ def rebase(
 def _spread(trained: PlacedAdapter, served: PlacedAdapter, options: RebaseOptions, refits: Refits) -> RebaseOptions:
     """The options with a rank for each module; the experts of a stack, which must be alike, keep theirs."""
     modules = [item for item in served.modules if item.experts == 1]
+    assert options.rank is not None  # the mean, which the caller has settled
     if not modules:
         return options
     with torch.inference_mode(), Rebaser(trained, served, options) as rebaser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,19 +65,37 @@ def report(
         if find_spec("matplotlib") is None:
             raise DependencyError("a picture needs the package matplotlib: pip install 'mapconv[report]'.")
     kind = _kind(path)
-    if kind == "adapter":
-        facts = adapter_facts(path)
-        page, items = adapter_page(facts), len(facts.modules)
-    else:
-        facts = read_ledger(path)
-        page, items = catalog_page(facts, out), len(facts.entries)
+    page, items, slide = (_of_adapter if kind == "adapter" else _of_catalog)(path, out)
     content = page.encode()
     if png is not None:
-        from mapconv.reporting.slides import adapter_slide, catalog_slide
-
-        replace_file(png, adapter_slide(facts) if kind == "adapter" else catalog_slide(facts))
+        replace_file(png, slide())
     replace_file(out, content)
     return ReportResult(path, kind, out, png, items, len(content), time.perf_counter() - started)
+
+
+def _of_adapter(path: Path, _: Path) -> tuple[str, int, Callable[[], bytes]]:
+    """(page, modules, what draws the picture) of a MAP directory."""
+    facts = adapter_facts(path)
+
+    def slide() -> bytes:
+        # Imported here: only the picture needs matplotlib.
+        from mapconv.reporting.slides import adapter_slide
+
+        return adapter_slide(facts)
+
+    return adapter_page(facts), len(facts.modules), slide
+
+
+def _of_catalog(path: Path, out: Path) -> tuple[str, int, Callable[[], bytes]]:
+    """(page, entries, what draws the picture) of a catalog's output; the page's links are relative to ``out``."""
+    ledger = read_ledger(path)
+
+    def slide() -> bytes:
+        from mapconv.reporting.slides import catalog_slide
+
+        return catalog_slide(ledger)
+
+    return catalog_page(ledger, out), len(ledger.entries), slide
 
 
 def _kind(path: Path) -> Literal["adapter", "catalog"]:

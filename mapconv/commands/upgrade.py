@@ -59,7 +59,7 @@ class UpgradeResult:
 
     @property
     def worst_error(self) -> float:
-        return max((module.error for module in self.modules), default=0.0)
+        return max((module.measured_error for module in self.modules), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         table = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -122,7 +122,7 @@ def upgrade(
         ValueError: an option out of its range, or options that cannot be used together.
     """
     started = time.perf_counter()
-    samples, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
+    wanted, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
     out = output_beside(source, "map") if out is None else Path(out)
     source = locate_adapter(source, allow_pickle=allow_pickle)
     marks = marks_of([source], ADAPTER_FILES)
@@ -146,7 +146,7 @@ def upgrade(
     check_output(out, force=force, inputs=[source, placed.target.folder], nbytes=nbytes)
     sample = None
     if data is not None and not plan.is_exact:
-        sample = read_data(Path(data), placed.target, samples=samples, length=length)
+        sample = read_data(Path(data), placed.target, samples=wanted, length=length)
     refitted: tuple[MapModule, ...] = ()
     modules, parameters, calibration = refitted, 0, None
     norms = BaseNorms(placed.target.checkpoint)
@@ -164,7 +164,7 @@ def upgrade(
     notes = [
         *_notes(placed, options),
         *norms.notes,
-        *_data_notes(plan, sample, samples, refitted),
+        *_data_notes(plan, sample, wanted, refitted),
         *(() if calibration is None else calibration.notes),
     ]
     return UpgradeResult(
@@ -222,17 +222,15 @@ def _notes(placed: PlacedAdapter, options: ConvertOptions) -> list[str]:
     return notes
 
 
-def _data_notes(plan: UpgradePlan, sample: Sample | None, samples: int, refitted: Sequence[MapModule]) -> list[str]:
+def _data_notes(plan: UpgradePlan, sample: Sample | None, wanted: int, refitted: Sequence[MapModule]) -> list[str]:
     """What is wrong with --data, and what it could not serve; a dry run has refitted nothing."""
     if plan.options.statistics is None:
         return []
     if sample is None:
         return ["every module keeps its own factors, which is exact: --data and --calibrate change nothing"]
     notes, found = list(sample.sequences.notes), len(sample.sequences)
-    if found < samples:
-        notes.append(
-            f"--data gives {counted(found, 'sequence')} beside those held out, fewer than the {samples} to run"
-        )
+    if found < wanted:
+        notes.append(f"--data gives {counted(found, 'sequence')} beside those held out, fewer than the {wanted} to run")
     exact = {job.placed.key for job in plan.jobs if job.kind != "refit"}
     unseen = [m.path for m in refitted if m.output_error is None and m.error and (m.path, m.expert) not in exact]
     if unseen:

@@ -28,7 +28,8 @@ from mapconv.runtime.models import load_tokenizer
 from mapconv.runtime.progress import progress_bar
 
 SEQUENCE_LENGTH = 256
-
+_DIVERGENCES: tuple[str, ...] = ("kl", "kl_largest", "kl_base", "top1_agreement", "largest_logit_difference")
+_PERPLEXITIES: tuple[str, ...] = ("perplexity_base", "perplexity_source", "perplexity_result")
 
 log = logging.getLogger(__name__)
 
@@ -195,11 +196,9 @@ def _compare(compared: Comparison, block: list[int], total: Agreement) -> None:
 
 
 def _means(total: Agreement, *, causal: bool) -> dict[str, float | None]:
-    names: tuple[str, ...] = ("kl", "kl_largest", "kl_base", "top1_agreement", "largest_logit_difference")
-    perplexities: tuple[str, ...] = ("perplexity_base", "perplexity_source", "perplexity_result")
     if not total.result.positions:
-        return dict.fromkeys((*names, *perplexities))
+        return dict.fromkeys((*_DIVERGENCES, *_PERPLEXITIES))
     base, source, result = (sums.means(causal=causal) for sums in (total.base, total.source, total.result))
     values = (result.kl, total.result.kl_largest, base.kl, result.top1_agreement, total.result.difference)
     means = (base.perplexity, source.perplexity, result.perplexity)
-    return dict(zip(names, values, strict=True)) | dict(zip(perplexities, means, strict=True))
+    return dict(zip(_DIVERGENCES, values, strict=True)) | dict(zip(_PERPLEXITIES, means, strict=True))

@@ -72,7 +72,7 @@ class _Observer:
         self, model: torch.nn.Module, modules: Sequence[PlacedModule], statistics: Statistics, units: Sequence[str]
     ) -> None:
         self.units = {name: model.get_submodule(name) for name in units}
-        self._statistics = statistics
+        self._statistics: Statistics = statistics
         #: By block, then by module path: what lies in no block may run long before its turn comes.
         self._moments: dict[str | None, dict[str, InputMoment]] = defaultdict(dict)
         self._seen: list[tuple[torch.Tensor, InputMoment]] = []
