@@ -25,7 +25,7 @@ from mapconv.errors import CatalogError
 from mapconv.untrusted import yamltext
 
 #: A folder that holds one of these is meant as an adapter, even if the others are missing.
-_ADAPTER_MARKS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_ADAPTER_NAMES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _LONGEST_LINE = 1 << 20
 _MOST_FOLDERS = 100_000
 #: About 500,000 entries; more belong into JSONL, which is read line by line.
@@ -74,7 +74,7 @@ def _folder_entries(folder: Path) -> Iterator[Entry]:
             for name in folders
             if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) not in above[root]
         )
-        if root != str(folder) and any(mark in files for mark in _ADAPTER_MARKS):
+        if root != str(folder) and any(name in files for name in _ADAPTER_NAMES):
             folders.clear()
             found = True
             yield Entry(Path(root).relative_to(folder).as_posix(), os.path.abspath(root), None, options)

@@ -82,6 +82,7 @@ def _convert(job: Job, table: dict[str, Any]) -> None:
         trained = mapconv.calibrate(
             job.output, against=job.source, base=base, out=job.output, force=True, **stages["calibrate"]
         )
+        assert trained is not None  # a job is the only process of its training
         modules = trained.modules
     errors = [module.measured_error for module in modules]
     record = read_object(result.out / "map_config.json", AdapterError)

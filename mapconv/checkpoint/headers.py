@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from mapconv.adapter import ITEM_SIZES, TensorRef
-from mapconv.checkpoint.unchanged import FileMark
+from mapconv.checkpoint.unchanged import FileSignature
 from mapconv.errors import CheckpointError
 from mapconv.files import open_regular
 
@@ -35,7 +35,7 @@ class TensorFile:
     path: Path
     tensors: tuple[TensorRef, ...]
     metadata: dict[str, str]
-    mark: FileMark
+    signature: FileSignature
 
 
 def read_tensor_file(path: Path) -> TensorFile:
@@ -69,7 +69,7 @@ def read_tensor_file(path: Path) -> TensorFile:
             f"{path} is {size:,} bytes long but its header describes {position:,}: the file is "
             f"{'truncated' if size < position else 'too long'}, download it again."
         )
-    return TensorFile(path, tuple(ref for _, _, ref in placed), metadata, FileMark.of(status))
+    return TensorFile(path, tuple(ref for _, _, ref in placed), metadata, FileSignature.of(status))
 
 
 def _header_bytes(path: Path) -> tuple[bytes, os.stat_result]:

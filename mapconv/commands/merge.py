@@ -21,7 +21,7 @@ from mapconv.checkpoint.index import Checkpoint
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.sidecars import copy_model_files, write_model_config
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
-from mapconv.checkpoint.unchanged import marks_of, unchanged
+from mapconv.checkpoint.unchanged import signatures_of, unchanged
 from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.commands.base_values import MEASURED_SAMPLES, BaseValues, choose_base
 from mapconv.errors import BaseMismatchError
@@ -125,7 +125,7 @@ def merge(
     assert not isinstance(max_shard_size, str)  # the option has made bytes of it
     named = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     sources = [locate_adapter(adapter, allow_pickle=allow_pickle) for adapter in named]
-    marks = marks_of(sources, ADAPTER_FILES)
+    signatures = signatures_of(sources, ADAPTER_FILES)
     out = Path(out)
     choice = None
     if base_values is not None:
@@ -141,9 +141,9 @@ def merge(
     notes = [*(note for item in placed for note in item.adapter.notes), *plan.target.notes]
     notes += [] if choice is None else [choice.note]
     notes += quantization_notes(plan.target.checkpoint, copied=quantized == "copy")
-    marks |= plan.target.checkpoint.marks
+    signatures |= plan.target.checkpoint.signatures
     place = TemporaryDirectory(prefix="mapconv-") if dry_run else staged_folder(out, force=force)
-    with place as name, unchanged(marks):
+    with place as name, unchanged(signatures):
         staging = Path(name)
         merged = _write_weights(plan, None if dry_run else staging, quiet=quiet)
         if not force:

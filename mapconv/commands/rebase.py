@@ -12,7 +12,7 @@ import torch
 from mapconv.adapter import MapModule
 from mapconv.checkpoint.filenames import ADAPTER_FILES
 from mapconv.checkpoint.staging import check_output, staged_folder
-from mapconv.checkpoint.unchanged import marks_of, unchanged
+from mapconv.checkpoint.unchanged import signatures_of, unchanged
 from mapconv.commands.outputs import output_beside
 from mapconv.errors import FidelityError
 from mapconv.fidelity.served import ServedNumbers, measure_served
@@ -146,7 +146,7 @@ def rebase(
     wanted, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
     out = output_beside(source, "rebased") if out is None else Path(out)
     source = locate_adapter(source, allow_pickle=allow_pickle)
-    marks = marks_of([source], ADAPTER_FILES)
+    signatures = signatures_of([source], ADAPTER_FILES)
     runs = (statistics != "none" and statistics_from is None) or data is not None
     trained = place_adapter(source, base, allow_pickle=allow_pickle, lean=not runs)
     served = place_adapter(source, onto, allow_pickle=allow_pickle, lean=not runs)
@@ -168,8 +168,8 @@ def rebase(
     parameters, numbers, changed, calibration = 0, None, True, None
     if not dry_run:
         place = resolve_device(device)
-        marks |= trained.target.checkpoint.marks | served.target.checkpoint.marks
-        with staged_folder(out, force=force) as staging, unchanged(marks):
+        signatures |= trained.target.checkpoint.signatures | served.target.checkpoint.signatures
+        with staged_folder(out, force=force) as staging, unchanged(signatures):
             refits, evidence = gather(
                 trained, served, statistics, None if data is None else Path(data), wanted, length, seed, place,
                 collected=None if statistics_from is None else Path(statistics_from), quiet=quiet,

@@ -80,7 +80,7 @@ def statistics(
     rows = read_rows(Path(data))
     train, _ = read_dataset(rows, load_tokenizer(target.folder), length=length, samples=samples)
     dtype = {stored: name for name, stored in FLOAT_DTYPES.items()}.get(common_dtype(checkpoint), "float32")
-    with staged_folder(out, force=force) as staging, unchanged(checkpoint.marks):
+    with staged_folder(out, force=force) as staging, unchanged(checkpoint.signatures):
         model = load_target(target, dtype=dtype, device=place, quiet=quiet)
         if not reads_text(model) or length > longest_text(model):
             raise DataError(

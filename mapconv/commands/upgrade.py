@@ -13,7 +13,7 @@ from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.moments import Statistics
 from mapconv.checkpoint.filenames import ADAPTER_FILES
 from mapconv.checkpoint.staging import check_output, staged_folder
-from mapconv.checkpoint.unchanged import marks_of, unchanged
+from mapconv.checkpoint.unchanged import signatures_of, unchanged
 from mapconv.commands.outputs import output_beside
 from mapconv.errors import UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude
@@ -125,7 +125,7 @@ def upgrade(
     wanted, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
     out = output_beside(source, "map") if out is None else Path(out)
     source = locate_adapter(source, allow_pickle=allow_pickle)
-    marks = marks_of([source], ADAPTER_FILES)
+    signatures = signatures_of([source], ADAPTER_FILES)
     options = ConvertOptions(
         rank,
         tolerance,
@@ -151,8 +151,8 @@ def upgrade(
     modules, parameters, calibration = refitted, 0, None
     norms = BaseNorms(placed.target.checkpoint)
     if not dry_run:
-        marks |= placed.target.checkpoint.marks
-        with staged_folder(out, force=force) as staging, unchanged(marks):
+        signatures |= placed.target.checkpoint.signatures
+        with staged_folder(out, force=force) as staging, unchanged(signatures):
             refitted = write_map_directory(plan, norms, sample, staging, quiet=quiet)
             modules = refitted
             log.info("wrote %d modules to %s", len(modules), staging)

@@ -12,8 +12,9 @@ from mapconv.fidelity.saved import read_report
 from mapconv.formats import read_adapter
 from mapconv.reporting.heatmap import Measure
 from mapconv.reporting.layout import Layout, lay_out
-from mapconv.reporting.numbers import count, finite_or_none, gain, number, small
+from mapconv.reporting.numbers import finite_or_none, number
 from mapconv.reporting.scales import diverging, sequential, spanning
+from mapconv.wording import count, gain, small
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from mapconv.reporting.charts import dots_figure
 from mapconv.reporting.heatmap import heat_map
 from mapconv.reporting.markup import Html, element, table
 from mapconv.reporting.module_table import module_table
-from mapconv.reporting.numbers import count, finite_or_none, gain, number, size, small, text
+from mapconv.reporting.numbers import finite_or_none, number, text
 from mapconv.reporting.page import build_page, definitions, section, tiles
+from mapconv.wording import count, gain, size, small
 
 #: Whose numbers a calibration records, in its own words.
 _CALIBRATED = ("base", "source", "closed form", "calibrated")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from mapconv.reporting.markup import Html, element, table
-from mapconv.reporting.numbers import NONE, finite_or_none, tick
+from mapconv.reporting.numbers import finite_or_none
+from mapconv.wording import NONE, tick
 
 _BINS = 24
 
@@ -130,10 +131,10 @@ def _axis(found: Histogram, spell: Callable[[float | None], str]) -> Html:
         decades = [n for n in wanted if f"{edges[n]:.6e}".startswith("1.000000e")]
         wanted = decades if len(decades) > 1 else [0, len(edges) - 1]
     every = max(1, math.ceil(len(wanted) / 5))
-    marks = [
+    labels = [
         element("span", tick(spell(edges[n])), style=f"left:{100 * n / (len(edges) - 1):.2f}%") for n in wanted[::every]
     ]
-    return element("div", *marks, class_="axis", aria_hidden="true")
+    return element("div", *labels, class_="axis", aria_hidden="true")
 
 
 def _on_axis(value: float | None) -> TypeGuard[float]:
@@ -162,11 +163,11 @@ def dots_figure(
         track = element("i", dot, data_at=f"{number},0", data_tip=f"{name}: {spell(value)}. {what}")
         lines += [element("b", name), track, element("span", spell(value), class_="said")]
     every = max(1, math.ceil((last - first) / 6))
-    marks = [
+    labels = [
         element("span", f"1e{power:+03d}" if abs(power) > 4 else f"{10.0**power:g}", style=f"left:{part(power)}")
         for power in range(first, last + 1, every)
     ]
-    lines += [element("b", class_="axis"), element("div", *marks, class_="axis", aria_hidden="true")]
+    lines += [element("b", class_="axis"), element("div", *labels, class_="axis", aria_hidden="true")]
     lines.append(element("span"))
     plot = element(
         "div",

@@ -17,8 +17,8 @@ from mapconv.reporting.charts import histogram
 from mapconv.reporting.heatmap import Measure
 from mapconv.reporting.layout import Layout
 from mapconv.reporting.ledger import Ledger
-from mapconv.reporting.numbers import short, tick
 from mapconv.reporting.scales import ramp
+from mapconv.wording import short, tick
 
 _BAR = "#3f5f95"
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 import mapconv
-from mapconv.reporting.numbers import gain, small
+from mapconv.wording import gain, small
 from tests.reporting.samples import save_adapter
 
 

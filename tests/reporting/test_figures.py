@@ -16,8 +16,9 @@ import mapconv
 from mapconv.reporting.charts import dots_figure, histogram, histogram_figure
 from mapconv.reporting.heatmap import Measure, heat_map
 from mapconv.reporting.layout import lay_out
-from mapconv.reporting.numbers import count, gain, number, seconds, size, small, tick
+from mapconv.reporting.numbers import number
 from mapconv.reporting.scales import LEVELS, diverging, ramp, sequential, spanning
+from mapconv.wording import count, gain, seconds, size, small, tick
 from tests.reporting.samples import calibrate_records, data_of
 
 floats = st.one_of(st.floats(), st.floats(1e-12, 1e12), st.just(0.0), st.none())
@@ -111,7 +112,7 @@ def test_the_verdict_stands_before_the_maps(adapter_html):
 def test_kl_of_all_four_models(adapter_html):
     figure = re.search(r'<figure[^>]* id="dots-calibration">.*?</figure>', adapter_html.read_text(), re.DOTALL)[0]
     rows = dict(re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', figure))
-    assert rows == {"base": "0.6171", "source": "0", "closed form": "2.00e-04", "calibrated": "1.10e-04"}
+    assert rows == {"base": "0.6171", "source": "0", "closed form": "2.0e-04", "calibrated": "1.1e-04"}
     places = [float(left) for left in re.findall(r"left:([\d.]+)%\"></u>", figure)]
     assert len(places) == 3  # 0 has no place on a logarithmic axis
     base, closed, calibrated = places
