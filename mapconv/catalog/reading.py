@@ -22,6 +22,7 @@ from mapconv.catalog.checking import Checker
 from mapconv.catalog.entries import Entry
 from mapconv.catalog.records import Faults, Record
 from mapconv.errors import CatalogError
+from mapconv.jsonfile import without_duplicates
 from mapconv.untrusted import yamltext
 
 #: A folder that holds one of these is meant as an adapter, even if the others are missing.
@@ -101,7 +102,7 @@ def _jsonl_records(path: Path, faults: Faults) -> Iterator[tuple[str, Record]]:
             if not line.strip():
                 continue
             try:
-                table = json.loads(line, object_pairs_hook=_no_duplicates)
+                table = json.loads(line, object_pairs_hook=without_duplicates)
             except (ValueError, RecursionError) as error:
                 faults.add(number, f"not JSON ({_short(error)})")
                 continue
@@ -166,13 +167,6 @@ def _located(yaml: Any, loader: Any, node: Any, faults: Faults) -> Record:
         return table
 
     return Record(value_of(node, ()), node.start_mark.line + 1, lines)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return table
 
 
 def _short(error: object) -> str:
