@@ -18,8 +18,8 @@ from mapconv.reporting.heatmap import Measure, heat_map
 from mapconv.reporting.layout import lay_out
 from mapconv.reporting.numbers import number
 from mapconv.reporting.scales import LEVELS, diverging, ramp, sequential, spanning
-from mapconv.wording import count, gain, small
-from tests.reporting.samples import calibrate_records, data_of
+from mapconv.wording import count, gain, rough_percent, small
+from tests.reporting.samples import calibrate_records, data_of, save_adapter
 
 floats = st.one_of(st.floats(), st.floats(1e-12, 1e12), st.just(0.0), st.none())
 
@@ -76,6 +76,23 @@ def test_maps_show_the_numbers_of_map_config(upgraded):
             assert f"{said(modules[0])} in all {len(modules)} modules." in figure
         else:
             assert shown(figure) == places
+
+
+def test_the_update_by_layer_adds_up(upgraded):
+    modules, page = upgraded
+    figure = re.search(r'<figure[^>]* id="bars-shares">(.*?)</figure>', page, re.DOTALL)[1]
+    said = dict(re.findall(r'<th scope="row">(\d+)</th><td>(.*?)</td>', figure))
+    squares = dict.fromkeys(said, 0.0)
+    for module in modules:
+        squares[module["path"].split(".")[2]] += module["beta"] ** 2
+    assert said == {layer: rough_percent(square / sum(squares.values())) for layer, square in squares.items()}
+    heights = [float(height) for height in re.findall(r'<u style="height:([\d.]+)%', figure)]
+    assert heights == pytest.approx([100 * square / max(squares.values()) for square in squares.values()], abs=0.01)
+
+
+def test_one_layer_has_no_shares(tmp_path):
+    adapter = save_adapter(tmp_path / "one", ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"])
+    assert 'id="bars-shares"' not in mapconv.report(adapter, tmp_path / "one.html").out.read_text(encoding="utf-8")
 
 
 def test_the_table_below_a_map_has_the_maps_numbers(upgraded, adapter_html):
