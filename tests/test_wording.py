@@ -51,8 +51,10 @@ def test_one_module_that_does_not_fit():
         (size(999), "999 B"), (size(1_250_000), "1.2 MB"), (size(3e15), "3,000.0 TB"), (seconds(0.421), "0.42 s"),
         (seconds(303), "5 min 03 s"), (seconds(7530), "2 h 05 min"), (tick("1.00e-09"), "1e-09"),
         (tick("10.0 MB"), "10 MB"), (tick("0.0010"), "0.001"), (percent(0.99281), "99.28%"), (fixed(None), "–"),
-        (rough_percent(0.5388), "54 %"), (rough_percent(0.004), "0.4 %"), (rough_seconds(0.2), "1 s"),
-        (rough_seconds(100), "2 min"), (rough_seconds(5400), "2 h"), (spread([1, 1.00001], fixed), "1.0000"),
+        (rough_percent(0), "0 %"), (rough_percent(0.5388), "54 %"), (rough_percent(0.004), "0.4 %"),
+        (rough_percent(1e-7), "1e-05 %"), (rough_seconds(0.2), "1 s"), (rough_seconds(7.4), "7 s"),
+        (rough_seconds(44), "40 s"), (rough_seconds(130), "2 min"), (rough_seconds(5000), "80 min"),
+        (rough_seconds(5400), "2 h"), (spread([1, 1.00001], fixed), "1.0000"),
         (spread([1.2, 1], fixed), "1.0000 … 1.2000"),
     ],
 )  # fmt: skip

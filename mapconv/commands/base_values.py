@@ -14,7 +14,7 @@ from mapconv.data import Rows, read_rows
 from mapconv.errors import CheckpointError, DataError
 from mapconv.fidelity.comparison import Comparison
 from mapconv.formats import read_adapter
-from mapconv.hub import locate_base, original_of_base
+from mapconv.hub.locate import locate_base, original_of_base
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
 from mapconv.runtime.devices import resolve_device
 

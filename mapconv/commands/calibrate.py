@@ -17,7 +17,7 @@ from mapconv.errors import AdapterError, OutputError
 from mapconv.fidelity.metrics import ModelNumbers
 from mapconv.formats import read_adapter
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
-from mapconv.hub import locate_adapter
+from mapconv.hub.locate import locate_adapter
 from mapconv.metadata.card import CARD_FILE, PLOT_FILE, REPORT_FILE
 from mapconv.metadata.provenance import source_fingerprint
 from mapconv.options.commands import CALIBRATE

@@ -25,7 +25,7 @@ from mapconv.checkpoint.unchanged import signatures_of, unchanged
 from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.commands.base_values import MEASURED_SAMPLES, BaseValues, choose_base
 from mapconv.errors import BaseMismatchError
-from mapconv.hub import locate_adapter
+from mapconv.hub.locate import locate_adapter
 from mapconv.hub.reference import shown
 from mapconv.merging.merger import MergedTensor, Merger
 from mapconv.merging.plan import MergePlan, plan_merge

@@ -13,7 +13,7 @@ from mapconv.checkpoint.filenames import ADAPTER_FILES
 from mapconv.checkpoint.staging import check_output, staged_folder
 from mapconv.checkpoint.unchanged import FileSignature, signatures_of, unchanged
 from mapconv.commands.outputs import output_beside
-from mapconv.hub import locate_adapter
+from mapconv.hub.locate import locate_adapter
 from mapconv.placement.target_model import TargetModel
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from mapconv.checkpoint.staging import check_output, staged_folder
 from mapconv.checkpoint.unchanged import unchanged
 from mapconv.data import read_dataset, read_rows
 from mapconv.errors import DataError
-from mapconv.hub import open_base
+from mapconv.hub.locate import open_base
 from mapconv.metadata.provenance import recorded_name
 from mapconv.options.commands import STATISTICS_COMMAND
 from mapconv.options.shared import SAMPLES, SEQUENCE_LENGTH

@@ -18,7 +18,7 @@ from mapconv.fidelity.saved import check_report_place, save_report
 from mapconv.fidelity.served import ServedNumbers, measure_served
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
 from mapconv.formats.peft import CONFIG_FILE
-from mapconv.hub import locate_adapter, locate_result
+from mapconv.hub.locate import locate_adapter, locate_result
 from mapconv.options.commands import VERIFY
 from mapconv.placement.adapters import place_adapter
 from mapconv.placement.base_check import base_fault
