@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 # huggingface_hub reads this when it is imported.
@@ -15,16 +17,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from hypothesis import settings
+from jinja2 import Environment
 from transformers.utils import logging
 
 from mapconv.cli import main
+from tests import QUICK, THOROUGH
 from tests.files import copy
+from tests.forked import ForkedPython
 from tests.models import save_adapter, save_base
 
 torch.set_num_threads(1)
 # The same examples in each run: a failure is one that anybody can repeat.
-settings.register_profile("repeatable", derandomize=True, deadline=None)
-settings.load_profile("repeatable")
+settings.register_profile("quick", derandomize=True, deadline=None, max_examples=QUICK)
+settings.register_profile("thorough", derandomize=True, deadline=None, max_examples=THOROUGH)
+settings.load_profile("quick")
 logging.disable_progress_bar()
 logging.set_verbosity_error()
 
@@ -32,6 +38,21 @@ logging.set_verbosity_error()
 def pytest_configure(config: pytest.Config) -> None:
     # transformers' own call of its own deprecated name.
     config.addinivalue_line("filterwarnings", "ignore:.is_gradient_checkpointing:FutureWarning")
+
+
+def pytest_collection_finish() -> None:
+    # What is imported by now stays: the garbage collector need not go through a million objects again and again.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_once() -> Iterator[None]:
+    """PEFT and the Hub's client compile the same template of a model card for each adapter that is saved."""
+    compiled = Environment.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Environment, "compile", cache(compiled))
+        yield
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -66,6 +87,13 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return Run(status, captured.out, captured.err)
 
     return command
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[ForkedPython]:
+    """For what needs a process of its own: a fork has the libraries loaded, a subprocess loads them for seconds."""
+    with ForkedPython() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
