@@ -1,4 +1,4 @@
-"""What a checkpoint holds: one safetensors file or several with an index, read from their headers alone."""
+"""What a checkpoint holds, read from headers alone: one safetensors file, several with an index, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from mapconv.adapter import TensorRef
 from mapconv.checkpoint.filenames import PIPELINE_FILE, STEMS, weights_files
+from mapconv.checkpoint.gguf.header import is_gguf
+from mapconv.checkpoint.gguf.model import read_gguf_model
 from mapconv.checkpoint.headers import TensorFile, read_tensor_file
 from mapconv.checkpoint.sidecars import check_folder
 from mapconv.checkpoint.unchanged import FileMark
@@ -32,6 +34,7 @@ class ByteSource(Protocol):
 class Checkpoint:
     """A model's weights: one safetensors file, or several with an index; ``source`` None is all on this disk.
 
+    ``folder`` is where they lie; a model in GGUF is one file, which says all of itself, and stands in its place.
     ``stem`` is what its files are called, one of ``STEMS``. Where ``files`` show a quantized model as one of plain
     weights, ``stored_files`` are what they really hold.
     """
@@ -64,14 +67,38 @@ class Checkpoint:
         return {file.path: file.mark for file in self.files} if self.source is None else {}
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read the headers of the model in ``folder``.
+def read_checkpoint(folder: Path, source: ByteSource | None = None) -> Checkpoint:
+    """Read the headers of the model in ``folder``, or of the one in a GGUF file.
 
     A single file wins over an index, as it does in transformers.
+
+    Args:
+        folder: the model's folder, or a ``.gguf`` file.
+        source: where the files are not wholly on this disk, what brings the bytes that are read.
 
     Raises:
         CheckpointError: no safetensors weights, an index and shards that do not agree, or a link out of the folder.
     """
+    return replace(_read_gguf(folder, source) if is_gguf(folder) else _read_folder(folder), source=source)
+
+
+def _read_gguf(path: Path, source: ByteSource | None) -> Checkpoint:
+    """The tensors of a GGUF file as they are stored: rows of bytes, under llama.cpp's names."""
+    check_folder(path.parent, CheckpointError)
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}: give the base model with --base.")
+    model = read_gguf_model(path, None if source is None else source.require)
+    files = []
+    for file in model.files:
+        refs = (
+            TensorRef(file.path, tensor.name, "U8", (tensor.rows, tensor.row_bytes), tensor.start)
+            for tensor in file.tensors
+        )
+        files.append(TensorFile(file.path, tuple(refs), {"format": "pt"}, file.mark))
+    return _checkpoint(path, files, None)
+
+
+def _read_folder(folder: Path) -> Checkpoint:
     check_folder(folder, CheckpointError)
     for stem in STEMS:
         single, index_path = (folder / name for name in weights_files(stem))
@@ -86,10 +113,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} holds its weights as a pickle (.bin) only, and mapconv reads safetensors: convert the model "
             "with save_pretrained() first."
         )
-    if any(folder.glob("*.gguf")):
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    if files:
         raise CheckpointError(
-            f"{folder} holds its weights as GGUF, and mapconv reads safetensors: give the model that they were made "
-            "from with --base."
+            f"{folder} holds its weights as GGUF: name the file with --base ({folder / files[0]}"
+            f"{f', or another of the {len(files)} there' if len(files) > 1 else ''})."
         )
     if (folder / PIPELINE_FILE).exists():
         parts = ", ".join(str(folder / name) for name in _pipeline_models(folder / PIPELINE_FILE))

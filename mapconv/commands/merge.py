@@ -17,14 +17,15 @@ from mapconv.algebra.fingerprint import Fingerprint
 from mapconv.checkpoint.codecs import plain_dtype, storages
 from mapconv.checkpoint.filenames import ADAPTER_FILES, MERGE_RECORD
 from mapconv.checkpoint.flushing import BackgroundFlush
+from mapconv.checkpoint.gguf.header import is_gguf
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.checkpoint.reader import TensorReader
-from mapconv.checkpoint.sidecars import copy_model_files, write_model_config
+from mapconv.checkpoint.sidecars import brings_tokenizer, copy_model_files, write_model_config
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
 from mapconv.checkpoint.unchanged import marks_of, unchanged
 from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.commands.base_values import MEASURED_SAMPLES, BaseValues, choose_base
-from mapconv.errors import BaseMismatchError
+from mapconv.errors import BaseMismatchError, DataError, DependencyError
 from mapconv.hub import locate_adapter
 from mapconv.hub.reference import shown
 from mapconv.merging.merger import MergedTensor, Merger
@@ -35,6 +36,7 @@ from mapconv.placement.adapters import PlacedAdapter, place_adapters
 from mapconv.placement.base_check import base_fault
 from mapconv.placement.kept_codes import keep_codes
 from mapconv.refit.plan import Dtype
+from mapconv.runtime.models import load_tokenizer
 from mapconv.runtime.progress import progress_bar
 from mapconv.runtime.threads import in_order, worker_count
 from mapconv.wording import counted
@@ -148,6 +150,7 @@ def merge(
         if not force:
             _check_base(placed, merged)
         notes += copy_model_files(folder, sources[0], staging)
+        notes += _write_tokenizer(plan.target.tokenizer, staging)
         if len(plan.files) > 1 or plan.target.checkpoint.index_metadata is not None:
             write_file(staging / plan.target.checkpoint.index_file, _index(plan))
         copied = quantized == "copy"
@@ -176,6 +179,17 @@ def quantization_notes(checkpoint: Checkpoint, *, copied: bool = False) -> list[
     found = ", ".join(f"{counted(count, 'weight')} as {label}" for label, count in storages(checkpoint).items())
     what = "which are copied as they are" if copied else "which are written as the values that the codes stand for"
     return [f"{shown(checkpoint.folder)} is quantized ({found}), {what}"] if found else []
+
+
+def _write_tokenizer(place: Path, staging: Path) -> list[str]:
+    """Write the tokenizer of a GGUF file, where nothing else brought one; returns notes for the user."""
+    if not is_gguf(place) or brings_tokenizer(staging):
+        return []
+    try:
+        load_tokenizer(place).save_pretrained(staging)
+    except (DataError, DependencyError) as error:
+        return [f"the merged folder has no tokenizer: {error}"]
+    return [f"the tokenizer is made of the vocabulary in {place.name}: the original model's own is better, if at hand"]
 
 
 def _write_weights(plan: MergePlan, staging: Path | None, *, quiet: bool) -> tuple[MergedTensor, ...]:

@@ -19,7 +19,7 @@ def plain_base(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
         CheckpointError: a quantized base whose tensors are broken. UnsupportedError: one in an unknown storage.
     """
     try:
-        config = read_model_config(checkpoint.folder)
+        config = read_model_config(checkpoint.folder, None if checkpoint.source is None else checkpoint.source.require)
     except FileNotFoundError:
         config = {}
     settings = quantization_settings(checkpoint.folder, config)
