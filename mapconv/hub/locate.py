@@ -180,11 +180,15 @@ def _whole_model(reference: HubReference, hint: str = "") -> Path:
     place, file = reference.split_file(".gguf")
     if file is not None:
         folder = snapshot(place, (*_SMALL_MODEL_FILES, *part_names(file)), hint)
+        if not (folder / file).exists():
+            _refuse_without_gguf(reference)
         return folder / file
     folder = snapshot(reference, (*_SMALL_MODEL_FILES, *_SINGLES[:-1]), hint)
     if not _has_weights(folder):
         # Only these: a repository may hold the same weights in another layout as well (consolidated.safetensors).
-        return snapshot(reference, (*_SMALL_MODEL_FILES, *(_shards(folder) or _SINGLES[-1:])), hint)
+        folder = snapshot(reference, (*_SMALL_MODEL_FILES, *(_shards(folder) or _SINGLES[-1:])), hint)
+    if not _has_weights(folder):
+        _refuse_without_gguf(reference)
     return folder
 
 
@@ -206,13 +210,25 @@ def _shards(folder: Path) -> list[str]:
     return []
 
 
-def _refuse_without_adapter(reference: HubReference, folder: Path) -> None:
-    """Say what the repository holds instead of an adapter at that place."""
+def _refuse_without_gguf(reference: HubReference) -> None:
+    """Name the GGUF files of a repository, where it has some and the reference is none of them."""
+    names = [name for name in _repository_files(reference) if name.endswith(".gguf")]
+    if names or reference.split_file(".gguf")[1]:
+        shown = f"name one of its files, such as {reference.repo_id}/{names[0]}" if names else "it has no GGUF files"
+        raise CheckpointError(f"{reference} is not a model that mapconv can read there: {shown}, with --base.")
+
+
+def _repository_files(reference: HubReference) -> list[str]:
     from huggingface_hub import HfApi
 
-    files = ask_hub(
+    return ask_hub(
         lambda: HfApi().list_repo_files(reference.repo_id, revision=reference.revision), str(reference), "read"
     )
+
+
+def _refuse_without_adapter(reference: HubReference, folder: Path) -> None:
+    """Say what the repository holds instead of an adapter at that place."""
+    files = _repository_files(reference)
     prefix = f"{reference.subfolder}/" if reference.subfolder else ""
     if (folder / _ADAPTER_CONFIG).exists():
         if f"{prefix}{_ADAPTER_PICKLE}" in files:

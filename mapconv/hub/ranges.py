@@ -52,7 +52,8 @@ def ranged_checkpoint(reference: HubReference, snapshot: Path, gguf: str | None 
     pinned = origin_of(snapshot)
     assert pinned is not None  # a snapshot lies in the client's cache
     folder = _own_folder(_lean_folder(pinned))
-    for path in snapshot.iterdir():
+    # A repository of GGUF files alone has nothing small, and so no snapshot.
+    for path in snapshot.iterdir() if snapshot.is_dir() else ():
         if path.is_file():
             # A copy: a link would leave this folder, and the cache's blob may go before it does.
             replace_file(folder / path.name, read_bytes(path, CheckpointError, limit=LARGE))

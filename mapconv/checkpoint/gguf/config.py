@@ -97,14 +97,13 @@ def _mixtral(settings: Settings, names: Mapping[str, Any], config: Mapping[str, 
 
 
 def _qwen3_moe(settings: Settings, names: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    layers = range(config["num_hidden_layers"])
     return {
         "num_experts": settings.count("expert_count"),
         "num_experts_per_tok": settings.count("expert_used_count"),
         "moe_intermediate_size": settings.count("expert_feed_forward_length"),
         "norm_topk_prob": True,  # as llama.cpp computes
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [layer for layer in layers if f"blk.{layer}.ffn_gate_inp.weight" not in names],
+        "mlp_only_layers": [],  # llama.cpp has no other
     }
 
 
