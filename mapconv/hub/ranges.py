@@ -105,11 +105,16 @@ class RangedSource:
         """Fetch the first bytes of these files; more is fetched as their headers are read.
 
         Raises:
-            RangesUnsupportedError: no byte ranges.
+            RangesUnsupportedError: no byte ranges, or no such file.
         """
+        from huggingface_hub.errors import EntryNotFoundError
+
         with self._only_one():
             for name in names:
-                self._open(name, header=False)
+                try:
+                    self._open(name, header=False)
+                except EntryNotFoundError:
+                    raise RangesUnsupportedError(f"no file {name}") from None
 
     def _shards(self, index: str) -> list[str]:
         try:

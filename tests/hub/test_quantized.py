@@ -9,7 +9,7 @@ import pytest
 from tests.gguf_files import save_gguf
 from tests.hub.conftest import adapter_files, error_of, files_of
 from tests.hub.test_ranges import transferred
-from tests.models import save_adapter
+from tests.models import save_adapter, save_tokenizer
 from tests.quantized import WEIGHTS, quantize, save_plain
 
 ADAPTER = "adapter_model.safetensors"
@@ -46,24 +46,21 @@ def test_a_silent_card_is_an_error(models, run, hub, tmp_path):
     assert "card" in error_of(done)
 
 
-@pytest.mark.parametrize("folder", ["", "files/"])
-def test_a_gguf_file(folder, models, run, hub, tmp_path):
+def test_a_gguf_file(models, run, hub, tmp_path):
     """Named by its path in the repository: its header and what is adapted come as ranges, a merge takes all of it."""
     file = tmp_path / "model-Q8_0.gguf"
     save_gguf(save_plain(tmp_path / "plain"), file)
-    hub.repo(QUANTIZED, {f"{folder}{file.name}": file.read_bytes()})
-    adapter, name = (
-        save_adapter(tmp_path / "plain", tmp_path / "dora", use_dora=True),
-        f"{QUANTIZED}/{folder}{file.name}",
-    )
-    run(hub, "upgrade", adapter, "-o", tmp_path / "ranged", "--base", name, "--quiet")
-    run(hub, "upgrade", adapter, "-o", tmp_path / "local", "--base", file, "--quiet")
-    assert (tmp_path / "ranged" / ADAPTER).read_bytes() == (tmp_path / "local" / ADAPTER).read_bytes()
-    record = json.loads((tmp_path / "ranged" / "map_config.json").read_bytes())
-    assert record["base"]["name"] == name
-    run(hub, "merge", adapter, "-o", tmp_path / "merged", "--base", name, "-q")
-    run(hub, "merge", adapter, "-o", tmp_path / "expected", "--base", file, "-q")
-    assert (tmp_path / "merged" / WEIGHTS).read_bytes() == (tmp_path / "expected" / WEIGHTS).read_bytes()
+    name = f"{QUANTIZED}/files/{file.name}"
+    hub.repo(QUANTIZED, {f"files/{file.name}": file.read_bytes()})
+    adapter = save_adapter(tmp_path / "plain", tmp_path / "dora", use_dora=True)
+    save_tokenizer(adapter)
+    for base, out in [(name, "hub"), (file, "local")]:
+        run(hub, "upgrade", adapter, "-o", tmp_path / out, "--base", base, "--quiet")
+        run(hub, "merge", adapter, "-o", tmp_path / f"{out}-merged", "--base", base, "-q")
+    for file_name in (ADAPTER, f"../{{}}-merged/{WEIGHTS}"):
+        found = [(tmp_path / out / file_name.format(out)).read_bytes() for out in ("hub", "local")]
+        assert found[0] == found[1]
+    assert json.loads((tmp_path / "hub" / "map_config.json").read_bytes())["base"]["name"] == name
 
 
 def test_a_gguf_file_that_is_not_there(models, run, hub, tmp_path):
