@@ -23,7 +23,7 @@ from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.base_check import base_fault
 from mapconv.placement.factors import FactorLoader
 from mapconv.placement.weights import PlacedModule, read_weight
-from mapconv.refit.converter import Converted, converted_module, finite_base
+from mapconv.refit.converted import Converted, converted_module, finite_base
 from mapconv.refit.mixture import Run
 from mapconv.refit.plan import Dtype
 from mapconv.refit.ranks import Spectrum, squared_singular_values
@@ -75,8 +75,7 @@ class Rebased:
 
     def without_factors(self) -> Rebased:
         """The numbers alone."""
-        empty = replace(self.converted, A=self.converted.A[:0], B=self.converted.B[:, :0], magnitude=None)
-        return replace(self, converted=empty)
+        return replace(self, converted=self.converted.without_factors())
 
 
 class Rebaser:

@@ -18,6 +18,7 @@ from mapconv.reporting.heatmap import Measure, heat_map
 from mapconv.reporting.layout import lay_out
 from mapconv.reporting.numbers import count, gain, number, seconds, size, small, tick
 from mapconv.reporting.scales import LEVELS, diverging, ramp, sequential, spanning
+from tests import examples
 from tests.reporting.samples import calibrate_records, data_of
 
 floats = st.one_of(st.floats(), st.floats(1e-12, 1e12), st.just(0.0), st.none())
@@ -129,7 +130,7 @@ def test_types_that_end_alike_are_told_apart():
     assert layout.members == {(0, 0): (0,), (1, 0): (1,), (2, 1): (2,), (3, 2): (3,)}
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.lists(st.sampled_from(["a", "b", "0", "7", "31", "999999", "layers"]), min_size=1, max_size=5), st.data())
 def test_every_module_has_one_place(parts, data):
     paths = [".".join(data.draw(st.permutations(parts))) for _ in range(4)]
@@ -176,7 +177,7 @@ def test_every_number_is_in_one_bin(values):
     assert len(found.bins) < 700  # one a decade, from the smallest float to the largest
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(st.lists(floats, max_size=6))
 def test_any_numbers_can_be_drawn_within_the_figure(values):
     drawn = histogram_figure("k", "t", "", values, small, "entries")
