@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mapconv.checkpoint.gguf.blocks import BLOCK_TYPES
 from mapconv.checkpoint.gguf.families import FAMILIES
+from mapconv.checkpoint.gguf.types import BLOCK_TYPES
 from mapconv.formats.config import CHANGED_BASE, REFUSED
 from tests.checkpoint.codecs.encoders import STORAGES
 

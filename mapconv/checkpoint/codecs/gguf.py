@@ -14,10 +14,11 @@ import torch
 
 from mapconv.adapter import TensorRef
 from mapconv.checkpoint.codecs.base import Bytes, EncodedTensor, fault
-from mapconv.checkpoint.gguf.blocks import BLOCK_TYPES
+from mapconv.checkpoint.gguf.blocks import EXPAND
 from mapconv.checkpoint.gguf.families import NamedTensor, named_tensors
 from mapconv.checkpoint.gguf.header import GgufTensor
 from mapconv.checkpoint.gguf.model import GgufModel
+from mapconv.checkpoint.gguf.types import BLOCK_TYPES
 from mapconv.checkpoint.headers import TensorFile
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import CheckpointError
@@ -60,7 +61,7 @@ class GgufRows:
         if self.head:
             heads = data.view(-1, self.head // 2, 2, nbytes).transpose(1, 2)
             data = heads.reshape(high - low, nbytes)[start - low : stop - low]
-        kind.expand(data.reshape(-1, kind.nbytes), out.view(-1, kind.elements))
+        EXPAND[self.type](data.reshape(-1, kind.nbytes), out.view(-1, kind.elements))
         if self.offset:
             out.sub_(self.offset)
 

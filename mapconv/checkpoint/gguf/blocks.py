@@ -1,13 +1,12 @@
 """GGUF's block types: how the bytes of a block stand for its values, in float32.
 
-A row is cut into blocks of ``elements`` values, each ``nbytes`` long with scales of its own. Formulas are ggml's
+Formulas are ggml's
 (ggml-quants.c, dequantize_row_*); products and sums are formed in its order, so that results are its own bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -21,16 +20,6 @@ _PAIRS = torch.arange(0, 8, 2, dtype=torch.uint8)
 
 #: Takes blocks (n, nbytes) uint8, writes values (n, elements) float32.
 Expand = Callable[[torch.Tensor, torch.Tensor], None]
-
-
-@dataclass(frozen=True)
-class BlockType:
-    """One of ggml's types: values in a block, bytes of a block."""
-
-    name: str
-    elements: int
-    nbytes: int
-    expand: Expand
 
 
 def _half(blocks: torch.Tensor, start: int) -> torch.Tensor:
@@ -176,27 +165,22 @@ def _iq4_xs(blocks: torch.Tensor, out: torch.Tensor) -> None:
     _scaled(out, _half(blocks, 0) * ((lows | (highs << 4)).float() - 32))
 
 
-#: By the number that a header gives each.
-BLOCK_TYPES = {
-    0: BlockType("F32", 1, 4, _float_values(torch.float32)),
-    1: BlockType("F16", 1, 2, _float_values(torch.float16)),
-    2: BlockType("Q4_0", 32, 18, _q4_0),
-    3: BlockType("Q4_1", 32, 20, _q4_1),
-    6: BlockType("Q5_0", 32, 22, _q5_0),
-    7: BlockType("Q5_1", 32, 24, _q5_1),
-    8: BlockType("Q8_0", 32, 34, _q8_0),
-    10: BlockType("Q2_K", 256, 84, _q2_k),
-    11: BlockType("Q3_K", 256, 110, _q3_k),
-    12: BlockType("Q4_K", 256, 144, _q4_k),
-    13: BlockType("Q5_K", 256, 176, _q5_k),
-    14: BlockType("Q6_K", 256, 210, _q6_k),
-    20: BlockType("IQ4_NL", 32, 18, _iq4_nl),
-    23: BlockType("IQ4_XS", 256, 136, _iq4_xs),
-    30: BlockType("BF16", 1, 2, _float_values(torch.bfloat16)),
-    39: BlockType("MXFP4", 32, 17, _mxfp4),
+#: By the names of the types.
+EXPAND: dict[str, Expand] = {
+    "F32": _float_values(torch.float32),
+    "F16": _float_values(torch.float16),
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
+    "BF16": _float_values(torch.bfloat16),
+    "MXFP4": _mxfp4,
 }
-#: What the others are called, to refuse them by name.
-KNOWN_TYPES = {
-    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",
-    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4",
-}  # fmt: skip

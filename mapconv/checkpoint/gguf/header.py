@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from mapconv.checkpoint.gguf.blocks import BLOCK_TYPES, KNOWN_TYPES, BlockType
+from mapconv.checkpoint.gguf.types import BLOCK_TYPES, KNOWN_TYPES, BlockType
 from mapconv.checkpoint.headers import MAX_HEADER_BYTES, MAX_NAME, MAX_SIZE
 from mapconv.checkpoint.unchanged import FileMark
 from mapconv.errors import CheckpointError, UnsupportedError

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-
 from mapconv.checkpoint.gguf.families import Family
 from mapconv.checkpoint.gguf.settings import Settings
 from mapconv.errors import CheckpointError, UnsupportedError
@@ -50,9 +48,9 @@ def _llama3(settings: Settings, theta: float, head_dim: int, factors: tuple[floa
     """The parameters that give these divisors of the frequencies, which are all that the file has."""
     parameters = {"rope_type": "llama3", "factor": float(max(factors)), **_LLAMA3}
     expected = llama3_factors(theta, head_dim, parameters["factor"])
-    found = torch.tensor(factors, dtype=torch.float64)
-    # Both were computed in float32: a few roundings apart.
-    if settings.architecture != "llama" or len(expected) != len(found) or ((found / expected - 1).abs() > 1e-5).any():
+    # The file's were computed in float32: a few roundings apart.
+    near = all(abs(found / wanted - 1) <= 1e-5 for found, wanted in zip(factors, expected, strict=False))
+    if settings.architecture != "llama" or len(expected) != len(factors) or not near:
         raise UnsupportedError(
             f"{settings.file.path}: {_FACTORS} is not what Llama 3's scaling of positions gives, and nothing in the "
             "file says what does: put the model's config.json beside it, or give the 16-bit model with --base."
@@ -60,13 +58,15 @@ def _llama3(settings: Settings, theta: float, head_dim: int, factors: tuple[floa
     return parameters
 
 
-def llama3_factors(theta: float, head_dim: int, factor: float) -> torch.Tensor:
-    """By how much each frequency is divided, (head_dim / 2,) float64: not at all if short, by ``factor`` if long."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+def llama3_factors(theta: float, head_dim: int, factor: float) -> list[float]:
+    """By how much each of the head_dim / 2 frequencies is divided: not at all if short, by ``factor`` if long."""
     low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
-    turns = _LLAMA3["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return 1 / ((1 - smooth) / factor + smooth)
+    factors = []
+    for dimension in range(0, head_dim, 2):
+        turns = _LLAMA3["original_max_position_embeddings"] * theta ** (-dimension / head_dim) / (2 * math.pi)
+        smooth = min(1.0, max(0.0, (turns - low) / (high - low)))
+        factors.append(1 / ((1 - smooth) / factor + smooth))
+    return factors
 
 
 def _phi3(settings: Settings, head_dim: int) -> dict[str, Any]:

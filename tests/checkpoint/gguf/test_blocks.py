@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mapconv.checkpoint.gguf.blocks import BLOCK_TYPES, KNOWN_TYPES, BlockType
+from mapconv.checkpoint.gguf.blocks import EXPAND
+from mapconv.checkpoint.gguf.types import BLOCK_TYPES, KNOWN_TYPES, BlockType
 
 STORED = Path(__file__).parent / "blocks.safetensors"
 TYPES = {kind.name: kind for kind in BLOCK_TYPES.values()}
@@ -21,7 +22,7 @@ def blocks_of(kind: BlockType, count: int, seed: int = 0) -> torch.Tensor:
 
 def decoded(kind: BlockType, blocks: torch.Tensor) -> torch.Tensor:
     out = torch.empty(len(blocks), kind.elements)
-    kind.expand(blocks, out)
+    EXPAND[kind.name](blocks, out)
     return out
 
 

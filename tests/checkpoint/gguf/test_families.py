@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, torch
     "llama-biases": ("Llama", "llama", {"attention_bias": True, "mlp_bias": True}, {"rope.dimension_count": 8}, {}),
     "llama-3": (
         "Llama", "llama", {"rope_parameters": _LLAMA3}, {"rope.freq_base": 500_000.0, "rope.dimension_count": 8},
-        {"rope_freqs.weight": llama3_factors(500_000.0, 8, 8.0).float()},
+        {"rope_freqs.weight": torch.tensor(llama3_factors(500_000.0, 8, 8.0))},
     ),
     "llama-linear": (
         "Llama", "llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
