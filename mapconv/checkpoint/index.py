@@ -13,7 +13,7 @@ from mapconv.checkpoint.gguf.header import is_gguf
 from mapconv.checkpoint.gguf.model import read_gguf_model
 from mapconv.checkpoint.headers import TensorFile, read_tensor_file
 from mapconv.checkpoint.sidecars import check_folder
-from mapconv.checkpoint.unchanged import FileMark
+from mapconv.checkpoint.unchanged import FileSignature
 from mapconv.errors import CheckpointError
 from mapconv.files import LARGE
 from mapconv.jsonfile import read_object
@@ -74,9 +74,9 @@ class Checkpoint:
         return sum(ref.nbytes for ref in self.tensors.values())
 
     @property
-    def marks(self) -> dict[Path, FileMark]:
+    def signatures(self) -> dict[Path, FileSignature]:
         """The files that must not change while they are read: those of a base on the Hub grow by what is read."""
-        return {file.path: file.mark for file in self.files} if self.source is None else {}
+        return {file.path: file.signature for file in self.files} if self.source is None else {}
 
 
 def read_checkpoint(folder: Path, source: ByteSource | None = None) -> Checkpoint:
