@@ -110,7 +110,7 @@ def _read_gguf(path: Path, source: ByteSource | None) -> Checkpoint:
             TensorRef(file.path, tensor.name, "U8", (tensor.rows, tensor.row_bytes), tensor.start)
             for tensor in file.tensors
         )
-        files.append(TensorFile(file.path, tuple(refs), {"format": "pt"}, file.mark))
+        files.append(TensorFile(file.path, tuple(refs), {"format": "pt"}, file.signature))
     return _checkpoint(path, files, None)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from mapconv.checkpoint.gguf.types import BLOCK_TYPES, KNOWN_TYPES, BlockType
 from mapconv.checkpoint.headers import MAX_HEADER_BYTES, MAX_NAME, MAX_SIZE
-from mapconv.checkpoint.unchanged import FileMark
+from mapconv.checkpoint.unchanged import FileSignature
 from mapconv.errors import CheckpointError, UnsupportedError
 from mapconv.files import open_regular
 
@@ -67,7 +67,7 @@ class GgufFile:
     path: Path
     metadata: Mapping[str, Any]
     tensors: tuple[GgufTensor, ...]
-    mark: FileMark
+    signature: FileSignature
     settings: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
@@ -88,18 +88,18 @@ def read_gguf(path: Path, require: Require | None = None) -> GgufFile:
             or a block type that mapconv does not read.
     """
     with open_regular(path, CheckpointError) as file:
-        mark = FileMark.of(os.fstat(file.fileno()))
-    return _read(path, mark.size, mark if require is None else None, require)
+        signature = FileSignature.of(os.fstat(file.fileno()))
+    return _read(path, signature.size, signature if require is None else None, require)
 
 
 @lru_cache(8)
-def _parsed(path: Path, size: int, mark: FileMark) -> GgufFile:
+def _parsed(path: Path, size: int, signature: FileSignature) -> GgufFile:
     return _parse(path, size, None)
 
 
-def _read(path: Path, size: int, mark: FileMark | None, require: Require | None) -> GgufFile:
+def _read(path: Path, size: int, signature: FileSignature | None, require: Require | None) -> GgufFile:
     """A vocabulary takes a moment to pass over, and several parts of a command ask for the same header."""
-    return _parse(path, size, require) if mark is None else _parsed(path, size, mark)
+    return _parse(path, size, require) if signature is None else _parsed(path, size, signature)
 
 
 def _parse(path: Path, size: int, require: Require | None) -> GgufFile:
@@ -129,7 +129,7 @@ def _parse(path: Path, size: int, require: Require | None) -> GgufFile:
             raise cursor.wrong(f"has general.alignment {alignment!r}, expected a power of two")
         placed = _placed(cursor, described, -(-cursor.position // alignment) * alignment)
         settings = {tensor.name: _floats(cursor, tensor) for tensor in placed if tensor.name in SETTING_TENSORS}
-        return GgufFile(path, metadata, placed, FileMark.of(os.fstat(file.fileno())), settings)
+        return GgufFile(path, metadata, placed, FileSignature.of(os.fstat(file.fileno())), settings)
 
 
 def _value(cursor: _Cursor, key: str) -> Any:
