@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,20 +12,27 @@ from mapconv.checkpoint.reader import TensorReader
 from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.formats.base import Found
 from mapconv.formats.image.keys import KeyParts, KeyTable
-from mapconv.formats.image.updates import finite, low_rank
+from mapconv.formats.image.updates import additions_of, finite, module_of, update_of
 from mapconv.wording import counted
 
 #: At most this many keys are named in a sentence.
 _NAMED = 3
+#: The scaling of a module by its key's prefix and name, for a dialect that has it elsewhere than beside the factors.
+Scaling = Callable[[KeyParts], float | None]
 
 
 @dataclass(frozen=True)
 class ImageDialect:
-    """A dialect that a table of keys describes; a file is its own where one of ``signs`` (parts) occurs in it."""
+    """A dialect that a table of keys describes; a file is its own where one of ``signs`` (endings) occurs in it.
+
+    ``mixes``: one file may have factors under several endings. ``alphas`` reads alphas from the header, where they are.
+    """
 
     name: str
     keys: KeyTable
     signs: frozenset[str]
+    mixes: bool = False
+    alphas: Callable[[TensorFile], Scaling] | None = None
 
     def recognise(self, found: Found) -> bool:
         if found.header is None:
@@ -39,8 +46,12 @@ class ImageDialect:
         parts, foreign = self.keys.gather(file.tensors)
         if foreign:
             raise self._foreign(file, foreign)
+        if not self.mixes:
+            self._refuse_mixture(file)
+        scaling = None if self.alphas is None else self.alphas(file)
+        updates = [update for update in map(update_of, parts) if update is not None]
         with TensorReader() as reader:
-            modules = tuple(self._module(item, reader) for item in parts)
+            modules = tuple(_module(item, reader, scaling) for item in updates)
         method: Literal["LoRA", "DoRA"] = "DoRA" if any(module.magnitude for module in modules) else "LoRA"
         return Adapter(
             path=file.path,
@@ -53,13 +64,21 @@ class ImageDialect:
             base=None,
             revision=None,
             dialect=self.name,
+            additions=tuple(addition for item in parts for addition in additions_of(item)),
         )
 
-    def _module(self, parts: KeyParts, reader: TensorReader) -> Module:
-        if set(parts.tensors) == {"alpha"}:
-            ref = parts.tensors["alpha"]
-            raise AdapterError(f"{ref.file}: {ref.name} is the alpha of a module that the file has not got.")
-        return low_rank(parts, _alpha(parts, reader))
+    def _refuse_mixture(self, file: TensorFile) -> None:
+        """One trainer writes all factors alike."""
+        found: dict[str, str] = {}
+        for ref in file.tensors:
+            split = self.keys.split(ref.name)
+            if split is not None and self.keys.endings[split[2]] == "up":
+                found.setdefault(split[2], ref.name)
+        if len(found) > 1:
+            named = " and ".join(list(found.values())[:2])
+            raise UnsupportedError(
+                f"{file.path} holds the keys of two dialects ({named}): give each as a file of its own."
+            )
 
     def _foreign(self, file: TensorFile, foreign: Sequence[TensorRef]) -> AdapterError:
         named = ", ".join(ref.name for ref in foreign[:_NAMED]) + ", …" * (len(foreign) > _NAMED)
@@ -69,6 +88,14 @@ class ImageDialect:
             f"{file.path} has the keys of {self.name}{by}, but {counted(len(foreign), 'tensor')} of it "
             f"{'has' if len(foreign) == 1 else 'have'} none of those: {named}."
         )
+
+
+def _module(parts: KeyParts, reader: TensorReader, scaling: Scaling | None) -> Module:
+    if set(parts.tensors) == {"alpha"}:
+        ref = parts.tensors["alpha"]
+        raise AdapterError(f"{ref.file}: {ref.name} is the alpha of a module that the file has not got.")
+    alpha = _alpha(parts, reader)
+    return module_of(parts, scaling(parts) if alpha is None and scaling is not None else alpha)
 
 
 def _alpha(parts: KeyParts, reader: TensorReader) -> float | None:
