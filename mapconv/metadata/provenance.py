@@ -90,11 +90,11 @@ def merge_record(placed: Sequence[PlacedAdapter], weights: Sequence[float] | Non
     }
 
 
-def source_fingerprint(source: Path) -> str:
-    """SHA-256 of an adapter's configuration and weights, or of the one file that it is."""
+def source_fingerprint(source: Path, weights: str | None = None) -> str:
+    """SHA-256 of an adapter's configuration and weights (in PEFT's file, or ``weights``), or of its one file."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 18))  # stays in a core's cache
-    for path in [source] if source.is_file() else [source / CONFIG_FILE, source / weights_name(source)]:
+    for path in [source] if source.is_file() else [source / CONFIG_FILE, source / (weights or weights_name(source))]:
         with open_regular(path, AdapterError) as file:
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
@@ -111,7 +111,7 @@ def source_record(adapter: Adapter) -> dict[str, Any]:
         "name": name,
         "revision": revision,
         "method": adapter.method,
-        "fingerprint": source_fingerprint(source),
+        "fingerprint": source_fingerprint(source, _weights_of(adapter)),
         "card": card_facts(folder),
     }
     earlier = (adapter.map_config or {}).get("source")
@@ -130,6 +130,11 @@ def finetune_record(folder: Path, weights: Mapping[str, Fingerprint]) -> dict[st
         "fingerprint": fingerprint,
         "card": card_facts(folder),
     }
+
+
+def _weights_of(adapter: Adapter) -> str | None:
+    """The name of the weights in a folder of another dialect than PEFT's."""
+    return adapter.tensors[0].file.name if adapter.settings.by_module else None
 
 
 def _base_record(placed: PlacedAdapter) -> dict[str, Any]:

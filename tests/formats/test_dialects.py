@@ -14,11 +14,6 @@ from mapconv.formats import read_adapter
 
 #: (a file's usual name, its keys, what the sentence must say)
 FILES = {
-    "lycoris": ("song.safetensors", ("lora_unet_mid_block.hada_w1_a", "lora_unet_mid_block.alpha"), "LyCORIS"),
-    "lokr": ("song.safetensors", ("lycoris_blocks_0.lokr_w1", "lycoris_blocks_0.lokr_w2_a"), "LyCORIS"),
-    "diffusers": ("pytorch_lora_weights.safetensors", ("unet.mid_block.attn1.to_q.lora_A.weight",), "diffusers"),
-    "diffusers-old": ("song.safetensors", ("down_blocks.0.attn1.processor.to_k_lora.down.weight",), "diffusers"),
-    "comfy": ("song.safetensors", ("diffusion_model.blocks.0.self_attn.q.lora_A.weight",), "ComfyUI"),
     "mlx": ("adapters.safetensors", ("model.layers.0.self_attn.q_proj.lora_a",), "mlx_lm.fuse"),
     "unknown": ("song.safetensors", ("blocks.0.lora_something",), "not a PEFT adapter"),
 }
