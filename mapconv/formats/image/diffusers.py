@@ -46,7 +46,7 @@ _OLD = {
 _RENAMES = ((r"\.processor\.(to_[qkv])$", r".\1"), (r"\.processor\.to_out$", ".to_out.0"))
 _PREFIXES = tuple(Prefix(f"{name}.", components) for name, components in _MODELS.items())
 #: The attention processors were saved without the model's name as well.
-_BARE = tuple(Prefix(text, DENOISER) for text in ("down_blocks", "up_blocks", "mid_block"))
+_BARE = tuple(Prefix(text, DENOISER, kept=True) for text in ("down_blocks", "up_blocks", "mid_block"))
 _METADATA = "lora_adapter_metadata"
 
 

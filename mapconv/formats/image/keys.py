@@ -16,11 +16,15 @@ DENOISER = ("denoiser",)
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a module's key begins with, the models of a pipeline that it may stand for, and how names go on."""
+    """What a module's key begins with, the models of a pipeline that it may stand for, and how names go on.
+
+    ``kept``: it is the beginning of the module's name itself.
+    """
 
     text: str
     components: tuple[str, ...]
     flat: bool = False
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class KeyTable:
             return None
         path = found["path"]
         for prefix in self.prefixes:
-            name = path.removeprefix(prefix.text)
+            name = path if prefix.kept else path.removeprefix(prefix.text)
             if path.startswith(prefix.text) and name and not (prefix.flat and "." in name):
                 return path, Spelling(prefix.components, self._renamed(name), prefix.flat), found["ending"]
         return None

@@ -32,4 +32,4 @@ _OWN = {
 }
 ENDINGS = kohya.ENDINGS | _OWN
 
-LYCORIS = ImageDialect("LyCORIS", KeyTable(PREFIXES, ENDINGS), frozenset(_OWN))
+LYCORIS = ImageDialect("LyCORIS", KeyTable(PREFIXES, ENDINGS), frozenset(ENDINGS))

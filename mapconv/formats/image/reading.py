@@ -13,6 +13,7 @@ from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.formats.base import Found
 from mapconv.formats.image.keys import KeyParts, KeyTable
 from mapconv.formats.image.updates import additions_of, finite, module_of, update_of
+from mapconv.untrusted.schema import shown
 from mapconv.wording import counted
 
 #: At most this many keys are named in a sentence.
@@ -83,7 +84,7 @@ class ImageDialect:
     def _foreign(self, file: TensorFile, foreign: Sequence[TensorRef]) -> AdapterError:
         named = ", ".join(ref.name for ref in foreign[:_NAMED]) + ", …" * (len(foreign) > _NAMED)
         trained = file.metadata.get("ss_network_module")
-        by = f" (trained with --network_module {trained})" if trained else ""
+        by = f" (trained with --network_module {shown(trained)})" if trained else ""
         return UnsupportedError(
             f"{file.path} has the keys of {self.name}{by}, but {counted(len(foreign), 'tensor')} of it "
             f"{'has' if len(foreign) == 1 else 'have'} none of those: {named}."

@@ -107,5 +107,5 @@ def test_keys_that_are_nobody_s_name_the_trainer(lora, tmp_path):
         tmp_path / "style.safetensors",
         metadata={"ss_network_module": "networks.oft"},
     )
-    with pytest.raises(UnsupportedError, match=r"--network_module networks\.oft.*lora_unet_conv_in\.oft_blocks"):
+    with pytest.raises(UnsupportedError, match=r"--network_module .networks\.oft.*lora_unet_conv_in\.oft_blocks"):
         mapconv.inspect(tmp_path / "style.safetensors")
