@@ -20,6 +20,7 @@ from mapconv.untrusted.schema import shown
 
 _PART = re.compile(r"(?P<path>.+)\.(?P<part>lora_a|lora_b|m)")
 _FLOATS = ("F32", "F16", "BF16")
+MLX_WEIGHTS = "adapters.safetensors"
 _EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings")
 
 
