@@ -35,10 +35,10 @@ class Computed:
 
     def rows(self, reader: Bytes, start: int, stop: int, out: torch.Tensor) -> None:
         matrix = reader.kept(self, "matrix", lambda: self.matrix(reader))
-        out.copy_(matrix.view(-1, out.shape[1])[start:stop])
+        out.copy_(matrix.reshape(-1, out.shape[1])[start:stop])
 
     def matrix(self, reader: Bytes) -> torch.Tensor:
-        """The values, contiguous and float32."""
+        """The values, float32."""
         raise NotImplementedError
 
 

@@ -71,16 +71,45 @@ class Side:
 
 @dataclass(frozen=True)
 class Product(Computed):
-    """What two sides make; ``part`` is the update itself, or one of its two factors."""
+    """What two sides make: the update itself, or one of its two factors."""
 
     one: Side
     two: Side
 
 
-class Hadamard(Product):
-    """(L1 R1) ∘ (L2 R2)."""
+@dataclass(frozen=True)
+class Update(Product):
+    """The update itself, whose rows can be had alone where they are asked for whole, ``width`` columns each."""
+
+    width: int
 
     def rows(self, reader: Bytes, start: int, stop: int, out: torch.Tensor) -> None:
+        if out.shape[1] == self.width:
+            self._fill(reader, start, stop, out)
+        else:
+            super().rows(reader, start, stop, out)
+
+    def matrix(self, reader: Bytes) -> torch.Tensor:
+        whole = torch.empty(self._height, self.width)
+        self._fill(reader, 0, len(whole), whole)
+        return whole
+
+    @property
+    def _height(self) -> int:
+        raise NotImplementedError
+
+    def _fill(self, reader: Bytes, start: int, stop: int, out: torch.Tensor) -> None:
+        raise NotImplementedError
+
+
+class Hadamard(Update):
+    """(L1 R1) ∘ (L2 R2)."""
+
+    @property
+    def _height(self) -> int:
+        return self.one.shape[0]
+
+    def _fill(self, reader: Bytes, start: int, stop: int, out: torch.Tensor) -> None:
         (left1, right1), (left2, right2) = reader.kept(
             self, "sides", lambda: (self.one.factors(reader), self.two.factors(reader))
         )
@@ -104,10 +133,14 @@ class HadamardRight(Product):
         return (right1[:, None, :] * right2[None, :, :]).flatten(0, 1)
 
 
-class Kronecker(Product):
+class Kronecker(Update):
     """kron(W1, W2)."""
 
-    def rows(self, reader: Bytes, start: int, stop: int, out: torch.Tensor) -> None:
+    @property
+    def _height(self) -> int:
+        return self.one.shape[0] * self.two.shape[0]
+
+    def _fill(self, reader: Bytes, start: int, stop: int, out: torch.Tensor) -> None:
         one, two = reader.kept(self, "sides", lambda: (self.one.matrix(reader), self.two.matrix(reader)))
         index = torch.arange(start, stop)
         tall, wide = one[index // len(two)], two[index % len(two)]

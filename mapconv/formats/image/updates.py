@@ -7,7 +7,7 @@ another way has them computed, and itself by rows as ``delta``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 from mapconv.adapter import Addition, Module, TensorRef
@@ -125,8 +125,8 @@ def _hadamard(parts: KeyParts, alpha: float | None) -> Module:
         raise unfit(one.left, two.left)
     assert one.right is not None  # required above
     scaling = scaling_of(alpha, one.right.shape[0])
-    classes = products.Hadamard, products.HadamardLeft, products.HadamardRight
-    return _product(parts, scaling, one, two, one.shape, classes)
+    factors = products.HadamardLeft, products.HadamardRight
+    return _product(parts, scaling, one, two, one.shape, products.Hadamard, factors)
 
 
 def _kronecker(parts: KeyParts, alpha: float | None) -> Module:
@@ -136,8 +136,8 @@ def _kronecker(parts: KeyParts, alpha: float | None) -> Module:
     # The rank is that of a side in factors; without any the alpha has nothing to be divided by, and is ignored.
     ranks = [side.rank for side in (one, two) if side.right is not None]
     scaling = scaling_of(alpha, ranks[0]) if ranks else 1.0
-    classes = products.Kronecker, products.KroneckerLeft, products.KroneckerRight
-    return _product(parts, scaling, one, two, shape, classes)
+    factors = products.KroneckerLeft, products.KroneckerRight
+    return _product(parts, scaling, one, two, shape, products.Kronecker, factors)
 
 
 def _kronecker_side(parts: KeyParts, name: str) -> Side:
@@ -152,10 +152,12 @@ def _product(
     one: Side,
     two: Side,
     shape: tuple[int, int],
-    classes: Sequence[type[products.Product]],
+    update: type[products.Update],
+    factors: tuple[type[products.Product], type[products.Product]],
 ) -> Module:
-    whole, left, right = (made((*one.stored, *two.stored), one, two) for made in classes)
-    delta = derived(parts.path, shape, whole)
+    stored = (*one.stored, *two.stored)
+    left, right = (made(stored, one, two) for made in factors)
+    delta = derived(parts.path, shape, update(stored, one, two, shape[1]))
     rank = one.rank * two.rank
     if rank >= min(shape):
         return _whole(parts, scaling, delta)

@@ -170,5 +170,5 @@ def test_the_formulas_are_lycoris_own(kind):
         found = loha.diff_weight(*(parts.get(f"hada_{name}") for name in names), gamma=ALPHA / RANK)
     else:
         names = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
-        found = lokr.diff_weight(*(parts.get(f"lokr_{name}") for name in names), gamma=ALPHA / RANK)
+        found = lokr.kron_weight(*(parts.get(f"lokr_{name}") for name in names), scale=ALPHA / RANK)
     torch.testing.assert_close(found.view(shape).double(), delta, rtol=1e-5, atol=1e-6)

@@ -76,7 +76,7 @@ def _lokr(one: tuple[str, ...], two: tuple[str, ...]) -> Callable[[torch.Size, t
                 a = tensors[f"lokr_{name}_a"] = _random(generator, size[0], RANK)
                 b = tensors[f"lokr_{name}_b"] = _matrix(generator, RANK, *size[1:])
                 sides.append((a.double() @ b.double()).view(size))
-        first = sides[0].view(*sides[0].shape, *(1 for _ in kernel))
+        first = sides[0].reshape(*sides[0].shape, *(1 for _ in kernel))
         scale = ALPHA / RANK if one or two else 1.0
         return tensors, scale * torch.kron(first, sides[1])
 
