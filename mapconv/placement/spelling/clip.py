@@ -20,7 +20,7 @@ _LAYERS = {
 
 
 def text_names(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Location]]:
-    """transformers 5 saves ``CLIPTextModel`` without the prefix that published adapters have; OpenCLIP has other names."""
+    """transformers 5 saves ``CLIPTextModel`` without the prefix of published adapters; OpenCLIP has other names."""
     own = {layer: name.removesuffix(".weight") for name, layer in _LAYERS.items()}
     for name, shape in shapes.items():
         path = name.removesuffix(".weight")
