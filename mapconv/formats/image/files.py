@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mapconv.adapter import Adapter
+from mapconv.checkpoint.headers import TensorFile
 from mapconv.errors import UnsupportedError
 from mapconv.formats.base import Found
 from mapconv.formats.image.reading import ImageDialect
@@ -27,15 +28,25 @@ class ImageFiles:
         keys = [ref.name for ref in found.header.tensors]
         for dialect in signed:
             if all(dialect.keys.split(key) is not None for key in keys):
+                if not dialect.mixes:
+                    self._refuse_mixture(dialect, found.header)
                 return dialect.read(found, allow_pickle=allow_pickle)
-        first = signed[0]
-        foreign = [key for key in keys if first.keys.split(key) is None]
-        for other in signed[1:]:
-            theirs = next((key for key in foreign if other.keys.split(key) is not None), None)
-            if theirs is not None:
-                own = next(key for key in keys if first.keys.split(key) is not None)
+        return signed[0].read(found, allow_pickle=allow_pickle)
+
+    def _refuse_mixture(self, dialect: ImageDialect, file: TensorFile) -> None:
+        """One trainer writes all factors alike; a dialect of many endings must not hide that two were joined."""
+        for part in ("down", "up"):
+            endings: dict[str, str] = {}
+            for ref in file.tensors:
+                split = dialect.keys.split(ref.name)
+                if split is not None and dialect.keys.endings[split[2]] == part:
+                    endings.setdefault(split[2], ref.name)
+            if len(endings) > 1:
+                named = " and ".join(f"{self._first(key).name} ({key})" for key in list(endings.values())[:2])
                 raise UnsupportedError(
-                    f"{found.header.path} holds the keys of two dialects, {first.name} ({own}) and {other.name} "
-                    f"({theirs}): give each as a file of its own."
+                    f"{file.path} holds the keys of two dialects, {named}: give each as a file of its own."
                 )
-        return first.read(found, allow_pickle=allow_pickle)
+
+    def _first(self, key: str) -> ImageDialect:
+        """The first dialect that has a key."""
+        return next(dialect for dialect in self.dialects if dialect.keys.split(key) is not None)

@@ -47,8 +47,6 @@ class ImageDialect:
         parts, foreign = self.keys.gather(file.tensors)
         if foreign:
             raise self._foreign(file, foreign)
-        if not self.mixes:
-            self._refuse_mixture(file)
         scaling = None if self.alphas is None else self.alphas(file)
         updates = [update for update in map(update_of, parts) if update is not None]
         with TensorReader() as reader:
@@ -67,19 +65,6 @@ class ImageDialect:
             dialect=self.name,
             additions=tuple(addition for item in parts for addition in additions_of(item)),
         )
-
-    def _refuse_mixture(self, file: TensorFile) -> None:
-        """One trainer writes all factors alike."""
-        found: dict[str, str] = {}
-        for ref in file.tensors:
-            split = self.keys.split(ref.name)
-            if split is not None and self.keys.endings[split[2]] == "up":
-                found.setdefault(split[2], ref.name)
-        if len(found) > 1:
-            named = " and ".join(list(found.values())[:2])
-            raise UnsupportedError(
-                f"{file.path} holds the keys of two dialects ({named}): give each as a file of its own."
-            )
 
     def _foreign(self, file: TensorFile, foreign: Sequence[TensorRef]) -> AdapterError:
         named = ", ".join(ref.name for ref in foreign[:_NAMED]) + ", …" * (len(foreign) > _NAMED)

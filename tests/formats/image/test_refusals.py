@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import mapconv
-from mapconv.cli import cli
 from mapconv.errors import AdapterError, MapconvError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter
 
@@ -92,10 +90,10 @@ def test_alpha_zero_is_no_update(base, tmp_path):
     assert [(item.beta, item.error) for item in result.modules] == [(0.0, 0.0)]
 
 
-def test_metadata_that_would_paint_the_terminal(base, tmp_path):
+def test_metadata_that_would_paint_the_terminal(run, tmp_path):
     hostile = "networks.\x1b[31mevil\u202e\nmapconv: all is well"
     source = file(tmp_path, FACTORS | {"lora_unet_x.oft_blocks": torch.ones(2)}, ss_network_module=hostile)
-    output = CliRunner().invoke(cli, ["inspect", str(source)]).output
+    output = run("inspect", source).err
     assert "oft_blocks" in output
     assert not any(mark in output for mark in ("\x1b", "\u202e", "\nmapconv: all"))
 

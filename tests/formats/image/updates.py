@@ -78,7 +78,7 @@ def _lokr(one: tuple[str, ...], two: tuple[str, ...]) -> Callable[[torch.Size, t
                 sides.append((a.double() @ b.double()).view(size))
         first = sides[0].reshape(*sides[0].shape, *(1 for _ in kernel))
         scale = ALPHA / RANK if one or two else 1.0
-        return tensors, scale * torch.kron(first, sides[1])
+        return tensors, scale * torch.kron(first.contiguous(), sides[1].contiguous())
 
     return made
 
