@@ -78,3 +78,12 @@ def test_a_model_that_was_wrapped_again(times, tmp_path):
         "base_model.model.lin.lora_A.weight",
         "base_model.model.lin.lora_B.weight",
     ]
+
+
+def test_tinker_s_name_of_the_output_embedding(tmp_path):
+    key = "base_model.model.model.unembed_tokens.lora_{}.weight"
+    tensors = {key.format("A"): torch.ones(2, 8), key.format("B"): torch.ones(4, 2)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": "all-linear"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert [module.path for module in read_adapter(tmp_path).modules] == ["lm_head"]
