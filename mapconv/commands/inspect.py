@@ -9,7 +9,7 @@ from typing import Any
 
 from mapconv.adapter import Adapter, Addition, Module, WholeTensor
 from mapconv.checkpoint.codecs import storages
-from mapconv.hub import locate_adapter
+from mapconv.hub.locate import locate_adapter
 from mapconv.options.commands import INSPECT
 from mapconv.placement.adapters import place_adapter, read_as
 from mapconv.spelling import Axis, Norm, Rescaling
