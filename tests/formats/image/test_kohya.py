@@ -146,14 +146,14 @@ def test_sgm_names_are_those_that_diffusers_maps():
     found = {name: int(tensor.item()) for name, tensor in state.items() if name.endswith("lora.down.weight")}
     assert len(found) == len(attended)
     for name, mark in found.items():
-        path = name.removeprefix("unet.").removesuffix(".lora.down.weight")
-        assert flat(path) == flat(marks[mark])
+        assert spelled_new(name.removeprefix("unet.")) == marks[mark]
 
 
 def all_convolutions(model) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)}
 
 
-def flat(path: str) -> str:
-    """diffusers' converter spells old processors, whose ``to_out`` has no number."""
-    return path.replace(".processor", "").replace("to_out_lora", "to_out.0").replace("_lora", "")
+def spelled_new(name: str) -> str:
+    """The module of a tensor of diffusers' old attention processors, whose ``to_out`` has no number."""
+    path = name.removesuffix(".down.weight").removesuffix("_lora").removesuffix(".lora").replace(".processor", "")
+    return f"{path}.0" if path.endswith(".to_out") else path
