@@ -6,33 +6,54 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from mapconv.adapter import TensorRef
+from mapconv.checkpoint.codecs import storages
 from mapconv.checkpoint.codecs.base import EncodedTensor
+from mapconv.checkpoint.codecs.encode import is_writable
 from mapconv.checkpoint.headers import TensorFile
 from mapconv.errors import UnsupportedError
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.target_model import TargetModel, files_with
 
 
-def keep_codes(placed: Sequence[PlacedAdapter]) -> tuple[PlacedAdapter, ...]:
+def keep_codes(placed: Sequence[PlacedAdapter], *, rewrite: bool = False) -> tuple[PlacedAdapter, ...]:
     """The adapters on a target model whose untouched weights stay in their codes, byte for byte.
 
+    With ``rewrite``, weights that the adapters change go back into codes of the same storage.
+
     Raises:
-        UnsupportedError: an adapter changes a weight that is stored in codes.
+        UnsupportedError: an adapter changes a weight that is stored in codes, and these cannot be written; or with
+            ``rewrite`` a base without any.
     """
     target = placed[0].target
+    if rewrite and not storages(target.checkpoint):
+        raise UnsupportedError(
+            f"{target.folder} is not quantized, so there are no codes to keep: leave out --quantized keep."
+        )
     pieces = {piece.tensor.name for adapter in placed for item in adapter.modules for piece in item.weight.pieces}
     changed = [*sorted(pieces), *target.rows, *target.biases]
     whole = [name for name, ref in target.checkpoint.tensors.items() if target.tensors.get(name) is not ref]
+    encoded: dict[str, EncodedTensor] = {}
     for name in (*changed, *whole):
         ref = target.checkpoint.tensors.get(name)
-        if isinstance(ref, EncodedTensor):
+        if not isinstance(ref, EncodedTensor):
+            continue
+        if rewrite and is_writable(ref.encoding) and name not in whole and name not in target.biases:
+            encoded[name] = ref
+        elif rewrite:
+            why = "replaces it as a whole" if name in whole else "changes it"
+            raise UnsupportedError(
+                f"{ref.file}: {name} is stored as {ref.encoding.label}, and the adapter {why}, which cannot be written "
+                "in these codes: leave out --quantized keep, and the merged model has plain weights."
+            )
+        else:
             raise UnsupportedError(
                 f"{ref.file}: {name} is stored as {ref.encoding.label}, and the adapter changes it: leave out "
                 "--quantized copy, and the merged model has plain weights."
             )
     files = target.checkpoint.stored_files or target.checkpoint.files
     tensors = dict(_stored(target, files))
-    kept = replace(target, files=files_with(replace(target.checkpoint, files=files), tensors), tensors=tensors)
+    written = files_with(replace(target.checkpoint, files=files), tensors)
+    kept = replace(target, files=written, tensors=tensors, encoded=encoded)
     return tuple(replace(adapter, target=kept) for adapter in placed)
 
 
