@@ -34,13 +34,19 @@ def feedback_run(
     """Read the data; the model itself is loaded when the first group is asked for.
 
     Raises:
-        DataError: no data, or none that the model can read. UnsupportedError: nothing of the merge is rounded.
+        DataError: no data, or none that the model can read. UnsupportedError: nothing of the merge is rounded,
+        or the base cannot be run on text.
     """
     merged = [job for job in plan.jobs if isinstance(job, MergeJob)]
     if not any(job.codes or TORCH_DTYPES[job.target.dtype].itemsize <= 2 for job in merged):
         raise UnsupportedError(
             f"{plan.target.folder}: the merged weights are written in 32 bits, so --rounding feedback has nothing to "
             "do: leave it out, or choose a --dtype of 16 bits."
+        )
+    if plan.target.checkpoint.is_file or plan.target.checkpoint.models:
+        raise UnsupportedError(
+            f"{plan.target.folder} is no model that reads text, so nothing is known of its layers' inputs: leave out "
+            "--rounding feedback."
         )
     sample = read_data(data, placed.target, samples=samples, length=length)
     notes, found = list(sample.sequences.notes), len(sample.sequences)
@@ -50,7 +56,7 @@ def feedback_run(
         )
 
     def groups() -> Iterator[Group]:
-        waiting = {job.name: job for job in merged}
+        waiting = {id(job): job for job in merged}
         yield [job for job in plan.jobs if not isinstance(job, MergeJob)], None
         device = resolve_device("auto")
         for modules, roots in input_roots(placed, sample.sequences, statistics="full", device=device, quiet=quiet):
@@ -60,10 +66,10 @@ def feedback_run(
     return FeedbackRun(groups, tuple(notes), sample.record)
 
 
-def _of_modules(waiting: dict[str, MergeJob], paths: Sequence[str]) -> list[MergeJob]:
+def _of_modules(waiting: dict[int, MergeJob], paths: Sequence[str]) -> list[MergeJob]:
     """The jobs of these modules, which then wait no longer."""
     wanted = set(paths)
     found = [job for job in waiting.values() if any(item.placed.module.path in wanted for item in job.updates)]
     for job in found:
-        del waiting[job.name]
+        del waiting[id(job)]
     return found

@@ -14,21 +14,21 @@ from typing import Any, Literal
 
 from mapconv.adapter import ITEM_SIZES
 from mapconv.algebra.fingerprint import Fingerprint
-from mapconv.checkpoint.codecs import plain_dtype, storages
+from mapconv.checkpoint.codecs import storages
 from mapconv.checkpoint.filenames import ADAPTER_FILES, MERGE_RECORD
 from mapconv.checkpoint.index import Checkpoint
-from mapconv.checkpoint.sidecars import copy_model_files, write_model_config
-from mapconv.checkpoint.staging import check_output, staged_folder, write_file
-from mapconv.checkpoint.unchanged import marks_of, unchanged
+from mapconv.checkpoint.staging import check_output, check_output_file, staged_file, staged_folder, write_file
+from mapconv.checkpoint.unchanged import signatures_of, unchanged
 from mapconv.commands.base_values import MEASURED_SAMPLES, BaseValues, choose_base
 from mapconv.commands.feedback import feedback_run
 from mapconv.errors import BaseMismatchError
-from mapconv.hub import locate_adapter
+from mapconv.hub.locate import locate_adapter
 from mapconv.hub.reference import shown
+from mapconv.merging.companions import write_companions
 from mapconv.merging.merger import MergedTensor, survival_record
 from mapconv.merging.plan import plan_merge
 from mapconv.merging.survival import DAMAGED, Survival, total
-from mapconv.merging.writer import index_text, write_weights
+from mapconv.merging.writer import write_weights
 from mapconv.metadata.provenance import merge_record
 from mapconv.options.merging import MERGE, SCALES
 from mapconv.options.shared import SAMPLES, SEQUENCE_LENGTH
@@ -125,9 +125,10 @@ def merge(
             or a dtype for weights that are copied in codes.
     """
     started = time.perf_counter()
+    assert not isinstance(max_shard_size, str)  # the option has made bytes of it
     named = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     sources = [locate_adapter(adapter, allow_pickle=allow_pickle) for adapter in named]
-    marks = marks_of(sources, ADAPTER_FILES)
+    signatures = signatures_of(sources, ADAPTER_FILES)
     out = Path(out)
     choice = None
     if base_values is not None:
@@ -140,7 +141,11 @@ def merge(
         placed = keep_codes(placed, rewrite=quantized == "keep")
     plan = plan_merge(placed, weights=weights, dtype=dtype, max_shard_size=max_shard_size)
     folder = plan.target.folder
-    check_output(out, force=force, inputs=[*sources, folder], nbytes=plan.nbytes)
+    single = plan.target.checkpoint.is_file
+    if single:
+        check_output_file(out, force=force, suffix=".safetensors", inputs=[*sources, folder], nbytes=plan.nbytes)
+    else:
+        check_output(out, force=force, inputs=[*sources, folder], nbytes=plan.nbytes)
     notes = [*(note for item in placed for note in item.adapter.notes), *plan.target.notes]
     notes += [] if choice is None else [choice.note]
     notes += quantization_notes(plan.target.checkpoint, quantized)
@@ -149,20 +154,19 @@ def merge(
         sizes = {"samples": samples or SAMPLES.fallback, "length": SEQUENCE_LENGTH.fallback}
         run = feedback_run(plan, placed[0], Path(data), **sizes, quiet=quiet)
         notes += run.notes
-    marks |= plan.target.checkpoint.marks
-    place = TemporaryDirectory(prefix="mapconv-") if dry_run else staged_folder(out, force=force)
-    with place as name, unchanged(marks):
+    signatures |= plan.target.checkpoint.signatures
+    if dry_run:
+        place = TemporaryDirectory(prefix="mapconv-")
+    else:
+        place = staged_file(out, folder.name) if single else staged_folder(out, force=force)
+    with place as name, unchanged(signatures):
         staging = Path(name)
         groups = None if run is None else run.groups()
         recompute = (scales or SCALES.fallback) == "recompute"
         merged = write_weights(plan, None if dry_run else staging, groups=groups, recompute=recompute, quiet=quiet)
         if not force:
             _check_base(placed, merged)
-        notes += copy_model_files(folder, sources[0], staging)
-        if len(plan.files) > 1 or plan.target.checkpoint.index_metadata is not None:
-            write_file(staging / plan.target.checkpoint.index_file, index_text(plan))
-        written = plain_dtype(plan.target.checkpoint) if dtype == "auto" and not in_codes else dtype
-        notes += write_model_config(folder, staging, written, plan.target.config, quantized=in_codes)
+        notes += write_companions(plan, sources[0], staging, dtype, copied=in_codes)
         notes += _advice(merged, rounding) + _saturation(merged)
         record = merge_record(placed, weights) | {"survival": survival_record(merged)}
         record["rounding"] = {"method": rounding, "data": None if run is None else run.record}
@@ -170,7 +174,8 @@ def merge(
             record["quantized"] = {"kept": len(plan.target.encoded), "scales": scales or SCALES.fallback}
         if choice is not None:
             record["base_values"] = choice.record
-        write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")
+        if not single:
+            write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")
     return MergeResult(
         out=out,
         base=folder,

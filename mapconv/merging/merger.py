@@ -101,7 +101,7 @@ class Merger:
         """Do one job; with ``feedback``, values are rounded with the layer's inputs in view."""
         if isinstance(job, CopyJob):
             descriptor = self._reader.descriptor(job.source)
-            self._files[job.target.name].copy_from(descriptor, job.source_offset, job.target_offset, job.nbytes)
+            self._files[str(job.target)].copy_from(descriptor, job.source_offset, job.target_offset, job.nbytes)
             return None
         if isinstance(job, ConvertJob):
             self._convert(job)
@@ -118,7 +118,7 @@ class Merger:
             rounded = buffers.out.view(dtype)[: stop - start].copy_(values)
             if dtype == torch.float16 and not torch.isfinite(rounded).all():
                 raise _overflow(target.name, target.dtype)
-            self._files[target.file.name].write(rounded, target.start + start * dtype.itemsize)
+            self._files[str(target.file)].write(rounded, target.start + start * dtype.itemsize)
 
     def _merge(self, job: MergeJob, feedback: Feedback | None) -> MergedTensor:
         source, target = job.source, job.target
@@ -154,7 +154,7 @@ class Merger:
                         rounded.copy_(rows)
                     else:
                         feedback.round(job, index, start, rows, rounded)
-                    self._files[target.file.name].write(rounded, target.start + first * width * dtype.itemsize)
+                    self._files[str(target.file)].write(rounded, target.start + first * width * dtype.itemsize)
                 gauge.add(raw, rows, rounded, buffers.spare)
             if not gauge.finite:
                 raise self._not_finite(job)
@@ -173,7 +173,7 @@ class Merger:
         places = {place.name: place for place in job.codes}
         for ref, first, data in encoded.parts:
             place = places[ref.name]
-            self._files[place.file.name].write(data.contiguous(), place.start + first)
+            self._files[str(place.file)].write(data.contiguous(), place.start + first)
         out.copy_(encoded.values)
         return encoded.saturated
 

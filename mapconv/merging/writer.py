@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,13 +44,13 @@ def write_weights(
                 results = in_order(partial(merger.run, feedback=feedback), jobs, workers)
                 for job, result in zip(jobs, results, strict=True):
                     advance(job.nbytes)
-                    file = files[job.output.name]
+                    file = files[str(job.output)]
                     if isinstance(file, FixedFile):
                         flush.wrote(file.descriptor, job.nbytes)
                     if result is not None:
                         log.info("merged %s, %d bytes", result.tensor, job.nbytes)
-                        merged[result.tensor] = result
-    return tuple(merged[job.name] for job in plan.jobs if isinstance(job, MergeJob))
+                        merged[id(job)] = result
+    return tuple(merged[id(job)] for job in plan.jobs if isinstance(job, MergeJob))
 
 
 def _working_bytes(job: CopyJob | ConvertJob | MergeJob, feedback: Feedback | None) -> int:
@@ -59,13 +58,6 @@ def _working_bytes(job: CopyJob | ConvertJob | MergeJob, feedback: Feedback | No
         # A matrix as it is read, wanted and written, its levels, and what is measured.
         return 48 * job.source.numel // job.grid[0]
     return Merger.WORKING_BYTES if feedback is None else feedback.WORKING_BYTES
-
-
-def index_text(plan: MergePlan) -> str:
-    """The index of the plan's files."""
-    metadata = dict(plan.target.checkpoint.index_metadata or {}) | {"total_size": plan.tensor_bytes}
-    weight_map = {tensor: file.name for file in plan.files for tensor in file.tensors}
-    return json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
 
 
 @contextmanager
@@ -76,6 +68,7 @@ def _output_files(plan: MergePlan, staging: Path | None) -> Iterator[dict[str, F
     files: dict[str, FixedFile] = {}
     try:
         for file in plan.files:
+            (staging / file.name).parent.mkdir(exist_ok=True)
             files[file.name] = FixedFile(staging / file.name, file.header, file.nbytes)
         yield {**files}
     finally:

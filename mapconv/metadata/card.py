@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 from mapconv.adapter import MapModule
 from mapconv.hub.reference import is_repo_id
-from mapconv.metadata.markdown import calibration_table, number, percent, python_code, table, value_range, worst
+from mapconv.metadata.markdown import calibration_table, number, python_code, share, table
 from mapconv.metadata.readme import Readme, compose, read_readme
 from mapconv.metadata.rebased import rebase_section
 from mapconv.metadata.survived import survival_table
 from mapconv.untrusted.printable import markdown_code, markdown_text
+from mapconv.wording import fixed, small, spread
 
 CARD_FILE, PLOT_FILE, REPORT_FILE = "README.md", "scalars.png", "verify.json"
 #: What is taken over from the cards of the source and the base, and may be the user's own in README.md.
@@ -94,13 +95,14 @@ def write_card(facts: CardFacts, own: Readme, *, title: str, repo_id: str | None
 
 def _metadata(facts: CardFacts, own: Mapping[str, Any], license_: str | None) -> dict[str, Any]:
     """Ours first and in a fixed order; then what the user's README.md says besides."""
+    adapter = _hub_name(facts.source) if _is_adapter(facts.source) else None
     data: dict[str, Any] = {
         "base_model": facts.base,
         "base_model_relation": "adapter" if facts.kind == "adapter" else "finetune",
         "base_model_revision": facts.base_revision if facts.base else None,
         "library_name": "peft" if facts.kind == "adapter" else "transformers",
-        "source_adapter": _hub_name(facts.source),
-        "source_adapter_revision": facts.source.get("revision") if _hub_name(facts.source) else None,
+        "source_adapter": adapter,
+        "source_adapter_revision": facts.source.get("revision") if adapter else None,
     }
     copied = (facts.record.get("base") or {}).get("card") or {}
     copied = copied | (facts.source.get("card") or {}) | {key: own[key] for key in _COPIED if own.get(key)}
@@ -142,6 +144,8 @@ def _summary(facts: CardFacts) -> str:
     made = f"A {method} adapter of {base}, converted to MAP form by mapconv."
     if facts.record.get("rebase"):
         made = f"An adapter of {base}, fitted to it by mapconv from a {method} adapter of another base."
+    elif facts.record.get("extract"):
+        made = f"What a full finetune changed in {base}, extracted as an adapter by mapconv."
     elif not facts.source:
         made = f"A MAP adapter of {base}, trained with mapconv."
     elif facts.source.get("method") == "MAP":
@@ -191,17 +195,17 @@ def _fidelity(facts: CardFacts) -> str:
             f"input: {weights}."
         )
     rows = [
-        (name, "-" if report[key] is None else f"{report[key]:.4f}", number(kl))
+        (name, fixed(report[key]), number(kl))
         for name, key, kl in (
             ("base", "perplexity_base", report["kl_base"]),
-            ("source adapter", "perplexity_source", 0.0),
+            ("source adapter" if _is_adapter(facts.source) else "source", "perplexity_source", 0.0),
             ("this", "perplexity_result", report["kl"]),
         )
     ]
     head = ("model", "perplexity", "KL(source ‖ model)")
     return (
         f"{table(head, rows)}\n\nMeasured by `mapconv verify` at {report['tokens']:,} positions of a text: the same "
-        f"most likely answer as the source {percent(report['top1_agreement'])} of the time; {weights}."
+        f"most likely answer as the source {share(report['top1_agreement'])} of the time; {weights}."
     )
 
 
@@ -213,10 +217,10 @@ def _scalars(facts: CardFacts) -> str:
         (
             markdown_text(name),
             str(len(modules)),
-            value_range([module.rank for module in modules], "{}"),
-            value_range([module.base_gain for module in modules], "{:.4f}"),
-            value_range([module.beta / module.alpha if module.alpha else 0.0 for module in modules], "{:.4f}"),
-            worst([module.error for module in modules if module.error is not None]),
+            spread([module.rank for module in modules], str),
+            spread([module.base_gain for module in modules], fixed),
+            spread([module.beta / module.alpha if module.alpha else 0.0 for module in modules], fixed),
+            small(max((module.error for module in modules if module.error is not None), default=None)),
         )
         for name, modules in groups.items()
     ]
@@ -239,9 +243,10 @@ def _lineage(source: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
     while source:
         name = _hub_name(source)
+        kind = "adapter" if _is_adapter(source) else "model"
         place = _pinned(name, source.get("revision")) if name else "not on the Hub"
         rows.append(
-            ("adapter", f"{_method(source)}, {place}, {markdown_code(str(source.get('fingerprint', ''))[:23] + '…')}")
+            (kind, f"{_method(source)}, {place}, {markdown_code(str(source.get('fingerprint', ''))[:23] + '…')}")
         )
         source = source.get("source") or {}
     return rows
@@ -250,6 +255,10 @@ def _lineage(source: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _hub_name(source: Mapping[str, Any]) -> str | None:
     """A source's name if it is on the Hub: only what came from there has a commit."""
     return source.get("name") if source.get("revision") else None
+
+
+def _is_adapter(source: Mapping[str, Any]) -> bool:
+    return source.get("method") != "full finetune"
 
 
 def _method(source: Mapping[str, Any]) -> str:

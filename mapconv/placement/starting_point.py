@@ -124,7 +124,7 @@ class _Resolution:
             parameter = self._parameter(item)
             if parameter in owners:
                 raise UnsupportedError(
-                    f"{item.tensor.file} and {owners[parameter].tensor.file} both bring {parameter} whole "
+                    f"{item.tensor.file} and {owners[parameter].tensor.file} both replace {parameter} "
                     "(modules_to_save), and only one can be in the merged model: merge them one by one."
                 )
             owners[parameter] = item
@@ -211,7 +211,11 @@ class _Resolution:
                 parameter = self._parameter(item)
                 if item.rows is None and item.in_place:
                     continue
-                own = ("rows", item.rows, item.tensor.name) if item.rows is not None else ("saved", item.tensor.shape)
+                # PEFT trains copies of both ends apart, unless it was told to keep them one.
+                together = bool(adapter.config.get("ensure_weight_tying"))
+                own = ("saved", None if together else item.tensor.name)
+                if item.rows is not None:
+                    own = ("rows", item.rows, item.tensor.name)
                 for name in self._names_of(item, parameter):
                     content[name] = (*content.get(name, ()), own)
         return content

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,6 +29,10 @@ class Converted:
     A: torch.Tensor
     B: torch.Tensor
     magnitude: torch.Tensor | None
+
+    def without_factors(self) -> Converted:
+        """The numbers alone."""
+        return replace(self, A=self.A[:0], B=self.B[:, :0], magnitude=None)
 
 
 def refitted_module(
