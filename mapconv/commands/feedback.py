@@ -23,7 +23,7 @@ from mapconv.wording import counted
 class FeedbackRun:
     """The passes over the data, and what is to be said and recorded of it."""
 
-    groups: Callable[[], Iterator[Group]]
+    groups: Callable[[MergePlan], Iterator[Group]]
     notes: tuple[str, ...]
     record: dict[str, Any]
 
@@ -55,8 +55,8 @@ def feedback_run(
             f"--data gives {counted(found, 'sequence')} beside those held out, fewer than the {samples} to run"
         )
 
-    def groups() -> Iterator[Group]:
-        waiting = {id(job): job for job in merged}
+    def groups(plan: MergePlan) -> Iterator[Group]:
+        waiting = {id(job): job for job in plan.jobs if isinstance(job, MergeJob)}
         yield [job for job in plan.jobs if not isinstance(job, MergeJob)], None
         device = resolve_device("auto")
         for modules, roots in input_roots(placed, sample.sequences, statistics="full", device=device, quiet=quiet):

@@ -35,6 +35,7 @@ from mapconv.options.shared import SAMPLES, SEQUENCE_LENGTH
 from mapconv.placement.adapters import PlacedAdapter, place_adapters
 from mapconv.placement.base_check import base_fault
 from mapconv.placement.kept_codes import keep_codes
+from mapconv.placement.selection import module_rule
 from mapconv.refit.plan import Dtype
 from mapconv.wording import counted
 
@@ -84,6 +85,8 @@ def merge(
     rounding: Rounding = "nearest",
     quantized: Quantized = "dequantize",
     scales: Scales | None = None,
+    lift: str | Sequence[str] | None = None,
+    min_survival: float | None = None,
     base_values: BaseValues | None = None,
     original: str | Path | None = None,
     data: str | Path | None = None,
@@ -109,6 +112,8 @@ def merge(
             ordinary model in 16 bits; ``copy`` them as they are, where the adapters change plain ones alone; ``keep``:
             copy those that no adapter changes, and write the merged ones in the same storage.
         scales: of merged weights that stay in codes: ``keep`` those of the base, or ``recompute`` them (the default).
+        lift: of those, modules to write in 16 bits instead: ends of their names, or a regular expression.
+        min_survival: lift all modules of which a first pass finds less than this share of the update to survive.
         base_values: where the base is quantized, what to merge into: its ``stored`` values, the ``original`` model that
             it was made from, or the one under which ``data`` is likelier (``measured``); None: the base as it is given.
         original: that model's folder or Hub id; None: what the base's card names.
@@ -137,9 +142,12 @@ def merge(
         base = choice.base
     placed = place_adapters(sources, base, allow_pickle=allow_pickle)
     in_codes = quantized != "dequantize"
+    shapes = {"weights": weights, "dtype": dtype, "max_shard_size": max_shard_size}
+    as_placed = placed
     if in_codes:
-        placed = keep_codes(placed, rewrite=quantized == "keep")
-    plan = plan_merge(placed, weights=weights, dtype=dtype, max_shard_size=max_shard_size)
+        rule = None if lift is None else module_rule(lift, "--lift")
+        placed = keep_codes(as_placed, rewrite=quantized == "keep", lift=rule)
+    plan = plan_merge(placed, **shapes)
     folder = plan.target.folder
     single = plan.target.checkpoint.is_file
     if single:
@@ -154,6 +162,15 @@ def merge(
         sizes = {"samples": samples or SAMPLES.fallback, "length": SEQUENCE_LENGTH.fallback}
         run = feedback_run(plan, placed[0], Path(data), **sizes, quiet=quiet)
         notes += run.notes
+    recompute = (scales or SCALES.fallback) == "recompute"
+    if min_survival is not None:
+        groups = None if run is None else run.groups(plan)
+        tried = write_weights(plan, None, groups=groups, recompute=recompute, quiet=quiet)
+        lost = _below(tried, min_survival)
+        if lost:
+            named = {*plan.target.lifted, *(name.removesuffix(".weight") for name in lost)}
+            plan = plan_merge(keep_codes(as_placed, rewrite=True, lift=named.__contains__), **shapes)
+            notes.append(_lifted_note(lost, min_survival))
     signatures |= plan.target.checkpoint.signatures
     if dry_run:
         place = TemporaryDirectory(prefix="mapconv-")
@@ -161,8 +178,7 @@ def merge(
         place = staged_file(out, folder.name) if single else staged_folder(out, force=force)
     with place as name, unchanged(signatures):
         staging = Path(name)
-        groups = None if run is None else run.groups()
-        recompute = (scales or SCALES.fallback) == "recompute"
+        groups = None if run is None else run.groups(plan)
         merged = write_weights(plan, None if dry_run else staging, groups=groups, recompute=recompute, quiet=quiet)
         if not force:
             _check_base(placed, merged)
@@ -171,7 +187,8 @@ def merge(
         record = merge_record(placed, weights) | {"survival": survival_record(merged)}
         record["rounding"] = {"method": rounding, "data": None if run is None else run.record}
         if plan.target.encoded:
-            record["quantized"] = {"kept": len(plan.target.encoded), "scales": scales or SCALES.fallback}
+            kept = {"kept": len(plan.target.encoded), "scales": scales or SCALES.fallback}
+            record["quantized"] = kept | {"lifted": list(plan.target.lifted)}
         if choice is not None:
             record["base_values"] = choice.record
         if not single:
@@ -204,6 +221,20 @@ def _advice(merged: Sequence[MergedTensor], rounding: Rounding) -> list[str]:
         f"less than {DAMAGED:g} of the update survives rounding to {worst.dtype} in {counted(len(damaged), 'tensor')} "
         f"(least: {worst.survival.projection:.2f} in {worst.tensor}): {helps}"
     ]
+
+
+def _below(merged: Sequence[MergedTensor], least: float) -> list[str]:
+    """The weights in codes of which less survives, from the worst on."""
+    found = [item for item in merged if item.dtype not in ITEM_SIZES and item.survival.projection < least]
+    return [item.tensor for item in sorted(found, key=lambda item: item.survival.projection)]
+
+
+def _lifted_note(lost: Sequence[str], least: float) -> str:
+    more = "" if len(lost) == 1 else f" and {len(lost) - 1} more"
+    return (
+        f"less than {least:g} of the update would survive in {lost[0]}{more}, so {counted(len(lost), 'module')} left "
+        "the codes for 16 bits"
+    )
 
 
 def _saturation(merged: Sequence[MergedTensor]) -> list[str]:

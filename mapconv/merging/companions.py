@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from mapconv.checkpoint.codecs import plain_dtype
+from mapconv.checkpoint.codecs.base import EncodedTensor
 from mapconv.checkpoint.filenames import PIPELINE_FILE
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.checkpoint.sidecars import copy_model_files, copy_pipeline_files, write_model_config
@@ -31,7 +32,11 @@ def write_companions(plan: MergePlan, adapter: Path, staging: Path, dtype: str, 
         _write_index(plan, checkpoint, "", staging)
         written = plain_dtype(checkpoint) if dtype == "auto" and not copied else dtype
         notes = copy_model_files(checkpoint.folder, adapter, staging)
-        return notes + write_model_config(checkpoint.folder, staging, written, plan.target.config, quantized=copied)
+        lifted = plan.target.lifted
+        plain = [] if isinstance(checkpoint.tensors.get("lm_head.weight"), EncodedTensor) else ["lm_head"]
+        return notes + write_model_config(
+            checkpoint.folder, staging, written, plan.target.config, quantized=copied, lifted=lifted, plain=plain
+        )
     copy_pipeline_files(checkpoint.folder, staging)
     for model in checkpoint.models:
         target = staging / model.folder.name

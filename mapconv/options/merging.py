@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mapconv.options.kinds import Choice, Reals, Size, Source
+from mapconv.options.kinds import Choice, Names, Real, Reals, Size, Source
 from mapconv.options.records import Command, Option
 from mapconv.options.rules import Check, Excludes, Spell
 from mapconv.options.shared import (
@@ -69,8 +69,9 @@ def _copied_codes(given: Mapping[str, Any], spell: Spell) -> str | None:
         return (
             f"weights that stay in codes keep their dtype: {spell('quantized', kept)} requires {spell('dtype', 'auto')}"
         )
-    if "scales" in given and kept != "keep":
-        return f"{spell('scales', ...)} requires {spell('quantized', 'keep')}"
+    for name in ("scales", "lift", "min_survival"):
+        if name in given and kept != "keep":
+            return f"{spell(name, ...)} requires {spell('quantized', 'keep')}"
     return None
 
 
@@ -120,6 +121,18 @@ MERGE = Command(
     ),
     SCALES,
     Option(
+        "lift",
+        Names(),
+        "With --quantized keep: modules to write in 16 bits instead, by ends of their names, or a regular expression.",
+        metavar="NAMES",
+    ),
+    Option(
+        "min_survival",
+        Real(above=0),
+        "With --quantized keep: lift modules of which less than X of the update would survive.",
+        metavar="X",
+    ),
+    Option(
         "base_values",
         Choice(("original", "stored", "measured")),
         "Of a quantized base: merge into its stored values, the original model, or what --data is likelier under.",
@@ -142,7 +155,7 @@ MERGE = Command(
     QUIET,
     rules=(
         Check(("weights", "adapters"), _as_many_weights),
-        Check(("quantized", "dtype", "scales"), _copied_codes),
+        Check(("quantized", "dtype", "scales", "lift", "min_survival"), _copied_codes),
         Check(("base_values", "original", "data", "samples"), _measured_base),
         Check(("rounding", "data", "dtype", "adapters", "weights"), _fed_back),
         Excludes("verbose", "quiet"),

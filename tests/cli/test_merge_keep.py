@@ -84,7 +84,41 @@ def test_kept_scales_keep_their_bytes(plain, adapter, tmp_path):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name.rpartition(".")[2] for name in changed} == {"weight_packed"}
     record = json.loads((result.out / "map_merge.json").read_text())
-    assert record["quantized"] == {"kept": 4, "scales": "keep"}
+    assert record["quantized"] == {"kept": 4, "scales": "keep", "lifted": []}
+
+
+@pytest.mark.parametrize(
+    ("storage", "place"),
+    [
+        ("ct-int4", lambda settings: settings["ignore"]),
+        ("fp8-blocks", lambda settings: settings["modules_to_not_convert"]),
+        ("nf4", lambda settings: settings["llm_int8_skip_modules"]),
+        ("gptq-4", lambda settings: list(settings["dynamic"])),
+    ],
+)
+def test_lifted_modules_are_plain_and_the_configuration_says_so(storage, place, plain, adapter, tmp_path):
+    base, twin = quantize_with_twin(plain, storage, tmp_path)
+    settings = {"quantized": "keep", "lift": "layers.0.self_attn.q_proj"}
+    result = mapconv.merge(adapter, tmp_path / "merged", base=base, **settings)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    stored, exact = load_file(result.out / "model.safetensors"), merged_by_peft(twin, adapter)
+    assert stored[name].dtype == torch.bfloat16
+    assert torch.equal(stored[name], exact[name].bfloat16())
+    assert not [other for other in stored if "layers.0.self_attn.q_proj" in other and other != name]
+    listed = place(json.loads((result.out / "config.json").read_text())["quantization_config"])
+    assert any("layers" in entry and entry.endswith(("q_proj", "q_proj$")) for entry in listed)
+    assert set(values_of(result.out)) == set(values_of(base))
+
+
+def test_modules_that_would_lose_too_much_are_lifted(plain, tmp_path):
+    base = quantize(plain, "ct-int4", tmp_path)
+    weak = save_adapter(plain, tmp_path / "weak", size=0.01, target_modules=["q_proj", "down_proj"])
+    settings = {"quantized": "keep", "scales": "keep"}
+    lost = mapconv.merge(weak, tmp_path / "lost", base=base, **settings)
+    assert min(item.survival.projection for item in lost.merged) < 0.5
+    kept = mapconv.merge(weak, tmp_path / "kept", base=base, min_survival=0.9, **settings)
+    assert min(item.survival.projection for item in kept.merged) >= 0.9
+    assert any("left the codes for 16 bits" in note for note in kept.notes)
 
 
 def test_values_beyond_kept_scales_are_counted_and_said(plain, tmp_path, run):
@@ -111,6 +145,8 @@ def test_a_kept_model_is_a_base_again_and_pushes(plain, adapter, tmp_path, run):
         ("ct-int4", ["--quantized", "keep", "--dtype", "float16"], 2, "keep their dtype"),
         ("ct-int4", ["--scales", "keep"], 2, "requires --quantized keep"),
         ("ct-int4", ["--quantized", "keep", "--rounding", "feedback"], 2, "requires --data"),
+        ("ct-int4", ["--quantized", "keep", "--lift", "v_proj"], 1, "names no weight in codes that the adapter"),
+        ("ct-int4", ["--min-survival", "0.5"], 2, "requires --quantized keep"),
     ],
 )
 def test_refusals(storage, words, status, said, plain, adapter, tmp_path, run):
