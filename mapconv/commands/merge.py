@@ -214,8 +214,7 @@ def _advice(merged: Sequence[MergedTensor], rounding: Rounding) -> list[str]:
         return []
     worst = min(damaged, key=lambda item: item.survival.projection)
     in_codes = worst.dtype not in ITEM_SIZES
-    helps = "--quantized dequantize" if in_codes else "--dtype float32 keeps all of it"
-    helps += " keeps it in 16 bits" if in_codes else ""
+    helps = "--lift or --quantized dequantize keeps it in 16 bits" if in_codes else "--dtype float32 keeps all of it"
     helps += "" if rounding == "feedback" else ", --rounding feedback --data FILE more of what the layers put out"
     return [
         f"less than {DAMAGED:g} of the update survives rounding to {worst.dtype} in {counted(len(damaged), 'tensor')} "

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from mapconv.checkpoint.codecs import plain_view
 from mapconv.checkpoint.codecs.base import EncodedTensor
 from mapconv.checkpoint.codecs.encode import is_writable, open_store, rewritten
 from mapconv.checkpoint.codecs.encode.base import Store, WrittenBytes
+from mapconv.checkpoint.index import read_checkpoint
+from mapconv.checkpoint.quantization import quantization_settings
 from mapconv.checkpoint.reader import TensorReader
 
 from .encoders import STORAGES, nf4
+from .test_oracles import stored_case
 from .test_values import NAME, weight_of, write
 
 ALL = slice(None)
@@ -96,3 +101,27 @@ def test_what_a_merge_cannot_write_is_known(tmp_path):
     for name in set(STORAGES) - set(WRITABLE):
         ref = weight_in(tmp_path / name, STORAGES[name], STORAGES[name].encode(weight_of((40, 96)))[0])
         assert is_writable(ref.encoding) == (name in WRITABLE)
+
+
+def test_experts_of_gpt_oss_go_back_one_by_one(tmp_path):
+    config, tensors, _ = stored_case("gpt-oss-mxfp4")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    with TensorReader() as reader:
+        view = plain_view(read_checkpoint(tmp_path), config, quantization_settings(tmp_path, config), reader)
+        for ref in view.tensors.values():
+            if not isinstance(ref, EncodedTensor):
+                continue
+            experts, height, width = ref.shape
+            values = reader.read(ref)
+            for index in range(experts):
+                store = open_store(ref.encoding, reader, index)
+                assert store.turned
+                levels = store.grid.nearest(values[index].T, ALL)
+                out = torch.empty(height, width)
+                written = WrittenBytes(reader, store.parts(levels))
+                ref.encoding.rows(written, index * height, (index + 1) * height, out)
+                assert torch.equal(out, values[index])
+                store.rescale(3 * values[index].T)
+                written = WrittenBytes(reader, store.parts(store.grid.nearest(3 * values[index].T, ALL)))
+                ref.encoding.rows(written, index * height, (index + 1) * height, out)
+                assert float((out - 3 * values[index]).norm() / (3 * values[index]).norm()) < 0.15
