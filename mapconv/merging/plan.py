@@ -168,6 +168,7 @@ def _refuse_weight(adapter: PlacedAdapter, weight: float) -> None:
     """A weight scales updates; what an adapter replaces as a whole (heads, rows, biases) has no part to scale."""
     whole = [item.tensor for item in adapter.adapter.whole]
     whole += [item.module.bias for item in adapter.modules if item.module.bias is not None]
+    whole += [item.tensor for item in adapter.adapter.additions]
     if weight != 1.0 and whole:
         raise UnsupportedError(
             f"{adapter.adapter.path} contains {whole[0].name}, which is not a low-rank update and cannot be scaled by "

@@ -26,6 +26,8 @@ from mapconv.options.shared import (
     BASE,
     DATA,
     DEVICE,
+    DORA_AXIS,
+    DORA_NORM,
     DRY_RUN,
     DTYPE,
     FORCE,
@@ -39,7 +41,7 @@ from mapconv.options.shared import (
 )
 from mapconv.options.surgery import EXTRACT
 
-INSPECT = Command("inspect", SOURCE, BASE, ALLOW_PICKLE, JSON)
+INSPECT = Command("inspect", SOURCE, BASE, DORA_AXIS, DORA_NORM, ALLOW_PICKLE, JSON)
 
 VERIFY = Command(
     "verify",

@@ -13,6 +13,8 @@ from mapconv.options.shared import (
     ALLOW_PICKLE,
     BASE,
     DATA,
+    DORA_AXIS,
+    DORA_NORM,
     DRY_RUN,
     DTYPE,
     FORCE,
@@ -147,6 +149,8 @@ MERGE = Command(
         help="Text, .jsonl or .parquet for --rounding, or that --base-values measures on (default: a shipped text)."
     ),
     SAMPLES.but(help="Sequences of 256 tokens of it. Default: 32 for --rounding, 8 for --base-values.", fallback=None),
+    DORA_AXIS,
+    DORA_NORM,
     ALLOW_PICKLE,
     DRY_RUN,
     JSON,

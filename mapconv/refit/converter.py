@@ -21,6 +21,7 @@ from mapconv.algebra.fingerprint import (
     matrix_fingerprint,
     row_numbers,
 )
+from mapconv.algebra.increments import ProductIncrement
 from mapconv.algebra.moments import InputRoot
 from mapconv.algebra.norms import (
     product_difference_norm,
@@ -35,6 +36,7 @@ from mapconv.refit.converted import Converted, converted_module, finite_base, re
 from mapconv.refit.norms import BaseNorms
 from mapconv.refit.plan import UpgradePlan
 from mapconv.refit.solving import Wanted, rounded
+from mapconv.refit.targets.adapted import target_of
 from mapconv.runtime.devices import resolve_device
 
 #: Before its first step a DoRA's magnitudes are the base's row norms, but for float32 rounding in sums over a row.
@@ -52,17 +54,20 @@ class Converter:
 
     def convert_all(self, items: Sequence[PlacedModule], root: InputRoot | None = None) -> list[Converted]:
         """Modules in MAP form, their factors read together; refits weigh errors by ``root``, as ``convert`` does."""
+        if any(self._plan.kind_of(item) == "refit" for item in items):
+            return [self.convert(item, root) for item in items]
         pairs = zip(items, self._factors.load_all(items), strict=True)
-        return [self.convert(item, factors, root) for item, factors in pairs]
+        return [self._keep(item, factors) for item, factors in pairs]
 
-    def convert(self, placed: PlacedModule, factors: Factors, root: InputRoot | None = None) -> Converted:
+    def convert(self, placed: PlacedModule, root: InputRoot | None = None) -> Converted:
         """One module in MAP form; a refit weighs errors by ``root``, the root of its inputs' second moment."""
-        kind = self._plan.kind_of(placed)
-        if kind == "keep-lora":
-            return self._keep_lora(placed, factors)
-        if kind == "keep-dora":
-            return self._keep_dora(placed, factors)
-        return self._refit(placed, factors, root)
+        if self._plan.kind_of(placed) == "refit":
+            return self._refit(placed, root)
+        return self._keep(placed, self._factors.load(placed))
+
+    def _keep(self, placed: PlacedModule, factors: Factors) -> Converted:
+        kept = self._keep_lora if self._plan.kind_of(placed) == "keep-lora" else self._keep_dora
+        return kept(placed, factors)
 
     def _keep_lora(self, placed: PlacedModule, factors: Factors) -> Converted:
         """W0 + s·BA is MAP already: α = ‖W0‖, β = ‖s·BA‖ (``mapconv.algebra`` section 2)."""
@@ -100,19 +105,20 @@ class Converter:
         error = (error_square / update_square) ** 0.5 if update_square else 0.0
         return converted_module(placed, "dora", 1.0, finite_base(found, placed), norm, error, A, B, factors.magnitude)
 
-    def _refit(self, placed: PlacedModule, factors: Factors, root: InputRoot | None) -> Converted:
+    def _refit(self, placed: PlacedModule, root: InputRoot | None) -> Converted:
         """The optimum of section 4; ε and the magnitude are then measured on the factors as stored."""
-        device = self._device
-        base = self._base_matrix(placed).to(device)
-        magnitude = None if factors.magnitude is None else factors.magnitude.to(device)
-        scaled = (factors.B * placed.scaling).to(device)
-        target = AdaptedWeight(base, factors.A.to(device), scaled, magnitude)
+        base = self._base_matrix(placed).to(self._device)
+        increment, magnitude = self._factors.increment(placed)
+        target = target_of(placed, increment.scaled(placed.scaling), magnitude, base)
         found = finite_base(matrix_fingerprint(base), placed)
-        if not factors.B.any() and target.update_norm <= UNTRAINED * found.norm:
-            return self._keep_base(placed, factors, target, found)
+        factored = isinstance(target, AdaptedWeight) and isinstance(increment, ProductIncrement)
+        if factored and not increment.B.any() and target.update_norm <= UNTRAINED * found.norm:
+            return self._keep_base(placed, increment, target, found)
         return refitted_module(placed, target, self._wanted(placed), found, root)
 
-    def _keep_base(self, placed: PlacedModule, factors: Factors, target: AdaptedWeight, base: Fingerprint) -> Converted:
+    def _keep_base(
+        self, placed: PlacedModule, factors: ProductIncrement, target: AdaptedWeight, base: Fingerprint
+    ) -> Converted:
         """An untrained DoRA has no direction: what its magnitudes' rounding does to W0 is noise, and not refitted."""
         rank = min(self._options.rank or placed.rank, factors.A.shape[0])
         A, B = self._stored(factors.A[:rank], placed), self._stored(factors.B[:, :rank], placed)
