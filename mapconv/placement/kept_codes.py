@@ -9,6 +9,7 @@ from mapconv.adapter import TensorRef
 from mapconv.checkpoint.codecs import storages
 from mapconv.checkpoint.codecs.base import EncodedTensor
 from mapconv.checkpoint.codecs.encode import is_writable
+from mapconv.checkpoint.gguf.header import is_gguf
 from mapconv.checkpoint.headers import TensorFile
 from mapconv.checkpoint.model_config import read_model_config
 from mapconv.checkpoint.quantization import can_leave_out, quantization_settings
@@ -31,6 +32,11 @@ def keep_codes(
         PlacementError: ``lift`` fits no changed weight.
     """
     target = placed[0].target
+    if is_gguf(target.folder):
+        raise UnsupportedError(
+            f"{target.folder} is a GGUF file, whose blocks no other kind of file can hold: leave out --quantized, "
+            "and the merged model has plain weights."
+        )
     if rewrite and not storages(target.checkpoint):
         raise UnsupportedError(
             f"{target.folder} is not quantized, so there are no codes to keep: leave out --quantized keep."
