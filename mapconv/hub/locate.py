@@ -37,6 +37,8 @@ _ADAPTER_FILES = (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS, "map_config.json", CARD_FIL
 _OR_BASE = "or give the base model's folder with --base"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SINGLES, _INDEXES = zip(*map(weights_files, STEMS), strict=True)
+#: Weights in half precision are fetched where there are no others.
+_PLAIN, _HALF = (tuple(name for name in _SINGLES if (".fp16." in name) == half) for half in (False, True))
 _SMALL_MODEL_FILES = (MODEL_CONFIG, MODELOPT_FILE, PIPELINE_FILE, *_INDEXES, CARD_FILE, *MODEL_FILES, *TOKENIZER_FILES)
 
 
@@ -196,10 +198,10 @@ def _exists(name: str) -> bool:
 
 def _whole_model(reference: HubReference, hint: str = "") -> Path:
     """All of a model that ``from_pretrained`` needs: one weights file, or the shards that the index lists."""
-    folder = _snapshot(reference, (*_SMALL_MODEL_FILES, *_SINGLES[:-1]), hint)
+    folder = _snapshot(reference, (*_SMALL_MODEL_FILES, *_PLAIN), hint)
     if not _has_weights(folder):
         # Only these: a repository may hold the same weights in another layout as well (consolidated.safetensors).
-        return _snapshot(reference, (*_SMALL_MODEL_FILES, *(_shards(folder) or _SINGLES[-1:])), hint)
+        return _snapshot(reference, (*_SMALL_MODEL_FILES, *(_shards(folder) or _HALF)), hint)
     return folder
 
 
