@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from mapconv.checkpoint.gguf.families import FAMILIES
+from mapconv.checkpoint.gguf.types import BLOCK_TYPES
 from mapconv.formats.config import CHANGED_BASE, REFUSED
 from tests.checkpoint.codecs.encoders import STORAGES
 
@@ -53,6 +55,11 @@ _STORAGES = {
     "awq": "4 bits, GEMM layout",
     "mlx": "key `quantization`: 2 to 8 bits with biases, MXFP4, MXFP8, NVFP4; embeddings and heads too",
 }
+#: A storage that is a file instead of a folder.
+_GGUF = (
+    f"a `.gguf` file: {', '.join(kind.name for kind in BLOCK_TYPES.values())}; the architectures "
+    f"{', '.join(FAMILIES)} (Mistral and Mixtral are `llama`)"
+)
 
 
 def support_table() -> str:
@@ -69,13 +76,14 @@ def support_table() -> str:
     lines[-1] += "compared bit for bit with the same values stored plain):"
     lines += ["", "| `quant_method` | storages |", "|---|---|"]
     lines += [f"| `{method}` | {storages} |" for method, storages in _STORAGES.items()]
+    lines += [f"| GGUF | {_GGUF} |"]
     lines += ["", "Refused by name, before anything is written:", "", "| | why |", "|---|---|"]
     lines += [f"| `{name}` | {reason} |" for name, reason in REFUSED.items()]
     lines += [f"| `init_lora_weights: {name}` | it {reason} |" for name, reason in CHANGED_BASE.items()]
     lines += [
         "| convolutions with groups > 1 | PEFT refuses to merge them as well |",
         "| other `peft_type`s (IA3, LoHa, LoKr, VeRA, …) | they are neither LoRA nor DoRA |",
-        "| bases in other quantized storages (HQQ, AQLM, torchao, GGUF, Marlin layouts, …) | give the 16-bit model |",
+        "| bases in other storages (HQQ, AQLM, torchao, other GGUF types, Marlin layouts, …) | give the 16-bit model |",
         "| several DoRAs on one weight | each rescales the whole weight, so their merges do not add |",
     ]
     return "\n".join(lines)
