@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from mapconv.adapter import TensorRef, WholeTensor
+from mapconv.checkpoint.codecs.encode import rewritten
 from mapconv.checkpoint.gguf.header import is_gguf
 from mapconv.checkpoint.headers import TensorFile
 from mapconv.checkpoint.index import Checkpoint
@@ -72,11 +73,20 @@ class LowRankUpdate:
 
 @dataclass(frozen=True)
 class MergeJob(TensorJob):
-    """A tensor that the adapters change."""
+    """A tensor that the adapters change.
+
+    One that goes back into codes has the places of all that is written for it in ``codes``, ``target`` being the first.
+    """
 
     updates: tuple[LowRankUpdate, ...] = ()
     rows: tuple[WholeTensor, ...] = ()
     biases: tuple[BiasUpdate, ...] = ()
+    codes: tuple[TensorRef, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The tensor's name, which is not that of its codes."""
+        return self.source.name if self.codes else self.target.name
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -133,6 +143,9 @@ def plan_merge(
             for piece in item.weight.pieces:
                 updates[piece.tensor.name].append(LowRankUpdate(item, piece, weight))
     output_dtype = partial(_output_dtype, target, dtype)
+    #: What a weight's codes bring with them, each by its own name.
+    owned = {ref.name: weight for weight in target.encoded.values() for ref in rewritten(weight.encoding)}
+    outputs: dict[str, TensorRef] = {}
     files: list[OutputFile] = []
     jobs: list[CopyJob | ConvertJob | MergeJob] = []
     for name, prefix, refs, metadata in _files(target, output_dtype, max_shard_size):
@@ -141,6 +154,9 @@ def plan_merge(
         header, placed = lay_out(Path(name), specs, metadata)
         files.append(OutputFile(name, header, placed[-1].stop, tuple(spec.name for spec in specs)))
         for source, output in zip(refs, placed, strict=True):
+            if source.name in owned:
+                outputs[source.name] = output
+                continue
             low_rank = tuple(updates.get(source.name, ()))
             rows, biases = target.rows.get(source.name, ()), target.biases.get(source.name, ())
             if low_rank or rows or biases:
@@ -149,6 +165,9 @@ def plan_merge(
                 jobs.append(ConvertJob(source, output))
             else:
                 _append_copy(jobs, source, output)
+    for name, weight in target.encoded.items():
+        places = tuple(outputs[ref.name] for ref in rewritten(weight.encoding))
+        jobs.append(MergeJob(weight, places[0], tuple(updates[name]), target.rows.get(name, ()), codes=places))
     return MergePlan(target, tuple(files), tuple(_split_copies(jobs)))
 
 
