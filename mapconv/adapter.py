@@ -208,6 +208,16 @@ class MapModule:
 
 
 @dataclass(frozen=True)
+class AuthorsScalars:
+    """α and β of one module as MAP's authors store them: absolute, over norms that are at least ``eps``."""
+
+    path: str
+    alpha: float
+    beta: float
+    eps: float
+
+
+@dataclass(frozen=True)
 class LoraSettings:
     """The part of a configuration that decides what the tensors mean, and the base that they were made for.
 
@@ -254,7 +264,7 @@ class Adapter:
     """
 
     path: Path
-    method: Literal["LoRA", "DoRA", "MAP", "full finetune"]
+    method: Literal["LoRA", "DoRA", "MAP", "LoMAP", "full finetune"]
     config: dict[str, Any]
     settings: LoraSettings
     modules: tuple[Module, ...]
@@ -266,6 +276,7 @@ class Adapter:
     notes: tuple[str, ...] = ()
     map_modules: tuple[MapModule, ...] = ()
     map_config: dict[str, Any] | None = None
+    authors_scalars: tuple[AuthorsScalars, ...] = ()
     #: The writer's name for the form of the files.
     dialect: str = "PEFT"
     additions: tuple[Addition, ...] = ()

@@ -169,6 +169,8 @@ def _forecast(adapter: Adapter) -> str:
         return f"the closest MAP weight at --rank or --tolerance: {counted(dense, 'update')} of full rank"
     if adapter.method == "LoRA":
         return "exact: α and β follow from norms, the factors are kept"
+    if adapter.method == "LoMAP":
+        return "exact: α, β and the factors are kept, in the form that stock PEFT loads"
     if adapter.method == "DoRA":
         return (
             "the closest MAP weight at the same rank (ε is reported); --direction dora keeps DoRA's own factors, exact"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -26,6 +29,8 @@ from mapconv.options.commands import VERIFY
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
 from mapconv.placement.base_check import base_fault
 from mapconv.refit.norms import BaseNorms
+from mapconv.refit.plan import ConvertOptions, plan_upgrade
+from mapconv.refit.writer import write_map_directory
 from mapconv.runtime.devices import resolve_device
 from mapconv.runtime.models import load_tokenizer
 from mapconv.runtime.progress import progress_bar
@@ -126,7 +131,8 @@ def verify(
             own = place_adapter(result, base, allow_pickle=allow_pickle)
         source = place_adapter(against, base if against_base is None else against_base, allow_pickle=allow_pickle)
         _check_base(result, (own or source).target.folder)
-        compared = Comparison(result, source, dtype=dtype, device=place, result_base=own, quiet=quiet)
+        with _run_by_peft(source) as runs:
+            compared = Comparison(result, runs, dtype=dtype, device=place, result_base=own, quiet=quiet)
         base_folder, tokenizer = source.target.folder, source.target.folder
     else:
         if against_base is not None:
@@ -163,6 +169,21 @@ def verify(
     if save:
         save_report(result, report.to_dict())
     return report
+
+
+@contextmanager
+def _run_by_peft(source: PlacedAdapter) -> Iterator[PlacedAdapter]:
+    """The source where stock PEFT computes it: that of MAP's authors, which no release does, in a MAP directory.
+
+    Weights are compared with the source's own files and formula all the same.
+    """
+    if source.adapter.method != "LoMAP":
+        yield source
+        return
+    with TemporaryDirectory(prefix="mapconv-") as folder:
+        plan = plan_upgrade(source, ConvertOptions())
+        write_map_directory(plan, BaseNorms(source.target.checkpoint), None, Path(folder), quiet=True)
+        yield replace(source, adapter=replace(source.adapter, path=Path(folder)))
 
 
 def _located(source: str | Path, *, allow_pickle: bool) -> Path:

@@ -8,14 +8,15 @@ from mapconv.adapter import Adapter
 from mapconv.checkpoint.filenames import MODEL_CONFIG
 from mapconv.checkpoint.sidecars import check_folder
 from mapconv.errors import AdapterError
-from mapconv.formats import gguf, mapdir, mlx, peft
+from mapconv.formats import gguf, lomap, mapdir, mlx, peft
 from mapconv.formats.base import CONFIG_FILE, Dialect, Found
 from mapconv.formats.foreign import FOREIGN
 from mapconv.formats.image import IMAGE_FILES
 
-#: In order of recognition: a MAP directory is a PEFT directory as well.
+#: In order of recognition: a MAP directory and MAP's authors' one are PEFT directories as well.
 DIALECTS: tuple[Dialect, ...] = (
     mapdir.MapDirectory(),
+    lomap.LomapDirectory(),
     peft.PeftDirectory(),
     mlx.MlxAdapter(),
     gguf.GgufLora(),

@@ -67,7 +67,13 @@ def read_tensors(
     Raises:
         AdapterError: no weights, or a missing, misshapen or doubled tensor.
     """
-    tensors = _weights(folder, allow_pickle=allow_pickle)
+    return sort_tensors(weight_refs(folder, allow_pickle=allow_pickle), settings)
+
+
+def sort_tensors(
+    tensors: Sequence[TensorRef], settings: LoraSettings
+) -> tuple[tuple[Module, ...], tuple[WholeTensor, ...], dict[str, TensorRef], tuple[str, ...]]:
+    """The tensors of one file, sorted as ``read_tensors`` does."""
     parts: dict[str, dict[str, TensorRef]] = defaultdict(dict)
     others: list[TensorRef] = []
     names = {"default"}
@@ -116,7 +122,12 @@ def weights_name(folder: Path) -> str:
     return PICKLE_FILE if pickled else WEIGHTS_FILE
 
 
-def _weights(folder: Path, *, allow_pickle: bool) -> tuple[TensorRef, ...]:
+def weight_refs(folder: Path, *, allow_pickle: bool) -> tuple[TensorRef, ...]:
+    """The tensors of the adapter's weights file, which has some.
+
+    Raises:
+        AdapterError: it is absent, empty or broken. UnsupportedError: a pickle that is not allowed.
+    """
     weights = folder / weights_name(folder)
     if weights.name == PICKLE_FILE:
         refuse_pointer(weights)

@@ -41,7 +41,7 @@ def serve_trainers(model: nn.Module) -> None:
     """
     state = state_of(model)
     if hasattr(model, "save_pretrained") and not state.methods:
-        model.save_pretrained = MethodType(save_pretrained, model)
+        vars(model)["save_pretrained"] = MethodType(save_pretrained, model)
         state.methods.append("save_pretrained")
         state.hooks.append(model.register_load_state_dict_post_hook(_without_base))
     head = getattr(model, "get_output_embeddings", lambda: None)()

@@ -28,6 +28,7 @@ from mapconv.nn.checkpoints import serve_trainers
 from mapconv.nn.placement import place_on_layers
 from mapconv.nn.updates import DoraUpdate, Origin, Update
 from mapconv.nn.whole import replacements
+from mapconv.placement.authors_scalars import as_map
 from mapconv.placement.base_check import TOLERANCE, base_fault
 
 
@@ -115,6 +116,7 @@ class _Loader:
         self._adapter = adapter
         self._reader = TensorReader()
         self._scalars = {scalars.path: scalars for scalars in adapter.map_modules}
+        self._authors = {scalars.path: scalars for scalars in adapter.authors_scalars}
         self._entries = {str(entry["path"]): entry for entry in (adapter.map_config or {}).get("modules", [])}
         weights = adapter.path / WEIGHTS_FILE
         refs = read_tensor_file(weights).tensors if adapter.method == "MAP" and weights.exists() else ()
@@ -143,7 +145,8 @@ class _Loader:
                     base = weight.float()
                     B0, A0 = initial_factors(self._adapter.settings.initialization, base, module.rank, module.scaling)
                 A, B = torch.cat([A, A0.cpu()]), torch.cat([B, -B0.cpu()], dim=1)
-            B *= module.scaling
+            if module.path not in self._authors:
+                B *= module.scaling
         if scalars is None or check_base:
             found = base_fingerprint(layer, live)
             if not math.isfinite(found.square):
@@ -154,12 +157,15 @@ class _Loader:
             norm, projection = found.norm, found.projection
         else:
             norm, projection = scalars.base_norm, scalars.base_projection
+        recorded = scalars
+        if module.path in self._authors:
+            scalars = as_map(module, self._authors[module.path], found, product_norm(B, A))
         update = self._dora(module, scalars, norm, A, B) if module.magnitude else self._low_rank(scalars, norm, A, B)
         update.base_projection = projection
         ref = self._refs.get(f"{KEY_PREFIX}{module.path}.lora_magnitude_vector")
         update.origin = Origin(
             module=module,
-            scalars=scalars,
+            scalars=recorded,
             base_facts={key: entry[key] for key in ("base_tensor", "base_dtype", "base_shape") if key in entry},
             dtype=TORCH_DTYPES[module.lora_A.dtype],
             magnitude=None if ref is None else self.finite(ref).reshape(-1),

@@ -12,6 +12,7 @@ from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import AdapterError, CheckpointError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter
 from mapconv.hub.locate import open_base
+from mapconv.placement.authors_scalars import with_gains
 from mapconv.placement.bases import plain_base
 from mapconv.placement.by_name import linear_paths, place, require_all_targets
 from mapconv.placement.head_rows import in_own_order
@@ -136,7 +137,9 @@ def _place_adapters(
     target, placed = _place(adapters, checkpoint, config)
     _refuse_other_dtypes(placed)
     _refuse_shared_dora(placed)
-    return tuple(PlacedAdapter(adapter, target, _with_scalars(adapter, modules)) for adapter, modules in placed)
+    return tuple(
+        PlacedAdapter(adapter, target, _with_scalars(adapter, modules, checkpoint)) for adapter, modules in placed
+    )
 
 
 def _place(adapters: Sequence[Adapter], checkpoint: Checkpoint, config: Mapping[str, Any]) -> Placed:
@@ -196,7 +199,11 @@ def _place_linears(adapter: Adapter, checkpoint: Checkpoint) -> tuple[PlacedModu
     return tuple(placed)
 
 
-def _with_scalars(adapter: Adapter, modules: tuple[PlacedModule, ...]) -> tuple[PlacedModule, ...]:
+def _with_scalars(
+    adapter: Adapter, modules: tuple[PlacedModule, ...], checkpoint: Checkpoint
+) -> tuple[PlacedModule, ...]:
+    if adapter.authors_scalars:
+        return with_gains(adapter, modules, checkpoint)
     if adapter.method != "MAP":
         return modules
     scalars = {(item.path, item.expert): item for item in adapter.map_modules}
@@ -235,6 +242,8 @@ def _refuse_shared_dora(placed: Sequence[tuple[Adapter, Sequence[PlacedModule]]]
 
 
 def _rescales(adapter: Adapter, item: PlacedModule) -> bool:
+    if adapter.authors_scalars:
+        return True
     if adapter.method != "MAP":
         return item.module.magnitude is not None
     scalars = next(s for s in adapter.map_modules if (s.path, s.expert) == item.key)

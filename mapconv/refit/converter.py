@@ -66,8 +66,8 @@ class Converter:
         return self._keep(placed, self._factors.load(placed))
 
     def _keep(self, placed: PlacedModule, factors: Factors) -> Converted:
-        kept = self._keep_lora if self._plan.kind_of(placed) == "keep-lora" else self._keep_dora
-        return kept(placed, factors)
+        kept = {"keep-lora": self._keep_lora, "keep-dora": self._keep_dora, "keep-map": self._keep_map}
+        return kept[self._plan.kind_of(placed)](placed, factors)
 
     def _keep_lora(self, placed: PlacedModule, factors: Factors) -> Converted:
         """W0 + s·BA is MAP already: α = ‖W0‖, β = ‖s·BA‖ (``mapconv.algebra`` section 2)."""
@@ -105,11 +105,33 @@ class Converter:
         error = (error_square / update_square) ** 0.5 if update_square else 0.0
         return converted_module(placed, "dora", 1.0, finite_base(found, placed), norm, error, A, B, factors.magnitude)
 
+    def _keep_map(self, placed: PlacedModule, factors: Factors) -> Converted:
+        """a·W0 + b·BA is stored as a·(W0 + D): B times b/a (``mapconv.algebra`` section 6)."""
+        assert placed.scalars is not None  # a MAP source's
+        a, b = placed.scalars.base_gain, placed.scalars.update_gain
+        A, B = self._stored(factors.A, placed), self._stored(factors.B.double() * (b / a), placed)
+        base = self._base_matrix(placed)
+        magnitude = torch.empty(len(base), dtype=torch.float64)
+        update_square, error_square = 0.0, 0.0
+        for start, stop in row_blocks(*placed.weight.shape):
+            rows = base[start:stop].double()
+            wanted = merge_rows_(
+                rows.clone(), factors.A.double(), factors.B[start:stop].double(), base_gain=a, update_gain=b
+            )
+            got = merge_rows_(rows.clone(), A.double(), B[start:stop].double(), base_gain=a, update_gain=a)
+            magnitude[start:stop] = torch.linalg.vector_norm(got, dim=1) * math.copysign(1.0, a)
+            update_square += squared_norm(wanted - rows)
+            error_square += squared_norm(wanted - got)
+        error = (error_square / update_square) ** 0.5 if update_square else 0.0
+        found = finite_base(matrix_fingerprint(base), placed)
+        return converted_module(placed, "low-rank", a, found, product_norm(B, A), error, A, B, magnitude)
+
     def _refit(self, placed: PlacedModule, root: InputRoot | None) -> Converted:
         """The optimum of section 4; ε and the magnitude are then measured on the factors as stored."""
         base = self._base_matrix(placed).to(self._device)
         increment, magnitude = self._factors.increment(placed)
-        target = target_of(placed, increment.scaled(placed.scaling), magnitude, base)
+        gain = placed.scaling if placed.scalars is None else placed.scalars.update_gain
+        target = target_of(placed, increment.scaled(gain), magnitude, base)
         found = finite_base(matrix_fingerprint(base), placed)
         if (
             isinstance(target, AdaptedWeight)

@@ -23,13 +23,15 @@ from mapconv.errors import UnsupportedError
 from mapconv.options.shared import MAX_RANK
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.weights import PlacedModule
+from mapconv.refit.solving import SMALLEST_GAIN
 from mapconv.runtime.threads import worker_count
 
 #: What the factors may be stored in; ``auto`` is the source's own.
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 #: ``keep-lora``: its own factors, of which the scalars follow from norms. ``keep-dora``: DoRA's own factors and
-#: magnitudes. ``refit``: the closest MAP weight. The first two are exact.
-Kind = Literal["keep-lora", "keep-dora", "refit"]
+#: magnitudes. ``keep-map``: its own gains, and its factors times a number. ``refit``: the closest MAP weight. All but
+#: the last are exact.
+Kind = Literal["keep-lora", "keep-dora", "keep-map", "refit"]
 
 #: Products with the whole weight that a refit takes, and columns that it has besides the rank; for the estimate alone.
 _PRODUCTS, _MORE_COLUMNS = 24, 8
@@ -190,7 +192,7 @@ def _job(placed: PlacedModule, options: ConvertOptions) -> Job:
         if not is_randomized(placed.weight.shape, most, placed.effective_rank):
             working += dense_bytes(placed.weight.shape)  # its Gram matrices
     columns = rank if options.tolerance is None or kind != "refit" else 2 * rank
-    products = 2 if kind == "keep-dora" else _PRODUCTS
+    products = _PRODUCTS if kind == "refit" else 2
     work = 2 * placed.weight.numel * products * (columns + _MORE_COLUMNS)
     return Job(placed, kind, rank, stored + 4 * height, working, work)
 
@@ -211,6 +213,10 @@ def _kind(placed: PlacedModule, options: ConvertOptions) -> Kind:
             )
         return "keep-dora" if options.direction == "dora" else "refit"
     kept = options.tolerance is None and (options.rank is None or options.rank >= placed.effective_rank)
+    if placed.scalars is not None:
+        # What is stored is divided by the base's gain.
+        divisible = abs(placed.scalars.base_gain) > SMALLEST_GAIN and not options.lora_compatible
+        return "keep-map" if kept and divisible else "refit"
     return "keep-lora" if kept else "refit"
 
 

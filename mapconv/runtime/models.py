@@ -153,7 +153,9 @@ def attach_with_peft(model: Any, folder: Path, name: str) -> Any:
         UnsupportedError: an adapter of another dialect, which stock PEFT does not read.
     """
     path = folder / "adapter_config.json"
-    if folder.is_file() or (path.is_file() and "peft_type" not in read_object(path, CheckpointError)):
+    config = read_object(path, CheckpointError) if path.is_file() else {"peft_type": ""}
+    # Stock PEFT passes by the fields of MAP's authors, and would run a LoRA.
+    if folder.is_file() or "peft_type" not in config or config.get("use_map") or config.get("lora_use_map"):
         raise UnsupportedError(
             f"{folder} is no adapter of PEFT's, which would have to run it: upgrade it without data first, and use the "
             "result."

@@ -91,6 +91,20 @@ def pickled(tiny: Tiny, folder: Path, base: Path) -> None:
     (folder / WEIGHTS).unlink()
 
 
+def with_scalars_of_map_s_authors(tiny: Tiny, folder: Path, base: Path) -> None:
+    """As the authors' fork of PEFT writes it: at α = ‖W0‖ and β = s‖BA‖ their formula is the LoRA that it was."""
+    weights, config = tiny.build().state_dict(), read_config(folder)
+    tensors = load_file(folder / WEIGHTS)
+    for key, A in list(tensors.items()):
+        path, found, _ = key.partition(".lora_A")
+        if found:
+            update = config["lora_alpha"] / config["r"] * tensors[f"{path}.lora_B.weight"].double() @ A.double()
+            weight = weights[f"{path.removeprefix(PREFIX)}.weight"]
+            tensors |= {f"{path}.map_alpha": weight.double().norm(), f"{path}.map_beta": update.norm()}
+    save_file({key: value.float() for key, value in tensors.items()}, folder / WEIGHTS)
+    write_config(folder, config | {"use_map": True, "map_eps": 1e-6, "map_norm_scope": "global", "map_beta_init": 1.0})
+
+
 def version_4_names(tiny: Tiny, folder: Path, base: Path) -> None:
     """Keys and targets as transformers 4 named the modules of vision and vision-language models.
 

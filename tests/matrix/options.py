@@ -260,6 +260,12 @@ OPTIONS: tuple[Option, ...] = (
         extra={"allow_pickle": True},
     ),
     Option(
+        "map-authors",
+        plain,
+        rewrite=dialects.with_scalars_of_map_s_authors,
+        only=("llama", "bert-classifier", "t5", "vit"),
+    ),
+    Option(
         "v4-names",
         with_settings(use_dora=True),
         rewrite=dialects.version_4_names,

@@ -41,6 +41,7 @@ _FEATURES = {
     "other spellings: adapter names in keys, PEFT 0.3, transformers 4 and 5, pickles": (
         *("default-in", "name-in", "peft-0.3", "unknown", "pickle", "v4-names", "fused-base", "bare-base"),
     ),
+    "LoMAP, as MAP's authors write it": ("map-authors",),
 }
 
 _STORAGES = {

@@ -39,10 +39,13 @@ def target_of(placed: PlacedModule, increment: Increment, magnitude: torch.Tenso
 
     Args:
         placed: the module, for what its magnitudes mean.
-        increment: Δ with the scaling included, on the CPU.
+        increment: Δ with the scaling, or its gain in MAP form, included, on the CPU.
         magnitude: of a DoRA, or None.
         base: W0 (out, in) float32, on the device to compute on.
     """
+    if placed.scalars is not None:
+        change = increment.add_to_(base.cpu().double(), beta=placed.scalars.base_gain - 1.0, alpha=1.0)
+        return DenseTarget(change.to(base.device, base.dtype), base)
     if isinstance(increment, ProductIncrement) and placed.module.rescaling.axis == "out":
         A, B = increment.A.to(base.device), increment.B.to(base.device)
         magnitude = None if magnitude is None else magnitude.to(base.device)

@@ -1,0 +1,149 @@
+"""The files of MAP's authors (LoMAP in their fork of PEFT): PEFT's own, with two scalars beside each module's factors.
+
+W' = α·W/max(‖W‖, ε) + β·s·BA/max(‖s·BA‖, ε), with ``map_alpha`` and ``map_beta`` absolute numbers, ``map_eps`` (1e-6)
+in the configuration, and s that of a LoRA. No release of PEFT computes it, so the formula is what results are held to.
+Another spelling begins each of these names with ``lora_``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mapconv.adapter import Adapter, AuthorsScalars, TensorRef
+from mapconv.checkpoint.reader import TensorReader
+from mapconv.errors import AdapterError, UnsupportedError
+from mapconv.formats.base import CONFIG_FILE, Found
+from mapconv.formats.config import parse_settings
+from mapconv.formats.peft import KEY_PREFIX, sort_tensors, weight_refs
+from mapconv.untrusted.schema import NUMBER, shown
+
+_SCALAR = re.compile(r"(?P<path>.+)\.(?:lora_)?map_(?P<which>alpha|beta)(?:\.[^.]+)?")
+#: Of the configuration: what says that this is LoMAP, what the formula needs, and what training alone needed.
+_FIELDS = ("use_map", "map_eps", "map_norm_scope", "map_beta_init", "map_alpha_init", "map_detach_denom")
+#: What their fork refuses, or has never combined with MAP.
+_REFUSED = {
+    "fan_in_fan_out": "their formula is that of weights which are stored (out, in)",
+    "enable_lora": "MAP on a part of a fused layer has no one norm",
+    "use_delora": "DeLoRA bounds the update by a norm of its own",
+    "use_dora": "DoRA rescales the rows of what MAP has made",
+}
+EPS = 1e-6
+
+
+class LomapDirectory:
+    """The dialect that the authors' fork of PEFT writes."""
+
+    def recognise(self, found: Found) -> bool:
+        if found.config is None or "peft_type" not in found.config:
+            return False
+        if uses_map(found.config):
+            return True
+        return found.header is not None and any(_SCALAR.fullmatch(ref.name) for ref in found.header.tensors)
+
+    def read(self, found: Found, *, allow_pickle: bool = False) -> Adapter:
+        path, config = found.path, dict(found.config or {})
+        place = path / CONFIG_FILE
+        eps = _eps(config, place)
+        plain = {name: value for name, value in config.items() if name.removeprefix("lora_") not in _FIELDS}
+        settings = parse_settings(plain, place)
+        refs = weight_refs(path, allow_pickle=allow_pickle)
+        found_scalars, rest = _apart(refs)
+        if not uses_map(config):
+            raise AdapterError(
+                f"{place} does not say use_map, but {next(iter(found_scalars.values())).name} is a scalar of MAP: take "
+                "both files from one training run."
+            )
+        modules, whole, others, notes = sort_tensors(rest, settings)
+        if settings.initialization or settings.target_parameters or settings.layer_replication:
+            raise UnsupportedError(
+                f"{place}: use_map with init_lora_weights={shown(config.get('init_lora_weights'))}, target_parameters "
+                "or layer_replication is nothing that its authors' program writes."
+            )
+        paths = [module.path for module in modules]
+        with TensorReader() as reader:
+            scalars = tuple(_scalars(name, found_scalars, eps, refs[0].file, reader) for name in paths)
+        for name, which in found_scalars:
+            if name not in paths:
+                ref = found_scalars[name, which]
+                raise AdapterError(f"{ref.file}: {ref.name} belongs to a module that has no factors.")
+        return Adapter(
+            path=path,
+            method="LoMAP",
+            config=plain,
+            settings=settings,
+            modules=modules,
+            whole=whole,
+            others=others,
+            base=settings.base,
+            revision=settings.revision,
+            notes=notes,
+            authors_scalars=scalars,
+            dialect="MAP's authors",
+        )
+
+
+def uses_map(config: Mapping[str, Any]) -> bool:
+    """Whether an ``adapter_config.json`` says that its adapter is LoMAP."""
+    return bool(config.get("use_map") or config.get("lora_use_map"))
+
+
+def _eps(config: Mapping[str, Any], place: Path) -> float:
+    """The floor under both norms, once the configuration is one of the formula."""
+    for name, reason in _REFUSED.items():
+        if config.get(name):
+            raise UnsupportedError(f"{place}: use_map together with {name}={shown(config[name])}: {reason}.")
+    scope = _field(config, "map_norm_scope", "global")
+    if scope != "global":
+        raise UnsupportedError(
+            f"{place}: map_norm_scope is {shown(scope)}, whose norms are one for each row or column, which moves the "
+            "base weight itself: only global is MAP. (One version of the authors' program wrote this field and did "
+            "nothing with it: if yours did, write global there.)"
+        )
+    eps = _field(config, "map_eps", EPS)
+    if not NUMBER.holds(eps) or not eps >= 0:
+        raise AdapterError(f"{place}: map_eps is {shown(eps)}, expected a number from 0 up.")
+    return float(eps)
+
+
+def _field(config: Mapping[str, Any], name: str, default: Any) -> Any:
+    value = config.get(name, config.get(f"lora_{name}"))
+    return default if value is None else value
+
+
+def _apart(refs: tuple[TensorRef, ...]) -> tuple[dict[tuple[str, str], TensorRef], tuple[TensorRef, ...]]:
+    """The scalars by module and name, and all other tensors."""
+    scalars: dict[tuple[str, str], TensorRef] = {}
+    rest = []
+    for ref in refs:
+        match = _SCALAR.fullmatch(ref.name)
+        if match is None:
+            rest.append(ref)
+            continue
+        key = match["path"].removeprefix(KEY_PREFIX), match["which"]
+        if key in scalars:
+            raise AdapterError(f"{ref.file}: {ref.name} and {scalars[key].name} are the same scalar of one module.")
+        scalars[key] = ref
+    return scalars, tuple(rest)
+
+
+def _scalars(
+    path: str, found: Mapping[tuple[str, str], TensorRef], eps: float, file: Path, reader: TensorReader
+) -> AuthorsScalars:
+    values = {}
+    for which in ("alpha", "beta"):
+        ref = found.get((path, which))
+        if ref is None:
+            raise AdapterError(f"{file}: module {path} has no map_{which}, although the configuration says use_map.")
+        if ref.numel != 1:
+            raise AdapterError(
+                f"{ref.file}: {ref.name} is {list(ref.shape)}, expected one number (more of them belong to a "
+                "map_norm_scope that is not MAP)."
+            )
+        value = float(reader.read(ref).double())
+        if not abs(value) < float("inf"):
+            raise AdapterError(f"{ref.file}: {ref.name} is {value}, expected a number.")
+        values[which] = value
+    return AuthorsScalars(path, values["alpha"], values["beta"], eps)
