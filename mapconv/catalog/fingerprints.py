@@ -39,9 +39,11 @@ def failed_mark(entry: Entry, stat: str) -> str:
 
 
 def source_mark(source: str) -> str:
-    """The stat mark of an adapter's folder; for what is not a folder here, that it is none."""
+    """The stat mark of an adapter's or a model's folder; for what is not a folder here, that it is none."""
     config = _stat(f"{source}/adapter_config.json")
     weights = _stat(f"{source}/adapter_model.safetensors") or _stat(f"{source}/adapter_model.bin")
+    if not config and not weights and os.path.exists(f"{source}/config.json"):
+        return base_mark(source)
     return f"{config}/{weights}"
 
 
