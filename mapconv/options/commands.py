@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,6 @@ from mapconv.options.kinds import (
     Flag,
     Folder,
     Real,
-    Reals,
     Repository,
     Size,
     Source,
@@ -25,6 +23,7 @@ from mapconv.options.rules import Check, Excludes, Spell
 from mapconv.options.shared import (
     AGAINST,
     ALLOW_PICKLE,
+    AS_MANY_WEIGHTS,
     BASE,
     DATA,
     DEVICE,
@@ -39,8 +38,9 @@ from mapconv.options.shared import (
     SAMPLES,
     SOURCE,
     VERBOSE,
+    WEIGHTS,
 )
-from mapconv.options.surgery import EXTRACT
+from mapconv.options.surgery import COMBINE, EXTRACT
 
 INSPECT = Command("inspect", SOURCE, BASE, ALLOW_PICKLE, JSON)
 
@@ -91,21 +91,6 @@ REPORT = Command(
 )
 
 
-def _as_many_weights(given: Mapping[str, Any], spell: Spell) -> str | None:
-    weights = given.get("weights")
-    if weights is None:
-        return None
-    adapters = given["adapters"]
-    named = adapters if isinstance(adapters, list | tuple) else [adapters]
-    if len(weights) == len(named):
-        return None
-    text = f"{spell('weights', ...)} has {len(weights)} number{'s' * (len(weights) > 1)} for {len(named)} adapters"
-    # `--weights 0.5 0.5`: all numbers but the first were taken for adapters.
-    numbers = [str(name) for name in named if re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", str(name))]
-    together = ",".join([*(f"{weight:g}" for weight in weights), *numbers])
-    return f"{text}: separate them with commas ({spell('weights', together)})" if numbers else text
-
-
 def _measured_base(given: Mapping[str, Any], spell: Spell) -> str | None:
     chosen = given.get("base_values")
     if "original" in given and chosen not in ("original", "measured"):
@@ -140,14 +125,7 @@ MERGE = Command(
         fallback="keep",
         metavar="SIZE",
     ),
-    Option(
-        "weights",
-        Reals(),
-        "A factor for each adapter's update, separated by commas. Default: 1 for each.",
-        metavar="W,W,...",
-        in_catalog=False,
-        refusal="an entry merges one adapter",
-    ),
+    WEIGHTS,
     Option(
         "quantized",
         Choice(("dequantize", "copy")),
@@ -174,7 +152,7 @@ MERGE = Command(
     VERBOSE,
     QUIET,
     rules=(
-        Check(("weights", "adapters"), _as_many_weights),
+        AS_MANY_WEIGHTS,
         Check(("quantized", "dtype"), _copied_codes),
         Check(("base_values", "original", "data", "samples"), _measured_base),
         Excludes("verbose", "quiet"),
@@ -267,7 +245,7 @@ ENV = Command("env", JSON)
 COMMANDS = {
     command.name: command
     for command in (
-        INSPECT, UPGRADE, REBASE, EXTRACT, STATISTICS_COMMAND, CALIBRATE, VERIFY, REPORT, MERGE, PUSH, CATALOG_RUN,
-        CATALOG_STATUS, DEMO, ENV,
+        INSPECT, UPGRADE, REBASE, EXTRACT, COMBINE, STATISTICS_COMMAND, CALIBRATE, VERIFY, REPORT, MERGE, PUSH,
+        CATALOG_RUN, CATALOG_STATUS, DEMO, ENV,
     )
 }  # fmt: skip
