@@ -21,6 +21,7 @@ ITEM_SIZES = {
     "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 _LAYER = re.compile("[0-9]{1,6}")
+_FLAT_NUMBER = re.compile("_[0-9]+(?:_|$)")
 #: Scalars of a module that a MAP directory leaves out where there are none.
 OPTIONAL_SCALARS = ("alpha_before", "beta_before", "error_before", "base_projection")
 
@@ -59,11 +60,25 @@ class TensorRef:
 
 
 @dataclass(frozen=True)
+class Spelling:
+    """How the file of another dialect names a module, where the base's own names must tell which one it means.
+
+    ``components`` are the parts of a pipeline that it may be in (``denoiser``, ``text_encoder``, ``text_encoder_2`` …).
+    In a ``flat`` name underscores stand for the dots between the parts of a path as well as for themselves.
+    """
+
+    components: tuple[str, ...]
+    name: str
+    flat: bool
+
+
+@dataclass(frozen=True)
 class Module:
     """One group of factors as the file has it; what weight it adapts is known once it is placed on a base.
 
     ``A`` is (rank, in) and ``B`` is (out, rank): for convolutions both carry the kernel's dimensions, for embeddings
     ``in`` counts the vocabulary, and for a stack of E experts ``A`` is (E·rank, in) and ``B`` is (out, rank·E).
+    A module with a ``spelling`` has the file's own key as its path until it is placed.
     """
 
     path: str
@@ -74,6 +89,7 @@ class Module:
     magnitude: TensorRef | None = None
     bias: TensorRef | None = None
     embedding: bool = False
+    spelling: Spelling | None = None
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -103,6 +119,8 @@ class Module:
     @property
     def module_type(self) -> str:
         """The last part of the path: ``q_proj`` in ``model.layers.0.self_attn.q_proj``."""
+        if self.spelling is not None and self.spelling.flat:
+            return next(part for part in reversed(_FLAT_NUMBER.split(self.path)) if part)
         return self.path.rpartition(".")[2]
 
     @property
@@ -161,6 +179,12 @@ class MapModule:
         """b = β/‖Δ‖: what the stored direction is multiplied by; 0 where there is no direction."""
         return self.beta / self.direction_norm if self.direction_norm else 0.0
 
+    @property
+    def measured_error(self) -> float:
+        """ε of a module that was converted or compared, which is where it is measured."""
+        assert self.error is not None
+        return self.error
+
     def to_dict(self) -> dict[str, Any]:
         # vars, not asdict: the fields are plain values, and a catalog makes millions of these.
         table = vars(self) | {"base_gain": self.base_gain, "update_gain": self.update_gain}
@@ -169,7 +193,10 @@ class MapModule:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The part of a configuration that decides what the tensors mean, and the base that they were made for."""
+    """The part of a configuration that decides what the tensors mean, and the base that they were made for.
+
+    In dialects whose modules bring rank and scaling with them (``by_module``), nothing here speaks of either.
+    """
 
     rank: int
     alpha: float
@@ -184,6 +211,14 @@ class LoraSettings:
     layer_replication: tuple[tuple[int, int], ...]
     base: str | None
     revision: str | None
+    by_module: bool = False
+
+    @classmethod
+    def of_modules(cls, *, dora: bool, base: str | None = None) -> LoraSettings:
+        """The settings of an adapter that has no configuration: each module says itself what it means."""
+        ranks: PatternTable[int] = PatternTable({}, "rank_pattern")
+        alphas: PatternTable[float] = PatternTable({}, "alpha_pattern")
+        return cls(1, 1.0, False, dora, ranks, alphas, None, (), (), {}, (), base, None, by_module=True)
 
     def rank_of(self, path: str) -> int:
         return self.rank_pattern.get(path, self.rank)
@@ -215,6 +250,13 @@ class Adapter:
     notes: tuple[str, ...] = ()
     map_modules: tuple[MapModule, ...] = ()
     map_config: dict[str, Any] | None = None
+    #: The writer's name for the form of the files.
+    dialect: str = "PEFT"
+
+    @property
+    def is_spelled(self) -> bool:
+        """Whether only the base's names tell which module is which."""
+        return any(module.spelling is not None for module in self.modules)
 
     @property
     def parameters(self) -> int:

@@ -30,7 +30,11 @@ class InputRoot:
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """rows·P for rows (p, m)."""
-        return rows * self.factor if self.factor.ndim == 1 else rows @ self.factor
+        if self.factor.ndim == 1:
+            return rows * self.factor
+        # Strip by strip of columns, each from its rows on or below the diagonal: half the products of a full matrix.
+        strips = range(0, len(self.factor), _STRIP)
+        return torch.cat([rows[:, start:] @ self.factor[start:, start : start + _STRIP] for start in strips], dim=1)
 
     def divide(self, rows: torch.Tensor) -> torch.Tensor:
         """rows·P⁻¹ for rows (p, m)."""
@@ -79,10 +83,15 @@ class InputMoment:
     def finite(self) -> bool:
         return bool(torch.isfinite(self._sum).all())
 
+    @property
+    def mean(self) -> float:
+        """The mean diagonal of the sum; 0 where no input was seen."""
+        diagonal = self._sum if self._sum.ndim == 1 else self._sum.diagonal()
+        return float(diagonal.mean())
+
     def root(self, damping: float = DAMPING) -> InputRoot | None:
         """P, scaled so that C's mean diagonal is 1; None where no input, or none but zeros, was seen."""
-        diagonal = self._sum if self._sum.ndim == 1 else self._sum.diagonal()
-        mean = float(diagonal.mean())
+        mean = self.mean
         if self.count == 0 or mean <= 0 or not math.isfinite(mean):
             return None
         C = self._sum / mean

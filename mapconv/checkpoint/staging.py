@@ -12,10 +12,12 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from mapconv.checkpoint.replaceable import check_replaceable
 from mapconv.errors import DiskFullError, OutputError
@@ -55,13 +57,11 @@ def check_output(
     parent = _existing_parent(resolved)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"no permission to write in {parent}: choose another output folder.")
-    free = shutil.disk_usage(parent).free
-    if nbytes > free:
-        raise DiskFullError(f"{out} needs {nbytes:,} bytes but only {free:,} are free in {parent}: free some space.")
+    _require_room(out, parent, nbytes)
 
 
-def check_output_file(out: Path, *, force: bool, suffix: str) -> None:
-    """Refuse a file to write that is taken, is a folder, or whose name says that it is something else.
+def check_output_file(out: Path, *, force: bool, suffix: str, inputs: Iterable[Path] = (), nbytes: int = 0) -> None:
+    """Refuse a file to write that is taken, is a folder or an input, has no room, or is named as something else.
 
     Only the suffix keeps ``--force`` from the files of a model or an adapter, so it is held to.
 
@@ -70,6 +70,9 @@ def check_output_file(out: Path, *, force: bool, suffix: str) -> None:
     """
     if out.suffix.lower() != suffix:
         raise OutputError(f"{out} does not end with {suffix}: give the file that name.")
+    for path in inputs:
+        if out.resolve() == path.resolve():
+            raise OutputError(f"{out} is the input {path}: choose another output file.")
     if os.path.lexists(out):
         if not out.is_file() or out.is_symlink():
             raise OutputError(f"{out} is not a file, so it will not be replaced: choose another output file.")
@@ -78,22 +81,56 @@ def check_output_file(out: Path, *, force: bool, suffix: str) -> None:
     parent = _existing_parent(out.resolve())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{parent} is not a writable folder: choose another output file.")
+    _require_room(out, parent, nbytes)
+
+
+@contextmanager
+def replaced_file(out: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write that takes the name ``out`` when the block ends well, and vanishes otherwise.
+
+    What has that name is whole at any moment: the old file, or the new one, on the disk. What a killed run leaves is
+    removed by the next one, as ``staged_folder`` does it.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(out)
+    temporary = hidden_sibling(out, f".partial-{_token()}")
+    try:
+        # Exclusively: a link that somebody planted under this name is not followed.
+        with open(temporary, "xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def replace_file(out: Path, content: bytes) -> None:
-    """Write a file of any size that is whole or as it was: into a hidden sibling, to the disk, then by its name."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in _siblings(out, ".partial-"):
-        leftover.unlink(missing_ok=True)
-    temporary = hidden_sibling(out, f".partial-{_token()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write all of a file, as ``replaced_file`` does."""
+    with replaced_file(out) as file:
+        file.write(content)
+
+
+def remove_file(path: Path) -> None:
+    """Remove what ``replaced_file`` wrote, and what killed runs left of it; nothing there is no fault."""
+    path.unlink(missing_ok=True)
+    _remove_leftovers(path)
+
+
+def _require_room(out: Path, parent: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(parent).free
+    if nbytes > free:
+        raise DiskFullError(f"{out} needs {nbytes:,} bytes but only {free:,} are free in {parent}: free some space.")
+
+
+@contextmanager
+def staged_file(out: Path, name: str) -> Iterator[Path]:
+    """Yield an empty folder whose file ``name`` becomes ``out`` when the block ends well, in one step."""
+    with _staging(out.resolve()) as staging:
+        yield staging
+        _flush(staging)
+        (staging / name).replace(out)
 
 
 @contextmanager
@@ -104,6 +141,15 @@ def staged_folder(out: Path, *, force: bool) -> Iterator[Path]:
     which dies with its process, tells a dead run's folder from one that is still being written.
     """
     out = out.resolve()
+    with _staging(out) as staging:
+        yield staging
+        _flush(staging)
+        _put_in_place(staging, out, force=force)
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A hidden folder beside ``out``, locked while this process writes it and gone afterwards."""
     out.parent.mkdir(parents=True, exist_ok=True)
     _tidy(out, remove=True)
     staging = hidden_sibling(out, f".partial-{_token()}")
@@ -112,8 +158,6 @@ def staged_folder(out: Path, *, force: bool) -> Iterator[Path]:
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         yield staging
-        _flush(staging)
-        _put_in_place(staging, out, force=force)
     finally:
         os.close(lock)
         shutil.rmtree(staging, ignore_errors=True)
@@ -198,7 +242,7 @@ def _flush(folder: Path) -> None:
 def _remove_leftovers(out: Path) -> None:
     for leftover in _siblings(out, ".partial-"):
         try:
-            descriptor = os.open(leftover, os.O_RDONLY)
+            descriptor = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             continue
         try:
@@ -206,7 +250,10 @@ def _remove_leftovers(out: Path) -> None:
         except OSError:
             continue  # a live run is writing it
         else:
-            shutil.rmtree(leftover, ignore_errors=True)
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
         finally:
             os.close(descriptor)
 

@@ -10,7 +10,7 @@ from typing import Any
 from mapconv.adapter import Adapter, Module, WholeTensor
 from mapconv.checkpoint.codecs import storages
 from mapconv.formats import read_adapter
-from mapconv.hub import locate_adapter
+from mapconv.hub.locate import locate_adapter
 from mapconv.options.commands import INSPECT
 from mapconv.placement.adapters import place_adapter
 
@@ -32,12 +32,15 @@ class TargetGroup:
 class Inspection:
     """What an adapter is.
 
-    ``fits`` is the base folder that it was placed on, or None if no base was given; ``storages`` counts that base's
-    quantized weights by how they are stored.
+    ``dialect`` is the writer's name for the form of the files, and ``components`` the models of a pipeline that are
+    adapted, where it tells several apart. ``fits`` is the base that it was placed on, or None if no base was given;
+    ``storages`` counts that base's quantized weights by how they are stored.
     """
 
     source: Path
     method: str
+    dialect: str
+    components: tuple[str, ...]
     base: str | None
     revision: str | None
     peft_version: str | None
@@ -68,17 +71,22 @@ def inspect(source: str | Path, *, base: str | Path | None = None, allow_pickle:
     fits, found, notes = None, {}, []
     if base is None:
         adapter = read_adapter(source, allow_pickle=allow_pickle)
+        modules = adapter.modules
     else:
         placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=True)
         adapter, fits = placed.adapter, placed.target.folder
+        # The base's own names say more than underscores do.
+        modules = [item.module for item in placed.modules] if adapter.is_spelled else adapter.modules
         found = dict(storages(placed.target.checkpoint))
         notes = _base_notes(adapter, str(base), found)
     groups: dict[str, list[Module]] = defaultdict(list)
-    for module in adapter.modules:
+    for module in modules:
         groups[module.module_type].append(module)
     return Inspection(
         source=source,
         method=adapter.method,
+        dialect=adapter.dialect,
+        components=_components(adapter),
         base=adapter.base,
         revision=adapter.revision,
         peft_version=adapter.config.get("peft_version"),
@@ -94,6 +102,11 @@ def inspect(source: str | Path, *, base: str | Path | None = None, allow_pickle:
         storages=found,
         notes=(*adapter.notes, *notes),
     )
+
+
+def _components(adapter: Adapter) -> tuple[str, ...]:
+    spellings = [module.spelling for module in adapter.modules if module.spelling is not None]
+    return tuple(dict.fromkeys(" or ".join(spelling.components) for spelling in spellings))
 
 
 def _base_notes(adapter: Adapter, given: str, found: dict[str, int]) -> list[str]:

@@ -11,9 +11,10 @@ from mapconv.errors import AdapterError
 from mapconv.formats import mapdir, peft
 from mapconv.formats.base import CONFIG_FILE, Dialect, Found
 from mapconv.formats.foreign import FOREIGN
+from mapconv.formats.image.kohya import KOHYA
 
 #: In order of recognition: a MAP directory is a PEFT directory as well.
-DIALECTS: tuple[Dialect, ...] = (mapdir.MapDirectory(), peft.PeftDirectory(), *FOREIGN)
+DIALECTS: tuple[Dialect, ...] = (mapdir.MapDirectory(), peft.PeftDirectory(), *FOREIGN[:2], KOHYA, *FOREIGN[2:])
 
 
 def read_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:

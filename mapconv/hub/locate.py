@@ -134,7 +134,7 @@ def _base(base: str | Path | None, recorded: str | None, revision: str | None, a
     name = str(base) if base is not None else recorded
     if not name:
         raise CheckpointError(f"{adapter} does not say which model it adapts: give the base model with --base.")
-    if is_folder(name):
+    if is_folder(name) or (name.endswith(".safetensors") and _exists(name)):
         return Path(name)
     if name.endswith(".gguf"):
         raise CheckpointError(

@@ -89,7 +89,7 @@ class Merger:
     def run(self, job: CopyJob | ConvertJob | MergeJob) -> MergedTensor | None:
         if isinstance(job, CopyJob):
             descriptor = self._reader.descriptor(job.source)
-            self._files[job.target.name].copy_from(descriptor, job.source_offset, job.target_offset, job.nbytes)
+            self._files[str(job.target)].copy_from(descriptor, job.source_offset, job.target_offset, job.nbytes)
             return None
         if isinstance(job, ConvertJob):
             self._convert(job)
@@ -106,7 +106,7 @@ class Merger:
             rounded = buffers.out.view(dtype)[: stop - start].copy_(values)
             if dtype == torch.float16 and not torch.isfinite(rounded).all():
                 raise _overflow(target.name, target.dtype)
-            self._files[target.file.name].write(rounded, target.start + start * dtype.itemsize)
+            self._files[str(target.file)].write(rounded, target.start + start * dtype.itemsize)
 
     def _merge(self, job: MergeJob) -> MergedTensor:
         source, target = job.source, job.target
@@ -132,7 +132,7 @@ class Merger:
                 if bias is not None:
                     rows += bias[start:stop, None]
                 rounded = buffers.out.view(dtype)[: raw.numel()].view(raw.shape).copy_(rows)
-                self._files[target.file.name].write(rounded, target.start + first * width * dtype.itemsize)
+                self._files[str(target.file)].write(rounded, target.start + first * width * dtype.itemsize)
                 gauge.add(raw, rows, rounded, buffers.spare)
             if not gauge.finite:
                 raise self._not_finite(job)

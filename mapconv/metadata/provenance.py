@@ -90,12 +90,12 @@ def merge_record(placed: Sequence[PlacedAdapter], weights: Sequence[float] | Non
     }
 
 
-def source_fingerprint(folder: Path) -> str:
-    """SHA-256 of an adapter's configuration and weights."""
+def source_fingerprint(source: Path) -> str:
+    """SHA-256 of an adapter's configuration and weights, or of the one file that it is."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 18))  # stays in a core's cache
-    for name in (CONFIG_FILE, weights_name(folder)):
-        with open_regular(folder / name, AdapterError) as file:
+    for path in [source] if source.is_file() else [source / CONFIG_FILE, source / weights_name(source)]:
+        with open_regular(path, AdapterError) as file:
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
     return f"sha256:{digest.hexdigest()}"
@@ -103,13 +103,15 @@ def source_fingerprint(folder: Path) -> str:
 
 def source_record(adapter: Adapter) -> dict[str, Any]:
     """The adapter that a result was made from; of a MAP adapter also what that was made from."""
-    folder = adapter.path
-    name, revision = recorded_name(folder)
+    source = adapter.path
+    # What lies beside a file on this machine need not be about it; on the Hub it is.
+    folder = source.parent if source.is_file() and origin_of(source) is not None else source
+    name, revision = recorded_name(source)
     record = {
         "name": name,
         "revision": revision,
         "method": adapter.method,
-        "fingerprint": source_fingerprint(folder),
+        "fingerprint": source_fingerprint(source),
         "card": card_facts(folder),
     }
     earlier = (adapter.map_config or {}).get("source")

@@ -11,7 +11,7 @@ from mapconv.adapter import Adapter, Module
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import AdapterError, CheckpointError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter
-from mapconv.hub import open_base
+from mapconv.hub.locate import open_base
 from mapconv.placement.bases import plain_base
 from mapconv.placement.by_name import linear_paths, place, require_all_targets
 from mapconv.placement.skeleton import knows_type, names_class, typed_model_config
@@ -23,6 +23,8 @@ from mapconv.runtime.collector import collector_paused
 from mapconv.wording import counted
 
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+#: And torch's names by those of safetensors headers.
+FLOAT_NAMES = {stored: name for name, stored in FLOAT_DTYPES.items()}
 #: transformers' model types whose Conv1D layers store a weight transposed, which a square one does not show.
 _TRANSPOSING = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 
@@ -113,6 +115,8 @@ def _place_adapters(
 
 def _place(adapters: Sequence[Adapter], checkpoint: Checkpoint, config: Mapping[str, Any]) -> Placed:
     """The quick way where it suffices, else by the model's class, or where there is none by shapes."""
+    if any(adapter.is_spelled for adapter in adapters):
+        return stored_target(checkpoint, adapters, config)
     plain = _place_plain(adapters, checkpoint, config)
     if plain is not None:
         return plain
