@@ -16,7 +16,7 @@ from mapconv.algebra.mixing import Method
 from mapconv.checkpoint.filenames import ADAPTER_FILES
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.staging import check_output, staged_folder
-from mapconv.checkpoint.unchanged import marks_of, unchanged
+from mapconv.checkpoint.unchanged import signatures_of, unchanged
 from mapconv.commands.outputs import output_beside
 from mapconv.formats.mapdir import needs_magnitude
 from mapconv.hub import locate_adapter
@@ -133,7 +133,7 @@ def combine(
     names = [str(adapter) for adapter in adapters]
     out = output_beside(adapters[0], "combined") if out is None else Path(out)
     sources = [locate_adapter(source, allow_pickle=allow_pickle) for source in adapters]
-    marks = marks_of(sources, ADAPTER_FILES)
+    signatures = signatures_of(sources, ADAPTER_FILES)
     placed = place_apart(sources, base, allow_pickle=allow_pickle)
     options = CombineOptions(
         tuple(weights or [1.0] * len(sources)),
@@ -157,8 +157,8 @@ def combine(
     modules: tuple[MapModule, ...] = ()
     parameters, norms = 0, BaseNorms(target.checkpoint)
     if not dry_run:
-        marks |= target.checkpoint.marks
-        with staged_folder(out, force=force) as staging, unchanged(marks):
+        signatures |= target.checkpoint.signatures
+        with staged_folder(out, force=force) as staging, unchanged(signatures):
             modules = _write(combined, placed, shared, wholes, options, names, norms, staging, force=force, quiet=quiet)
             parameters, nbytes = measured(staging, modules)
     thin = method == "sum" and options.keeps_all and direction == "low-rank"
