@@ -27,6 +27,12 @@ BASE = Option(
 OUT = Option("out", Folder(), "Folder to write.", short="-o", metavar="OUT", in_catalog=False)
 
 RANK = Option("rank", Whole(), "Rank of the result. Default: the source's own.", metavar="N")
+RANK_AT_MOST = Option(
+    "rank_at_most",
+    Whole(),
+    "Give every module rank N, for servers that take one: cut those above it, pad those below with zeros.",
+    metavar="N",
+)
 TOLERANCE = Option(
     "tolerance",
     Real(above=0, below=1),
@@ -45,7 +51,13 @@ LORA_COMPATIBLE = Option(
 )
 #: What the result's factors are solved for.
 REFIT = Group(
-    (RANK, TOLERANCE, MAX_RANK, DIRECTION, LORA_COMPATIBLE),
+    (
+        RANK.but(help="Rank of the result, such as to resize a LoRA. Default: the source's own."),
+        TOLERANCE,
+        MAX_RANK,
+        DIRECTION,
+        LORA_COMPATIBLE,
+    ),
     (
         Excludes("rank", "tolerance"),
         Requires("max_rank", "tolerance"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -20,7 +20,7 @@ from mapconv.placement.weights import read_weight
 from mapconv.refit.converted import Converted, converted_module, finite_base, refitted_module
 from mapconv.refit.norms import BaseNorms
 from mapconv.refit.plan import Dtype
-from mapconv.refit.products import approximate_product, padded
+from mapconv.refit.products import approximate_product
 from mapconv.refit.rows_direction import directed_module
 from mapconv.refit.solving import Refitted, Wanted
 from mapconv.refit.targets.base import RowsTarget
@@ -89,7 +89,7 @@ class Combiner:
         """Modules in MAP form: one weight, or the experts of a stack, whose factors get one rank."""
         made = [self._combine(weight) for weight in weights]
         rank = max(len(item.A) for item in made)
-        return [_with_rank(item, rank) for item in made]
+        return [item.with_rank(rank) for item in made]
 
     def _combine(self, weight: Shared) -> Converted:
         item, options = weight.item, self._options
@@ -191,10 +191,3 @@ def _common(effect: Effect) -> float | None:
         return 0.0
     first = float(effect.excess[0])
     return first if bool((effect.excess == first).all()) else None
-
-
-def _with_rank(item: Converted, rank: int) -> Converted:
-    if len(item.A) == rank:
-        return item
-    A, B = padded(item.A, item.B, rank)
-    return replace(item, A=A, B=B, scalars=replace(item.scalars, rank=rank))

@@ -34,6 +34,7 @@ from mapconv.placement.weights import PlacedModule, read_weight
 from mapconv.refit.converted import Converted, converted_module, finite_base, refitted_module
 from mapconv.refit.norms import BaseNorms
 from mapconv.refit.plan import UpgradePlan
+from mapconv.refit.products import approximate_product
 from mapconv.refit.solving import Wanted, rounded
 from mapconv.runtime.devices import resolve_device
 
@@ -57,12 +58,29 @@ class Converter:
 
     def convert(self, placed: PlacedModule, factors: Factors, root: InputRoot | None = None) -> Converted:
         """One module in MAP form; a refit weighs errors by ``root``, the root of its inputs' second moment."""
+        converted = self._convert(placed, factors, root)
+        at_most = self._options.rank_at_most
+        return converted if at_most is None else converted.with_rank(at_most)
+
+    def _convert(self, placed: PlacedModule, factors: Factors, root: InputRoot | None) -> Converted:
         kind = self._plan.kind_of(placed)
         if kind == "keep-lora":
             return self._keep_lora(placed, factors)
         if kind == "keep-dora":
             return self._keep_dora(placed, factors)
+        if kind == "resize":
+            return self._resize(placed, factors)
         return self._refit(placed, factors, root)
+
+    def _resize(self, placed: PlacedModule, factors: Factors) -> Converted:
+        """The best approximation of s·BA, which stays a plain LoRA: no weight is read, and no matrix formed."""
+        wanted = self._wanted(placed)
+        made = approximate_product(factors.B.double() * placed.scaling, factors.A, wanted)
+        A, B = made.A, made.B
+        base = finite_base(self._norms[placed.weight], placed)
+        converted = converted_module(placed, "low-rank", 1.0, base, product_norm(B, A), made.error, A, B, None)
+        rank = min(wanted.rank, *placed.weight.shape)
+        return converted if wanted.tolerance is not None else converted.with_rank(rank)
 
     def _keep_lora(self, placed: PlacedModule, factors: Factors) -> Converted:
         """W0 + s·BA is MAP already: α = ‖W0‖, β = ‖s·BA‖ (``mapconv.algebra`` section 2)."""
@@ -123,7 +141,7 @@ class Converter:
         options = self._options
         return Wanted(
             placed.module.path,
-            options.rank or placed.effective_rank,
+            options.rank_of(placed),
             options.tolerance,
             options.max_rank,
             # PEFT has no DoRA for a stack of experts, so theirs is the closest plain LoRA.
