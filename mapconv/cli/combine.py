@@ -7,11 +7,11 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import EPSILON, explain, notes, print_json, print_table, show, size, small, spread
+from mapconv.cli.output import EPSILON, explain, notes, print_json, print_table, show
 from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.surgery import COMBINE
-from mapconv.wording import counted
+from mapconv.wording import counted, fixed, size, small, spread
 
 if TYPE_CHECKING:
     from mapconv.adapter import MapModule
@@ -65,13 +65,12 @@ def _report(result: CombineResult) -> None:
 
 
 def _row(name: str, modules: list[MapModule]) -> list[str]:
-    ranks = sorted({module.rank for module in modules})
     errors = [module.error or 0.0 for module in modules]
     return [
         name,
         str(len(modules)),
-        str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} … {ranks[-1]}",
-        spread([module.base_gain for module in modules]),
+        spread([module.rank for module in modules], str),
+        spread([module.base_gain for module in modules], fixed),
         small(max(errors)),
         small(statistics.median(errors)),
     ]
