@@ -19,7 +19,7 @@ from mapconv.checkpoint.staging import check_output, staged_folder
 from mapconv.checkpoint.unchanged import signatures_of, unchanged
 from mapconv.commands.outputs import output_beside
 from mapconv.formats.mapdir import needs_magnitude
-from mapconv.hub import locate_adapter
+from mapconv.hub.locate import locate_adapter
 from mapconv.metadata.provenance import source_record
 from mapconv.options.shared import MAX_RANK
 from mapconv.options.surgery import COMBINE
