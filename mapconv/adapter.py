@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mapconv.spelling import PEFT_DORA, Rescaling, Spelling
 from mapconv.untrusted.patterns import PatternTable
 
 Direction = Literal["low-rank", "dora"]
@@ -60,25 +61,15 @@ class TensorRef:
 
 
 @dataclass(frozen=True)
-class Spelling:
-    """How the file of another dialect names a module, where the base's own names must tell which one it means.
-
-    ``components`` are the parts of a pipeline that it may be in (``denoiser``, ``text_encoder``, ``text_encoder_2`` …).
-    In a ``flat`` name underscores stand for the dots between the parts of a path as well as for themselves.
-    """
-
-    components: tuple[str, ...]
-    name: str
-    flat: bool
-
-
-@dataclass(frozen=True)
 class Module:
     """One group of factors as the file has it; what weight it adapts is known once it is placed on a base.
 
     ``A`` is (rank, in) and ``B`` is (out, rank): for convolutions both carry the kernel's dimensions, for embeddings
     ``in`` counts the vocabulary, and for a stack of E experts ``A`` is (E·rank, in) and ``B`` is (out, rank·E).
     A module with a ``spelling`` has the file's own key as its path until it is placed.
+
+    Where the file holds the update in another way than by two factors, ``delta`` is it, (out, in), and the factors are
+    computed ones that make the same. ``rescaling`` says what a ``magnitude`` means.
     """
 
     path: str
@@ -90,6 +81,8 @@ class Module:
     bias: TensorRef | None = None
     embedding: bool = False
     spelling: Spelling | None = None
+    delta: TensorRef | None = None
+    rescaling: Rescaling = PEFT_DORA
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -98,8 +91,15 @@ class Module:
 
     @property
     def tensors(self) -> tuple[TensorRef, ...]:
-        refs = (self.lora_A, self.lora_B, self.magnitude, self.bias)
-        return tuple(ref for ref in refs if ref is not None)
+        update = (self.lora_A, self.lora_B) if self.delta is None else (self.delta,)
+        refs = (ref for ref in (*update, self.magnitude, self.bias) if ref is not None)
+        # What is computed counts as what it is stored in.
+        return tuple(dict.fromkeys(stored for ref in refs for stored in ref.stored))
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the update is of any rank, so that two factors of it save nothing."""
+        return self.delta is not None and self.rank >= min(self.weight_shape)
 
     @property
     def has_factors(self) -> bool:
@@ -126,6 +126,20 @@ class Module:
     @property
     def layer(self) -> int | None:
         return layer_of(self.path)
+
+
+@dataclass(frozen=True)
+class Addition:
+    """Values that an adapter of another dialect adds to a tensor without rank (a bias, a norm), or puts in its place.
+
+    ``leaf`` is the last part of the tensor's name, after the module's.
+    """
+
+    path: str
+    spelling: Spelling
+    leaf: str
+    tensor: TensorRef
+    replaces: bool = False
 
 
 @dataclass(frozen=True)
@@ -252,6 +266,7 @@ class Adapter:
     map_config: dict[str, Any] | None = None
     #: The writer's name for the form of the files.
     dialect: str = "PEFT"
+    additions: tuple[Addition, ...] = ()
 
     @property
     def is_spelled(self) -> bool:
@@ -269,4 +284,4 @@ class Adapter:
     @property
     def tensors(self) -> tuple[TensorRef, ...]:
         factors = (ref for module in self.modules for ref in module.tensors)
-        return (*factors, *self.others.values())
+        return (*factors, *self.others.values(), *(item.tensor for item in self.additions))

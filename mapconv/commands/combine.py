@@ -18,6 +18,7 @@ from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.staging import check_output, staged_folder
 from mapconv.checkpoint.unchanged import signatures_of, unchanged
 from mapconv.commands.outputs import output_beside
+from mapconv.errors import UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude
 from mapconv.hub.locate import locate_adapter
 from mapconv.metadata.provenance import source_record
@@ -148,6 +149,8 @@ def combine(
         dtype,
         resolve_device(device),
     )
+    for item, name in zip(placed, names, strict=True):
+        _require_factors(item, name)
     shared = shared_weights(placed)
     wholes = settle_whole(whole_tensors(placed), names, options.weights, whole)
     combined = combined_adapter(placed, shared, wholes.carried)
@@ -230,6 +233,21 @@ def _write(
         return directory.finish(asked, None)
     finally:
         directory.close()
+
+
+def _require_factors(placed: PlacedAdapter, name: str) -> None:
+    """Refuse an adapter whose effect is not its factors' and PEFT's own: it has to be refitted first.
+
+    Raises:
+        UnsupportedError: with the way to do that.
+    """
+    odd = [m for m in placed.adapter.modules if m.delta is not None or (m.magnitude and not m.rescaling.is_peft)]
+    if odd or placed.adapter.additions:
+        what = odd[0].path if odd else next(iter(placed.adapter.additions))
+        raise UnsupportedError(
+            f"{name} changes {what} in a way that factors do not hold: make a MAP adapter of it with `mapconv upgrade "
+            "--rank N` first, and combine that."
+        )
 
 
 def _other_bases(placed: Sequence[PlacedAdapter]) -> list[str]:

@@ -22,6 +22,7 @@ from mapconv.refit.norms import BaseNorms
 from mapconv.refit.plan import ConvertOptions, Dtype, PlanSummary, UpgradePlan, plan_upgrade
 from mapconv.refit.writer import Sample, read_data, write_map_directory
 from mapconv.runtime.devices import resolve_device
+from mapconv.spelling import Axis, Norm, Rescaling
 from mapconv.wording import counted
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def upgrade(
     statistics: Statistics | None = None,
     calibrate: int = 0,
     device: str = "auto",
+    dora_axis: Axis | None = None,
+    dora_norm: Norm = "merged",
     allow_pickle: bool = False,
     force: bool = False,
     dry_run: bool = False,
@@ -85,6 +88,8 @@ def upgrade(
         calibrate: steps to train the scalars towards the source on ``data`` afterwards (``mapconv.calibrate`` has
             all its options); 0: none.
         device: ``auto``, ``cpu`` or ``cuda``: where refits and training run.
+        dora_axis: of a DoRA whose file does not say so: whether its magnitudes are those of outputs or of inputs.
+        dora_norm: what they are divided by: the norm of the ``merged`` weight, or of the ``base``'s.
         allow_pickle: read weights from a ``.bin`` file (with torch's weights-only loader).
         force: replace ``out``.
         dry_run: plan and check, write nothing.
@@ -110,7 +115,9 @@ def upgrade(
         rank_at_most,
     )
     # To run the model takes all of it; else a base on the Hub stays there but for what is read.
-    placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=data is None)
+    placed = place_adapter(
+        source, base, allow_pickle=allow_pickle, lean=data is None, dora=Rescaling(dora_axis, dora_norm)
+    )
     if placed.adapter.method == "MAP":
         raise UnsupportedError(f"{source} is a MAP adapter already: upgrade the adapter that it was made from.")
     plan = plan_upgrade(placed, options)

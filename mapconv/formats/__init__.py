@@ -8,13 +8,20 @@ from mapconv.adapter import Adapter
 from mapconv.checkpoint.filenames import MODEL_CONFIG
 from mapconv.checkpoint.sidecars import check_folder
 from mapconv.errors import AdapterError
-from mapconv.formats import mapdir, peft
+from mapconv.formats import mapdir, mlx, peft
 from mapconv.formats.base import CONFIG_FILE, Dialect, Found
 from mapconv.formats.foreign import FOREIGN
-from mapconv.formats.image.kohya import KOHYA
+from mapconv.formats.image import IMAGE_FILES
 
 #: In order of recognition: a MAP directory is a PEFT directory as well.
-DIALECTS: tuple[Dialect, ...] = (mapdir.MapDirectory(), peft.PeftDirectory(), *FOREIGN[:2], KOHYA, *FOREIGN[2:])
+DIALECTS: tuple[Dialect, ...] = (
+    mapdir.MapDirectory(),
+    peft.PeftDirectory(),
+    mlx.MlxAdapter(),
+    FOREIGN[0],
+    IMAGE_FILES,
+    *FOREIGN[1:],
+)
 
 
 def read_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:

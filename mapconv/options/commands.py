@@ -12,37 +12,36 @@ from mapconv.options.kinds import (
     Folder,
     Real,
     Repository,
-    Size,
     Source,
     Text,
     Whole,
 )
 from mapconv.options.making import CALIBRATE, REBASE, STATISTICS_COMMAND, UPGRADE
+from mapconv.options.merging import MERGE
 from mapconv.options.records import Command, Option
 from mapconv.options.rules import Check, Excludes, Spell
 from mapconv.options.shared import (
     AGAINST,
     ALLOW_PICKLE,
-    AS_MANY_WEIGHTS,
     BASE,
     DATA,
     DEVICE,
+    DORA_AXIS,
+    DORA_NORM,
     DRY_RUN,
     DTYPE,
     FORCE,
     JSON,
-    LEAST_SHARD,
     MESSAGE,
     OUT,
     QUIET,
     SAMPLES,
     SOURCE,
     VERBOSE,
-    WEIGHTS,
 )
 from mapconv.options.surgery import COMBINE, EXTRACT
 
-INSPECT = Command("inspect", SOURCE, BASE, ALLOW_PICKLE, JSON)
+INSPECT = Command("inspect", SOURCE, BASE, DORA_AXIS, DORA_NORM, ALLOW_PICKLE, JSON)
 
 VERIFY = Command(
     "verify",
@@ -90,74 +89,6 @@ REPORT = Command(
     FORCE.but(help="Replace the files if they exist."),
 )
 
-
-def _measured_base(given: Mapping[str, Any], spell: Spell) -> str | None:
-    chosen = given.get("base_values")
-    if "original" in given and chosen not in ("original", "measured"):
-        return f"{spell('original', ...)} requires {spell('base_values', 'original')} or measured"
-    for name in ("data", "samples"):
-        if name in given and chosen != "measured":
-            return f"{spell(name, ...)} requires {spell('base_values', 'measured')}"
-    return None
-
-
-def _copied_codes(given: Mapping[str, Any], spell: Spell) -> str | None:
-    if given.get("quantized") == "copy" and given.get("dtype", "auto") != "auto":
-        copied = spell("quantized", "copy")
-        return f"weights that are copied in codes keep their dtype: {copied} requires {spell('dtype', 'auto')}"
-    return None
-
-
-MERGE = Command(
-    "merge",
-    Option("adapters", Source(), metavar="ADAPTER", positional=True, many=True, required=True, in_catalog=False),
-    BASE,
-    OUT.but(required=True, help="Folder to write the merged model to."),
-    DTYPE.but(
-        kind=Choice(("auto", "float32", "bfloat16", "float16")),
-        default="auto",
-        help="Dtype of the merged weights; auto keeps the base's.",
-    ),
-    Option(
-        "max_shard_size",
-        Size(LEAST_SHARD, word="keep"),
-        "Largest weights file, such as 5GB; keep leaves the base's files.",
-        fallback="keep",
-        metavar="SIZE",
-    ),
-    WEIGHTS,
-    Option(
-        "quantized",
-        Choice(("dequantize", "copy")),
-        "For a quantized base: write plain weights, or copy the codes of unchanged weights.",
-        default="dequantize",
-    ),
-    Option(
-        "base_values",
-        Choice(("original", "stored", "measured")),
-        "Of a quantized base: merge into its stored values, the original model, or what --data is likelier under.",
-    ),
-    Option(
-        "original",
-        Source(),
-        "The model that a quantized base was made from, for --base-values. Default: what its card names.",
-        metavar="BASE",
-    ),
-    DATA.but(help="Text, .jsonl or .parquet that --base-values measures on. Default: a text that ships with mapconv."),
-    SAMPLES.but(help="Sequences of 256 tokens of it.", fallback=8),
-    ALLOW_PICKLE,
-    DRY_RUN,
-    JSON,
-    FORCE.but(help="Replace OUT if it exists, and accept a base other than the one that a MAP adapter was made for."),
-    VERBOSE,
-    QUIET,
-    rules=(
-        AS_MANY_WEIGHTS,
-        Check(("quantized", "dtype"), _copied_codes),
-        Check(("base_values", "original", "data", "samples"), _measured_base),
-        Excludes("verbose", "quiet"),
-    ),
-)
 
 PUSH = Command(
     "push",

@@ -21,6 +21,7 @@ from mapconv.algebra.fingerprint import (
     matrix_fingerprint,
     row_numbers,
 )
+from mapconv.algebra.increments import ProductIncrement
 from mapconv.algebra.moments import InputRoot
 from mapconv.algebra.norms import (
     product_difference_norm,
@@ -36,6 +37,7 @@ from mapconv.refit.norms import BaseNorms
 from mapconv.refit.plan import UpgradePlan
 from mapconv.refit.products import approximate_product
 from mapconv.refit.solving import Wanted, rounded
+from mapconv.refit.targets.adapted import target_of
 from mapconv.runtime.devices import resolve_device
 
 #: Before its first step a DoRA's magnitudes are the base's row norms, but for float32 rounding in sums over a row.
@@ -53,24 +55,24 @@ class Converter:
 
     def convert_all(self, items: Sequence[PlacedModule], root: InputRoot | None = None) -> list[Converted]:
         """Modules in MAP form, their factors read together; refits weigh errors by ``root``, as ``convert`` does."""
+        if any(self._plan.kind_of(item) == "refit" for item in items):
+            return [self.convert(item, root) for item in items]
         pairs = zip(items, self._factors.load_all(items), strict=True)
-        return [self.convert(item, factors, root) for item, factors in pairs]
+        return [self._keep(item, factors) for item, factors in pairs]
 
-    def convert(self, placed: PlacedModule, factors: Factors, root: InputRoot | None = None) -> Converted:
+    def convert(self, placed: PlacedModule, root: InputRoot | None = None) -> Converted:
         """One module in MAP form; a refit weighs errors by ``root``, the root of its inputs' second moment."""
-        converted = self._convert(placed, factors, root)
+        if self._plan.kind_of(placed) == "refit":
+            return self._ranked(self._refit(placed, root))
+        return self._keep(placed, self._factors.load(placed))
+
+    def _keep(self, placed: PlacedModule, factors: Factors) -> Converted:
+        ways = {"keep-lora": self._keep_lora, "keep-dora": self._keep_dora, "resize": self._resize}
+        return self._ranked(ways[self._plan.kind_of(placed)](placed, factors))
+
+    def _ranked(self, converted: Converted) -> Converted:
         at_most = self._options.rank_at_most
         return converted if at_most is None else converted.with_rank(at_most)
-
-    def _convert(self, placed: PlacedModule, factors: Factors, root: InputRoot | None) -> Converted:
-        kind = self._plan.kind_of(placed)
-        if kind == "keep-lora":
-            return self._keep_lora(placed, factors)
-        if kind == "keep-dora":
-            return self._keep_dora(placed, factors)
-        if kind == "resize":
-            return self._resize(placed, factors)
-        return self._refit(placed, factors, root)
 
     def _resize(self, placed: PlacedModule, factors: Factors) -> Converted:
         """The best approximation of s·BA, which stays a plain LoRA: no weight is read, and no matrix formed."""
@@ -118,19 +120,20 @@ class Converter:
         error = (error_square / update_square) ** 0.5 if update_square else 0.0
         return converted_module(placed, "dora", 1.0, finite_base(found, placed), norm, error, A, B, factors.magnitude)
 
-    def _refit(self, placed: PlacedModule, factors: Factors, root: InputRoot | None) -> Converted:
+    def _refit(self, placed: PlacedModule, root: InputRoot | None) -> Converted:
         """The optimum of section 4; ε and the magnitude are then measured on the factors as stored."""
-        device = self._device
-        base = self._base_matrix(placed).to(device)
-        magnitude = None if factors.magnitude is None else factors.magnitude.to(device)
-        scaled = (factors.B * placed.scaling).to(device)
-        target = AdaptedWeight(base, factors.A.to(device), scaled, magnitude)
+        base = self._base_matrix(placed).to(self._device)
+        increment, magnitude = self._factors.increment(placed)
+        target = target_of(placed, increment.scaled(placed.scaling), magnitude, base)
         found = finite_base(matrix_fingerprint(base), placed)
-        if not factors.B.any() and target.update_norm <= UNTRAINED * found.norm:
-            return self._keep_base(placed, factors, target, found)
+        factored = isinstance(target, AdaptedWeight) and isinstance(increment, ProductIncrement)
+        if factored and not increment.B.any() and target.update_norm <= UNTRAINED * found.norm:
+            return self._keep_base(placed, increment, target, found)
         return refitted_module(placed, target, self._wanted(placed), found, root)
 
-    def _keep_base(self, placed: PlacedModule, factors: Factors, target: AdaptedWeight, base: Fingerprint) -> Converted:
+    def _keep_base(
+        self, placed: PlacedModule, factors: ProductIncrement, target: AdaptedWeight, base: Fingerprint
+    ) -> Converted:
         """An untrained DoRA has no direction: what its magnitudes' rounding does to W0 is noise, and not refitted."""
         rank = min(self._options.rank or placed.rank, factors.A.shape[0])
         A, B = self._stored(factors.A[:rank], placed), self._stored(factors.B[:, :rank], placed)

@@ -19,6 +19,7 @@ from mapconv.algebra.moments import Statistics
 from mapconv.algebra.norms import BLOCK_ELEMENTS
 from mapconv.checkpoint.reader import TORCH_DTYPES
 from mapconv.data import Dataset
+from mapconv.errors import UnsupportedError
 from mapconv.options.shared import MAX_RANK
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.weights import PlacedModule
@@ -206,12 +207,24 @@ def _job(placed: PlacedModule, options: ConvertOptions) -> Job:
 
 
 def _kind(placed: PlacedModule, options: ConvertOptions) -> Kind:
-    if placed.module.magnitude is not None:
+    module = placed.module
+    if module.is_dense and options.rank is None and options.tolerance is None:
+        raise UnsupportedError(
+            f"{module.path} has an update of full rank ({module.rank}), and so no rank of its own for the result: give "
+            "--rank or --tolerance."
+        )
+    if module.magnitude is not None:
+        if options.direction == "dora" and not (module.rescaling.is_peft and module.delta is None):
+            raise UnsupportedError(
+                f"{module.path} is a DoRA of a kind that PEFT has not (its magnitudes are those of "
+                f"{'inputs' if module.rescaling.axis == 'in' else 'outputs'}, its norm that of the "
+                f"{module.rescaling.norm} weight): leave --direction dora out, to have it refitted."
+            )
         return "keep-dora" if options.direction == "dora" else "refit"
     if options.tolerance is None and options.rank_of(placed) >= placed.effective_rank:
         return "keep-lora"
     # What its inputs weigh is the whole weight's error.
-    return "resize" if options.statistics is None else "refit"
+    return "resize" if options.statistics is None and module.delta is None else "refit"
 
 
 def _operations_a_second(columns: int = 24, size: int = 1024) -> float:

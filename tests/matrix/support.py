@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from mapconv.checkpoint.gguf.families import FAMILIES
+from mapconv.checkpoint.gguf.types import BLOCK_TYPES
 from mapconv.formats.config import CHANGED_BASE, REFUSED
 from tests.checkpoint.codecs.encoders import STORAGES
 
@@ -43,7 +45,8 @@ _FEATURES = {
 
 _STORAGES = {
     "bitsandbytes": "NF4 and FP4, single or double quantization; int8 (`llm_int8`)",
-    "fp8": "float8 by blocks with `weight_scale_inv`, or one scale a weight; scales as floats or powers of two",
+    "fp8": "float8 by blocks with `weight_scale_inv` or `scale`, or one scale a weight; scales as floats or powers of "
+    "two; 4-bit floats in int8",
     "compressed-tensors": "float8 and int8 by tensor, row, group or block; packed integers of 1 to 8 bits, with zero "
     "points and act-order; NVFP4, MXFP4",
     "mxfp4": "gpt-oss: stacked experts in MXFP4",
@@ -53,6 +56,11 @@ _STORAGES = {
     "awq": "4 bits, GEMM layout",
     "mlx": "key `quantization`: 2 to 8 bits with biases, MXFP4, MXFP8, NVFP4; embeddings and heads too",
 }
+#: A storage that is a file instead of a folder.
+_GGUF = (
+    f"a `.gguf` file: {', '.join(kind.name for kind in BLOCK_TYPES.values())}; the architectures "
+    f"{', '.join(FAMILIES)} (Mistral and Mixtral are `llama`)"
+)
 
 
 def support_table() -> str:
@@ -69,13 +77,14 @@ def support_table() -> str:
     lines[-1] += "compared bit for bit with the same values stored plain):"
     lines += ["", "| `quant_method` | storages |", "|---|---|"]
     lines += [f"| `{method}` | {storages} |" for method, storages in _STORAGES.items()]
+    lines += [f"| GGUF | {_GGUF} |"]
     lines += ["", "Refused by name, before anything is written:", "", "| | why |", "|---|---|"]
     lines += [f"| `{name}` | {reason} |" for name, reason in REFUSED.items()]
     lines += [f"| `init_lora_weights: {name}` | it {reason} |" for name, reason in CHANGED_BASE.items()]
     lines += [
         "| convolutions with groups > 1 | PEFT refuses to merge them as well |",
         "| other `peft_type`s (IA3, LoHa, LoKr, VeRA, …) | they are neither LoRA nor DoRA |",
-        "| bases in other quantized storages (HQQ, AQLM, torchao, GGUF, Marlin layouts, …) | give the 16-bit model |",
+        "| bases in other storages (HQQ, AQLM, torchao, other GGUF types, Marlin layouts, …) | give the 16-bit model |",
         "| several DoRAs on one weight | each rescales the whole weight, so their merges do not add |",
     ]
     return "\n".join(lines)
