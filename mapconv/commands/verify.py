@@ -22,6 +22,7 @@ from mapconv.fidelity.against_model import ModelComparison
 from mapconv.fidelity.comparison import Agreement, Comparison, ModuleError
 from mapconv.fidelity.saved import check_report_place, save_report
 from mapconv.fidelity.served import ServedNumbers, measure_served
+from mapconv.fidelity.weight_errors import weight_errors
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
 from mapconv.formats.peft import CONFIG_FILE
 from mapconv.hub.locate import hub_reference, locate_adapter, locate_result, open_model
@@ -126,6 +127,7 @@ def verify(
     place = resolve_device(device)
     compared: Comparison | ModelComparison
     own: PlacedAdapter | None = None
+    source: PlacedAdapter | None = None
     if (against / CONFIG_FILE).is_file() or not (against / MODEL_CONFIG).is_file():
         if against_base is not None and (result / CONFIG_FILE).is_file():
             own = place_adapter(result, base, allow_pickle=allow_pickle)
@@ -153,7 +155,8 @@ def verify(
         other = place_adapter(against, own.target.folder, allow_pickle=allow_pickle)
         served = measure_served(source, other, result, rows_run, device=place, dtype=dtype, quiet=quiet)
     with torch.inference_mode():
-        modules = tuple(compared.module_errors())
+        by_formula = None if source is None else _errors_by_formula(source, own, result)
+        modules = by_formula or tuple(compared.module_errors())
         log.info("compared %d weights", len(modules))
     report = VerifyReport(
         result=result,
@@ -173,10 +176,7 @@ def verify(
 
 @contextmanager
 def _run_by_peft(source: PlacedAdapter) -> Iterator[PlacedAdapter]:
-    """The source where stock PEFT computes it: that of MAP's authors, which no release does, in a MAP directory.
-
-    Weights are compared with the source's own files and formula all the same.
-    """
+    """The source where stock PEFT computes it: that of MAP's authors, which no release does, in a MAP directory."""
     if source.adapter.method != "LoMAP":
         yield source
         return
@@ -184,6 +184,16 @@ def _run_by_peft(source: PlacedAdapter) -> Iterator[PlacedAdapter]:
         plan = plan_upgrade(source, ConvertOptions())
         write_map_directory(plan, BaseNorms(source.target.checkpoint), None, Path(folder), quiet=True)
         yield replace(source, adapter=replace(source.adapter, path=Path(folder)))
+
+
+def _errors_by_formula(
+    source: PlacedAdapter, own: PlacedAdapter | None, result: Path
+) -> tuple[ModuleError, ...] | None:
+    """Errors against the formula of MAP's authors and the files of theirs; None where stock PEFT can be asked."""
+    if source.adapter.method != "LoMAP" or not (result / CONFIG_FILE).is_file():
+        return None
+    errors = weight_errors(source, own or place_adapter(result, source.target.folder))
+    return tuple(ModuleError(path, error) for (path, _), error in errors.items())
 
 
 def _located(source: str | Path, *, allow_pickle: bool) -> Path:

@@ -57,11 +57,11 @@ class LomapDirectory:
                 "both files from one training run."
             )
         modules, whole, others, notes = sort_tensors(rest, settings)
-        if settings.initialization or settings.target_parameters or settings.layer_replication:
-            raise UnsupportedError(
-                f"{place}: use_map with init_lora_weights={shown(config.get('init_lora_weights'))}, target_parameters "
-                "or layer_replication is nothing that its authors' program writes."
-            )
+        for name in ("init_lora_weights", "target_parameters", "layer_replication", "lora_bias"):
+            if config.get(name) and (name != "init_lora_weights" or settings.initialization):
+                raise UnsupportedError(
+                    f"{place}: use_map together with {name}={shown(config[name])} is nothing that MAP's authors train."
+                )
         paths = [module.path for module in modules]
         with TensorReader() as reader:
             scalars = tuple(_scalars(name, found_scalars, eps, refs[0].file, reader) for name in paths)

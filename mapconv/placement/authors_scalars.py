@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from mapconv.adapter import Adapter, AuthorsScalars, MapModule, Module
 from mapconv.algebra.fingerprint import Fingerprint
@@ -31,7 +32,10 @@ def with_gains(adapter: Adapter, modules: tuple[PlacedModule, ...], checkpoint: 
             if not math.isfinite(found.square):
                 raise CheckpointError(f"{item.weight.pieces[0].tensor.file}: {item.weight.name} holds NaN or infinity.")
             length = product_norm(factors.B, factors.A)
-            return item.with_scalars(as_map(item.module, scalars[item.module.path], found, length))
+            # The gain has the scaling in it, as that of a MAP directory has.
+            return replace(
+                item.with_scalars(as_map(item.module, scalars[item.module.path], found, length)), scaling=1.0
+            )
 
         return tuple(in_order(gained, modules, worker_count(16 << 20)))
 

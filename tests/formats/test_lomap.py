@@ -163,7 +163,8 @@ REFUSED = {
     "eps": ({"map_eps": "tiny"}, AdapterError, "map_eps is .tiny., expected a number"),
     "negative": ({"map_eps": -1.0}, AdapterError, "map_eps is -1.0"),
     "not said": ({"use_map": False}, AdapterError, "does not say use_map, but .*map_alpha"),
-    "pissa": ({"init_lora_weights": "pissa"}, UnsupportedError, "nothing that its authors"),
+    "bias": ({"lora_bias": True}, UnsupportedError, "lora_bias=true is nothing that MAP's authors train"),
+    "pissa": ({"init_lora_weights": "pissa"}, UnsupportedError, "init_lora_weights=.pissa. is nothing"),
 }
 
 
