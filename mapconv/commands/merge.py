@@ -149,7 +149,7 @@ def merge(
         place = staged_file(out, folder.name) if single else staged_folder(out, force=force)
     with place as name, unchanged(signatures):
         staging = Path(name)
-        merged = _write_weights(plan, None if dry_run else staging, quiet=quiet)
+        merged = write_weights(plan, None if dry_run else staging, quiet=quiet)
         if not force:
             _check_base(placed, merged)
         notes += write_companions(plan, sources[0], staging, dtype, copied=quantized == "copy")
@@ -192,7 +192,7 @@ def quantization_notes(checkpoint: Checkpoint, *, copied: bool = False) -> list[
     return [f"{shown(checkpoint.folder)} is quantized ({found}), {what}"] if found else []
 
 
-def _write_weights(plan: MergePlan, staging: Path | None, *, quiet: bool) -> tuple[MergedTensor, ...]:
+def write_weights(plan: MergePlan, staging: Path | None, *, quiet: bool) -> tuple[MergedTensor, ...]:
     """Run the plan's jobs into the files of ``staging``; None: into no files."""
     total = sum(job.nbytes for job in plan.jobs)
     with TensorReader() as reader, _output_files(plan, staging) as files, BackgroundFlush() as flush:
