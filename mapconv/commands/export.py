@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mapconv.adapter import Adapter
 from mapconv.checkpoint.filenames import ADAPTER_FILES
-from mapconv.checkpoint.reader import TensorReader
-from mapconv.checkpoint.staging import check_output, check_output_file, staged_file, staged_folder
 from mapconv.checkpoint.unchanged import signatures_of, unchanged
 from mapconv.commands.folding import Folding
 from mapconv.errors import UnsupportedError
 from mapconv.exporting.formats import FORMATS
 from mapconv.exporting.limits import Limits
-from mapconv.exporting.plain import Export, PlainModule, Spool
+from mapconv.exporting.output import check_place, staged, write
 from mapconv.exporting.servers import BY_NAME, Server, faults
 from mapconv.formats import read_adapter
 from mapconv.formats.base import Found
@@ -30,7 +26,7 @@ from mapconv.options.shared import MAX_RANK
 from mapconv.placement.adapters import PlacedAdapter, place_adapter, place_described
 from mapconv.placement.bases import plain_base
 from mapconv.placement.skeleton import typed_model_config
-from mapconv.refit.plan import ConvertOptions, Dtype, UpgradePlan, plan_upgrade
+from mapconv.refit.plan import ConvertOptions, Dtype, plan_upgrade
 from mapconv.untrusted.schema import shown
 from mapconv.wording import counted
 
@@ -144,7 +140,7 @@ def export(
         raise UnsupportedError(_cannot_hold(source, limits, left_over))
     kept = limits.without(placed)
     plan = plan_upgrade(kept, _options(limits, rank, tolerance, max_rank, dtype, device))
-    _check_out(out, limits, [source, placed.target.folder], nbytes=2 * plan.nbytes, force=force)
+    check_place(out, limits, [source, placed.target.folder], nbytes=2 * plan.nbytes, force=force)
     base_now, notes = base_name(placed), [*placed.adapter.notes]
     if folding is not None:
         folding.check(out, force=force)
@@ -152,8 +148,8 @@ def export(
     elif fold_into is not None:
         notes.append(f"{limits.reader} holds all of the adapter: nothing is left to fold, and no base is written")
     signatures |= placed.target.checkpoint.signatures
-    with _staged(out, limits, force=force) as target, unchanged(signatures):
-        modules, one_rank = _write(plan, limits, base_now, target, quiet=quiet)
+    with staged(out, limits, force=force) as target, unchanged(signatures):
+        modules, one_rank = write(plan, limits, base_now, target, quiet=quiet)
         nbytes = sum(path.stat().st_size for path in ([target] if target.is_file() else target.iterdir()))
         if folding is not None:
             notes += folding.write(force=force, quiet=quiet)
@@ -239,49 +235,6 @@ def _options(
         dtype,
         device,
     )
-
-
-def _write(
-    plan: UpgradePlan, limits: Limits, base: str, target: Path, *, quiet: bool
-) -> tuple[tuple[PlainModule, ...], int | None]:
-    """Convert the plan's modules and write them to ``target``; returns them, and their rank where they have one."""
-    # Beside the result in its staging folder, where the next run removes what a killed one leaves.
-    spool = Spool((target.parent if limits.format.suffix else target) / ".modules.safetensors")
-    try:
-        spool.fill(plan, quiet=quiet)
-        modules = tuple(spool.modules())
-        ranks = {module.rank for module in modules}
-        server = limits.server
-        if server is not None and server.largest_rank is not None and max(ranks) > server.largest_rank:
-            raise UnsupportedError(
-                f"the result has rank {max(ranks)}, and {server.title} takes {server.largest_rank} at most: pass "
-                f"--rank {server.largest_rank}."
-            )
-        rank = max(ranks) if limits.one_rank else None
-        with TensorReader(plan.placed.target.checkpoint.source) as reader:
-            limits.format.write(Export(plan.placed, modules, reader, rank, base), target)
-    finally:
-        spool.path.unlink(missing_ok=True)
-    return modules, rank if rank is not None or len(ranks) > 1 else max(ranks)
-
-
-def _check_out(out: Path, limits: Limits, inputs: list[Path], *, nbytes: int, force: bool) -> None:
-    suffix = limits.format.suffix
-    if suffix is None:
-        check_output(out, force=force, inputs=inputs, nbytes=nbytes)
-    else:
-        check_output_file(out, force=force, suffix=suffix, inputs=inputs, nbytes=nbytes)
-
-
-@contextmanager
-def _staged(out: Path, limits: Limits, *, force: bool) -> Iterator[Path]:
-    """The folder or file to write, which becomes ``out``."""
-    if limits.format.suffix is None:
-        with staged_folder(out, force=force) as staging:
-            yield staging
-    else:
-        with staged_file(out, out.name) as staging:
-            yield staging / out.name
 
 
 def _require_model(placed: PlacedAdapter, server: Server | None) -> None:
