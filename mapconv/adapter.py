@@ -58,12 +58,29 @@ class TensorRef:
         return (self,)
 
 
+@dataclass(frozen=True, eq=False)
+class TunerMethod:
+    """A method of PEFT's besides LoRA (``formats.methods``), with what all layers of one adapter share.
+
+    ``name`` is the method's own, such as LoHa; ``config`` the adapter's, in ``file``; ``shared`` the tensors that
+    belong to no one layer (VeRA's projections, a vector bank), by the key that PEFT saves them under.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    file: Path
+    shared: Mapping[str, TensorRef]
+
+
 @dataclass(frozen=True)
 class Module:
     """One group of factors as the file has it; what weight it adapts is known once it is placed on a base.
 
     ``A`` is (rank, in) and ``B`` is (out, rank): for convolutions both carry the kernel's dimensions, for embeddings
     ``in`` counts the vocabulary, and for a stack of E experts ``A`` is (E·rank, in) and ``B`` is (out, rank·E).
+    A layer of another ``method`` has tensors of its ``own`` instead, by their key within the layer. Its ``rank`` is
+    that of the update at most (0: the weight's own), and its factors are no bytes of a file: they have the dtype and,
+    once the module is placed, the dimensions of those that a conversion writes.
     """
 
     path: str
@@ -74,6 +91,8 @@ class Module:
     magnitude: TensorRef | None = None
     bias: TensorRef | None = None
     embedding: bool = False
+    method: TunerMethod | None = None
+    own: tuple[tuple[str, TensorRef], ...] = ()
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -82,13 +101,28 @@ class Module:
 
     @property
     def tensors(self) -> tuple[TensorRef, ...]:
+        if self.method is not None:
+            return tuple(ref for _, ref in self.own)
         refs = (self.lora_A, self.lora_B, self.magnitude, self.bias)
         return tuple(ref for ref in refs if ref is not None)
 
     @property
     def has_factors(self) -> bool:
         """Whether the adapter changes this weight at all, see ``without_factors``."""
-        return self.rank > 0
+        return self.rank > 0 or self.method is not None
+
+    @classmethod
+    def of_method(cls, path: str, method: TunerMethod, own: Mapping[str, TensorRef], rank: int) -> Module:
+        """A layer of another method than LoRA, not yet placed."""
+        like = next((ref for ref in own.values() if ref.dtype in ("F32", "F16", "BF16")), next(iter(own.values())))
+        none = replace(like, name=f"{path}.lora_A.weight", shape=(0, 0), start=0)
+        return cls(path, rank, 1.0, none, none, method=method, own=tuple(own.items()))
+
+    def on_weight_of(self, shape: tuple[int, ...], *, embedding: bool) -> Module:
+        """A layer of another method, with the dimensions of the weight (out, in, …) that it was placed on."""
+        A = replace(self.lora_A, shape=(0, *shape[1:]))
+        B = replace(self.lora_B, shape=(shape[0], 0, *(1 for _ in shape[2:])))
+        return replace(self, lora_A=A, lora_B=B, embedding=embedding)
 
     @classmethod
     def without_factors(cls, path: str, shape: tuple[int, int], like: TensorRef) -> Module:
@@ -199,7 +233,8 @@ class Adapter:
     """An adapter on disk: its method, its modules in a fixed order, and the configuration as it was written."""
 
     path: Path
-    method: Literal["LoRA", "DoRA", "MAP"]
+    #: LoRA, DoRA, MAP, or the name of another method.
+    method: str
     config: dict[str, Any]
     settings: LoraSettings
     modules: tuple[Module, ...]
@@ -223,4 +258,6 @@ class Adapter:
     @property
     def tensors(self) -> tuple[TensorRef, ...]:
         factors = (ref for module in self.modules for ref in module.tensors)
-        return (*factors, *self.others.values())
+        methods = {module.method: None for module in self.modules if module.method is not None}
+        shared = (ref for method in methods for ref in method.shared.values())
+        return (*factors, *shared, *self.others.values())

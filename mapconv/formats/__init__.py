@@ -8,12 +8,17 @@ from mapconv.adapter import Adapter
 from mapconv.checkpoint.filenames import MODEL_CONFIG
 from mapconv.checkpoint.sidecars import check_folder
 from mapconv.errors import AdapterError
-from mapconv.formats import mapdir, peft
+from mapconv.formats import mapdir, peft, peft_methods
 from mapconv.formats.base import CONFIG_FILE, Dialect, Found
 from mapconv.formats.foreign import FOREIGN
 
 #: In order of recognition: a MAP directory is a PEFT directory as well.
-DIALECTS: tuple[Dialect, ...] = (mapdir.MapDirectory(), peft.PeftDirectory(), *FOREIGN)
+DIALECTS: tuple[Dialect, ...] = (
+    mapdir.MapDirectory(),
+    peft_methods.PeftMethodDirectory(),
+    peft.PeftDirectory(),
+    *FOREIGN,
+)
 
 
 def read_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:
