@@ -10,11 +10,9 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.dora import AdaptedWeight, merge_rows_
 from mapconv.algebra.fingerprint import (
     Fingerprint,
@@ -31,30 +29,16 @@ from mapconv.algebra.norms import (
     squared_norm,
 )
 from mapconv.checkpoint.reader import TensorReader
-from mapconv.errors import CheckpointError
 from mapconv.placement.factors import FactorLoader, Factors
 from mapconv.placement.weights import PlacedModule, read_weight
+from mapconv.refit.converted import Converted, converted_module, finite_base, refitted_module
 from mapconv.refit.norms import BaseNorms
 from mapconv.refit.plan import UpgradePlan
-from mapconv.refit.solving import ModuleRefit, Wanted, rounded
+from mapconv.refit.solving import Wanted, rounded
 from mapconv.runtime.devices import resolve_device
 
 #: Before its first step a DoRA's magnitudes are the base's row norms, but for float32 rounding in sums over a row.
 UNTRAINED = 1e-6
-
-
-@dataclass(frozen=True)
-class Converted:
-    """One module in MAP form, as it is written.
-
-    A (k, in) and B (out, k) are the factors of D = (b/a)·Δ; ``magnitude`` (out,) is what stock PEFT needs to compute
-    the module as a DoRA, or None where the gain is 1 and the direction is low-rank.
-    """
-
-    scalars: MapModule
-    A: torch.Tensor
-    B: torch.Tensor
-    magnitude: torch.Tensor | None
 
 
 class Converter:
@@ -126,24 +110,7 @@ class Converter:
         found = finite_base(matrix_fingerprint(base), placed)
         if not factors.B.any() and target.update_norm <= UNTRAINED * found.norm:
             return self._keep_base(placed, factors, target, found)
-        if root is not None:
-            root = root.to(device)
-        seen = None if root is None else target.seen_through(root)
-        refitted = ModuleRefit(target, self._wanted(placed), root, seen).solve()
-        A, B = refitted.A, refitted.B
-        magnitude = refitted.gain * target.approximation_row_norms(B.to(device).float(), A.to(device).float())
-        return converted_module(
-            placed,
-            "low-rank",
-            refitted.gain,
-            found,
-            product_norm(B, A),
-            refitted.error,
-            A,
-            B,
-            magnitude,
-            refitted.output_error,
-        )
+        return refitted_module(placed, target, self._wanted(placed), found, root)
 
     def _keep_base(self, placed: PlacedModule, factors: Factors, target: AdaptedWeight, base: Fingerprint) -> Converted:
         """An untrained DoRA has no direction: what its magnitudes' rounding does to W0 is noise, and not refitted."""
@@ -175,46 +142,6 @@ class Converter:
         return read_weight(placed.weight, self._reader, matrix)
 
 
-def converted_module(
-    placed: PlacedModule,
-    direction: Direction,
-    gain: float,
-    base: Fingerprint,
-    direction_norm: float,
-    error: float,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    magnitude: torch.Tensor | None,
-    output_error: float | None = None,
-) -> Converted:
-    """A module's factors and scalars. The direction is stored so that b = a: what PEFT computes is a·(W0 + D)."""
-    scalars = MapModule(
-        path=placed.module.path,
-        expert=placed.expert,
-        direction=direction,
-        rank=A.shape[0],
-        alpha=gain * base.norm,
-        beta=gain * direction_norm,
-        base_norm=base.norm,
-        direction_norm=direction_norm,
-        error=error,
-        output_error=output_error,
-        base_projection=base.projection,
-    )
-    return Converted(scalars, A, B, None if magnitude is None else magnitude.float().cpu())
-
-
 def _loses_nothing(scaling: float) -> bool:
     """Whether float32 values times ``scaling`` are exact, unless they overflow: a power of two, and no small one."""
     return scaling >= 1 and math.frexp(scaling)[0] == 0.5
-
-
-def finite_base(base: Fingerprint, placed: PlacedModule) -> Fingerprint:
-    """The base's fingerprint, unless it holds NaN or infinity.
-
-    Raises:
-        CheckpointError: it does.
-    """
-    if not math.isfinite(base.square):
-        raise CheckpointError(f"{placed.weight.pieces[0].tensor.file}: {placed.weight.name} holds NaN or infinity.")
-    return base

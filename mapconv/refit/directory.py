@@ -31,7 +31,7 @@ from mapconv.metadata.card import CARD_FILE, local_card
 from mapconv.metadata.provenance import base_name, base_revision, map_config
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.weights import PlacedModule
-from mapconv.refit.converter import Converted
+from mapconv.refit.converted import Converted
 
 
 class MapDirectory:

@@ -23,7 +23,7 @@ from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.base_check import base_fault
 from mapconv.placement.factors import FactorLoader
 from mapconv.placement.weights import PlacedModule, read_weight
-from mapconv.refit.converter import Converted, converted_module, finite_base
+from mapconv.refit.converted import Converted, converted_module, finite_base
 from mapconv.refit.mixture import Run
 from mapconv.refit.plan import Dtype
 from mapconv.refit.ranks import Spectrum, squared_singular_values

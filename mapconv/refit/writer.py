@@ -22,7 +22,8 @@ from mapconv.hub.ranges import prefetch
 from mapconv.placement.target_model import TargetModel
 from mapconv.placement.weights import PlacedModule
 from mapconv.refit.activations import input_roots
-from mapconv.refit.converter import Converted, Converter
+from mapconv.refit.converted import Converted
+from mapconv.refit.converter import Converter
 from mapconv.refit.directory import MapDirectory
 from mapconv.refit.norms import BaseNorms
 from mapconv.refit.plan import UpgradePlan
