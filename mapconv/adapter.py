@@ -63,13 +63,15 @@ class TunerMethod:
     """A method of PEFT's besides LoRA (``formats.methods``), with what all layers of one adapter share.
 
     ``name`` is the method's own, such as LoHa; ``config`` the adapter's, in ``file``; ``shared`` the tensors that
-    belong to no one layer (VeRA's projections, a vector bank), by the key that PEFT saves them under.
+    belong to no one layer (VeRA's projections, a vector bank), by the key that PEFT saves them under. ``changes_bias``:
+    a merge changes the biases of the adapted layers as well.
     """
 
     name: str
     config: Mapping[str, Any]
     file: Path
     shared: Mapping[str, TensorRef]
+    changes_bias: bool = False
 
 
 @dataclass(frozen=True)

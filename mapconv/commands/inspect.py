@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from mapconv.formats import read_adapter
 from mapconv.hub import locate_adapter
 from mapconv.options.commands import INSPECT
 from mapconv.placement.adapters import place_adapter
+from mapconv.refit.plan import FULL_RANK_AS
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def inspect(source: str | Path, *, base: str | Path | None = None, allow_pickle:
         adapter = read_adapter(source, allow_pickle=allow_pickle)
     else:
         placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=True)
-        adapter, fits = placed.adapter, placed.target.folder
+        own = {item.module.path: item.module for item in placed.modules}
+        adapter, fits = replace(placed.adapter, modules=tuple(own.values())), placed.target.folder
         found = dict(storages(placed.target.checkpoint))
         notes = _base_notes(adapter, str(base), found)
     groups: dict[str, list[Module]] = defaultdict(list)
@@ -111,9 +113,10 @@ def _group(name: str, modules: list[Module]) -> TargetGroup:
         module_type=name,
         count=len(modules),
         layers=_ranges(sorted({module.layer for module in modules if module.layer is not None})),
-        ranks=tuple(sorted({module.rank for module in modules})),
-        scalings=tuple(sorted({module.scaling for module in modules})),
-        shapes=tuple(sorted({module.weight_shape for module in modules})),
+        ranks=tuple(sorted({module.rank for module in modules if module.rank})),
+        scalings=tuple(sorted({module.scaling for module in modules if module.method is None})),
+        # A method's own tensors do not say what weight they are for, until they are placed.
+        shapes=tuple(sorted({module.weight_shape for module in modules if module.weight_shape != (0, 0)})),
         parameters=sum(ref.numel for module in modules for ref in module.tensors),
     )
 
@@ -124,6 +127,12 @@ def _describe(item: WholeTensor) -> str:
 
 
 def _forecast(adapter: Adapter) -> str:
+    if not adapter.modules:
+        return "nothing: it replaces whole tensors, and can be merged"
+    if adapter.modules[0].method is not None:
+        ranks = [module.rank for module in adapter.modules]
+        how = "exact: its updates are of low rank" if all(ranks) else f"the closest MAP weight at rank {FULL_RANK_AS}"
+        return how if all(ranks) else f"{how} (ε is reported), or at your own (--rank, --tolerance)"
     if adapter.method == "LoRA":
         return "exact: α and β follow from norms, the factors are kept"
     if adapter.method == "DoRA":

@@ -144,7 +144,7 @@ def merge(
     place = TemporaryDirectory(prefix="mapconv-") if dry_run else staged_folder(out, force=force)
     with place as name, unchanged(marks):
         staging = Path(name)
-        merged = _write_weights(plan, None if dry_run else staging, quiet=quiet)
+        merged = _write_weights(plan, placed, None if dry_run else staging, quiet=quiet)
         if not force:
             _check_base(placed, merged)
         notes += copy_model_files(folder, sources[0], staging)
@@ -178,13 +178,15 @@ def quantization_notes(checkpoint: Checkpoint, *, copied: bool = False) -> list[
     return [f"{shown(checkpoint.folder)} is quantized ({found}), {what}"] if found else []
 
 
-def _write_weights(plan: MergePlan, staging: Path | None, *, quiet: bool) -> tuple[MergedTensor, ...]:
+def _write_weights(
+    plan: MergePlan, placed: Sequence[PlacedAdapter], staging: Path | None, *, quiet: bool
+) -> tuple[MergedTensor, ...]:
     """Run the plan's jobs into the files of ``staging``; None: into no files."""
     total = sum(job.nbytes for job in plan.jobs)
     with TensorReader() as reader, _output_files(plan, staging) as files, BackgroundFlush() as flush:
-        merger, merged = Merger(reader, files), []
+        merger, merged = Merger(reader, files, [item for adapter in placed for item in adapter.modules]), []
         with progress_bar(total, "merging", quiet=quiet) as advance:
-            results = in_order(merger.run, plan.jobs, worker_count(Merger.WORKING_BYTES))
+            results = in_order(merger.run, plan.jobs, worker_count(merger.working_bytes))
             for job, result in zip(plan.jobs, results, strict=True):
                 advance(job.nbytes)
                 file = files[job.output.name]

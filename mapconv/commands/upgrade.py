@@ -23,7 +23,7 @@ from mapconv.options.shared import MAX_RANK, SAMPLES, SEQUENCE_LENGTH, STATISTIC
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
 from mapconv.refit.directory import measured
 from mapconv.refit.norms import BaseNorms
-from mapconv.refit.plan import ConvertOptions, Dtype, PlanSummary, UpgradePlan, plan_upgrade
+from mapconv.refit.plan import FULL_RANK_AS, ConvertOptions, Dtype, PlanSummary, UpgradePlan, plan_upgrade
 from mapconv.refit.writer import Sample, read_data, write_map_directory
 from mapconv.runtime.devices import resolve_device
 from mapconv.wording import counted
@@ -140,6 +140,11 @@ def upgrade(
     placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=data is None)
     if placed.adapter.method == "MAP":
         raise UnsupportedError(f"{source} is a MAP adapter already: upgrade the adapter that it was made from.")
+    if not placed.modules:
+        raise UnsupportedError(
+            f"{source} ({placed.adapter.method}) replaces whole tensors and no more, which MAP has no "
+            "form for: merge it."
+        )
     plan = plan_upgrade(placed, options)
     log.info("placed %d modules of %s on %s", len(plan.jobs), source, placed.target.folder)
     nbytes = plan.nbytes
@@ -216,6 +221,12 @@ def _notes(placed: PlacedAdapter, options: ConvertOptions) -> list[str]:
         notes.append(f"kept as they are: {counted(len(adapter.whole), 'whole tensor')} (heads, biases or token rows)")
     if adapter.method == "LoRA" and options.direction == "dora":
         notes.append("the source is a LoRA adapter, which is exact in low-rank form: --direction dora changes nothing")
+    full = [item for item in placed.modules if item.module.method is not None and not item.rank]
+    if full and options.rank is None and options.tolerance is None:
+        notes.append(
+            f"{adapter.method} makes updates of full rank, which are refitted at rank {FULL_RANK_AS}: choose another "
+            "with --rank or --tolerance"
+        )
     highest = max(item.effective_rank for item in placed.modules)
     if adapter.method == "LoRA" and options.rank is not None and options.rank > highest:
         notes.append(f"the source is a LoRA adapter of rank {highest}: a higher rank would add nothing, so it is kept")

@@ -21,6 +21,7 @@ class MethodFacts:
     module's update at most, from the shapes of its tensors (by their key in the layer) and the configuration; None
     where it is as high as the weight's own. ``changes_bias``: its merge changes the layer's bias as well.
     ``reads_base``: PEFT derives a part of the layer from the base weight's values, which takes as long as an SVD.
+    ``together``: tensors of a layer depend on the other layers that are adapted.
     """
 
     name: str
@@ -28,6 +29,7 @@ class MethodFacts:
     rank: Callable[[Shapes, Mapping[str, Any]], int] | None = None
     changes_bias: bool = False
     reads_base: bool = False
+    together: bool = False
 
 
 def _rows(key: str) -> Callable[[Shapes, Mapping[str, Any]], int]:
@@ -62,7 +64,7 @@ METHODS: dict[str, MethodFacts] = {
     "DEFT": MethodFacts("DEFT", "deft_", _columns("deft_P")),
     "DELORA": MethodFacts("DeLoRA", "delora_", _rows("delora_A")),
     "FOURIERFT": MethodFacts("FourierFT", "fourierft_"),
-    "FROD": MethodFacts("FRoD", "frod_", reads_base=True),
+    "FROD": MethodFacts("FRoD", "frod_", reads_base=True, together=True),
     "GLORA": MethodFacts("GLoRA", "glora_", changes_bias=True),
     "GRALORA": MethodFacts("GraLoRA", "gralora_", _gralora),
     "HIRA": MethodFacts("HiRA", "hira_"),
@@ -75,15 +77,15 @@ METHODS: dict[str, MethodFacts] = {
     "OSF": MethodFacts("OSF", "osf_", reads_base=True),
     "PEANUT": MethodFacts("PEANuT", "peanut_"),
     "PSOFT": MethodFacts("PSOFT", "psoft_", _configured, reads_base=True),
-    "PVERA": MethodFacts("PVeRA", "pvera_lambda_", _configured),
-    "RANDLORA": MethodFacts("RandLoRA", "randlora_"),
+    "PVERA": MethodFacts("PVeRA", "pvera_lambda_", _configured, together=True),
+    "RANDLORA": MethodFacts("RandLoRA", "randlora_", together=True),
     "ROAD": MethodFacts("RoAd", "road_", changes_bias=True),
     "SHIRA": MethodFacts("SHiRA", "shira_"),
     "SUPERTUNING": MethodFacts("Supertuning", "supertuning_", reads_base=True),
-    "TINYLORA": MethodFacts("TinyLoRA", "tinylora_", _configured),
-    "UNILORA": MethodFacts("Uni-LoRA", "unilora_", _configured),
-    "VBLORA": MethodFacts("VB-LoRA", "vblora_", _configured),
-    "VERA": MethodFacts("VeRA", "vera_lambda_", _rows("vera_lambda_d")),
+    "TINYLORA": MethodFacts("TinyLoRA", "tinylora_", _configured, together=True),
+    "UNILORA": MethodFacts("Uni-LoRA", "unilora_", _configured, together=True),
+    "VBLORA": MethodFacts("VB-LoRA", "vblora_", _configured, together=True),
+    "VERA": MethodFacts("VeRA", "vera_lambda_", _rows("vera_lambda_d"), together=True),
     "WAVEFT": MethodFacts("WaveFT", "waveft_"),
 }
 #: By ``peft_type``, those that are nothing but tensors in the place of the base's.

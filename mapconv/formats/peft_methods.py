@@ -35,7 +35,7 @@ class PeftMethodDirectory:
         prefix, facts = key_prefix(others or tensors), METHODS.get(kind)
         modules: tuple[Module, ...] = ()
         if facts is not None:
-            method = TunerMethod(facts.name, config, path / CONFIG_FILE, shared)
+            method = TunerMethod(facts.name, config, path / CONFIG_FILE, shared, facts.changes_bias)
             modules, others = _modules(others, prefix, facts, method)
             if not modules:
                 raise AdapterError(f"{tensors[0].file} holds no tensors of {facts.name} layers ({facts.prefix}…).")

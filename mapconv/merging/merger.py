@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,12 +20,16 @@ from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader, block_elements
 from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.errors import AdapterError, CheckpointError, MapconvError, OutputError
 from mapconv.merging.plan import ConvertJob, CopyJob, LowRankUpdate, MergeJob
-from mapconv.merging.updates import Buffers, Update
+from mapconv.merging.updates import Buffers, Update, WholeUpdate
 from mapconv.placement.factors import FactorLoader
-from mapconv.placement.weights import read_rows
+from mapconv.placement.target_model import BiasUpdate, MergedBias
+from mapconv.placement.tuned import TunedWeights
+from mapconv.placement.weights import PlacedModule, read_rows
 
 #: ‖Δ‖ comes from a Gram matrix of the stored factors, whose rounding its conditioning can enlarge.
 DIRECTION_TOLERANCE = 1e-6
+#: Bytes for each element of a weight that another method than LoRA adapts: the base, the result, and PEFT's own work.
+_TUNED_BYTES = 6 * 4
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,18 @@ class MergedTensor:
 class Merger:
     """Runs the jobs of a plan; safe to call from several threads."""
 
-    WORKING_BYTES = Buffers.NBYTES
-
-    def __init__(self, reader: TensorReader, files: Mapping[str, FixedFile | NoFile]) -> None:
+    def __init__(
+        self,
+        reader: TensorReader,
+        files: Mapping[str, FixedFile | NoFile],
+        modules: Sequence[PlacedModule],
+    ) -> None:
+        """``modules`` are those of all adapters of the plan."""
         self._reader, self._files = reader, files
-        self._factors = FactorLoader(reader)
+        self._factors, self._tuned = FactorLoader(reader), TunedWeights(modules, reader)
+        tuned = (item.weight.numel for item in modules if item.module.method is not None)
+        #: What a worker takes: a tuned weight is there whole, as are the matrices that PEFT merges it through.
+        self.working_bytes = max(Buffers.NBYTES, _TUNED_BYTES * max(tuned, default=0))
         self._local = threading.local()
 
     def run(self, job: CopyJob | ConvertJob | MergeJob) -> MergedTensor | None:
@@ -89,7 +100,7 @@ class Merger:
         base: dict[tuple, Fingerprint] = {}
         update_square = rounding_square = 0.0
         for index in range(matrices):
-            updates = [self._prepare(item, buffers) for item in job.updates if item.piece.index == index]
+            updates = [self._update(item, buffers) for item in job.updates if item.piece.index == index]
             known_norm = updates[0].known_norm if len(updates) == 1 and not job.rows and bias is None else None
             for start, stop in row_blocks(height, width):
                 first = index * height + start
@@ -117,6 +128,14 @@ class Merger:
             raise self._not_finite(job)
         paths = dict.fromkeys(item.placed.module.path for item in job.updates)
         return MergedTensor(target.name, tuple(paths), target.dtype, update_square**0.5, rounding_square**0.5, base)
+
+    def _update(self, item: LowRankUpdate, buffers: Buffers) -> Update | WholeUpdate:
+        """An update, ready to be applied."""
+        placed = item.placed
+        if placed.module.method is None:
+            return self._prepare(item, buffers)
+        weight, _ = self._tuned.read_and_merge(placed)
+        return WholeUpdate(item.piece, placed.identity, weight[item.piece.start : item.piece.stop], item.weight)
 
     def _prepare(self, item: LowRankUpdate, buffers: Buffers) -> Update:
         """Load an update's factors, bring in its gains, and cut out the rows that this tensor holds."""
@@ -177,10 +196,16 @@ class Merger:
             rows[list(targets)] = values[list(sources)]
 
     def _bias(self, job: MergeJob) -> torch.Tensor | None:
-        """What the adapters' own biases add to this bias vector."""
-        if not job.biases:
-            return None
-        return sum((item.scaling * self._factors.vector(item.tensor) for item in job.biases), start=torch.zeros(()))
+        """What the adapters add to this bias vector."""
+        return sum(map(self._added, job.biases), start=torch.zeros(())) if job.biases else None
+
+    def _added(self, item: BiasUpdate | MergedBias) -> torch.Tensor:
+        if isinstance(item, BiasUpdate):
+            return item.scaling * self._factors.vector(item.tensor)
+        _, bias = self._tuned.read_and_merge(item.placed)
+        assert bias is not None
+        assert item.placed.bias is not None  # it was placed with one
+        return bias - self._reader.read(item.placed.bias).float()
 
     def _buffers(self, elements: int) -> Buffers:
         if not hasattr(self._local, "buffers"):

@@ -15,7 +15,7 @@ from mapconv.adapter import TensorRef, WholeTensor
 from mapconv.checkpoint.writer import COPY_CHUNK, TensorSpec, lay_out
 from mapconv.errors import UnsupportedError
 from mapconv.placement.adapters import FLOAT_DTYPES, PlacedAdapter
-from mapconv.placement.target_model import BiasUpdate, TargetModel
+from mapconv.placement.target_model import BiasUpdate, MergedBias, TargetModel
 from mapconv.placement.weights import Piece, PlacedModule, grid
 
 
@@ -67,7 +67,7 @@ class MergeJob:
     target: TensorRef
     updates: tuple[LowRankUpdate, ...] = ()
     rows: tuple[WholeTensor, ...] = ()
-    biases: tuple[BiasUpdate, ...] = ()
+    biases: tuple[BiasUpdate | MergedBias, ...] = ()
 
     @property
     def output(self) -> Path:
@@ -155,9 +155,10 @@ def _refuse_weight(adapter: PlacedAdapter, weight: float) -> None:
     """A weight scales updates; what an adapter replaces as a whole (heads, rows, biases) has no part to scale."""
     whole = [item.tensor for item in adapter.adapter.whole]
     whole += [item.module.bias for item in adapter.modules if item.module.bias is not None]
+    whole += [item.bias for item in adapter.modules if item.bias is not None and item.changes_bias]
     if weight != 1.0 and whole:
         raise UnsupportedError(
-            f"{adapter.adapter.path} contains {whole[0].name}, which is not a low-rank update and cannot be scaled by "
+            f"{adapter.adapter.path} changes {whole[0].name}, which is no update of a weight and cannot be scaled by "
             f"--weights ({weight:g}): give this adapter the weight 1."
         )
 

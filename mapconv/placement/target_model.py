@@ -27,6 +27,13 @@ class BiasUpdate:
 
 
 @dataclass(frozen=True)
+class MergedBias:
+    """What the merge of a layer of another method than LoRA makes of the layer's bias."""
+
+    placed: PlacedModule
+
+
+@dataclass(frozen=True)
 class TargetModel:
     """What the merged checkpoint starts from.
 
@@ -42,7 +49,7 @@ class TargetModel:
     tensors: Mapping[str, TensorRef]
     dtypes: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, tuple[WholeTensor, ...]] = field(default_factory=dict)
-    biases: Mapping[str, tuple[BiasUpdate, ...]] = field(default_factory=dict)
+    biases: Mapping[str, tuple[BiasUpdate | MergedBias, ...]] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     source_config: dict[str, Any] | None = None
     class_name: str | None = None

@@ -17,6 +17,7 @@ from mapconv.checkpoint.writer import SpooledFile, TensorSpec
 from mapconv.errors import AdapterError
 from mapconv.formats.mapdir import (
     MAP_CONFIG_FILE,
+    lora_settings_of,
     map_modules,
     needs_magnitude,
     peft_config,
@@ -48,6 +49,7 @@ class MapDirectory:
         self._spool = SpooledFile(staging / WEIGHTS_FILE, expected)
         self._stack: list[Converted] = []
         self._converted: dict[tuple[str, int | None], tuple[MapModule, torch.Tensor | None]] = {}
+        self._has_own_biases = False
 
     def add(self, item: PlacedModule, result: Converted) -> None:
         """Write a module's factors; the experts of a stack come one after another."""
@@ -56,6 +58,9 @@ class MapDirectory:
             for name, tensor in peft_factors(item.module, *_side_by_side(self._stack)):
                 self._spool.append(name, tensor)
             self._stack.clear()
+        if result.bias is not None:
+            self._has_own_biases = True
+            self._spool.append(f"{KEY_PREFIX}{item.module.path}.base_layer.bias", result.bias)
         self._converted[item.key] = result.scalars, result.magnitude
 
     def finish(self, options: Mapping[str, Any], data: Mapping[str, Any] | None, **more: Any) -> tuple[MapModule, ...]:
@@ -78,7 +83,10 @@ class MapDirectory:
         names = {item.module.path: item.parameter if item.experts > 1 else item.module.path for item in placed.modules}
         own_paths = {module.path for module in placed.adapter.modules}
         respelled = any(item.module.path not in own_paths for item in placed.modules)
-        config = peft_config(placed.adapter.config, modules, names, base=base_name(placed), respelled=respelled)
+        source = placed.adapter.config
+        if any(item.module.method is not None for item in placed.modules):
+            source, respelled = lora_settings_of(source, own_biases=self._has_own_biases), True
+        config = peft_config(source, modules, names, base=base_name(placed), respelled=respelled)
         config["revision"] = base_revision(placed)
         self._describe(config, map_config(placed, options, modules, data=data) | more, modules)
         return modules
@@ -104,8 +112,12 @@ class MapDirectory:
                 if item.module.bias is not None:
                     bias = reader.read(item.module.bias).float() * item.scaling
                     self._spool.append(f"{KEY_PREFIX}{item.module.path}.lora_B.bias", bias)
+            merged = {f"{item.parameter.removesuffix('weight')}bias" for item in placed.modules if item.changes_bias}
+            kept = {item.tensor.name for item in placed.adapter.whole if item.parameter not in merged}
             for name, ref in placed.adapter.others.items():
-                self._spool.append(name, reader.read(ref))
+                # A bias that the merge changes as well is written with it.
+                if not self._has_own_biases or ref.name in kept:
+                    self._spool.append(name, reader.read(ref))
 
 
 def measured(folder: Path, modules: Sequence[MapModule]) -> tuple[int, int]:

@@ -30,6 +30,8 @@ Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 #: magnitudes. ``refit``: the closest MAP weight. The first two are exact.
 Kind = Literal["keep-lora", "keep-dora", "refit"]
 
+#: The rank that an update of full rank is refitted at where none is asked for.
+FULL_RANK_AS = 16
 #: Products with the whole weight that a refit takes, and columns that it has besides the rank; for the estimate alone.
 _PRODUCTS, _MORE_COLUMNS = 24, 8
 #: Memory of the process before any weight is read, and beside the model where one runs: imports, and buffers.
@@ -51,6 +53,10 @@ class ConvertOptions:
     dtype: Dtype = "float32"
     device: str = "auto"
     statistics: Statistics | None = None
+
+    def wanted_rank(self, placed: PlacedModule) -> int:
+        """The rank of this module's result: what was asked for, else the source's own where that is a low one."""
+        return self.rank or placed.effective_rank or FULL_RANK_AS
 
     def stored_dtype(self, placed: PlacedModule) -> torch.dtype:
         """The dtype that this module's factors are written in."""
@@ -176,7 +182,7 @@ def plan_upgrade(placed: PlacedAdapter, options: ConvertOptions) -> UpgradePlan:
 def _job(placed: PlacedModule, options: ConvertOptions) -> Job:
     kind = _kind(placed, options)
     height, width = placed.weight.shape
-    rank = min(placed.effective_rank if kind != "refit" else options.rank or placed.effective_rank, height, width)
+    rank = min(placed.effective_rank if kind != "refit" else options.wanted_rank(placed), height, width)
     stored = (height + width) * rank * options.stored_dtype(placed).itemsize
     if kind == "keep-lora":
         # No more of the base than its norm, a block at a time; an initialization that is undone reads all of it.
@@ -184,9 +190,12 @@ def _job(placed: PlacedModule, options: ConvertOptions) -> Job:
         return Job(placed, kind, rank, stored, working, 4 * rank * (height + width) + 2 * placed.weight.numel)
     # W0 in float32, and with data W0·P as well.
     working = (4 if options.statistics is None else 8) * placed.weight.numel
+    if placed.module.method is not None:
+        working *= 4  # T − W0 as well, and the matrices that PEFT merges it through
     if kind == "refit":
         most = rank if options.tolerance is None else options.max_rank
-        if not is_randomized(placed.weight.shape, most, placed.effective_rank):
+        known = placed.effective_rank if placed.module.method is None else 0
+        if not is_randomized(placed.weight.shape, most, known):
             working += dense_bytes(placed.weight.shape)  # its Gram matrices
     columns = rank if options.tolerance is None or kind != "refit" else 2 * rank
     products = 2 if kind == "keep-dora" else _PRODUCTS
@@ -195,6 +204,8 @@ def _job(placed: PlacedModule, options: ConvertOptions) -> Job:
 
 
 def _kind(placed: PlacedModule, options: ConvertOptions) -> Kind:
+    if placed.module.method is not None:
+        return "refit"
     if placed.module.magnitude is not None:
         return "keep-dora" if options.direction == "dora" else "refit"
     kept = options.tolerance is None and (options.rank is None or options.rank >= placed.effective_rank)

@@ -1,7 +1,7 @@
 """One base weight at a time inside the layer that stock PEFT builds for a method, merged by the method's own code.
 
 A layer is injected into a skeleton that holds it at its place and nothing else. Where layers share tensors or depend on
-each other's order (PEFT's ``uses_shared_state``), the skeleton holds all of them, around weights that take no memory.
+each other, the skeleton holds all of them, around weights that take no memory.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import torch
 
-from mapconv.adapter import Module, TensorRef, TunerMethod
+from mapconv.adapter import Module, TensorRef
 from mapconv.algebra.norms import all_finite
-from mapconv.checkpoint.reader import SAFETENSORS_DTYPES, TensorReader
-from mapconv.errors import AdapterError
+from mapconv.checkpoint.reader import TensorReader
+from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.formats.methods import METHODS
 from mapconv.runtime.models import quiet_libraries, translated
 from mapconv.tuners.config import tuner_config
@@ -79,9 +79,14 @@ class TunerLayers:
             layer = self._layer(site, weight, bias)
             layer.merge(adapter_names=[_ADAPTER])
             base = layer.get_base_layer()
-            merged, merged_bias = base.weight.detach(), base.bias.detach() if site.has_bias else None
+            merged, merged_bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
             if self._together is not None:
                 _hold(base, _weightless(site.shape), None)
+        if merged_bias is not None and not site.has_bias:
+            raise UnsupportedError(
+                f"{self._method.file.parent}: {self._method.name} gives {path} a bias, but the base has none, so that "
+                "no merged model of its class can hold it."
+            )
         if not all_finite(merged):
             raise AdapterError(
                 f"{self._method.file.parent}: the merged weight of {path} holds NaN or infinity: the training run "
@@ -96,24 +101,16 @@ class TunerLayers:
         """
         if self._facts.reads_base:
             return
-        for sites in [self._sites.values()] if self._shares_state else [[site] for site in self._sites.values()]:
+        for sites in [self._sites.values()] if self._facts.together else [[site] for site in self._sites.values()]:
             paths = [site.path for site in sites]
             with self._explained(paths[0]):
                 model = self._injected({site.path: _base_layer(site) for site in sites}, without_values=True)
                 self._require_all(model, [ref for site in sites for ref in _keyed(site)])
 
-    @property
-    def _shares_state(self) -> bool:
-        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-
-        kind = str(self._method.config["peft_type"]).upper()
-        # FRoD's shared tensors are all in the file, and its layers need their own base weights.
-        return PEFT_TYPE_TO_TUNER_MAPPING[kind].uses_shared_state and not self._facts.reads_base
-
     def _layer(self, site: Site, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
         """The layer with the adapter's tensors, around a weight."""
         with _BUILDING:
-            if not self._shares_state:
+            if not self._facts.together or self._facts.reads_base:
                 base = _hold(_base_layer(site), weight, bias)
                 return self._built({site.path: base}, [site])[site.path]
             if self._together is None:
@@ -127,15 +124,33 @@ class TunerLayers:
         """The layers around ``bases``, with every tensor of the adapter in its place."""
         from peft import set_peft_model_state_dict
 
-        refs = [entry for site in sites for entry in _keyed(site)]
         model = self._injected(bases)
-        expected = self._require_all(model, refs)
+        expected = self._require_all(model, [entry for site in sites for entry in _keyed(site)])
+        # A layer's copy of a tensor that all share is the same object in memory: one of them is enough.
+        own = [entry for site in sites for entry in _keyed(site) if self._shared_key(entry[0]) not in expected]
         shared = [(key, ref) for key, ref in self._method.shared.items() if key in expected]
-        tensors = {key: self._read(ref) for key, ref in (*refs, *shared)}
+        tensors = {key: self._read(ref) for key, ref in (*own, *shared)}
         with quiet_libraries():
             set_peft_model_state_dict(model, tensors, adapter_name=_ADAPTER)
+            if self._facts.together and self._facts.reads_base:
+                # A part of the layer comes from its weight and from shared tensors, which are those of the file now.
+                self._make_again(model, bases)
+                set_peft_model_state_dict(model, tensors, adapter_name=_ADAPTER)
         modules = dict(model.base_model.model.named_modules())
         return {path: modules[path] for path in bases}
+
+    @staticmethod
+    def _shared_key(key: str) -> str:
+        return f"base_model.{key.rpartition('.')[2]}"
+
+    @staticmethod
+    def _make_again(model: Any, paths: Iterable[str]) -> None:
+        """Let PEFT derive anew what it derives when it makes a layer."""
+        tuner = model.base_model
+        for path in paths:
+            parent = tuner.model.get_submodule(path.rpartition(".")[0])
+            layer, name = tuner.model.get_submodule(path), path.rpartition(".")[2]
+            tuner._create_and_replace(tuner.peft_config[_ADAPTER], _ADAPTER, layer, name, parent, current_key=path)
 
     def _injected(self, bases: Mapping[str, torch.nn.Module], *, without_values: bool = False) -> Any:
         """A PeftModel of a skeleton that holds ``bases`` at their paths."""
@@ -163,6 +178,11 @@ class TunerLayers:
 
         with quiet_libraries():
             expected = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
+        if self._facts.together and self._facts.reads_base and not self._method.shared:
+            raise UnsupportedError(
+                f"{self._method.file}: this {self._method.name} adapter lacks what PEFT derived from all base weights "
+                "at once: save it with save_projection=True."
+            )
         file, tensors = self._method.file.parent, dict(given) | dict(self._method.shared)
         own = [key for key, _ in given]
         for key in expected.keys() - tensors.keys():
