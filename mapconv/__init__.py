@@ -22,6 +22,7 @@ if sys.platform == "win32":
 if TYPE_CHECKING:
     from mapconv.commands.calibrate import calibrate
     from mapconv.commands.catalog import convert_catalog
+    from mapconv.commands.extract import extract
     from mapconv.commands.inspect import inspect
     from mapconv.commands.merge import merge
     from mapconv.commands.push import push
@@ -37,9 +38,9 @@ if TYPE_CHECKING:
     from mapconv.nn.training import MapConfig, get_map_model, print_trainable_parameters
 
 __all__ = [
-    "MapConfig", "MapconvError", "__version__", "calibrate", "convert_catalog", "detach", "disabled", "get_map_model",
-    "inspect", "load_adapter", "map_layers", "merge", "print_trainable_parameters", "push", "rebase", "report",
-    "save_adapter", "set_adapter", "statistics", "upgrade", "verify",
+    "MapConfig", "MapconvError", "__version__", "calibrate", "convert_catalog", "detach", "disabled", "extract",
+    "get_map_model", "inspect", "load_adapter", "map_layers", "merge", "print_trainable_parameters", "push", "rebase",
+    "report", "save_adapter", "set_adapter", "statistics", "upgrade", "verify",
 ]  # fmt: skip
 
 _HOMES = {
@@ -49,6 +50,7 @@ _HOMES = {
     "convert_catalog": "mapconv.commands.catalog",
     "detach": "mapconv.nn.attaching",
     "disabled": "mapconv.nn.attaching",
+    "extract": "mapconv.commands.extract",
     "get_map_model": "mapconv.nn.training",
     "inspect": "mapconv.commands.inspect",
     "load_adapter": "mapconv.nn.loading",

@@ -21,6 +21,7 @@ ITEM_SIZES = {
     "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 _LAYER = re.compile("[0-9]{1,6}")
+_FLAT_NUMBER = re.compile("_[0-9]+(?:_|$)")
 #: Scalars of a module that a MAP directory leaves out where there are none.
 OPTIONAL_SCALARS = ("alpha_before", "beta_before", "error_before", "base_projection")
 
@@ -75,6 +76,19 @@ class TunerMethod:
 
 
 @dataclass(frozen=True)
+class Spelling:
+    """How the file of another dialect names a module, where the base's own names must tell which one it means.
+
+    ``components`` are the parts of a pipeline that it may be in (``denoiser``, ``text_encoder``, ``text_encoder_2`` …).
+    In a ``flat`` name underscores stand for the dots between the parts of a path as well as for themselves.
+    """
+
+    components: tuple[str, ...]
+    name: str
+    flat: bool
+
+
+@dataclass(frozen=True)
 class Module:
     """One group of factors as the file has it; what weight it adapts is known once it is placed on a base.
 
@@ -83,6 +97,7 @@ class Module:
     A layer of another ``method`` has tensors of its ``own`` instead, by their key within the layer. Its ``rank`` is
     that of the update at most (0: the weight's own), and its factors are no bytes of a file: they have the dtype and,
     once the module is placed, the dimensions of those that a conversion writes.
+    A module with a ``spelling`` has the file's own key as its path until it is placed.
     """
 
     path: str
@@ -95,6 +110,7 @@ class Module:
     embedding: bool = False
     method: TunerMethod | None = None
     own: tuple[tuple[str, TensorRef], ...] = ()
+    spelling: Spelling | None = None
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -120,12 +136,6 @@ class Module:
         none = replace(like, name=f"{path}.lora_A.weight", shape=(0, 0), start=0)
         return cls(path, rank, 1.0, none, none, method=method, own=tuple(own.items()))
 
-    def on_weight_of(self, shape: tuple[int, ...], *, embedding: bool) -> Module:
-        """A layer of another method, with the dimensions of the weight (out, in, …) that it was placed on."""
-        A = replace(self.lora_A, shape=(0, *shape[1:]))
-        B = replace(self.lora_B, shape=(shape[0], 0, *(1 for _ in shape[2:])))
-        return replace(self, lora_A=A, lora_B=B, embedding=embedding)
-
     @classmethod
     def without_factors(cls, path: str, shape: tuple[int, int], like: TensorRef) -> Module:
         """A weight (out, in) that the adapter leaves alone, as a module of rank 0: its factors are no bytes of a file.
@@ -139,6 +149,8 @@ class Module:
     @property
     def module_type(self) -> str:
         """The last part of the path: ``q_proj`` in ``model.layers.0.self_attn.q_proj``."""
+        if self.spelling is not None and self.spelling.flat:
+            return next(part for part in reversed(_FLAT_NUMBER.split(self.path)) if part)
         return self.path.rpartition(".")[2]
 
     @property
@@ -205,7 +217,10 @@ class MapModule:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The part of a configuration that decides what the tensors mean, and the base that they were made for."""
+    """The part of a configuration that decides what the tensors mean, and the base that they were made for.
+
+    In dialects whose modules bring rank and scaling with them (``by_module``), nothing here speaks of either.
+    """
 
     rank: int
     alpha: float
@@ -220,6 +235,14 @@ class LoraSettings:
     layer_replication: tuple[tuple[int, int], ...]
     base: str | None
     revision: str | None
+    by_module: bool = False
+
+    @classmethod
+    def of_modules(cls, *, dora: bool, base: str | None = None) -> LoraSettings:
+        """The settings of an adapter that has no configuration: each module says itself what it means."""
+        ranks: PatternTable[int] = PatternTable({}, "rank_pattern")
+        alphas: PatternTable[float] = PatternTable({}, "alpha_pattern")
+        return cls(1, 1.0, False, dora, ranks, alphas, None, (), (), {}, (), base, None, by_module=True)
 
     def rank_of(self, path: str) -> int:
         return self.rank_pattern.get(path, self.rank)
@@ -232,10 +255,14 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter on disk: its method, its modules in a fixed order, and the configuration as it was written."""
+    """An adapter on disk: its method, its modules in a fixed order, and the configuration as it was written.
+
+    What is extracted from a full finetune is described in the same way before it is written: its modules then have no
+    factors yet, and ``path`` is the model's folder.
+    """
 
     path: Path
-    #: LoRA, DoRA, MAP, or the name of another method.
+    #: LoRA, DoRA, MAP, "full finetune", or the name of another method.
     method: str
     config: dict[str, Any]
     settings: LoraSettings
@@ -248,6 +275,13 @@ class Adapter:
     notes: tuple[str, ...] = ()
     map_modules: tuple[MapModule, ...] = ()
     map_config: dict[str, Any] | None = None
+    #: The writer's name for the form of the files.
+    dialect: str = "PEFT"
+
+    @property
+    def is_spelled(self) -> bool:
+        """Whether only the base's names tell which module is which."""
+        return any(module.spelling is not None for module in self.modules)
 
     @property
     def parameters(self) -> int:

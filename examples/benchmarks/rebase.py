@@ -1,7 +1,7 @@
 """How faithful an adapter is on a rounded copy of its base: as it is, rebased in every way, and beside EoRA.
 
     python examples/benchmarks/rebase.py FOLDER [--adapter lora] [--bits 4 --group 32] [--tokens 8192]
-        [--ranks 16 64] [--rows running source own none stored eora]
+        [--storage grid|nf4|fp8] [--ranks 16 64] [--rows running source own none stored eora]
 
 FOLDER is what ``smollm2_dora.py`` writes: base, an adapter, train.txt and held-out.txt. Every row is KL(source on its
 own base ‖ model) on held-out text, measured on the files as written. EoRA (Liu et al. 2024) compensates the rounding in
@@ -14,6 +14,7 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,17 +31,40 @@ LENGTH = 256
 SUFFIXES = tuple(f"{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 
 
-def write_rounded(base: Path, out: Path, bits: int, group: int) -> Path:
-    """The base with its linear weights on a symmetric grid, a scale for each group of inputs; in float32."""
+def on_a_grid(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """Symmetric integers, with a scale for each group of inputs."""
+    most = 2 ** (bits - 1) - 1
+    grouped = weight.view(-1, group)
+    scale = grouped.abs().amax(1, keepdim=True).clamp_min(1e-12) / most
+    return ((grouped / scale).round() * scale).view(weight.shape)
+
+
+def as_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """What bitsandbytes' NF4 in blocks of 64 stands for, its scales quantized once more as QLoRA has them."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    return dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True)).view(weight.shape)
+
+
+def as_fp8(weight: torch.Tensor) -> torch.Tensor:
+    """e4m3 with a scale for each block of 128 × 128."""
+    out = torch.empty_like(weight)
+    for row in range(0, weight.shape[0], 128):
+        for column in range(0, weight.shape[1], 128):
+            block = weight[row : row + 128, column : column + 128]
+            scale = block.abs().max().clamp_min(1e-12) / 448
+            out[row : row + 128, column : column + 128] = (block / scale).to(torch.float8_e4m3fn).float() * scale
+    return out
+
+
+def write_rounded(base: Path, out: Path, rounded: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """The base with what its linear weights are ``rounded`` to; in float32."""
     if not out.exists():
         shutil.copytree(base, out)
         tensors = {name: tensor.float() for name, tensor in load_file(base / "model.safetensors").items()}
-        most = 2 ** (bits - 1) - 1
         for name, weight in tensors.items():
             if name.endswith(SUFFIXES):
-                grouped = weight.view(-1, group)
-                scale = grouped.abs().amax(1, keepdim=True).clamp_min(1e-12) / most
-                tensors[name] = ((grouped / scale).round() * scale).view(weight.shape)
+                tensors[name] = rounded(weight)
         save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
 
@@ -87,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--adapter", default="lora")
+    parser.add_argument("--storage", choices=["grid", "nf4", "fp8"], default="grid")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=8192)
@@ -97,10 +122,15 @@ def main() -> None:
     folder, work = options.folder, options.folder / "rebased"
     work.mkdir(exist_ok=True)
     base, adapter, text = folder / "base", folder / options.adapter, folder / "train.txt"
-    rounded = write_rounded(base, work / f"base-{options.bits}bit-{options.group}", options.bits, options.group)
+    rounding, name = {
+        "grid": (lambda weight: on_a_grid(weight, options.bits, options.group), f"{options.bits}bit-{options.group}"),
+        "nf4": (as_nf4, "nf4"),
+        "fp8": (as_fp8, "fp8"),
+    }[options.storage]
+    rounded = write_rounded(base, work / f"base-{name}", rounding)
     judge = Judge(base, adapter, folder / "held-out.txt", options.held_out)
     as_is = judge.kl(rounded, adapter)
-    print(f"{options.adapter}, {options.bits} bits in groups of {options.group}, {options.tokens:,} tokens")
+    print(f"{options.adapter} on {rounded.name}, {options.tokens:,} tokens")
     print(f"{'the rounded base alone':44} KL {judge.kl(rounded):.4f}")
     print(f"{'the adapter as it is':44} KL {as_is:.4f}", flush=True)
     samples = options.tokens // LENGTH

@@ -79,10 +79,15 @@ class InputMoment:
     def finite(self) -> bool:
         return bool(torch.isfinite(self._sum).all())
 
+    @property
+    def mean(self) -> float:
+        """The mean diagonal of the sum; 0 where no input was seen."""
+        diagonal = self._sum if self._sum.ndim == 1 else self._sum.diagonal()
+        return float(diagonal.mean())
+
     def root(self, damping: float = DAMPING) -> InputRoot | None:
         """P, scaled so that C's mean diagonal is 1; None where no input, or none but zeros, was seen."""
-        diagonal = self._sum if self._sum.ndim == 1 else self._sum.diagonal()
-        mean = float(diagonal.mean())
+        mean = self.mean
         if self.count == 0 or mean <= 0 or not math.isfinite(mean):
             return None
         C = self._sum / mean

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mapconv.algebra.moments import DAMPING, InputRoot
+from mapconv.algebra.moments import DAMPING, InputMoment, InputRoot
 from mapconv.algebra.pencil import DensePencil
 
 
@@ -45,27 +45,24 @@ class PairedMoment:
     """Accumulates Σ x̃ x̃ᵀ and Σ x x̃ᵀ: products in float32, sums in float64."""
 
     def __init__(self, width: int) -> None:
-        self.count = 0
-        self._made = torch.zeros(width, width, dtype=torch.float64)
+        self._made = InputMoment(width, "full")
         self._cross = torch.zeros(width, width, dtype=torch.float64)
 
     def add(self, wanted: torch.Tensor, made: torch.Tensor) -> None:
         """Count the inputs x and x̃, both (…, m), of the same tokens."""
         wanted, made = (rows.reshape(-1, rows.shape[-1]).float() for rows in (wanted, made))
-        self.count += len(made)
-        self._made += (made.T @ made).to(self._made)
+        self._made.add(made)
         self._cross += (wanted.T @ made).to(self._cross)
 
     @property
     def finite(self) -> bool:
-        return bool(torch.isfinite(self._made).all() and torch.isfinite(self._cross).all())
+        return self._made.finite and bool(torch.isfinite(self._cross).all())
 
     def inputs(self, damping: float = DAMPING) -> RegressionInputs | None:
         """P and S, scaled so that C's mean diagonal is 1; None where no input, or none but zeros, was seen."""
-        mean = float(self._made.diagonal().mean())
-        if self.count == 0 or mean <= 0:
+        root = self._made.root(damping)
+        if root is None:
             return None
-        C, S = self._made / mean, self._cross / mean
-        C.diagonal().add_(damping)
+        S = self._cross / self._made.mean
         S.diagonal().add_(damping)
-        return RegressionInputs(InputRoot(torch.linalg.cholesky(C).float()), S.float(), self.count)
+        return RegressionInputs(root, S.float(), self._made.count)

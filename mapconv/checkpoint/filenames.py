@@ -17,7 +17,7 @@ MODEL_FILES = (
 )  # fmt: skip
 #: What the weights files of a model are called, without their endings: transformers' name, and diffusers', whose half
 #: precision is a variant of its own.
-STEMS = ("model", "diffusion_pytorch_model", "diffusion_pytorch_model.fp16")
+STEMS = ("model", "diffusion_pytorch_model", "diffusion_pytorch_model.fp16", "model.fp16")
 #: What a pipeline of several diffusers models has at its top.
 PIPELINE_FILE = "model_index.json"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +33,9 @@ class Checkpoint:
 
     ``stem`` is what its files are called, one of ``STEMS``. Where ``files`` show a quantized model as one of plain
     weights, ``stored_files`` are what they really hold.
+
+    A pipeline has several ``models``, each in a folder of its own; its tensors are theirs, with the folder's name
+    before each (``unet.conv_in.weight``). A checkpoint that is one file, of whatever name, has it as its ``folder``.
     """
 
     folder: Path
@@ -43,6 +45,17 @@ class Checkpoint:
     source: ByteSource | None = None
     stored_files: tuple[TensorFile, ...] = ()
     stem: str = STEMS[0]
+    models: tuple[Checkpoint, ...] = ()
+
+    @property
+    def is_file(self) -> bool:
+        """Whether this is one weights file without a folder of its own."""
+        return self.files[0].path == self.folder
+
+    @property
+    def parts(self) -> tuple[tuple[str, Checkpoint], ...]:
+        """Each model with what its tensors' names begin with here."""
+        return tuple((f"{model.folder.name}.", model) for model in self.models) or (("", self),)
 
     @property
     def single_file(self) -> str:
@@ -72,6 +85,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: no safetensors weights, an index and shards that do not agree, or a link out of the folder.
     """
+    if folder.is_file() and folder.suffix == ".safetensors":
+        return replace(_checkpoint(folder, [read_tensor_file(folder)], None), stem=folder.stem)
     check_folder(folder, CheckpointError)
     for stem in STEMS:
         single, index_path = (folder / name for name in weights_files(stem))
@@ -92,19 +107,37 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             "from with --base."
         )
     if (folder / PIPELINE_FILE).exists():
-        parts = ", ".join(str(folder / name) for name in _pipeline_models(folder / PIPELINE_FILE))
-        raise CheckpointError(
-            f"{folder} is a pipeline of several models: give the one that the adapter was trained on with --base "
-            f"({parts or 'such as its unet or transformer folder'})."
-        )
+        return _read_pipeline(folder)
     single_name, index_name = weights_files(STEMS[0])
     raise CheckpointError(f"{folder} has neither {single_name} nor {index_name}: it is not a model folder.")
 
 
-def _pipeline_models(path: Path) -> list[str]:
-    """The folders of a pipeline that an adapter may be for: what it denoises with, and its text encoders."""
-    names = read_object(path, CheckpointError)
-    return [name for name in names if re.fullmatch(r"(unet|transformer|prior|decoder|text_encoder)(_\d)?", name)]
+def _read_pipeline(folder: Path) -> Checkpoint:
+    """All models of a pipeline that have weights; ``model_index.json`` names the folders of its parts."""
+    index = read_object(folder / PIPELINE_FILE, CheckpointError)
+    names = [name for name, kind in index.items() if isinstance(kind, list) and kind and kind[0] is not None]
+    for name in names:
+        if name != os.path.basename(name) or name in ("", ".", ".."):
+            raise CheckpointError(
+                f"{folder / PIPELINE_FILE} points outside its folder ({name}): refusing to follow it."
+            )
+    models = tuple(read_checkpoint(folder / name) for name in names if _has_weights(folder / name))
+    if not models:
+        raise CheckpointError(f"{folder} is a pipeline, but none of its folders holds weights: download it again.")
+    files: list[TensorFile] = []
+    for model in models:
+        prefix = f"{model.folder.name}."
+        for file in model.files:
+            refs = tuple(replace(ref, name=prefix + ref.name) for ref in file.tensors)
+            files.append(replace(file, tensors=refs))
+    return Checkpoint(
+        folder, tuple(files), None, {ref.name: ref for file in files for ref in file.tensors}, models=models
+    )
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a part of a pipeline is a model; a scheduler or a tokenizer is none."""
+    return folder.is_dir() and any(name.endswith((".safetensors", ".bin", ".msgpack")) for name in os.listdir(folder))
 
 
 def _read_sharded(folder: Path, index_path: Path) -> Checkpoint:

@@ -71,6 +71,17 @@ class TensorReader:
         """The whole tensor, in its own dtype and shape; one that is stored in codes, in float32."""
         return self.read_range(ref, 0, ref.numel, torch.empty(_buffer_bytes(ref), dtype=torch.uint8)).view(ref.shape)
 
+    def blocks(self, ref: TensorRef) -> Iterator[torch.Tensor]:
+        """All elements in turn, flat, a block at a time that shares memory with the next one."""
+        buffer = torch.empty(8 * block_elements(ref), dtype=torch.uint8)
+        for start, stop in row_ranges(ref):
+            yield self.read_range(ref, start, stop, buffer)
+
+    @staticmethod
+    def dtype_of(ref: TensorRef) -> str:
+        """The dtype, by the format's name, that its values are read in."""
+        return "F32" if isinstance(ref, EncodedTensor) else ref.dtype
+
     def read_runs(self, refs: Sequence[TensorRef]) -> Iterator[tuple[list[TensorRef], torch.Tensor]]:
         """All elements of whole tensors, flat: those that follow one another in a file, of one dtype, in one read."""
         for run in _runs(refs):

@@ -27,6 +27,8 @@ _READ_FILES = (
     *TOKENIZER_FILES, *MODEL_FILES, "README.md", "*config.json", "*.index*.json", PIPELINE_FILE, MERGE_RECORD,
     "verify.json",
 )  # fmt: skip
+#: What a pipeline has beside its models.
+_PIPELINE_FILES = (PIPELINE_FILE, "scheduler_config.json", MODEL_CONFIG, *TOKENIZER_FILES, *MODEL_FILES)
 
 
 def check_folder(folder: Path, kind: type[MapconvError]) -> None:
@@ -74,6 +76,12 @@ def copy_model_files(base: Path, adapter: Path, target: Path) -> list[str]:
         return [f"tokenizer taken from the adapter ({adapter})"]
     _copy(base, target, tokenizer_files(base))
     return []
+
+
+def copy_pipeline_files(source: Path, target: Path) -> None:
+    """Copy the small files of a pipeline's top, or of a part that has no weights (a scheduler, a tokenizer)."""
+    target.mkdir(exist_ok=True)
+    _copy(source, target, _matching(source, _PIPELINE_FILES))
 
 
 def write_model_config(

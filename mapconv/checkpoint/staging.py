@@ -55,13 +55,11 @@ def check_output(
     parent = _existing_parent(resolved)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"no permission to write in {parent}: choose another output folder.")
-    free = shutil.disk_usage(parent).free
-    if nbytes > free:
-        raise DiskFullError(f"{out} needs {nbytes:,} bytes but only {free:,} are free in {parent}: free some space.")
+    _require_room(out, parent, nbytes)
 
 
-def check_output_file(out: Path, *, force: bool, suffix: str) -> None:
-    """Refuse a file to write that is taken, is a folder, or whose name says that it is something else.
+def check_output_file(out: Path, *, force: bool, suffix: str, inputs: Iterable[Path] = (), nbytes: int = 0) -> None:
+    """Refuse a file to write that is taken, is a folder or an input, has no room, or is named as something else.
 
     Only the suffix keeps ``--force`` from the files of a model or an adapter, so it is held to.
 
@@ -70,6 +68,9 @@ def check_output_file(out: Path, *, force: bool, suffix: str) -> None:
     """
     if out.suffix.lower() != suffix:
         raise OutputError(f"{out} does not end with {suffix}: give the file that name.")
+    for path in inputs:
+        if out.resolve() == path.resolve():
+            raise OutputError(f"{out} is the input {path}: choose another output file.")
     if os.path.lexists(out):
         if not out.is_file() or out.is_symlink():
             raise OutputError(f"{out} is not a file, so it will not be replaced: choose another output file.")
@@ -78,6 +79,7 @@ def check_output_file(out: Path, *, force: bool, suffix: str) -> None:
     parent = _existing_parent(out.resolve())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{parent} is not a writable folder: choose another output file.")
+    _require_room(out, parent, nbytes)
 
 
 def replace_file(out: Path, content: bytes) -> None:
@@ -96,6 +98,21 @@ def replace_file(out: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _require_room(out: Path, parent: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(parent).free
+    if nbytes > free:
+        raise DiskFullError(f"{out} needs {nbytes:,} bytes but only {free:,} are free in {parent}: free some space.")
+
+
+@contextmanager
+def staged_file(out: Path, name: str) -> Iterator[Path]:
+    """Yield an empty folder whose file ``name`` becomes ``out`` when the block ends well, in one step."""
+    with _staging(out.resolve()) as staging:
+        yield staging
+        _flush(staging)
+        (staging / name).replace(out)
+
+
 @contextmanager
 def staged_folder(out: Path, *, force: bool) -> Iterator[Path]:
     """Yield an empty folder beside ``out`` that becomes ``out`` when the block ends well, and vanishes otherwise.
@@ -104,6 +121,15 @@ def staged_folder(out: Path, *, force: bool) -> Iterator[Path]:
     which dies with its process, tells a dead run's folder from one that is still being written.
     """
     out = out.resolve()
+    with _staging(out) as staging:
+        yield staging
+        _flush(staging)
+        _put_in_place(staging, out, force=force)
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A hidden folder beside ``out``, locked while this process writes it and gone afterwards."""
     out.parent.mkdir(parents=True, exist_ok=True)
     _tidy(out, remove=True)
     staging = hidden_sibling(out, f".partial-{_token()}")
@@ -112,8 +138,6 @@ def staged_folder(out: Path, *, force: bool) -> Iterator[Path]:
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         yield staging
-        _flush(staging)
-        _put_in_place(staging, out, force=force)
     finally:
         os.close(lock)
         shutil.rmtree(staging, ignore_errors=True)

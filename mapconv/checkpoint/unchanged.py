@@ -26,9 +26,9 @@ class FileMark:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def marks_of(folders: Iterable[Path], names: Iterable[str]) -> dict[Path, FileMark]:
-    """The marks of those of these files that are there; links are followed."""
-    paths = [folder / name for folder in folders for name in names]
+def marks_of(sources: Iterable[Path], names: Iterable[str]) -> dict[Path, FileMark]:
+    """The marks of those of these files that are there, in folders or as they are given; links are followed."""
+    paths = [path for source in sources for path in (source, *(source / name for name in names)) if not path.is_dir()]
     return {path: FileMark.of(path.stat()) for path in paths if os.path.exists(path)}
 
 

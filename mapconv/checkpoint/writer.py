@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,9 +115,18 @@ class SpooledFile:
 
     def append(self, name: str, tensor: torch.Tensor) -> None:
         data = tensor.detach().cpu().contiguous()
-        spec = TensorSpec(name, SAFETENSORS_DTYPES[data.dtype], tuple(data.shape))
-        view = data.view(-1).view(torch.uint8).numpy().data
+        self._specs.append(TensorSpec(name, SAFETENSORS_DTYPES[data.dtype], tuple(data.shape)))
+        self._add(data)
+
+    def append_blocks(self, spec: TensorSpec, blocks: Iterable[torch.Tensor]) -> None:
+        """A tensor whose elements come block by block, each of which may be overwritten by the next."""
         self._specs.append(spec)
+        for block in blocks:
+            self._add(block.contiguous())
+            self._flush()
+
+    def _add(self, data: torch.Tensor) -> None:
+        view = data.view(-1).view(torch.uint8).numpy().data
         self._waiting.append(view)
         self._waiting_bytes += len(view)
         if self._waiting_bytes >= SPOOL_BYTES or len(self._waiting) == SPOOL_TENSORS:

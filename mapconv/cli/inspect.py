@@ -26,6 +26,8 @@ def inspect(chosen: Chosen) -> None:
         f"{counted(found.parameters, 'parameter')}, "
         f"{size(found.nbytes)} of {'/'.join(found.dtypes)}"
     )
+    if found.components:
+        show(f"  written   as {found.dialect} does; adapts {', '.join(found.components)}")
     show(f"  base      {found.base or 'not recorded'}{f' @ {found.revision}' if found.revision else ''}")
     if found.fits is not None:
         show(f"  placed    every tensor fits {shown(found.fits)}")

@@ -33,7 +33,13 @@ def merge(chosen: Chosen) -> None:
         )
         worst = max(result.merged, key=lambda item: item.rounding_error)
         verb, changes = ("would be merged", "would change") if dry_run else ("merged", "changes")
+        verb_of_values = "would change" if dry_run else "changed"
         show(f"  {counted(len(result.merged), 'tensor')} {verb} in {result.seconds:.1f} s")
         most = percent(worst.rounding_error)
         show(f"  {worst.dtype} rounding {changes} up to {most} of an update (worst: {worst.tensor})")
+        kept, least = result.survival, min(result.merged, key=lambda item: item.survival.projection)
+        show(
+            f"  {kept.projection:.3f} of the update survives (least: {least.survival.projection:.3f}, {least.tensor}); "
+            f"{percent(kept.changed_share)} of the values {verb_of_values}"
+        )
     notes(result.notes)

@@ -9,10 +9,11 @@ from mapconv.options.commands import REPORT
 
 @command(REPORT, "Write an HTML report to look at.")
 def report(chosen: Chosen) -> None:
-    """Write a report of PATH: a MAP adapter, or the output folder of a catalog run.
+    """Write a report of PATH: a MAP adapter, a merged model, or the output folder of a catalog run.
 
     The report is one HTML file that opens without a network: heat maps over the layers, how far the result is from
-    its source, and a table to sort and filter; for a catalog its counts, distributions, failures and entries.
+    its source (of a merged model: what of the update survives in its weights), and a table to sort and filter; for a
+    catalog its counts, distributions, failures and entries.
     """
     from mapconv.commands.report import report
 
@@ -20,7 +21,7 @@ def report(chosen: Chosen) -> None:
     if chosen["as_json"]:
         print_json(result.to_dict())
         return
-    what = "modules" if result.kind == "adapter" else "entries"
+    what = {"adapter": "modules", "merged": "merged tensors", "catalog": "entries"}[result.kind]
     show(f"{result.path} ({result.kind}, {result.items:,} {what}) → {result.out}")
     show(f"  {size(result.nbytes)}, {result.seconds:.1f} s; open it in any browser")
     if result.png is not None:

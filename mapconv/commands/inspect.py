@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,15 @@ class TargetGroup:
 class Inspection:
     """What an adapter is.
 
-    ``fits`` is the base folder that it was placed on, or None if no base was given; ``storages`` counts that base's
-    quantized weights by how they are stored.
+    ``dialect`` is the writer's name for the form of the files, and ``components`` the models of a pipeline that are
+    adapted, where it tells several apart. ``fits`` is the base that it was placed on, or None if no base was given;
+    ``storages`` counts that base's quantized weights by how they are stored.
     """
 
     source: Path
     method: str
+    dialect: str
+    components: tuple[str, ...]
     base: str | None
     revision: str | None
     peft_version: str | None
@@ -69,18 +72,23 @@ def inspect(source: str | Path, *, base: str | Path | None = None, allow_pickle:
     fits, found, notes = None, {}, []
     if base is None:
         adapter = read_adapter(source, allow_pickle=allow_pickle)
+        modules = adapter.modules
     else:
         placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=True)
-        own = {item.module.path: item.module for item in placed.modules}
-        adapter, fits = replace(placed.adapter, modules=tuple(own.values())), placed.target.folder
+        adapter, fits = placed.adapter, placed.target.folder
+        # The base's own names say more than underscores do, and its shapes more than another method's tensors.
+        told = adapter.is_spelled or any(module.method is not None for module in adapter.modules)
+        modules = [item.module for item in placed.modules] if told else adapter.modules
         found = dict(storages(placed.target.checkpoint))
         notes = _base_notes(adapter, str(base), found)
     groups: dict[str, list[Module]] = defaultdict(list)
-    for module in adapter.modules:
+    for module in modules:
         groups[module.module_type].append(module)
     return Inspection(
         source=source,
         method=adapter.method,
+        dialect=adapter.dialect,
+        components=_components(adapter),
         base=adapter.base,
         revision=adapter.revision,
         peft_version=adapter.config.get("peft_version"),
@@ -96,6 +104,11 @@ def inspect(source: str | Path, *, base: str | Path | None = None, allow_pickle:
         storages=found,
         notes=(*adapter.notes, *notes),
     )
+
+
+def _components(adapter: Adapter) -> tuple[str, ...]:
+    spellings = [module.spelling for module in adapter.modules if module.spelling is not None]
+    return tuple(dict.fromkeys(" or ".join(spelling.components) for spelling in spellings))
 
 
 def _base_notes(adapter: Adapter, given: str, found: dict[str, int]) -> list[str]:

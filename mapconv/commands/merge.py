@@ -14,21 +14,22 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from mapconv.algebra.fingerprint import Fingerprint
-from mapconv.checkpoint.codecs import plain_dtype, storages
+from mapconv.checkpoint.codecs import storages
 from mapconv.checkpoint.filenames import ADAPTER_FILES, MERGE_RECORD
 from mapconv.checkpoint.flushing import BackgroundFlush
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.checkpoint.reader import TensorReader
-from mapconv.checkpoint.sidecars import copy_model_files, write_model_config
-from mapconv.checkpoint.staging import check_output, staged_folder, write_file
+from mapconv.checkpoint.staging import check_output, check_output_file, staged_file, staged_folder, write_file
 from mapconv.checkpoint.unchanged import marks_of, unchanged
 from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.commands.base_values import MEASURED_SAMPLES, BaseValues, choose_base
 from mapconv.errors import BaseMismatchError
 from mapconv.hub import locate_adapter
 from mapconv.hub.reference import shown
-from mapconv.merging.merger import MergedTensor, Merger
+from mapconv.merging.companions import write_companions
+from mapconv.merging.merger import MergedTensor, Merger, survival_record
 from mapconv.merging.plan import MergePlan, plan_merge
+from mapconv.merging.survival import DAMAGED, Survival, total
 from mapconv.metadata.provenance import merge_record
 from mapconv.options.commands import MERGE
 from mapconv.placement.adapters import PlacedAdapter, place_adapters
@@ -59,19 +60,15 @@ class MergeResult:
     dry_run: bool
     notes: tuple[str, ...] = ()
 
+    @property
+    def survival(self) -> Survival:
+        """What of the update survives in all changed tensors together."""
+        return total(item.survival for item in self.merged)
+
     def to_dict(self) -> dict[str, Any]:
         table = asdict(self) | {"out": str(self.out), "base": str(self.base)}
-        table["merged"] = [
-            {
-                "tensor": item.tensor,
-                "modules": item.modules,
-                "dtype": item.dtype,
-                "update_norm": item.update_norm,
-                "rounding_norm": item.rounding_norm,
-                "rounding_error": item.rounding_error,
-            }
-            for item in self.merged
-        ]
+        table["merged"] = [item.to_dict() for item in self.merged]
+        table["survival"] = self.survival.to_dict()
         return table
 
 
@@ -136,27 +133,31 @@ def merge(
         placed = keep_codes(placed)
     plan = plan_merge(placed, weights=weights, dtype=dtype, max_shard_size=max_shard_size)
     folder = plan.target.folder
-    check_output(out, force=force, inputs=[*sources, folder], nbytes=plan.nbytes)
+    single = plan.target.checkpoint.is_file
+    if single:
+        check_output_file(out, force=force, suffix=".safetensors", inputs=[*sources, folder], nbytes=plan.nbytes)
+    else:
+        check_output(out, force=force, inputs=[*sources, folder], nbytes=plan.nbytes)
     notes = [*(note for item in placed for note in item.adapter.notes), *plan.target.notes]
     notes += [] if choice is None else [choice.note]
     notes += quantization_notes(plan.target.checkpoint, copied=quantized == "copy")
     marks |= plan.target.checkpoint.marks
-    place = TemporaryDirectory(prefix="mapconv-") if dry_run else staged_folder(out, force=force)
+    if dry_run:
+        place = TemporaryDirectory(prefix="mapconv-")
+    else:
+        place = staged_file(out, folder.name) if single else staged_folder(out, force=force)
     with place as name, unchanged(marks):
         staging = Path(name)
         merged = _write_weights(plan, placed, None if dry_run else staging, quiet=quiet)
         if not force:
             _check_base(placed, merged)
-        notes += copy_model_files(folder, sources[0], staging)
-        if len(plan.files) > 1 or plan.target.checkpoint.index_metadata is not None:
-            write_file(staging / plan.target.checkpoint.index_file, _index(plan))
-        copied = quantized == "copy"
-        written = plain_dtype(plan.target.checkpoint) if dtype == "auto" and not copied else dtype
-        notes += write_model_config(folder, staging, written, plan.target.config, quantized=copied)
-        record = merge_record(placed, weights)
+        notes += write_companions(plan, sources[0], staging, dtype, copied=quantized == "copy")
+        notes += _advice(merged)
+        record = merge_record(placed, weights) | {"survival": survival_record(merged)}
         if choice is not None:
             record["base_values"] = choice.record
-        write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")
+        if not single:
+            write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")
     return MergeResult(
         out=out,
         base=folder,
@@ -169,6 +170,18 @@ def merge(
         dry_run=dry_run,
         notes=tuple(notes),
     )
+
+
+def _advice(merged: Sequence[MergedTensor]) -> list[str]:
+    """One line on what helps, where less of the update survives than a user would expect."""
+    damaged = [item for item in merged if item.survival.projection < DAMAGED]
+    if not damaged:
+        return []
+    worst = min(damaged, key=lambda item: item.survival.projection)
+    return [
+        f"less than {DAMAGED:g} of the update survives rounding to {worst.dtype} in {counted(len(damaged), 'tensor')} "
+        f"(least: {worst.survival.projection:.2f} in {worst.tensor}): --dtype float32 keeps all of it"
+    ]
 
 
 def quantization_notes(checkpoint: Checkpoint, *, copied: bool = False) -> list[str]:
@@ -189,7 +202,7 @@ def _write_weights(
             results = in_order(merger.run, plan.jobs, worker_count(merger.working_bytes))
             for job, result in zip(plan.jobs, results, strict=True):
                 advance(job.nbytes)
-                file = files[job.output.name]
+                file = files[str(job.output)]
                 if isinstance(file, FixedFile):
                     flush.wrote(file.descriptor, job.nbytes)
                 if result is not None:
@@ -223,14 +236,9 @@ def _output_files(plan: MergePlan, staging: Path | None) -> Iterator[dict[str, F
     files: dict[str, FixedFile] = {}
     try:
         for file in plan.files:
+            (staging / file.name).parent.mkdir(exist_ok=True)
             files[file.name] = FixedFile(staging / file.name, file.header, file.nbytes)
         yield {**files}
     finally:
         for open_file in files.values():
             open_file.close()
-
-
-def _index(plan: MergePlan) -> str:
-    metadata = dict(plan.target.checkpoint.index_metadata or {}) | {"total_size": plan.tensor_bytes}
-    weight_map = {tensor: file.name for file in plan.files for tensor in file.tensors}
-    return json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"

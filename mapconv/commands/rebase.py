@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -179,7 +180,8 @@ def rebase(
                 if spread:
                     options = _spread(trained, served, options, refits)
                 results = _refit(trained, served, options, refits, directory, quiet=quiet)
-                del refits  # and with it the models that ran
+                del refits  # and with it the models that ran, whose hooks refer to them in circles
+                gc.collect()
                 changed = any(item.changed > 0 for item in results)
                 record = _record(trained, results)
                 # The ranks stand with the modules.
@@ -194,8 +196,9 @@ def rebase(
                     trained, served, evidence.text, staging, training, place, allow_pickle, quiet=quiet
                 )
                 modules = calibration.modules
-            if evidence.held_out:
-                numbers = measure_served(trained, served, staging, evidence.held_out, device=place, quiet=quiet)
+            # A calibration chose its best step by all of them: its numbers are to be those of the table.
+            if rows := evidence.held_out(every=bool(calibrate)):
+                numbers = measure_served(trained, served, staging, rows, device=place, quiet=quiet)
             if numbers is not None:
                 directory.amend(rebase=record | {"served": numbers.to_dict()})
                 if numbers.is_worse and not keep_worse:

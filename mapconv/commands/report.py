@@ -1,4 +1,4 @@
-"""A report that people look at: one HTML file of a MAP adapter or of a catalog run, and a picture for slides."""
+"""A report that people look at: one HTML file of a MAP adapter, a merged model or a catalog run, and a picture."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from mapconv.checkpoint.filenames import MERGE_RECORD
 from mapconv.checkpoint.staging import check_output_file, replace_file
 from mapconv.commands.outputs import output_beside
 from mapconv.errors import AdapterError, DependencyError
@@ -19,14 +20,17 @@ from mapconv.reporting.adapter_facts import adapter_facts
 from mapconv.reporting.adapter_page import adapter_page
 from mapconv.reporting.catalog_page import catalog_page
 from mapconv.reporting.ledger import LEDGER_FILE, read_ledger
+from mapconv.reporting.merged_page import merged_facts, merged_page
+
+Kind = Literal["adapter", "merged", "catalog"]
 
 
 @dataclass(frozen=True)
 class ReportResult:
-    """What was written. ``items`` counts an adapter's modules or a catalog's entries."""
+    """What was written. ``items`` counts an adapter's modules, a model's merged tensors or a catalog's entries."""
 
     path: Path
-    kind: Literal["adapter", "catalog"]
+    kind: Kind
     out: Path
     png: Path | None
     items: int
@@ -42,18 +46,20 @@ class ReportResult:
 def report(
     path: str | Path, out: str | Path | None = None, *, png: str | Path | None = None, force: bool = False
 ) -> ReportResult:
-    """Write the report of what ``mapconv upgrade`` or ``mapconv catalog run`` made.
+    """Write the report of what ``mapconv upgrade``, ``mapconv merge`` or ``mapconv catalog run`` made.
 
     Args:
-        path: a MAP directory, with its ``verify.json`` where there is one, or a catalog's output folder.
+        path: a MAP directory, with its ``verify.json`` where there is one, a merged model, or a catalog's output
+            folder.
         out: the HTML file; None: ``<path>-report.html`` beside ``path``. It holds all that it shows and needs no
             network; a catalog's links are relative to it.
-        png: an adapter's heat maps, or a catalog's distributions, as a picture of 1920 × 1080 pixels.
+        png: heat maps of an adapter or a merged model, or a catalog's distributions, as a picture of 1920 × 1080
+            pixels.
         force: replace ``out`` and ``png`` if they exist.
 
     Raises:
-        AdapterError: ``path`` is neither, or broken. DataError: a ledger that cannot be read. OutputError: ``out`` or
-        ``png`` cannot be written there. DependencyError: a picture without matplotlib.
+        AdapterError: ``path`` is none of these, or broken. DataError: a ledger that cannot be read. OutputError:
+        ``out`` or ``png`` cannot be written there. DependencyError: a picture without matplotlib.
     """
     started = time.perf_counter()
     path, png = Path(path), None if png is None else Path(png)
@@ -64,29 +70,38 @@ def report(
         if find_spec("matplotlib") is None:
             raise DependencyError("a picture needs the package matplotlib: pip install 'mapconv[report]'.")
     kind = _kind(path)
-    if kind == "adapter":
-        facts = adapter_facts(path)
-        page, items = adapter_page(facts), len(facts.modules)
-    else:
-        facts = read_ledger(path)
-        page, items = catalog_page(facts, out), len(facts.entries)
+    page, picture, items = _make(kind, path, out, draw=png is not None)
     content = page.encode()
-    if png is not None:
-        from mapconv.reporting.slides import adapter_slide, catalog_slide
-
-        replace_file(png, adapter_slide(facts) if kind == "adapter" else catalog_slide(facts))
+    if png is not None and picture is not None:
+        replace_file(png, picture)
     replace_file(out, content)
     return ReportResult(path, kind, out, png, items, len(content), time.perf_counter() - started)
 
 
-def _kind(path: Path) -> Literal["adapter", "catalog"]:
+def _make(kind: Kind, path: Path, out: Path, *, draw: bool) -> tuple[str, bytes | None, int]:
+    """(page, picture where one is drawn, how many modules, tensors or entries it is about)."""
+    if draw:
+        from mapconv.reporting.slides import adapter_slide, catalog_slide, merged_slide
+    if kind == "catalog":
+        ledger = read_ledger(path)
+        return catalog_page(ledger, out), catalog_slide(ledger) if draw else None, len(ledger.entries)
+    if kind == "merged":
+        merged = merged_facts(path)
+        return merged_page(merged), merged_slide(merged) if draw else None, len(merged.tensors)
+    adapter = adapter_facts(path)
+    return adapter_page(adapter), adapter_slide(adapter) if draw else None, len(adapter.modules)
+
+
+def _kind(path: Path) -> Kind:
     if MapDirectory().recognise(Found(path)):
         return "adapter"
+    if (path / MERGE_RECORD).is_file():
+        return "merged"
     if (path / LEDGER_FILE).is_file():
         return "catalog"
     if (path / CONFIG_FILE).is_file():
         raise AdapterError(f"{path} is not a MAP adapter yet: run `mapconv upgrade {path}` and report its result.")
     raise AdapterError(
-        f"{path} is neither a MAP adapter nor a catalog's output: give a folder that `mapconv upgrade` or "
-        "`mapconv catalog run` wrote."
+        f"{path} is no MAP adapter, merged model or catalog's output: give a folder that `mapconv upgrade`, "
+        "`mapconv merge` or `mapconv catalog run` wrote."
     )

@@ -13,16 +13,16 @@ from mapconv.algebra.fingerprint import Fingerprint, matrix_fingerprint
 from mapconv.checkpoint.staging import check_output, staged_folder
 from mapconv.checkpoint.unchanged import unchanged
 from mapconv.data import read_dataset, read_rows
+from mapconv.data.blocks import BATCH, batches_of
 from mapconv.errors import DataError
 from mapconv.hub import open_base
 from mapconv.metadata.provenance import recorded_name
 from mapconv.options.commands import STATISTICS_COMMAND
 from mapconv.options.shared import SAMPLES, SEQUENCE_LENGTH
-from mapconv.placement.adapters import FLOAT_DTYPES
+from mapconv.placement.adapters import FLOAT_NAMES
 from mapconv.placement.bases import plain_base
 from mapconv.placement.running import load_target
 from mapconv.placement.target_model import common_dtype, plain_target
-from mapconv.refit.evidence import BATCH, batches_of
 from mapconv.refit.mixture import SourceInputs
 from mapconv.refit.stored_statistics import StatisticsWriter
 from mapconv.runtime.devices import resolve_device
@@ -79,7 +79,7 @@ def statistics(
     check_output(out, force=force, inputs=[target.folder], nbytes=0)
     rows = read_rows(Path(data))
     train, _ = read_dataset(rows, load_tokenizer(target.folder), length=length, samples=samples)
-    dtype = {stored: name for name, stored in FLOAT_DTYPES.items()}.get(common_dtype(checkpoint), "float32")
+    dtype = FLOAT_NAMES.get(common_dtype(checkpoint), "float32")
     with staged_folder(out, force=force) as staging, unchanged(checkpoint.marks):
         model = load_target(target, dtype=dtype, device=place, quiet=quiet)
         if not reads_text(model) or length > longest_text(model):

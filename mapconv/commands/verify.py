@@ -10,17 +10,19 @@ from typing import Any, Literal
 
 import torch
 
+from mapconv.checkpoint.filenames import MODEL_CONFIG
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.data import Rows, read_blocks, read_rows
 from mapconv.errors import AdapterError, BaseMismatchError
+from mapconv.fidelity.against_model import ModelComparison
 from mapconv.fidelity.comparison import Agreement, Comparison, ModuleError
 from mapconv.fidelity.saved import check_report_place, save_report
 from mapconv.fidelity.served import ServedNumbers, measure_served
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
 from mapconv.formats.peft import CONFIG_FILE
-from mapconv.hub import locate_adapter, locate_result
+from mapconv.hub import hub_reference, locate_adapter, locate_result, open_model
 from mapconv.options.commands import VERIFY
-from mapconv.placement.adapters import place_adapter
+from mapconv.placement.adapters import PlacedAdapter, place_adapter
 from mapconv.placement.base_check import base_fault
 from mapconv.refit.norms import BaseNorms
 from mapconv.runtime.devices import resolve_device
@@ -88,7 +90,7 @@ def verify(
 
     Args:
         result: a MAP directory (or any PEFT adapter), or a merged model.
-        against: the LoRA or DoRA adapter that it was made from.
+        against: the LoRA or DoRA adapter that it was made from, or the finetuned model that it was extracted from.
         base: the base model's folder or Hub id; None takes it from the source's configuration.
         against_base: the base that the source runs on, where it was trained on another one than the result is for (a
             quantized copy); None: the same.
@@ -106,7 +108,7 @@ def verify(
         ValueError: an option out of its range.
     """
     started = time.perf_counter()
-    result, against = locate_result(result), locate_adapter(against, allow_pickle=allow_pickle)
+    result, against = locate_result(result), _located(against, allow_pickle=allow_pickle)
     if result.resolve() == against.resolve():
         raise AdapterError(
             f"{result} is the source itself: give what `mapconv upgrade` or `mapconv merge` made of it as RESULT."
@@ -114,14 +116,25 @@ def verify(
     if save:
         check_report_place(result)
     rows = read_rows(data)
-    own = None
-    if against_base is not None and (result / CONFIG_FILE).is_file():
-        own = place_adapter(result, base, allow_pickle=allow_pickle)
-    placed = place_adapter(against, base if against_base is None else against_base, allow_pickle=allow_pickle)
-    _check_base(result, (own or placed).target.folder)
-    compared = Comparison(result, placed, dtype=dtype, device=resolve_device(device), result_base=own, quiet=quiet)
+    place = resolve_device(device)
+    compared: Comparison | ModelComparison
+    own: PlacedAdapter | None = None
+    if (against / CONFIG_FILE).is_file() or not (against / MODEL_CONFIG).is_file():
+        if against_base is not None and (result / CONFIG_FILE).is_file():
+            own = place_adapter(result, base, allow_pickle=allow_pickle)
+        source = place_adapter(against, base if against_base is None else against_base, allow_pickle=allow_pickle)
+        _check_base(result, (own or source).target.folder)
+        compared = Comparison(result, source, dtype=dtype, device=place, result_base=own, quiet=quiet)
+        base_folder, tokenizer = source.target.folder, source.target.folder
+    else:
+        if against_base is not None:
+            raise AdapterError(f"{against} is a whole model, which runs on no base: leave --against-base out.")
+        placed = place_adapter(result, base, allow_pickle=allow_pickle) if (result / CONFIG_FILE).is_file() else result
+        base_folder, tokenizer = _base_of(placed, base), against
+        _check_base(result, base_folder)
+        compared = ModelComparison(placed, against, base_folder, dtype=dtype, device=place)
     log.info("loaded %s and its source", result)
-    total, rows_run, notes = run_both(compared, rows, placed.target.folder, samples=samples, quiet=quiet)
+    total, rows_run, notes = run_both(compared, rows, tokenizer, samples=samples, quiet=quiet)
     if not total.result.positions:
         notes.append(
             "the model was not run (its input is more than text, or it has no logits): only weights are compared"
@@ -130,16 +143,14 @@ def verify(
     served = None
     if own is not None and rows_run:
         other = place_adapter(against, own.target.folder, allow_pickle=allow_pickle)
-        served = measure_served(
-            placed, other, result, rows_run, device=resolve_device(device), dtype=dtype, quiet=quiet
-        )
+        served = measure_served(source, other, result, rows_run, device=place, dtype=dtype, quiet=quiet)
     with torch.inference_mode():
         modules = tuple(compared.module_errors())
         log.info("compared %d weights", len(modules))
     report = VerifyReport(
         result=result,
         source=against,
-        base=placed.target.folder,
+        base=base_folder,
         tokens=total.result.positions,
         modules=modules,
         seconds=time.perf_counter() - started,
@@ -150,6 +161,30 @@ def verify(
     if save:
         save_report(result, report.to_dict())
     return report
+
+
+def _located(source: str | Path, *, allow_pickle: bool) -> Path:
+    """The folder of a source: an adapter, or the model that a result was extracted from."""
+    reference = hub_reference(source)
+    if reference is None:
+        return locate_adapter(source, allow_pickle=allow_pickle)
+    try:
+        return locate_adapter(source, allow_pickle=allow_pickle)
+    except AdapterError:
+        return locate_result(source)
+
+
+def _base_of(result: PlacedAdapter | Path, base: str | Path | None) -> Path:
+    """The folder of the base that a result is compared with, beside a whole model.
+
+    Raises:
+        AdapterError: a merged model does not say which base it is of.
+    """
+    if isinstance(result, PlacedAdapter):
+        return result.target.folder
+    if base is None:
+        raise AdapterError(f"{result} is a merged model, and so is its source: give the base of both with --base.")
+    return open_model(base).folder
 
 
 def _check_base(result: Path, base: Path) -> None:
@@ -170,7 +205,7 @@ def _check_base(result: Path, base: Path) -> None:
 
 @torch.inference_mode()
 def run_both(
-    compared: Comparison, rows: Rows, folder: Path, *, samples: int, quiet: bool
+    compared: Comparison | ModelComparison, rows: Rows, folder: Path, *, samples: int, quiet: bool
 ) -> tuple[Agreement, list[list[int]], list[str]]:
     """Run the models on the same text, with the tokenizer in ``folder``: (sums over positions, sequences, notes)."""
     total = Agreement()
@@ -185,7 +220,7 @@ def run_both(
     return total, blocks.rows(), list(blocks.notes)
 
 
-def _compare(compared: Comparison, block: list[int], total: Agreement) -> None:
+def _compare(compared: Comparison | ModelComparison, block: list[int], total: Agreement) -> None:
     logits = compared.logits(block)
     if logits is None:
         return

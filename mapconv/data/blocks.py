@@ -12,6 +12,8 @@ from mapconv.data.rows import Kind
 
 #: A label that does not count, as transformers' losses know it.
 IGNORED = -100
+#: Sequences that run together where their number is free: more would only take more memory.
+BATCH = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,3 +97,11 @@ def stack(sequences: Sequence[Tokens], kind: Kind, padding: int, notes: Sequence
         else:
             labels[row, :length] = torch.tensor(sequence.labels)
     return Dataset(kind, input_ids, mask, labels, tuple(notes))
+
+
+def batches_of(rows: Sequence[list[int]], size: int) -> list[list[list[int]]]:
+    """Sequences of equal length together, so that no batch needs padding, which would count as inputs."""
+    by_length: dict[int, list[list[int]]] = {}
+    for row in rows:
+        by_length.setdefault(len(row), []).append(row)
+    return [group[i : i + size] for _, group in sorted(by_length.items()) for i in range(0, len(group), size)]

@@ -109,14 +109,14 @@ class Comparison:
         """Logits (positions, classes) of base, source and result on one block; None where the model has none."""
         tokens = torch.tensor([block], device=self._device)
         with self._model.disable_adapter():
-            base = _run(self._model, tokens)
+            base = run_model(self._model, tokens)
         if base is None:
             return None
         self._model.set_adapter("source")
-        source = _run(self._model, tokens)
+        source = run_model(self._model, tokens)
         if self._is_adapter:
             self._merged.set_adapter("result")
-        result = _run(self._merged, tokens)
+        result = run_model(self._merged, tokens)
         # Models of the base's class, which has logits.
         assert source is not None
         assert result is not None
@@ -134,11 +134,11 @@ class Comparison:
             path = name.removeprefix(KEY_PREFIX).replace(".base_layer", "")
             parameter = getattr(layer, "parameter_name", "weight")
             base = getattr(layer.get_base_layer(), parameter).detach().clone()
-            source = _merged_by_peft(layer, parameter, "source", base)
+            source = merged_by_peft(layer, parameter, "source", base)
             if self._is_adapter:
                 other = results[name]
                 own = getattr(other.get_base_layer(), parameter).detach().clone()
-                result = _merged_by_peft(other, parameter, "result", own)
+                result = merged_by_peft(other, parameter, "result", own)
             else:
                 result = self._merged.get_parameter(f"{path}.{parameter}").detach()
             change = float((source.double() - base.double()).norm())
@@ -148,13 +148,13 @@ class Comparison:
             yield ModuleError(path, difference / change if change else difference)
 
 
-def _run(model: Any, tokens: torch.Tensor) -> torch.Tensor | None:
+def run_model(model: Any, tokens: torch.Tensor) -> torch.Tensor | None:
     output = model(**model_inputs(model, tokens))
     logits = getattr(output, "logits", None)
     return None if logits is None else logits[0].reshape(-1, logits.shape[-1])
 
 
-def _merged_by_peft(layer: Any, parameter: str, adapter: str, base: torch.Tensor) -> torch.Tensor:
+def merged_by_peft(layer: Any, parameter: str, adapter: str, base: torch.Tensor) -> torch.Tensor:
     """The layer's weight with one adapter merged by PEFT's own code; the layer is left as it was."""
     if adapter not in layer.lora_A and adapter not in layer.lora_embedding_A:
         return base

@@ -6,7 +6,7 @@ A position is a predicted token, or one text for a classifier. Distributions are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -79,25 +79,32 @@ class Sums:
             targets: (positions,) known answers, or None.
             known: (positions,) which of them count; None: all.
         """
-        for part in chunks(len(source)):
-            log_q = model[part].double().log_softmax(-1)
-            self.positions += len(log_q)
-            if model is source:
-                self.agreements += len(log_q)  # of itself it is no step away
-            else:
-                log_p = source[part].double().log_softmax(-1)
-                kl = _divergences(log_p, log_q)
-                self.kl += float(kl.sum())
-                self.kl_largest = max(self.kl_largest, float(kl.max()))
-                self.agreements += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-                self.difference = max(
-                    self.difference, float((source[part].double() - model[part].double()).abs().max())
-                )
-            if targets is not None:
-                losses = -log_q.gather(1, targets[part, None])[:, 0]
-                losses = losses if known is None else losses[known[part]]
-                self.known += len(losses)
-                self.loss += float(losses.sum())
+        add_all([self], source, [model], targets, known)
+
+    def _count(
+        self,
+        source: torch.Tensor,
+        log_p: torch.Tensor,
+        model: torch.Tensor,
+        targets: torch.Tensor | None,
+        known: torch.Tensor | None,
+    ) -> None:
+        """A chunk of positions, with log p of the source."""
+        log_q = log_p if model is source else model.double().log_softmax(-1)
+        self.positions += len(log_q)
+        if model is source:
+            self.agreements += len(log_q)  # of itself it is no step away
+        else:
+            kl = _divergences(log_p, log_q)
+            self.kl += float(kl.sum())
+            self.kl_largest = max(self.kl_largest, float(kl.max()))
+            self.agreements += int((source.argmax(-1) == model.argmax(-1)).sum())
+            self.difference = max(self.difference, float((source - model).abs().max()))
+        if targets is not None:
+            losses = -log_q.gather(1, targets[:, None])[:, 0]
+            losses = losses if known is None else losses[known]
+            self.known += len(losses)
+            self.loss += float(losses.sum())
 
     def means(self, *, causal: bool) -> ModelNumbers:
         """As means over positions; a perplexity where the model is a ``causal`` language model."""
@@ -106,11 +113,29 @@ class Sums:
         return ModelNumbers(self.kl / self.positions, self.agreements / self.positions, loss, perplexity)
 
 
+def add_all(
+    sums: Sequence[Sums],
+    source: torch.Tensor,
+    models: Sequence[torch.Tensor],
+    targets: torch.Tensor | None = None,
+    known: torch.Tensor | None = None,
+) -> None:
+    """Count logits (positions, classes) of several models in one pass over the source's, as ``Sums.add`` does each."""
+    for part in chunks(len(source)):
+        wanted = source[part]
+        log_p = wanted.double().log_softmax(-1)
+        chosen = [None if each is None else each[part] for each in (targets, known)]
+        for total, model in zip(sums, models, strict=True):
+            total._count(wanted, log_p, wanted if model is source else model[part], *chosen)
+
+
 def _divergences(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p ‖ q) of each row, as ``divergence_terms`` has it; rows that are close everywhere take fewer steps."""
+    """KL(p ‖ q) of each row of float64, as ``divergence_terms`` has it; but for extremes in fewer steps."""
     difference = log_p - log_q
-    if bool((difference.abs() < 1).all()):
-        return (log_p.exp() * difference.neg().expm1_().add_(difference)).sum(-1)
+    least, most = difference.aminmax()
+    # Within these e^{−d} neither overflows nor meets a p of zero that would hide a q of any size.
+    if least > -60 and most < math.inf:
+        return difference.neg().expm1_().add_(difference).mul_(log_p.exp()).sum(-1)
     return divergence_terms(log_p, log_q)[0]
 
 

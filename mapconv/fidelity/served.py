@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from mapconv.fidelity.metrics import ModelNumbers, Sums
+from mapconv.fidelity.metrics import ModelNumbers, Sums, add_all
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.running import load_base
-from mapconv.runtime.models import attach_with_peft, is_causal, model_inputs
+from mapconv.runtime.models import attach_with_peft, forward_pass, is_causal
 from mapconv.runtime.progress import progress_bar
+from mapconv.runtime.widening import WideBlocks, blocks_of
 
 #: In nats. Two float32 forward passes of one function differ by 1e-6 in a logit, and by its square in the divergence;
 #: this leaves room for the sums of a large vocabulary.
@@ -51,7 +52,7 @@ def measure_served(
     source: PlacedAdapter,
     served: PlacedAdapter,
     result: Path,
-    rows: Sequence[Sequence[int]],
+    rows: Sequence[list[int]],
     *,
     device: torch.device,
     dtype: str = "float32",
@@ -59,49 +60,54 @@ def measure_served(
 ) -> ServedNumbers | None:
     """Run the source on its own base, and the other base in its three states, on sequences of token ids.
 
-    One base is in memory at a time, beside the source's logits for all sequences.
+    Both bases are in memory side by side: to compute in float32, in the dtype in which they are stored, and widened
+    block by block.
 
     Returns:
         the numbers, or None for a model that has no logits.
     """
-    model = attach_with_peft(load_base(source, dtype=dtype, device=device), source.adapter.path, "source")
-    causal = is_causal(model.get_base_model())
-    wanted = []
-    with progress_bar(4 * len(rows), "measuring", unit="sequence", quiet=quiet) as advance:
+    own = attach_with_peft(_base(source, device, dtype), source.adapter.path, "source")
+    other = attach_with_peft(_base(served, device, dtype), served.adapter.path, "as_is")
+    other = attach_with_peft(other, result, "rebased")
+    causal = is_causal(own.get_base_model())
+    sums = {name: Sums() for name in ("source", "alone", "as_is", "rebased")}
+    with progress_bar(len(rows), "measuring", unit="sequence", quiet=quiet) as advance:
+        # One at a time, because the logits of four models are in memory.
         for row in rows:
-            logits = _logits(model, row, device)
-            if logits is None:
+            tokens = torch.tensor([row], device=device)
+            wanted = _logits(own, tokens)
+            if wanted is None:
                 return None
-            wanted.append(logits)
-            advance(1)
-        del model
-        model = attach_with_peft(load_base(served, dtype=dtype, device=device), served.adapter.path, "as_is")
-        model = attach_with_peft(model, result, "rebased")
-        sums = {name: Sums() for name in ("source", "alone", "as_is", "rebased")}
-        for row, logits in zip(rows, wanted, strict=True):
-            # The last position of a causal model predicts nothing that is known.
-            targets = torch.tensor(row[1:], device=device) if causal else None
-            count = len(logits) if targets is None else len(targets)
-            own = logits[:count]
-            sums["source"].add(own, own, targets)
-            with model.disable_adapter():
-                sums["alone"].add(logits[:count], _some_logits(model, row, device)[:count], targets)
-            advance(1)
+            logits = [wanted]
+            with other.disable_adapter():
+                logits.append(_some_logits(other, tokens))
             for name in ("as_is", "rebased"):
-                model.set_adapter(name)
-                sums[name].add(logits[:count], _some_logits(model, row, device)[:count], targets)
-                advance(1)
+                other.set_adapter(name)
+                logits.append(_some_logits(other, tokens))
+            # The last position of a causal model predicts nothing that is known.
+            targets = tokens[0, 1:] if causal else None
+            each = [values if targets is None else values[: len(targets)] for values in logits]
+            add_all(list(sums.values()), each[0], each, targets)
+            advance(1)
     means = {name: total.means(causal=causal) for name, total in sums.items()}
     return ServedNumbers(sums["source"].positions, **means)
 
 
-def _logits(model: Any, row: Sequence[int], device: torch.device) -> torch.Tensor | None:
-    output = model(**model_inputs(model, torch.tensor([row], device=device)))
-    logits = getattr(output, "logits", None)
+def _base(placed: PlacedAdapter, device: torch.device, dtype: str) -> Any:
+    if dtype != "float32":
+        return load_base(placed, dtype=dtype, device=device)
+    base = load_base(placed, device=device)
+    WideBlocks(base, blocks_of(name for name, _ in base.named_parameters()))
+    return base
+
+
+def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor | None:
+    """(positions, classes) of one sequence, or None."""
+    logits = getattr(forward_pass(model, tokens)(), "logits", None)
     return None if logits is None else logits[0].reshape(-1, logits.shape[-1])
 
 
-def _some_logits(model: Any, row: Sequence[int], device: torch.device) -> torch.Tensor:
-    logits = _logits(model, row, device)
+def _some_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    logits = _logits(model, tokens)
     assert logits is not None  # a model of the source's class, which has them
     return logits

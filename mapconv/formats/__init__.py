@@ -11,13 +11,16 @@ from mapconv.errors import AdapterError
 from mapconv.formats import mapdir, peft, peft_methods
 from mapconv.formats.base import CONFIG_FILE, Dialect, Found
 from mapconv.formats.foreign import FOREIGN
+from mapconv.formats.image.kohya import KOHYA
 
 #: In order of recognition: a MAP directory is a PEFT directory as well.
 DIALECTS: tuple[Dialect, ...] = (
     mapdir.MapDirectory(),
     peft_methods.PeftMethodDirectory(),
     peft.PeftDirectory(),
-    *FOREIGN,
+    *FOREIGN[:2],
+    KOHYA,
+    *FOREIGN[2:],
 )
 
 

@@ -64,11 +64,6 @@ FOREIGN = (
         "merge it with the program that trained it, for its updates are not plain low-rank factors",
     ),
     ForeignDialect(
-        "a LoRA of kohya's sd-scripts",
-        re.compile(r"^(lora|lycoris)_\w+\.(lora_(down|up)\.weight|alpha)$"),
-        f"{_AS_PEFT}, for instance with PEFT's examples/lora_dreambooth/convert_kohya_ss_sd_lora_to_peft.py",
-    ),
-    ForeignDialect(
         "a LoRA of diffusers (load_lora_weights)",
         re.compile(
             r"^(unet|transformer|text_encoder(_\d)?)\.|\.processor\.\w+_lora\.(down|up)\.|\.lora_linear_layer\."

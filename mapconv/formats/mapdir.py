@@ -65,6 +65,7 @@ _REBASE = {
     "modules": [{"path": TEXT, "expert": _COUNT, "base_change": _NUMBER, "output_error_before": _NUMBER}],
     "served": (SERVED, NULL),
 }
+_SURVIVAL = dict.fromkeys(("changed", "projection", "error"), NUMBER)
 _RECORD = {
     "mapconv_version": _TEXT,
     "base": {**dict.fromkeys(("name", "revision", "fingerprint"), _TEXT), "card": (TABLE, NULL)},
@@ -74,6 +75,7 @@ _RECORD = {
     "data": (TABLE, NULL),
     "calibration": (_CALIBRATION, NULL),
     "rebase": (_REBASE, NULL),
+    "survival": (_SURVIVAL | {"tensors": [_SURVIVAL | {"tensor": TEXT, "modules": [TEXT], "dtype": TEXT}]}, NULL),
     "modules": [_MODULE],
 }
 

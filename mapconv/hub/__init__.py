@@ -10,6 +10,7 @@ from mapconv.hub.locate import (
     locate_base,
     locate_result,
     open_base,
+    open_model,
     original_of_base,
 )
 
@@ -20,5 +21,6 @@ __all__ = [
     "locate_base",
     "locate_result",
     "open_base",
+    "open_model",
     "original_of_base",
 ]

@@ -98,16 +98,34 @@ def open_base(
         CheckpointError: neither names a model that can be had. HubError: the Hub does not give it.
     """
     found = _base(base, recorded, revision, adapter)
-    if isinstance(found, Path):
-        return read_checkpoint(found)
+    return read_checkpoint(found) if isinstance(found, Path) else _opened(found, _OR_BASE, lean=lean)
+
+
+def open_model(model: str | Path, *, lean: bool = False) -> Checkpoint:
+    """A model's headers, as of ``open_base``, where it is no adapter's base but named itself.
+
+    Raises:
+        CheckpointError: neither a model's folder nor a Hub reference. HubError: the Hub does not give it.
+    """
+    reference = hub_reference(model)
+    if reference is not None:
+        return _opened(reference, "", lean=lean)
+    if (Path(model) / _ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{model} is an adapter, not a model with all its weights: use `mapconv upgrade` on it.")
+    if not is_folder(str(model)):
+        raise CheckpointError(f"{model} is neither a folder nor a Hub id (owner/name).")
+    return read_checkpoint(Path(model))
+
+
+def _opened(reference: HubReference, hint: str, *, lean: bool) -> Checkpoint:
     if lean:
-        folder = _snapshot(found, _SMALL_MODEL_FILES, _OR_BASE)
+        folder = _snapshot(reference, _SMALL_MODEL_FILES, hint)
         if not _has_weights(folder):
             try:
-                return ranged_checkpoint(found, folder)
+                return ranged_checkpoint(reference, folder)
             except RangesUnsupportedError:
                 pass  # a mirror that knows no byte ranges: fetch the whole files, as a merge does
-    return read_checkpoint(_whole_model(found, _OR_BASE))
+    return read_checkpoint(_whole_model(reference, hint))
 
 
 def _base(base: str | Path | None, recorded: str | None, revision: str | None, adapter: Path) -> Path | HubReference:
@@ -116,7 +134,7 @@ def _base(base: str | Path | None, recorded: str | None, revision: str | None, a
     name = str(base) if base is not None else recorded
     if not name:
         raise CheckpointError(f"{adapter} does not say which model it adapts: give the base model with --base.")
-    if is_folder(name):
+    if is_folder(name) or (name.endswith(".safetensors") and _exists(name)):
         return Path(name)
     if name.endswith(".gguf"):
         raise CheckpointError(

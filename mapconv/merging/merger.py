@@ -5,10 +5,10 @@ Each thread that runs jobs has its own scratch memory, which is all the memory t
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -20,6 +20,7 @@ from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader, block_elements
 from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.errors import AdapterError, CheckpointError, MapconvError, OutputError
 from mapconv.merging.plan import ConvertJob, CopyJob, LowRankUpdate, MergeJob
+from mapconv.merging.survival import Gauge, Survival, total
 from mapconv.merging.updates import Buffers, Update, WholeUpdate
 from mapconv.placement.factors import FactorLoader
 from mapconv.placement.target_model import BiasUpdate, MergedBias
@@ -42,14 +43,41 @@ class MergedTensor:
     tensor: str
     modules: tuple[str, ...]
     dtype: str
-    update_norm: float
-    rounding_norm: float
+    survival: Survival
     base: Mapping[tuple, Fingerprint] = field(default_factory=dict)
+
+    @property
+    def update_norm(self) -> float:
+        return self.survival.update_square**0.5
+
+    @property
+    def rounding_norm(self) -> float:
+        return self.survival.error_square**0.5
 
     @property
     def rounding_error(self) -> float:
         """‖W'_written − W'‖ / ‖W' − W0‖: what rounding to the output dtype costs, in units of the update."""
-        return self.rounding_norm / self.update_norm if self.update_norm else 0.0
+        return self.survival.error
+
+    def to_dict(self) -> dict[str, Any]:
+        names = {"tensor": self.tensor, "modules": list(self.modules), "dtype": self.dtype}
+        return names | {
+            "update_norm": self.update_norm,
+            "rounding_norm": self.rounding_norm,
+            "rounding_error": self.rounding_error,
+            "changed": self.survival.changed_share,
+            "projection": self.survival.projection,
+        }
+
+
+def survival_record(merged: Iterable[MergedTensor]) -> dict[str, Any]:
+    """What ``map_merge.json`` keeps of the merged tensors: what survives in all of them, and in each."""
+    merged = list(merged)
+    tensors = [
+        {"tensor": item.tensor, "modules": list(item.modules), "dtype": item.dtype, **item.survival.to_dict()}
+        for item in merged
+    ]
+    return {**total(item.survival for item in merged).to_dict(), "tensors": tensors}
 
 
 class Merger:
@@ -72,7 +100,7 @@ class Merger:
     def run(self, job: CopyJob | ConvertJob | MergeJob) -> MergedTensor | None:
         if isinstance(job, CopyJob):
             descriptor = self._reader.descriptor(job.source)
-            self._files[job.target.name].copy_from(descriptor, job.source_offset, job.target_offset, job.nbytes)
+            self._files[str(job.target)].copy_from(descriptor, job.source_offset, job.target_offset, job.nbytes)
             return None
         if isinstance(job, ConvertJob):
             self._convert(job)
@@ -89,7 +117,7 @@ class Merger:
             rounded = buffers.out.view(dtype)[: stop - start].copy_(values)
             if dtype == torch.float16 and not torch.isfinite(rounded).all():
                 raise _overflow(target.name, target.dtype)
-            self._files[target.file.name].write(rounded, target.start + start * dtype.itemsize)
+            self._files[str(target.file)].write(rounded, target.start + start * dtype.itemsize)
 
     def _merge(self, job: MergeJob) -> MergedTensor:
         source, target = job.source, job.target
@@ -98,10 +126,11 @@ class Merger:
         buffers = self._buffers(max(width, BLOCK_ELEMENTS))
         bias = self._bias(job)
         base: dict[tuple, Fingerprint] = {}
-        update_square = rounding_square = 0.0
+        survival = Survival()
         for index in range(matrices):
             updates = [self._update(item, buffers) for item in job.updates if item.piece.index == index]
             known_norm = updates[0].known_norm if len(updates) == 1 and not job.rows and bias is None else None
+            gauge = Gauge(height * width, known_norm)
             for start, stop in row_blocks(height, width):
                 first = index * height + start
                 raw = self._reader.read_range(source, first * width, (first + stop - start) * width, buffers.raw)
@@ -114,20 +143,15 @@ class Merger:
                 if bias is not None:
                     rows += bias[start:stop, None]
                 rounded = buffers.out.view(dtype)[: raw.numel()].view(raw.shape).copy_(rows)
-                self._files[target.file.name].write(rounded, target.start + first * width * dtype.itemsize)
-                spare = buffers.spare[: raw.numel()].view(raw.shape)
-                # Widened first: subtracting across dtypes is twice as slow.
-                rounding_square += _square(spare.copy_(rounded).sub_(rows))
-                if known_norm is None:
-                    update_square += _square(spare.copy_(raw).sub_(rows))
-            if known_norm is not None:
-                update_square += known_norm**2
+                self._files[str(target.file)].write(rounded, target.start + first * width * dtype.itemsize)
+                gauge.add(raw, rows, rounded, buffers.spare)
+            if not gauge.finite:
+                raise self._not_finite(job)
+            survival += gauge.result
             for update in updates:
                 base[update.identity] = base.get(update.identity, Fingerprint()) + update.base
-        if not math.isfinite(rounding_square):
-            raise self._not_finite(job)
         paths = dict.fromkeys(item.placed.module.path for item in job.updates)
-        return MergedTensor(target.name, tuple(paths), target.dtype, update_square**0.5, rounding_square**0.5, base)
+        return MergedTensor(target.name, tuple(paths), target.dtype, survival, base)
 
     def _update(self, item: LowRankUpdate, buffers: Buffers) -> Update | WholeUpdate:
         """An update, ready to be applied."""
@@ -220,11 +244,6 @@ def _check_direction(item: LowRankUpdate, expected: float, norm: float) -> None:
             f"{item.placed.module.lora_A.file}: the direction of {item.placed.module.path} has norm {norm:.7g}, but "
             f"map_config.json says {expected:.7g}: the two files do not belong together."
         )
-
-
-def _square(values: torch.Tensor) -> float:
-    flat = values.view(-1)
-    return float(torch.dot(flat, flat))
 
 
 def _not_finite(ref: TensorRef) -> CheckpointError:

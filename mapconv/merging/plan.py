@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from mapconv.adapter import TensorRef, WholeTensor
+from mapconv.checkpoint.headers import TensorFile
+from mapconv.checkpoint.index import Checkpoint
 from mapconv.checkpoint.writer import COPY_CHUNK, TensorSpec, lay_out
 from mapconv.errors import UnsupportedError
 from mapconv.placement.adapters import FLOAT_DTYPES, PlacedAdapter
@@ -105,10 +107,6 @@ class MergePlan:
     def nbytes(self) -> int:
         return sum(file.nbytes for file in self.files)
 
-    @property
-    def tensor_bytes(self) -> int:
-        return self.nbytes - sum(len(file.header) for file in self.files)
-
 
 def plan_merge(
     adapters: Sequence[PlacedAdapter],
@@ -135,8 +133,9 @@ def plan_merge(
     output_dtype = partial(_output_dtype, target, dtype)
     files: list[OutputFile] = []
     jobs: list[CopyJob | ConvertJob | MergeJob] = []
-    for name, refs, metadata in _shards(target, output_dtype, max_shard_size):
-        specs = [TensorSpec(ref.name, output_dtype(ref), ref.shape) for ref in refs]
+    for name, prefix, refs, metadata in _files(target, output_dtype, max_shard_size):
+        # A model of a pipeline has its own names in its own files.
+        specs = [TensorSpec(ref.name.removeprefix(prefix), output_dtype(ref), ref.shape) for ref in refs]
         header, placed = lay_out(Path(name), specs, metadata)
         files.append(OutputFile(name, header, placed[-1].stop, tuple(spec.name for spec in specs)))
         for source, output in zip(refs, placed, strict=True):
@@ -163,18 +162,29 @@ def _refuse_weight(adapter: PlacedAdapter, weight: float) -> None:
         )
 
 
-def _shards(
+def _files(
     target: TargetModel, output_dtype: Callable[[TensorRef], str], max_shard_size: int | None
+) -> Iterable[tuple[str, str, list[TensorRef], dict[str, str]]]:
+    """(name below the output folder, the model's prefix, tensors, metadata) of each output file."""
+    for prefix, model in target.checkpoint.parts:
+        held = {file.path for file in model.files}
+        files = [file for file in target.files if file.path in held and file.tensors]
+        folder = f"{model.folder.name}/" if target.checkpoint.models else ""
+        for name, refs, metadata in _shards(model, files, output_dtype, max_shard_size):
+            yield folder + name, prefix, refs, metadata
+
+
+def _shards(
+    model: Checkpoint, files: Sequence[TensorFile], output_dtype: Callable[[TensorRef], str], max_shard_size: int | None
 ) -> Iterable[tuple[str, list[TensorRef], dict[str, str]]]:
-    """(file name, tensors, metadata) of each output file."""
-    if max_shard_size is None:
-        for file in target.files:
-            if file.tensors:
-                yield file.path.name, list(file.tensors), file.metadata
+    """(file name, tensors, metadata) of each output file of one model."""
+    if max_shard_size is None or model.is_file:
+        for file in files:
+            yield file.path.name, list(file.tensors), file.metadata
         return
     shards: list[list[TensorRef]] = [[]]
     size = 0
-    for ref in (ref for file in target.files for ref in file.tensors):
+    for ref in (ref for file in files for ref in file.tensors):
         nbytes = TensorSpec(ref.name, output_dtype(ref), ref.shape).nbytes
         if shards[-1] and size + nbytes > max_shard_size:
             shards.append([])
@@ -182,10 +192,8 @@ def _shards(
         shards[-1].append(ref)
         size += nbytes
     for number, refs in enumerate(shards, 1):
-        stem = target.checkpoint.stem
-        numbered = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        name = numbered if len(shards) > 1 else target.checkpoint.single_file
-        yield name, refs, target.files[0].metadata
+        numbered = f"{model.stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        yield numbered if len(shards) > 1 else model.single_file, refs, files[0].metadata
 
 
 def _output_dtype(target: TargetModel, dtype: str, ref: TensorRef) -> str:

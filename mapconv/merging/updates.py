@@ -16,7 +16,7 @@ from mapconv.placement.weights import Piece, WeightView, block_numbers
 class Buffers:
     """One worker's scratch memory, reused for every block."""
 
-    NBYTES = BLOCK_ELEMENTS * (4 + 4 + 4 + 8 + 4)
+    NBYTES = BLOCK_ELEMENTS * (4 + 4 + 8 + 8 + 4)
 
     raw: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     rows: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -28,7 +28,7 @@ class Buffers:
         """Make room for blocks of ``elements`` elements (a row may be wider than a block)."""
         if self.rows.numel() < elements:
             self.raw = torch.empty(8 * elements, dtype=torch.uint8)
-            self.rows, self.spare = torch.empty(elements), torch.empty(elements)
+            self.rows, self.spare = torch.empty(elements), torch.empty(2 * elements)
             self.wide = torch.empty(elements, dtype=torch.float64)
             self.out = torch.empty(8 * elements, dtype=torch.uint8)
 

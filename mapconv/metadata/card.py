@@ -19,6 +19,7 @@ from mapconv.hub.reference import is_repo_id
 from mapconv.metadata.markdown import calibration_table, number, percent, python_code, table, value_range, worst
 from mapconv.metadata.readme import Readme, compose, read_readme
 from mapconv.metadata.rebased import rebase_section
+from mapconv.metadata.survived import survival_table
 from mapconv.untrusted.printable import markdown_code, markdown_text
 
 CARD_FILE, PLOT_FILE, REPORT_FILE = "README.md", "scalars.png", "verify.json"
@@ -93,13 +94,14 @@ def write_card(facts: CardFacts, own: Readme, *, title: str, repo_id: str | None
 
 def _metadata(facts: CardFacts, own: Mapping[str, Any], license_: str | None) -> dict[str, Any]:
     """Ours first and in a fixed order; then what the user's README.md says besides."""
+    adapter = _hub_name(facts.source) if _is_adapter(facts.source) else None
     data: dict[str, Any] = {
         "base_model": facts.base,
         "base_model_relation": "adapter" if facts.kind == "adapter" else "finetune",
         "base_model_revision": facts.base_revision if facts.base else None,
         "library_name": "peft" if facts.kind == "adapter" else "transformers",
-        "source_adapter": _hub_name(facts.source),
-        "source_adapter_revision": facts.source.get("revision") if _hub_name(facts.source) else None,
+        "source_adapter": adapter,
+        "source_adapter_revision": facts.source.get("revision") if adapter else None,
     }
     copied = (facts.record.get("base") or {}).get("card") or {}
     copied = copied | (facts.source.get("card") or {}) | {key: own[key] for key in _COPIED if own.get(key)}
@@ -123,6 +125,8 @@ def _block(facts: CardFacts, title: str, repo_id: str | None) -> str:
         base = _pinned(facts.base, facts.base_revision) if facts.base else "another base"
         sections.append("## Rebased\n\n" + rebase_section(rebase, origin, base))
     sections.append("## Fidelity\n\n" + _fidelity(facts))
+    if facts.record.get("survival"):
+        sections.append("## What survives in the stored weights\n\n" + survival_table(facts.record["survival"]))
     if facts.record.get("calibration"):
         sections.append("## Calibration\n\n" + calibration_table(facts.record["calibration"]))
     if facts.modules:
@@ -139,6 +143,8 @@ def _summary(facts: CardFacts) -> str:
     made = f"A {method} adapter of {base}, converted to MAP form by mapconv."
     if facts.record.get("rebase"):
         made = f"An adapter of {base}, fitted to it by mapconv from a {method} adapter of another base."
+    elif facts.record.get("extract"):
+        made = f"What a full finetune changed in {base}, extracted as an adapter by mapconv."
     elif not facts.source:
         made = f"A MAP adapter of {base}, trained with mapconv."
     elif facts.source.get("method") == "MAP":
@@ -191,7 +197,7 @@ def _fidelity(facts: CardFacts) -> str:
         (name, "-" if report[key] is None else f"{report[key]:.4f}", number(kl))
         for name, key, kl in (
             ("base", "perplexity_base", report["kl_base"]),
-            ("source adapter", "perplexity_source", 0.0),
+            ("source adapter" if _is_adapter(facts.source) else "source", "perplexity_source", 0.0),
             ("this", "perplexity_result", report["kl"]),
         )
     ]
@@ -236,9 +242,10 @@ def _lineage(source: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
     while source:
         name = _hub_name(source)
+        kind = "adapter" if _is_adapter(source) else "model"
         place = _pinned(name, source.get("revision")) if name else "not on the Hub"
         rows.append(
-            ("adapter", f"{_method(source)}, {place}, {markdown_code(str(source.get('fingerprint', ''))[:23] + '…')}")
+            (kind, f"{_method(source)}, {place}, {markdown_code(str(source.get('fingerprint', ''))[:23] + '…')}")
         )
         source = source.get("source") or {}
     return rows
@@ -247,6 +254,10 @@ def _lineage(source: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _hub_name(source: Mapping[str, Any]) -> str | None:
     """A source's name if it is on the Hub: only what came from there has a commit."""
     return source.get("name") if source.get("revision") else None
+
+
+def _is_adapter(source: Mapping[str, Any]) -> bool:
+    return source.get("method") != "full finetune"
 
 
 def _method(source: Mapping[str, Any]) -> str:

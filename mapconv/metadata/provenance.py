@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mapconv.adapter import Adapter, MapModule
+from mapconv.algebra.fingerprint import Fingerprint
 from mapconv.errors import AdapterError
 from mapconv.files import open_regular
 from mapconv.formats.mapdir import FORMAT_VERSION
@@ -35,15 +36,21 @@ def map_config(
     modules: Sequence[MapModule],
     *,
     data: Mapping[str, Any] | None = None,
+    sources: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """The content of ``map_config.json``; ``data`` describes the text that refits weighed errors by."""
+    """The content of ``map_config.json``.
+
+    ``data`` describes the text that refits weighed errors by, ``sources`` what the result was made from (None: the
+    adapter itself).
+    """
     entries = [
         scalars.to_dict()
         | {"base_tensor": item.weight.name, "base_dtype": item.weight.dtype, "base_shape": list(item.weight.shape)}
         for item, scalars in zip(placed.modules, modules, strict=True)
     ]
-    source = source_record(placed.adapter)
-    return map_record(entries, base=_base_record(placed), source=source, options=options, data=data)
+    source, *others = [source_record(placed.adapter)] if sources is None else sources
+    record = map_record(entries, base=_base_record(placed), source=source, options=options, data=data)
+    return record | {"more_sources": others} if others else record
 
 
 def map_record(
@@ -83,12 +90,12 @@ def merge_record(placed: Sequence[PlacedAdapter], weights: Sequence[float] | Non
     }
 
 
-def source_fingerprint(folder: Path) -> str:
-    """SHA-256 of an adapter's configuration and weights."""
+def source_fingerprint(source: Path) -> str:
+    """SHA-256 of an adapter's configuration and weights, or of the one file that it is."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 18))  # stays in a core's cache
-    for name in (CONFIG_FILE, weights_name(folder)):
-        with open_regular(folder / name, AdapterError) as file:
+    for path in [source] if source.is_file() else [source / CONFIG_FILE, source / weights_name(source)]:
+        with open_regular(path, AdapterError) as file:
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
     return f"sha256:{digest.hexdigest()}"
@@ -96,17 +103,33 @@ def source_fingerprint(folder: Path) -> str:
 
 def source_record(adapter: Adapter) -> dict[str, Any]:
     """The adapter that a result was made from; of a MAP adapter also what that was made from."""
-    folder = adapter.path
-    name, revision = recorded_name(folder)
+    source = adapter.path
+    # What lies beside a file on this machine need not be about it; on the Hub it is.
+    folder = source.parent if source.is_file() and origin_of(source) is not None else source
+    name, revision = recorded_name(source)
     record = {
         "name": name,
         "revision": revision,
         "method": adapter.method,
-        "fingerprint": source_fingerprint(folder),
+        "fingerprint": source_fingerprint(source),
         "card": card_facts(folder),
     }
     earlier = (adapter.map_config or {}).get("source")
     return record | {"source": earlier} if isinstance(earlier, dict) else record
+
+
+def finetune_record(folder: Path, weights: Mapping[str, Fingerprint]) -> dict[str, Any]:
+    """The full finetune that a result was extracted from, known by the norms and projections of its ``weights``."""
+    name, revision = recorded_name(folder)
+    lines = (f"{path} {found.norm:.9e} {found.projection:.9e}\n" for path, found in weights.items())
+    fingerprint = f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
+    return {
+        "name": name,
+        "revision": revision,
+        "method": "full finetune",
+        "fingerprint": fingerprint,
+        "card": card_facts(folder),
+    }
 
 
 def _base_record(placed: PlacedAdapter) -> dict[str, Any]:

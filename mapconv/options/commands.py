@@ -40,13 +40,14 @@ from mapconv.options.shared import (
     SOURCE,
     VERBOSE,
 )
+from mapconv.options.surgery import EXTRACT
 
 INSPECT = Command("inspect", SOURCE, BASE, ALLOW_PICKLE, JSON)
 
 VERIFY = Command(
     "verify",
     Option("result", Source(), positional=True, required=True, in_catalog=False),
-    AGAINST,
+    AGAINST.but(help="What it was made from: a LoRA or DoRA adapter, or a finetuned model."),
     BASE,
     Option(
         "against_base",
@@ -266,7 +267,7 @@ ENV = Command("env", JSON)
 COMMANDS = {
     command.name: command
     for command in (
-        INSPECT, UPGRADE, REBASE, STATISTICS_COMMAND, CALIBRATE, VERIFY, REPORT, MERGE, PUSH, CATALOG_RUN,
+        INSPECT, UPGRADE, REBASE, EXTRACT, STATISTICS_COMMAND, CALIBRATE, VERIFY, REPORT, MERGE, PUSH, CATALOG_RUN,
         CATALOG_STATUS, DEMO, ENV,
     )
 }  # fmt: skip

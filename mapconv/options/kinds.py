@@ -200,6 +200,19 @@ class Reals:
         return _if(fits, tuple(value) if fits else (), self)
 
 
+@dataclass(frozen=True)
+class Names:
+    """Names of modules: a list, or a text with commas between them, which may be a regular expression instead."""
+
+    expected = "names with commas between them, or a regular expression"
+
+    def read(self, value: Any) -> str | tuple[str, ...]:
+        if isinstance(value, str):
+            return _if(bool(value.strip(" ,")), value, self)
+        fits = isinstance(value, Sequence) and len(value) > 0 and all(isinstance(name, str) for name in value)
+        return _if(fits, tuple(value) if fits else (), self)
+
+
 def _if(fits: bool, value: Any, kind: Kind) -> Any:
     if not fits:
         raise ValueError(kind.expected)

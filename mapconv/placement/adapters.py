@@ -24,6 +24,8 @@ from mapconv.runtime.collector import collector_paused
 from mapconv.wording import counted
 
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+#: And torch's names by those of safetensors headers.
+FLOAT_NAMES = {stored: name for name, stored in FLOAT_DTYPES.items()}
 #: transformers' model types whose Conv1D layers store a weight transposed, which a square one does not show.
 _TRANSPOSING = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 
@@ -58,6 +60,18 @@ def place_adapters(
         return _place_adapters(sources, base, allow_pickle=allow_pickle, lean=lean)
 
 
+def place_described(adapter: Adapter, checkpoint: Checkpoint, config: Mapping[str, Any]) -> PlacedAdapter:
+    """An adapter that is no folder's on a base whose headers are read (``placement.bases.plain_base``).
+
+    Raises:
+        MapconvError: a tensor of it that has no place.
+    """
+    with collector_paused():
+        target, ((placed, modules),) = _place([adapter], checkpoint, config)
+    _refuse_other_dtypes([(placed, modules)])
+    return PlacedAdapter(placed, target, modules)
+
+
 def place_further(placed: PlacedAdapter, modules: Sequence[Module]) -> tuple[PlacedModule, ...]:
     """Where modules lie that the adapter has not got itself (``Module.without_factors``), on the same base.
 
@@ -89,6 +103,8 @@ def _place_adapters(
 
 def _place(adapters: Sequence[Adapter], checkpoint: Checkpoint, config: Mapping[str, Any]) -> Placed:
     """The quick way where it suffices, else by the model's class, or where there is none by shapes."""
+    if any(adapter.is_spelled for adapter in adapters):
+        return stored_target(checkpoint, adapters, config)
     plain = _place_plain(adapters, checkpoint, config)
     if plain is not None:
         return plain

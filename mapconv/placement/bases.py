@@ -19,7 +19,7 @@ def plain_base(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
         CheckpointError: a quantized base whose tensors are broken. UnsupportedError: one in an unknown storage.
     """
     try:
-        config = read_model_config(checkpoint.folder)
+        config = {} if checkpoint.is_file else read_model_config(checkpoint.folder)
     except FileNotFoundError:
         config = {}
     settings = quantization_settings(checkpoint.folder, config)

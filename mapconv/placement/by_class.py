@@ -119,7 +119,9 @@ def _layer_of_method(
         raise UnsupportedError(f"{module.path} is a convolution with groups > 1, which PEFT itself refuses to merge.")
     weight = _stored_weight(parameter, kind, live, stored)
     shape = live.shapes[parameter] if kind == "conv" else weight.shape
-    module = module.on_weight_of(shape, embedding=kind == "embedding")
+    A = replace(module.lora_A, shape=(0, *shape[1:]))
+    B = replace(module.lora_B, shape=(shape[0], 0, *(1 for _ in shape[2:])))
+    module = replace(module, lora_A=A, lora_B=B, embedding=kind == "embedding")
     placed = on_weight(module, adapter, parameter, weight, live_path=inner)
     bias = f"{inner}.bias"
     if bias not in live.shapes:

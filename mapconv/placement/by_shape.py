@@ -36,6 +36,10 @@ class ShapePlacement:
         path, _, leaf = parameter.rpartition(".")
         return tensor_name(path, self._renaming, self.tensors, leaf)
 
+    def knows(self, module: Module) -> bool:
+        """Whether the base has a parameter of the module's own name."""
+        return bool(self._options(module))
+
     def modules(self) -> tuple[PlacedModule, ...]:
         """Every module on its tensor; a stack of experts gives one placed module for each.
 

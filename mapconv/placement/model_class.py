@@ -16,7 +16,7 @@ from mapconv.placement.skeleton import LiveModel
 from mapconv.runtime.models import quiet_libraries
 
 #: PEFT's task names, and the transformers class that they stand for.
-_TASKS = {
+TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -65,7 +65,7 @@ def class_candidates(config: dict[str, Any], adapter_config: dict[str, Any]) -> 
     mapping = adapter_config.get("auto_mapping")
     if isinstance(mapping, dict) and isinstance(mapping.get("base_model_class"), str):
         yield mapping["base_model_class"]
-    task = _TASKS.get(str(adapter_config.get("task_type")))
+    task = TASKS.get(str(adapter_config.get("task_type")))
     architectures = config.get("architectures") or []
     own = [name for name in architectures if isinstance(name, str)]
     # A model made for the adapter's task keeps its own class; so does a vision-language model under "CAUSAL_LM".

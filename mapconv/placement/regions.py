@@ -47,7 +47,7 @@ class StoredParameters:
 
     def weight(self, parameter: str, kind: Kind) -> WeightView:
         """A parameter that is one weight."""
-        ref = self._single(parameter)
+        ref = self.single(parameter)
         if kind in ("transposed", "embedding"):
             height, width = ref.shape
             return WeightView((width, height), (Piece(ref, 0, width, transposed=True),))
@@ -58,7 +58,7 @@ class StoredParameters:
         """One matrix of a stacked parameter, with all its parts."""
         parts = sorted(self._by_matrix.get((parameter, index), ()), key=lambda entry: entry[0].part)
         if not parts:
-            return self._slice(self._single(parameter), index, 0, 1, transposed=transposed)
+            return self._slice(self.single(parameter), index, 0, 1, transposed=transposed)
         if len(parts) != parts[0][0].parts or not all(region.plain for region, _ in parts):
             raise PlacementError(
                 f"expert {index} of {parameter} is incomplete in the base, or stored in another order."
@@ -75,10 +75,15 @@ class StoredParameters:
             if other == region:
                 return WeightView((ref.shape[0], ref.shape[1]), (Piece(ref, 0, ref.shape[0]),))
         return self._slice(
-            self._single(region.parameter), region.index or 0, region.part, region.parts, transposed=transposed
+            self.single(region.parameter), region.index or 0, region.part, region.parts, transposed=transposed
         )
 
-    def _single(self, parameter: str) -> TensorRef:
+    def single(self, parameter: str) -> TensorRef:
+        """The stored tensor that is a parameter as it is.
+
+        Raises:
+            PlacementError: it is stored in pieces, or together with others.
+        """
         if not self.is_whole(parameter):
             raise PlacementError(f"the base stores {parameter} in a form that mapconv cannot place an adapter on.")
         return self._by_parameter[parameter][0][1]

@@ -10,7 +10,7 @@ from mapconv.checkpoint.codecs import storages
 from mapconv.checkpoint.index import Checkpoint, read_checkpoint
 from mapconv.checkpoint.reader import TensorReader, block_elements, row_ranges
 from mapconv.errors import CheckpointError, ResourceError
-from mapconv.placement.adapters import PlacedAdapter
+from mapconv.placement.adapters import FLOAT_NAMES, PlacedAdapter
 from mapconv.placement.bases import plain_base
 from mapconv.placement.model_class import causal_class
 from mapconv.placement.skeleton import typed_model_config
@@ -20,12 +20,13 @@ from mapconv.runtime.models import load_model
 from mapconv.runtime.progress import progress_bar
 
 
-def load_base(placed: PlacedAdapter, *, dtype: str, device: Any, quiet: bool = True) -> Any:
+def load_base(placed: PlacedAdapter, *, dtype: str | None = None, device: Any, quiet: bool = True) -> Any:
     """The base in eval mode, as the adapter needs it; a quantized one as a model of plain weights.
 
     Args:
         placed: the adapter on its base.
-        dtype: what to load the weights as; what a quantized base's codes stand for is rounded to it once.
+        dtype: what to load the weights as; None: as the adapted ones are stored. What a quantized base's codes stand
+            for is rounded to it once.
         device: where to.
         quiet: no bar, which shows how much memory a quantized base takes in plain weights.
 
@@ -33,6 +34,7 @@ def load_base(placed: PlacedAdapter, *, dtype: str, device: Any, quiet: bool = T
         CheckpointError: transformers cannot load it, or had to invent weights that the base lacks.
         ResourceError: a quantized base whose plain weights do not fit in the free memory.
     """
+    dtype = dtype or FLOAT_NAMES.get(placed.modules[0].weight.dtype, "float32")
     return load_target(
         placed.target, dtype=dtype, device=device, completed_later=bool(placed.adapter.whole), quiet=quiet
     )

@@ -211,7 +211,11 @@ class _Resolution:
                 parameter = self._parameter(item)
                 if item.rows is None and item.in_place:
                     continue
-                own = ("rows", item.rows, item.tensor.name) if item.rows is not None else ("saved", item.tensor.shape)
+                # PEFT trains copies of both ends apart, unless it was told to keep them one.
+                together = bool(adapter.config.get("ensure_weight_tying"))
+                own = ("saved", None if together else item.tensor.name)
+                if item.rows is not None:
+                    own = ("rows", item.rows, item.tensor.name)
                 for name in self._names_of(item, parameter):
                     content[name] = (*content.get(name, ()), own)
         return content

@@ -12,8 +12,13 @@ from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import PlacementError, UnsupportedError
 from mapconv.placement.by_name import misfit_report, nearest
 from mapconv.placement.by_shape import ShapePlacement
+from mapconv.placement.spelling.components import components_of, spelling_of
+from mapconv.placement.spelling.names import SpelledNames
+from mapconv.placement.spelling.placing import SpelledPlacement
 from mapconv.placement.target_model import BiasUpdate, Placed, TargetModel, files_with, vocabulary_sizes
 from mapconv.placement.weights import PlacedModule
+
+_Names = ShapePlacement | SpelledPlacement
 
 
 def stored_target(checkpoint: Checkpoint, adapters: Sequence[Adapter], config: Mapping[str, Any]) -> Placed:
@@ -34,7 +39,7 @@ def stored_target(checkpoint: Checkpoint, adapters: Sequence[Adapter], config: M
                 f"{adapter.path} repeats layers (layer_replication), and {checkpoint.folder} has no config.json of a "
                 "transformers model that could say so: give such a base with --base."
             )
-        names = ShapePlacement(adapter, checkpoint.tensors)
+        names = _names(adapter, checkpoint, config)
         modules = names.modules()
         placed.append((adapter, modules))
         for item in modules:
@@ -66,7 +71,23 @@ def stored_target(checkpoint: Checkpoint, adapters: Sequence[Adapter], config: M
     return target, tuple(placed)
 
 
-def _whole(adapter: Adapter, names: ShapePlacement) -> Iterator[tuple[WholeTensor, str]]:
+def _names(adapter: Adapter, checkpoint: Checkpoint, config: Mapping[str, Any]) -> _Names:
+    by_shape = ShapePlacement(adapter, checkpoint.tensors)
+    if not adapter.is_spelled and all(by_shape.knows(module) for module in adapter.modules):
+        return by_shape
+    shapes = {name: ref.shape for name, ref in checkpoint.tensors.items()}
+    names = SpelledNames(shapes, components_of(checkpoint, config))
+    own_paths = not adapter.is_spelled
+    if own_paths:
+        # Made for the same model in another form: a folder of diffusers, a single file of its authors.
+        modules = tuple(replace(module, spelling=spelling_of(module.path)) for module in adapter.modules)
+        if not all(names.find(spelling_of(module.path)) for module in modules):
+            return by_shape
+        adapter = replace(adapter, modules=modules)
+    return SpelledPlacement(adapter, checkpoint.tensors, names, keep=own_paths)
+
+
+def _whole(adapter: Adapter, names: _Names) -> Iterator[tuple[WholeTensor, str]]:
     """Every tensor that the adapter replaces, or rows of, and the stored one that it belongs to."""
     misfits = []
     for item in adapter.whole:
@@ -84,7 +105,9 @@ def _whole(adapter: Adapter, names: ShapePlacement) -> Iterator[tuple[WholeTenso
         raise PlacementError(misfit_report(misfits, len(adapter.modules) + len(adapter.whole)))
 
 
-def _biases(modules: Sequence[PlacedModule], names: ShapePlacement) -> Iterator[tuple[str, BiasUpdate]]:
+def _biases(
+    modules: Sequence[PlacedModule], names: ShapePlacement | SpelledPlacement
+) -> Iterator[tuple[str, BiasUpdate]]:
     """What each adapter's own biases (``lora_bias``) add to, by stored name."""
     for item in modules:
         if item.module.bias is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,16 +13,14 @@ import torch
 from mapconv.adapter import Module
 from mapconv.algebra.moments import InputMoment, InputRoot, Statistics
 from mapconv.data import Dataset
+from mapconv.data.blocks import BATCH, batches_of
 from mapconv.errors import CheckpointError, DataError, UnsupportedError
-from mapconv.placement.adapters import FLOAT_DTYPES, PlacedAdapter
+from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.running import load_base
 from mapconv.placement.weights import PlacedModule
 from mapconv.runtime.lockstep import in_lockstep
-from mapconv.runtime.models import attach_with_peft, longest_text, model_inputs, reads_text
-
-#: Sequences that run together. With an adapted head, one: the logits of a batch are the largest tensor by far.
-BATCH = 8
-_DTYPES = {stored: name for name, stored in FLOAT_DTYPES.items()}
+from mapconv.runtime.models import attach_with_peft, forward_pass, longest_text, reads_text
+from mapconv.runtime.widening import block_of
 
 
 def input_roots(
@@ -39,20 +38,34 @@ def input_roots(
         DataError: the sequences are longer than the model's positions allow.
         UnsupportedError: the model needs more than text.
     """
-    groups = _by_block(placed.modules)
+    yield from roots_of(
+        _source_model(placed, device, quiet=quiet), placed.target.folder, placed.modules, data, statistics, device
+    )
+
+
+def roots_of(
+    model: torch.nn.Module,
+    folder: Path,
+    modules: Sequence[PlacedModule],
+    data: Dataset,
+    statistics: Statistics,
+    device: torch.device,
+) -> Iterator[tuple[list[PlacedModule], Mapping[str, InputRoot | None]]]:
+    """As ``input_roots``, of the layers of a model that is loaded already; ``folder`` is what errors call it."""
+    groups = _by_block(modules)
     rest = groups.pop(None, [])
-    model = _source_model(placed, device, quiet=quiet)
     if not reads_text(model):
-        raise UnsupportedError(f"{placed.target.folder} needs more than text as its input: convert it without --data.")
+        raise UnsupportedError(f"{folder} needs more than text as its input: convert it without --data.")
     length = max(len(row) for row in data.rows())
     if length > longest_text(model):
         raise DataError(
-            f"{placed.target.folder} takes {longest_text(model)} tokens at most, and the data's sequences have up to "
+            f"{folder} takes {longest_text(model)} tokens at most, and the data's sequences have up to "
             f"{length}: choose a smaller --sequence-length."
         )
-    observer = _Observer(model, placed.modules, statistics, units=[name for name in groups if name is not None])
-    batches = _batches(data.rows(), 1 if rest else BATCH)
-    passes = [_forward(model, torch.tensor(batch, device=device)) for batch in batches]
+    observer = _Observer(model, modules, statistics, units=[name for name in groups if name is not None])
+    # With an adapted head, one at a time: the logits of a batch are the largest tensor by far.
+    batches = batches_of(data.rows(), 1 if rest else BATCH)
+    passes = [forward_pass(model, torch.tensor(batch, device=device)) for batch in batches]
     waiting = dict(groups)
     # Closed at once when the last wanted block is done: what comes behind it need not run.
     with closing(in_lockstep(observer.units, passes, observer.enter)) as steps:
@@ -72,20 +85,20 @@ class _Observer:
         self, model: torch.nn.Module, modules: Sequence[PlacedModule], statistics: Statistics, units: Sequence[str]
     ) -> None:
         self.units = {name: model.get_submodule(name) for name in units}
-        self._statistics = statistics
+        self._statistics: Statistics = statistics
         #: By block, then by module path: what lies in no block may run long before its turn comes.
         self._moments: dict[str | None, dict[str, InputMoment]] = defaultdict(dict)
         self._seen: list[tuple[torch.Tensor, InputMoment]] = []
         self._stored: dict[str, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
-        #: Adapted linear layers, by block.
+        #: Linear layers that PEFT has adapted, by block.
         self._linears: dict[str | None, list[Any]] = defaultdict(list)
         layers = dict(model.named_modules())
         for module in {item.module.path: item.module for item in modules if item.experts == 1}.values():
             if len(module.lora_A.shape) == 2 and module.path in layers:
                 layer = layers[module.path]
                 layer.register_forward_pre_hook(self._hook(module), with_kwargs=True)
-                if not module.embedding and module.bias is None:
-                    self._linears[_block_of(module)].append(layer)
+                if hasattr(layer, "merge") and not module.embedding and module.bias is None:
+                    self._linears[block_of(module.path)].append(layer)
         inside = {id(parameter) for unit in self.units.values() for parameter in unit.parameters()}
         for parameter in model.parameters():
             if id(parameter) not in inside:
@@ -122,7 +135,7 @@ class _Observer:
         return roots
 
     def _hook(self, module: Module) -> Callable[..., None]:
-        block = _block_of(module)
+        block = block_of(module.path)
 
         def count(layer: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             inputs = arguments[0] if arguments else next(iter(named.values()))
@@ -146,35 +159,15 @@ class _Observer:
         return InputMoment(module.weight_shape[1], statistics)
 
 
-def _batches(rows: Sequence[list[int]], size: int) -> list[list[list[int]]]:
-    """Sequences of equal length together, so that no batch needs padding, which would count as inputs."""
-    by_length: dict[int, list[list[int]]] = defaultdict(list)
-    for row in rows:
-        by_length[len(row)].append(row)
-    return [
-        group[start : start + size] for _, group in sorted(by_length.items()) for start in range(0, len(group), size)
-    ]
-
-
 def _by_block(modules: Sequence[PlacedModule]) -> dict[str | None, list[PlacedModule]]:
     """Modules by the block that they lie in, ``model.layers.0``; None for those in no numbered one."""
     groups: dict[str | None, list[PlacedModule]] = defaultdict(list)
     for item in modules:
-        groups[_block_of(item.module)].append(item)
+        groups[block_of(item.module.path)].append(item)
     return dict(groups)
-
-
-def _block_of(module: Module) -> str | None:
-    parts = module.path.split(".")
-    number = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
-    return None if number is None else ".".join(parts[: number + 1])
 
 
 def _source_model(placed: PlacedAdapter, device: torch.device, *, quiet: bool) -> torch.nn.Module:
     """The base with the source adapter, as stock PEFT attaches it, in the base's own dtype."""
-    base = load_base(placed, dtype=_DTYPES[placed.modules[0].weight.dtype], device=device, quiet=quiet)
+    base = load_base(placed, device=device, quiet=quiet)
     return attach_with_peft(base, placed.adapter.path, "source").get_base_model()
-
-
-def _forward(model: torch.nn.Module, tokens: torch.Tensor) -> Callable[[], Any]:
-    return lambda: model(**model_inputs(model, tokens))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,6 +31,10 @@ class Converted:
     B: torch.Tensor
     magnitude: torch.Tensor | None
     bias: torch.Tensor | None = None
+
+    def without_factors(self) -> Converted:
+        """The numbers alone."""
+        return replace(self, A=self.A[:0], B=self.B[:, :0], magnitude=None)
 
 
 def refitted_module(

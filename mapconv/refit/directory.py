@@ -42,10 +42,17 @@ class MapDirectory:
         placed: the adapter on the base that the result is for.
         staging: an empty folder.
         expected: the tensors of the result in their order, where that is known; their header then needs no second copy.
+        sources: what the record says of what the result is made from; None: the adapter itself.
     """
 
-    def __init__(self, placed: PlacedAdapter, staging: Path, expected: Sequence[TensorSpec] = ()) -> None:
-        self._placed, self._staging = placed, staging
+    def __init__(
+        self,
+        placed: PlacedAdapter,
+        staging: Path,
+        expected: Sequence[TensorSpec] = (),
+        sources: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        self._placed, self._staging, self._sources = placed, staging, sources
         self._spool = SpooledFile(staging / WEIGHTS_FILE, expected)
         self._stack: list[Converted] = []
         self._converted: dict[tuple[str, int | None], tuple[MapModule, torch.Tensor | None]] = {}
@@ -88,7 +95,7 @@ class MapDirectory:
             source, respelled = lora_settings_of(source, own_biases=self._has_own_biases), True
         config = peft_config(source, modules, names, base=base_name(placed), respelled=respelled)
         config["revision"] = base_revision(placed)
-        self._describe(config, map_config(placed, options, modules, data=data) | more, modules)
+        self._describe(config, map_config(placed, options, modules, data=data, sources=self._sources) | more, modules)
         return modules
 
     def amend(self, **more: Any) -> None:
@@ -117,7 +124,8 @@ class MapDirectory:
             for name, ref in placed.adapter.others.items():
                 # A bias that the merge changes as well is written with it.
                 if not self._has_own_biases or ref.name in kept:
-                    self._spool.append(name, reader.read(ref))
+                    blocks = reader.blocks(ref)
+                    self._spool.append_blocks(TensorSpec(name, reader.dtype_of(ref), ref.shape), blocks)
 
 
 def measured(folder: Path, modules: Sequence[MapModule]) -> tuple[int, int]:

@@ -14,9 +14,9 @@ from mapconv.algebra.regression import RegressionInputs
 from mapconv.checkpoint.model_config import read_model_config
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.data import Dataset, read_dataset, read_rows
-from mapconv.data.blocks import Tokens, stack
+from mapconv.data.blocks import BATCH, Tokens, batches_of, stack
 from mapconv.errors import DataError
-from mapconv.placement.adapters import FLOAT_DTYPES, PlacedAdapter
+from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.running import load_base
 from mapconv.placement.weights import PlacedModule
 from mapconv.refit.mixture import Mixture, Run, SourceInputs
@@ -28,11 +28,8 @@ from mapconv.runtime.sampling import sample_sequences
 #: Modules, with their inputs where those are known.
 Survey = Callable[[Sequence[PlacedModule]], Iterator[tuple[PlacedModule, RegressionInputs | None]]]
 Statistics = Literal["running", "source", "none"]
-#: Sequences that run together.
-BATCH = 8
-#: Sequences of its own that the source writes besides, to measure the result on.
-OWN_HELD_OUT = 8
-_DTYPES = {stored: name for name, stored in FLOAT_DTYPES.items()}
+#: Unseen sequences that a result is measured on: the three models on them are compared on the same 1,024 tokens.
+MEASURED = 4
 
 
 @dataclass(frozen=True)
@@ -46,9 +43,12 @@ class Evidence:
     record: dict[str, Any] | None
     text: Text | None = None
 
-    @property
-    def held_out(self) -> list[list[int]]:
-        return [] if self.text is None else self.text.held_out.rows()
+    def held_out(self, *, every: bool = False) -> list[list[int]]:
+        """Sequences to measure the result on: ``MEASURED``, or ``every`` one that there is."""
+        if self.text is None:
+            return []
+        held_out = self.text.held_out
+        return (held_out if every else held_out.first(MEASURED)).rows()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -110,7 +110,7 @@ def gather(
         if collected is None:
             return Refits(Rebaser.by_weights, _unknown), Evidence(None, text)
         return _stored(collected, text)
-    source = attach_with_peft(_load(trained, device), trained.adapter.path, "source").get_base_model()
+    source = attach_with_peft(load_base(trained, device=device), trained.adapter.path, "source").get_base_model()
     if not reads_text(source):
         raise DataError(
             f"{trained.target.folder} needs more than text as its input: rebase it by its weights, with "
@@ -132,7 +132,7 @@ def gather(
     def refits(rebaser: Rebaser, modules: Sequence[PlacedModule]) -> Iterator[Rebased]:
         run: Run
         if statistics == "running":
-            other = _load(served, device)
+            other = load_base(served, device=device)
             if served.adapter.whole:
                 other = attach_with_peft(other, served.adapter.path, "source").get_base_model()
             run = Mixture(source, other, paths)
@@ -174,22 +174,9 @@ def _from_file(trained: PlacedAdapter, path: Path, samples: int, length: int) ->
 def _own(trained: PlacedAdapter, source: Any, samples: int, length: int, seed: int) -> Text:
     """What the source writes itself; a tail of it is held out."""
     rows = sample_sequences(
-        source, load_tokenizer(trained.target.folder), samples=samples + OWN_HELD_OUT, length=length, seed=seed
+        source, load_tokenizer(trained.target.folder), samples=samples + MEASURED, length=length, seed=seed
     )
     # Packed blocks, in which every token counts.
     written = stack([Tokens(tuple(row), tuple(row)) for row in rows], "text", padding=0)
     record = {"name": "the source's own samples", "seed": seed, "sequences": samples, "tokens": samples * length}
-    return Text(written.first(samples), written.last(OWN_HELD_OUT), samples, record)
-
-
-def _load(placed: PlacedAdapter, device: torch.device) -> Any:
-    dtype = placed.modules[0].weight.dtype
-    return load_base(placed, dtype=_DTYPES.get(dtype, "float32"), device=device)
-
-
-def batches_of(rows: Sequence[list[int]], size: int) -> list[list[list[int]]]:
-    """Sequences of equal length together, so that no batch needs padding, which would count as inputs."""
-    by_length: dict[int, list[list[int]]] = {}
-    for row in rows:
-        by_length.setdefault(len(row), []).append(row)
-    return [group[i : i + size] for _, group in sorted(by_length.items()) for i in range(0, len(group), size)]
+    return Text(written.first(samples), written.last(MEASURED), samples, record)

@@ -7,7 +7,7 @@ on. Every batch runs once through each model, whatever the number of layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,8 +18,8 @@ from mapconv.algebra.moments import InputMoment
 from mapconv.algebra.regression import PairedMoment, RegressionInputs
 from mapconv.errors import CheckpointError
 from mapconv.runtime.lockstep import paused_before
-from mapconv.runtime.models import model_inputs
-from mapconv.runtime.widening import WideBlocks
+from mapconv.runtime.models import forward_pass
+from mapconv.runtime.widening import WideBlocks, blocks_of
 
 
 class Run(Protocol):
@@ -56,8 +56,8 @@ class Mixture:
         layers, others = dict(source.named_modules()), dict(served.named_modules())
         self._layers = {path: layers[path] for path in paths if path in layers and path in others}
         self._others = {path: others[path] for path in self._layers}
-        for model in (source, served):
-            WideBlocks(model, dict.fromkeys(name for path in self._layers if (name := block_of(path)) is not None))
+        WideBlocks(source, blocks_of(self._layers), _adapted(self._layers))
+        WideBlocks(served, blocks_of(self._layers))
 
     def run(self, batches: Sequence[torch.Tensor]) -> Iterator[Waiting]:
         """Yield each layer in the order in which it runs; ``fit`` is to be called before the next is asked for.
@@ -69,8 +69,9 @@ class Mixture:
             CheckpointError: inputs that overflow, by the layer's name.
         """
         known: tuple[tuple[int, ...], RegressionInputs | None] = ((), None)
-        wanted = paused_before(self._layers, [_forward(self._source, batch) for batch in batches])
-        made = paused_before(self._others, [_forward(self._served, batch) for batch in batches])
+        left = set(self._layers)
+        wanted = paused_before(self._layers, [forward_pass(self._source, batch) for batch in batches])
+        made = paused_before(self._others, [forward_pass(self._served, batch) for batch in batches])
         with closing(wanted), closing(made):
             for (path, x), (other, x_made) in zip(wanted, made, strict=False):
                 if path != other:
@@ -80,6 +81,9 @@ class Mixture:
                 if place != known[0]:
                     known = (place, _paired(path, x, x_made))
                 yield Waiting(path, known[1])
+                left.discard(path)
+                if not left:
+                    return  # what comes behind the last layer, such as a head, need not run
 
     def fit(self, path: str, weight: torch.Tensor) -> None:
         """Give a layer of the served model its fitted weight (out, in); what stands on it otherwise is switched off."""
@@ -97,18 +101,21 @@ class SourceInputs:
     def __init__(self, source: torch.nn.Module, paths: Sequence[str]) -> None:
         layers = dict(source.named_modules())
         self._source, self._layers = source, {path: layers[path] for path in paths if path in layers}
-        blocks = dict.fromkeys(name for path in self._layers if (name := block_of(path)) is not None)
-        self._blocks = WideBlocks(source, blocks)
+        self._blocks = WideBlocks(source, blocks_of(self._layers), _adapted(self._layers))
 
     def run(self, batches: Sequence[torch.Tensor]) -> Iterator[Waiting]:
         """As ``Mixture.run``."""
         known: tuple[tuple[int, ...], RegressionInputs | None] = ((), None)
-        with closing(paused_before(self._layers, [_forward(self._source, batch) for batch in batches])) as steps:
+        left = set(self._layers)
+        with closing(paused_before(self._layers, [forward_pass(self._source, batch) for batch in batches])) as steps:
             for path, x in steps:
                 place = tuple(id(tensor) for tensor in x.values())
                 if place != known[0]:
                     known = (place, _alone(path, x))
                 yield Waiting(path, known[1])
+                left.discard(path)
+                if not left:
+                    return
 
     def fit(self, path: str, weight: torch.Tensor) -> None:
         """Nothing: the source stays as it is."""
@@ -118,11 +125,9 @@ class SourceInputs:
         self._blocks.close()
 
 
-def block_of(path: str) -> str | None:
-    """The numbered part of the model that a path lies in, ``model.layers.0``; None for one in none."""
-    parts = path.split(".")
-    number = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
-    return None if number is None else ".".join(parts[: number + 1])
+def _adapted(layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that stock PEFT attached an adapter to."""
+    return {path: layer for path, layer in layers.items() if hasattr(layer, "base_layer")}
 
 
 def _paired(path: str, x: dict[int, torch.Tensor], x_made: dict[int, torch.Tensor]) -> RegressionInputs | None:
@@ -151,7 +156,3 @@ def _alone(path: str, x: dict[int, torch.Tensor]) -> RegressionInputs | None:
         raise CheckpointError(f"the inputs of {path} overflow: the base or the adapter has diverged.")
     root = moment.root()
     return None if root is None else RegressionInputs(root, None, moment.count)
-
-
-def _forward(model: Any, tokens: torch.Tensor) -> Callable[[], Any]:
-    return lambda: model(**model_inputs(model, tokens))

@@ -75,8 +75,7 @@ class Rebased:
 
     def without_factors(self) -> Rebased:
         """The numbers alone."""
-        empty = replace(self.converted, A=self.converted.A[:0], B=self.converted.B[:, :0], magnitude=None)
-        return replace(self, converted=empty)
+        return replace(self, converted=self.converted.without_factors())
 
 
 class Rebaser:

@@ -14,6 +14,7 @@ from mapconv.reporting.heatmap import heat_map
 from mapconv.reporting.markup import Html, element, table
 from mapconv.reporting.module_table import module_table
 from mapconv.reporting.numbers import count, finite_or_none, gain, number, size, small, text
+from mapconv.reporting.origins import origin
 from mapconv.reporting.page import build_page, definitions, section, tiles
 
 #: Whose numbers a calibration records, in its own words.
@@ -158,26 +159,17 @@ def _verify_rows(verified: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 def _provenance(facts: AdapterFacts) -> Iterable[tuple[str, object]]:
     record = facts.record
     yield "folder", str(facts.adapter.path)
-    yield from _origin("base", record.get("base"))
+    yield from origin("base", record.get("base"))
     if facts.rebase:
-        yield from _origin("rebased from", facts.rebase["from"])
+        yield from origin("rebased from", facts.rebase["from"])
     source: Any = record.get("source")
-    yield from _origin("source", source)
+    yield from origin("source", source)
     while isinstance(source, dict) and isinstance(source.get("source"), dict):
         source = source["source"]
-        yield from _origin("made from", source)
+        yield from origin("made from", source)
     yield from _settings("options", record.get("options"))
     yield from _settings("calibration", facts.calibration)
     yield "written by", f"mapconv {text(record.get('mapconv_version'))}"
-
-
-def _origin(name: str, origin: Any) -> Iterable[tuple[str, object]]:
-    found = origin if isinstance(origin, dict) else {}
-    revision = f" @ {text(found['revision'])}" if found.get("revision") else ""
-    method = f" ({text(found['method'])})" if found.get("method") else ""
-    yield name, f"{text(found.get('name')) or 'not recorded'}{revision}{method}"
-    if found.get("fingerprint"):
-        yield f"{name}'s fingerprint", element("code", text(found["fingerprint"]))
 
 
 def _settings(name: str, settings: Any) -> Iterable[tuple[str, object]]:

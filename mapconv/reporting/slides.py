@@ -17,7 +17,8 @@ from mapconv.reporting.charts import histogram
 from mapconv.reporting.heatmap import Measure
 from mapconv.reporting.layout import Layout
 from mapconv.reporting.ledger import Ledger
-from mapconv.reporting.numbers import short, tick
+from mapconv.reporting.merged_page import MergedFacts
+from mapconv.reporting.numbers import short, small, tick
 from mapconv.reporting.scales import ramp
 
 _BAR = "#3f5f95"
@@ -25,17 +26,28 @@ _BAR = "#3f5f95"
 
 def adapter_slide(facts: AdapterFacts) -> bytes:
     """The heat maps of an adapter as PNG."""
+    title = f"{facts.adapter.path.resolve().name}: {len(facts.modules):,} modules in MAP form"
+    return _heat_slide(title, facts.measures, facts.layout)
 
+
+def merged_slide(facts: MergedFacts) -> bytes:
+    """The heat maps of a merged model as PNG."""
+    kept = small(facts.survival["projection"])
+    title = f"{facts.folder.resolve().name}: {kept} of the update survives in {len(facts.tensors):,} tensors"
+    return _heat_slide(title, facts.measures, facts.layout)
+
+
+def _heat_slide(title: str, measures: Sequence[Measure], layout: Layout) -> bytes:
     def draw(figure: Figure) -> None:
-        columns = 1 if len(facts.measures) <= 2 else 2
-        axes = figure.subplots(math.ceil(len(facts.measures) / columns), columns, squeeze=False).ravel()
+        columns = 1 if len(measures) <= 2 else 2
+        axes = figure.subplots(math.ceil(len(measures) / columns), columns, squeeze=False).ravel()
         for number, axis in enumerate(axes):
-            if number < len(facts.measures):
-                _heat(axis, facts.measures[number], facts.layout)
+            if number < len(measures):
+                _heat(axis, measures[number], layout)
             else:
                 axis.set_axis_off()
 
-    return _slide(f"{facts.adapter.path.resolve().name}: {len(facts.modules):,} modules in MAP form", draw)
+    return _slide(title, draw)
 
 
 def catalog_slide(ledger: Ledger) -> bytes:

@@ -7,7 +7,7 @@ call, which also keeps their question whether to run it from the user.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,11 @@ def model_inputs(model: Any, tokens: torch.Tensor) -> dict[str, Any]:
     if hasattr(model.config, "use_cache"):
         inputs["use_cache"] = False
     return inputs
+
+
+def forward_pass(model: Any, tokens: torch.Tensor) -> Callable[[], Any]:
+    """One pass over whole sequences, (sequences, length) token ids, to be run when it is called."""
+    return lambda: model(**model_inputs(model, tokens))
 
 
 def longest_text(model: Any) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -12,15 +13,24 @@ _WIDE_BLOCKS = 2
 
 
 class WideBlocks:
-    """Widens each block of a model when a pass enters it, and narrows the one before the last again.
+    """Widens each block of a model when a pass enters it, and gives it its stored values back two blocks later.
 
-    What is written into a wide parameter stays, rounded to the dtype that it had. Parameters outside all blocks are
-    widened at once.
+    What is written into a wide parameter is lost with it. Parameters outside all blocks are widened at once.
     """
 
-    def __init__(self, model: torch.nn.Module, names: Iterable[str]) -> None:
+    def __init__(self, model: torch.nn.Module, names: Iterable[str], merged: Mapping[str, Any] | None = None) -> None:
+        """
+        Args:
+            model: its weights may be of any dtype.
+            names: the blocks, none inside another.
+            merged: layers by path to which stock PEFT attached an adapter, to be merged while their block is wide:
+                unmerged, a DoRA's whole weight and its row norms are formed anew for every batch.
+        """
         self._blocks = {name: model.get_submodule(name) for name in names}
-        self._wide: OrderedDict[str, list[tuple[torch.nn.Parameter, torch.dtype]]] = OrderedDict()
+        self._wide: OrderedDict[str, list[tuple[torch.nn.Parameter, torch.Tensor]]] = OrderedDict()
+        self._merged: dict[str | None, list[Any]] = {}
+        for path, layer in (merged or {}).items():
+            self._merged.setdefault(block_of(path), []).append(layer)
         inside = {id(parameter) for block in self._blocks.values() for parameter in block.parameters()}
         for parameter in model.parameters():
             if id(parameter) not in inside:
@@ -35,8 +45,11 @@ class WideBlocks:
             self._narrow_oldest()
 
     def _narrow_oldest(self) -> None:
-        for parameter, dtype in self._wide.popitem(last=False)[1]:
-            parameter.data = parameter.data.to(dtype)
+        name, stored = self._wide.popitem(last=False)
+        for layer in self._merged.get(name, ()):
+            layer.unmerge()
+        for parameter, values in stored:
+            parameter.data = values
 
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(*_: object) -> None:
@@ -45,8 +58,23 @@ class WideBlocks:
             if len(self._wide) == _WIDE_BLOCKS:
                 self._narrow_oldest()
             parameters = list(self._blocks[name].parameters())
-            self._wide[name] = [(parameter, parameter.dtype) for parameter in parameters]
+            self._wide[name] = [(parameter, parameter.data) for parameter in parameters]
+            # What is stored in float32 stays what it is where a merge is about to change it.
             for parameter in parameters:
-                parameter.data = parameter.data.float()
+                parameter.data = parameter.data.to(torch.float32, copy=name in self._merged)
+            for layer in self._merged.get(name, ()):
+                layer.merge()
 
         return hook
+
+
+def block_of(path: str) -> str | None:
+    """The numbered part of the model that a path lies in, ``model.layers.0``; None for one in none."""
+    parts = path.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
+    return None if number is None else ".".join(parts[: number + 1])
+
+
+def blocks_of(paths: Iterable[str]) -> list[str]:
+    """The numbered parts that any of the paths lie in, each once, in their order."""
+    return list(dict.fromkeys(name for path in paths if (name := block_of(path)) is not None))

@@ -98,9 +98,15 @@ def test_half_precision_leaves_the_configuration_alone(unet, adapter, tmp_path):
     )
 
 
-def test_a_whole_pipeline_names_its_models(unet, adapter, tmp_path):
-    with pytest.raises(mapconv.MapconvError, match=r"pipeline of several models.*--base \(.*pipeline/unet\)"):
-        mapconv.merge(adapter, tmp_path / "merged", base=unet.parent)
+def test_a_whole_pipeline_is_a_base_too(unet, adapter, tmp_path):
+    wanted = expected(unet, adapter)
+    mapconv.merge(adapter, tmp_path / "merged", base=unet.parent)
+    merged = load_file(tmp_path / "merged" / "unet" / f"{DIFFUSERS}.safetensors")
+    assert merged.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(merged[name], tensor)
+    assert (tmp_path / "merged" / "model_index.json").read_bytes() == (unet.parent / "model_index.json").read_bytes()
+    assert (tmp_path / "merged" / "unet" / "config.json").is_file()
 
 
 def test_stock_diffusers_loads_the_result(tmp_path, adapter):

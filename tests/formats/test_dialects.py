@@ -14,7 +14,6 @@ from mapconv.formats import read_adapter
 
 #: (a file's usual name, its keys, what the sentence must say)
 FILES = {
-    "kohya": ("song.safetensors", ("lora_unet_down_blocks_0_to_q.lora_down.weight", "lora_te1_x.alpha"), "kohya"),
     "lycoris": ("song.safetensors", ("lora_unet_mid_block.hada_w1_a", "lora_unet_mid_block.alpha"), "LyCORIS"),
     "lokr": ("song.safetensors", ("lycoris_blocks_0.lokr_w1", "lycoris_blocks_0.lokr_w2_a"), "LyCORIS"),
     "diffusers": ("pytorch_lora_weights.safetensors", ("unet.mid_block.attn1.to_q.lora_A.weight",), "diffusers"),

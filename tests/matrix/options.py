@@ -166,6 +166,11 @@ OPTIONS: tuple[Option, ...] = (
         merge=tied_wrong,
         only=("llama-tied", "gemma"),
     ),
+    Option(
+        "save-both-ends",
+        lambda tiny: plain(tiny) | {"modules_to_save": ["embed_tokens", "lm_head"]},
+        only=("llama-tied", "gemma"),
+    ),
     Option("resized", plain, vocab=VOCAB + ROWS_ADDED, only=("llama", "llama-tied", "gemma")),
     Option(
         "resized-save-both",

@@ -89,3 +89,9 @@ def catalog(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def catalog_html(catalog) -> Path:
     return mapconv.report(catalog, catalog / "report.html").out
+
+
+@pytest.fixture(scope="session")
+def merged(tmp_path_factory, half_base, lora) -> Path:
+    """A merged model's folder."""
+    return mapconv.merge(lora, tmp_path_factory.mktemp("reported") / "merged", base=half_base).out

@@ -34,7 +34,7 @@ def test_an_adapter_on_the_command_line(run, adapter, tmp_path):
     assert (tmp_path / "b.html").read_bytes() == (tmp_path / "new" / "a.html").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["adapter", "catalog"])
+@pytest.mark.parametrize("kind", ["adapter", "merged", "catalog"])
 def test_a_picture_for_slides(kind, request, run, tmp_path):
     path = request.getfixturevalue(kind)
     done = run("report", path, "-o", tmp_path / "a.html", "--png", tmp_path / "a.png")
@@ -65,9 +65,9 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_is_written(run,
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["absent", "-o", "a.html"], "neither a MAP adapter nor a catalog's output"),
+        (["absent", "-o", "a.html"], "no MAP adapter, merged model or catalog's output"),
         (["plain", "-o", "a.html"], "not a MAP adapter yet: run `mapconv upgrade plain`"),
-        (["empty", "-o", "a.html"], "neither a MAP adapter nor a catalog's output"),
+        (["empty", "-o", "a.html"], "no MAP adapter, merged model or catalog's output"),
         (["adapter", "-o", "adapter/map_config.json", "--force"], "does not end with .html"),
         (["adapter", "-o", "a.html", "--png", "a.jpg"], "does not end with .png"),
         (["adapter", "-o", "taken.html"], "pass --force"),

@@ -1,0 +1,1 @@
+"""Dialects of image models' adapters: one weights file without a configuration, whose keys say everything."""

@@ -1,0 +1,80 @@
+"""Read one weights file of an image adapter by its dialect's table of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mapconv.adapter import Adapter, LoraSettings, Module, TensorRef
+from mapconv.checkpoint.headers import TensorFile
+from mapconv.checkpoint.reader import TensorReader
+from mapconv.errors import AdapterError, UnsupportedError
+from mapconv.formats.base import Found
+from mapconv.formats.image.keys import KeyParts, KeyTable
+from mapconv.formats.image.updates import finite, low_rank
+from mapconv.wording import counted
+
+#: At most this many keys are named in a sentence.
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class ImageDialect:
+    """A dialect that a table of keys describes; a file is its own where one of ``signs`` (parts) occurs in it."""
+
+    name: str
+    keys: KeyTable
+    signs: frozenset[str]
+
+    def recognise(self, found: Found) -> bool:
+        if found.header is None:
+            return False
+        split = (self.keys.split(ref.name) for ref in found.header.tensors)
+        return any(item is not None and item[2] in self.signs for item in split)
+
+    def read(self, found: Found, *, allow_pickle: bool = False) -> Adapter:
+        file = found.header
+        assert file is not None  # it was recognised by its keys
+        parts, foreign = self.keys.gather(file.tensors)
+        if foreign:
+            raise self._foreign(file, foreign)
+        with TensorReader() as reader:
+            modules = tuple(self._module(item, reader) for item in parts)
+        method: Literal["LoRA", "DoRA"] = "DoRA" if any(module.magnitude for module in modules) else "LoRA"
+        return Adapter(
+            path=file.path,
+            method=method,
+            config={},
+            settings=LoraSettings.of_modules(dora=method == "DoRA"),
+            modules=modules,
+            whole=(),
+            others={},
+            base=None,
+            revision=None,
+            dialect=self.name,
+        )
+
+    def _module(self, parts: KeyParts, reader: TensorReader) -> Module:
+        if set(parts.tensors) == {"alpha"}:
+            ref = parts.tensors["alpha"]
+            raise AdapterError(f"{ref.file}: {ref.name} is the alpha of a module that the file has not got.")
+        return low_rank(parts, _alpha(parts, reader))
+
+    def _foreign(self, file: TensorFile, foreign: Sequence[TensorRef]) -> AdapterError:
+        named = ", ".join(ref.name for ref in foreign[:_NAMED]) + ", …" * (len(foreign) > _NAMED)
+        trained = file.metadata.get("ss_network_module")
+        by = f" (trained with --network_module {trained})" if trained else ""
+        return UnsupportedError(
+            f"{file.path} has the keys of {self.name}{by}, but {counted(len(foreign), 'tensor')} of it "
+            f"{'has' if len(foreign) == 1 else 'have'} none of those: {named}."
+        )
+
+
+def _alpha(parts: KeyParts, reader: TensorReader) -> float | None:
+    ref = parts.tensors.get("alpha")
+    if ref is None:
+        return None
+    if ref.numel != 1:
+        raise AdapterError(f"{ref.file}: {ref.name} is {list(ref.shape)}, expected one number.")
+    return finite(float(reader.read(ref).double()), ref)

@@ -1,0 +1,228 @@
+"""What a finetune changed, and each changed weight as a module in MAP form.
+
+Both checkpoints are read a row block at a time. A first look finds what differs at all; a tensor that does is left at
+its first block, so that it costs little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from mapconv.adapter import Direction
+from mapconv.algebra.dora import merge_rows_
+from mapconv.algebra.fingerprint import Fingerprint
+from mapconv.algebra.moments import InputRoot, Statistics
+from mapconv.algebra.norms import row_blocks
+from mapconv.algebra.pencil import DensePencil
+from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader, block_elements, row_ranges
+from mapconv.errors import CheckpointError
+from mapconv.placement.finetunes import Finetune, MatrixPair, WholePair
+from mapconv.placement.matrices import MatrixRows
+from mapconv.placement.weights import PlacedModule
+from mapconv.refit.converted import Converted, converted_module, refitted_module
+from mapconv.refit.plan import Dtype
+from mapconv.refit.solving import ModuleRefit, Wanted
+from mapconv.refit.targets.difference import BLOCK_ELEMENTS, Difference
+
+#: A direction that is solved for an ε of its own meets the wanted one after a few corrections.
+_CORRECTIONS = 4
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """What the caller asked for; with a ``tolerance`` the rank is the least that meets it, up to ``max_rank``."""
+
+    rank: int
+    tolerance: float | None
+    max_rank: int
+    direction: Direction
+    lora_compatible: bool
+    dtype: Dtype
+    device: torch.device
+    statistics: Statistics | None = None
+
+    def stored_dtype(self, pair: MatrixPair) -> torch.dtype:
+        return TORCH_DTYPES[pair.tuned.dtype] if self.dtype == "auto" else getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What differs between two models. ``cosine`` is that of their matrices, by a sample of their rows."""
+
+    matrices: tuple[MatrixPair, ...]
+    wholes: tuple[WholePair, ...]
+    unchanged: int
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """One module, with the fingerprint of T, ‖T − W0‖/‖W0‖, and the part of T − W0 that is T's own rounding.
+
+    ``floor`` is in the unit that was minimised: of the layer's outputs where its inputs are known.
+    """
+
+    converted: Converted
+    tuned: Fingerprint
+    change: float
+    floor: float
+
+    def without_factors(self) -> Extracted:
+        """The numbers alone."""
+        return replace(self, converted=self.converted.without_factors())
+
+    def told(self) -> tuple[float, float]:
+        """ε, and the part of it that is rounding."""
+        return self.converted.scalars.error or 0.0, self.floor
+
+
+def find_changes(found: Finetune, readers: tuple[TensorReader, TensorReader]) -> Changes:
+    """Compare every pair, as far as it takes.
+
+    Raises:
+        CheckpointError: a whole tensor of the finetune that holds NaN or infinity.
+    """
+    matrices, inner, squares = [], 0.0, [0.0, 0.0]
+    for pair in found.matrices:
+        differs, first = _compare(pair, readers)
+        inner += first[0]
+        squares = [squares[0] + first[1], squares[1] + first[2]]
+        if differs:
+            matrices.append(pair)
+    wholes = [pair for pair in found.wholes if _differs(pair, readers)]
+    total = len(found.matrices) + len(found.wholes)
+    length = (squares[0] * squares[1]) ** 0.5
+    unchanged = total - len(matrices) - len(wholes)
+    return Changes(tuple(matrices), tuple(wholes), unchanged, inner / length if length else 1.0)
+
+
+class Extractor:
+    """Turns changed weights into modules, one at a time; safe to call from several threads."""
+
+    def __init__(self, readers: tuple[TensorReader, TensorReader], options: ExtractOptions) -> None:
+        self._readers, self._options = readers, options
+
+    def extract(self, placed: PlacedModule, pair: MatrixPair, root: InputRoot | None = None) -> Extracted:
+        """The closest MAP weight to the finetune's; errors are weighed by ``root``, the root of its inputs' moment.
+
+        A tolerance is of what is not rounding: ε² may be tolerance²·(1 − floor²) + floor².
+        """
+        options = self._options
+        target = Difference(*(MatrixRows(v, r) for v, r in zip((pair.base, pair.tuned), self._readers, strict=True)))
+        floor = target.floor(root)
+        tolerance = options.tolerance
+        if tolerance is not None:
+            tolerance = (tolerance**2 * (1 - floor**2) + floor**2) ** 0.5
+        gain = 1.0 if options.lora_compatible or options.direction == "dora" else None
+        wanted = Wanted(pair.path, options.rank, tolerance, options.max_rank, gain, options.stored_dtype(pair))
+        if options.direction == "dora":
+            converted = _as_dora(placed, target, wanted, root)
+        else:
+            solved = target if options.device.type == "cpu" else target.dense(options.device)
+            converted = refitted_module(placed, solved, wanted, target.base, root)
+        norms = target.squared_norms()
+        change = (norms[0] / norms[2]) ** 0.5 if norms[2] else float("inf")
+        return Extracted(converted, target.tuned, change, floor)
+
+    def work(self, pair: MatrixPair) -> int:
+        """Bytes of memory that one module takes: both weights as stored, and more where inputs weigh the errors."""
+        held = pair.base.nbytes + pair.tuned.nbytes + 16 * BLOCK_ELEMENTS
+        dense = self._options.statistics is not None or self._options.device.type != "cpu"
+        return held + (16 * pair.base.numel if dense else 0)
+
+
+def _as_dora(placed: PlacedModule, target: Difference, wanted: Wanted, root: InputRoot | None) -> Converted:
+    """T's own row norms as the magnitude; only the rows' directions are approximated.
+
+    T's rows may be scaled before: with d_i = ⟨T_i, W_i⟩/‖T_i‖² they come as close to W's as their directions allow,
+    and what is left is approximated by BA.
+    """
+    n, m = target.shape
+    change, tuned = torch.empty(n, m), torch.empty(n, dtype=torch.float64)
+    for start, stop in row_blocks(n, m, BLOCK_ELEMENTS):
+        S, W = target.rows(start, stop, torch.float64)
+        T = S + W
+        squares = T.square().sum(1)
+        tuned[start:stop] = squares.sqrt()
+        scales = torch.where(squares > 0, (T * W).sum(1) / squares, 1.0)
+        # A row that turned to the other side has no scale that helps.
+        change[start:stop] = T * torch.where(scales > 0, scales, 1.0)[:, None] - W
+    problem, norm = DensePencil(change), target.squared_norms()[0] ** 0.5
+    seen = None if root is None else DensePencil(root.multiply(change))
+    asked = wanted
+    for _ in range(_CORRECTIONS):
+        solved = ModuleRefit(problem, asked, root, seen).solve()
+        error, size = _dora_error(target, solved.A, solved.B, tuned)
+        epsilon = error / norm if norm else 0.0
+        full = solved.A.shape[0] >= min(wanted.max_rank, n, m)
+        if wanted.tolerance is None or epsilon <= wanted.tolerance or full or root is not None:
+            break
+        reached = solved.error or wanted.tolerance
+        asked = Wanted(**{**vars(wanted), "tolerance": 0.98 * reached * wanted.tolerance / epsilon})
+    return converted_module(
+        placed, "dora", 1.0, target.base, size, epsilon, solved.A, solved.B, tuned, solved.output_error
+    )
+
+
+def _dora_error(target: Difference, A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor) -> tuple[float, float]:
+    """(‖T − T'‖, ‖T' − W0‖) for T' as PEFT computes it from factors and magnitudes as stored."""
+    error = size = 0.0
+    for start, stop in row_blocks(*target.shape, BLOCK_ELEMENTS):
+        S, W = target.rows(start, stop, torch.float64)
+        stored = magnitude[start:stop].float().double()
+        got = merge_rows_(W.clone(), A.double(), B[start:stop].double(), magnitude=stored)
+        error += float((W + S - got).square().sum())
+        size += float((got - W).square().sum())
+    return error**0.5, size**0.5
+
+
+def _compare(pair: MatrixPair, readers: tuple[TensorReader, TensorReader]) -> tuple[bool, tuple[float, ...]]:
+    """Whether T differs from W0, and (⟨T, W0⟩, ‖T‖², ‖W0‖²) of the first block of rows."""
+    base, tuned = (MatrixRows(v, r, held=0) for v, r in zip((pair.base, pair.tuned), readers, strict=True))
+    first: tuple[float, ...] | None = None
+    for start, stop in row_blocks(*pair.base.shape):
+        W, T = base.rows(start, stop), tuned.rows(start, stop)
+        if first is None:
+            first = (
+                float((T.double() * W.double()).sum()),
+                float(T.double().square().sum()),
+                float(W.double().square().sum()),
+            )
+        if not _equal(W, T, pair.tuned.dtype):
+            return True, first
+    return False, first or (0.0, 0.0, 0.0)
+
+
+def _equal(base: torch.Tensor, tuned: torch.Tensor, dtype: str) -> bool:
+    """Whether values are the same, or the base's rounded to the dtype that the finetune is stored in."""
+    if torch.equal(base, tuned):
+        return True
+    kind = TORCH_DTYPES.get(dtype)
+    narrow = kind in (torch.bfloat16, torch.float16)
+    return narrow and kind is not None and torch.equal(base.to(kind), tuned.to(kind))
+
+
+def _differs(pair: WholePair, readers: tuple[TensorReader, TensorReader]) -> bool:
+    differs = pair.base is None
+    for T, W in _block_pairs(pair, readers):
+        if T.is_floating_point() and not bool(torch.isfinite(T).all()):
+            raise CheckpointError(f"{pair.tuned.file}: {pair.tuned.name} holds NaN or infinity.")
+        # A tensor that differs is read to its end all the same, for NaN that would otherwise be carried over.
+        differs = differs or (W is not None and not _equal(W, T, pair.tuned.dtype))
+    return differs
+
+
+def _block_pairs(
+    pair: WholePair, readers: tuple[TensorReader, TensorReader]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The finetune's values and the base's, flat, a block at a time."""
+    buffers = [torch.empty(8 * block_elements(ref), dtype=torch.uint8) for ref in (pair.tuned, pair.base or pair.tuned)]
+    for start, stop in row_ranges(pair.tuned):
+        tuned = readers[1].read_range(pair.tuned, start, stop, buffers[0])
+        base = None if pair.base is None else readers[0].read_range(pair.base, start, stop, buffers[1])
+        if base is not None and base.dtype != tuned.dtype:
+            base, tuned = base.float(), tuned.float()
+        yield tuned, base
