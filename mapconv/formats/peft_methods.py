@@ -38,7 +38,10 @@ class PeftMethodDirectory:
             method = TunerMethod(facts.name, config, path / CONFIG_FILE, shared, facts.changes_bias)
             modules, others = _modules(others, prefix, facts, method)
             if not modules:
-                raise AdapterError(f"{tensors[0].file} holds no tensors of {facts.name} layers ({facts.prefix}…).")
+                raise AdapterError(
+                    f"{tensors[0].file} holds no tensor of a {facts.name} layer, so that nothing says which layers it "
+                    "adapts: save it with them (Uni-LoRA: save_indices=True)."
+                )
         whole, saved, notes = whole_tensors(others, settings, {"default"}, prefix)
         return Adapter(
             path=path,

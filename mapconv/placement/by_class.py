@@ -126,7 +126,7 @@ def _layer_of_method(
     bias = f"{inner}.bias"
     if bias not in live.shapes:
         return placed
-    return replace(placed, bias=stored.whole(bias))
+    return replace(placed, bias=stored.single(bias))
 
 
 def _stored_weight(parameter: str, kind, live: LiveModel, stored: StoredParameters) -> WeightView:

@@ -41,10 +41,6 @@ class StoredParameters:
         """Whether its stored tensors hold the parameter and nothing else, in the model's own order."""
         return all(region.plain for region, _ in self._by_parameter.get(parameter, ()))
 
-    def whole(self, parameter: str) -> TensorRef:
-        """The stored tensor that is the parameter."""
-        return self._single(parameter)
-
     def weight(self, parameter: str, kind: Kind) -> WeightView:
         """A parameter that is one weight."""
         ref = self.single(parameter)

@@ -79,10 +79,10 @@ class TunerLayers:
             layer = self._layer(site, weight, bias)
             layer.merge(adapter_names=[_ADAPTER])
             base = layer.get_base_layer()
-            merged, merged_bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
+            merged, merged_bias = base.weight.detach(), getattr(base, "bias", None)
             if self._together is not None:
                 _hold(base, _weightless(site.shape), None)
-        if merged_bias is not None and not site.has_bias:
+        if merged_bias is not None and not site.has_bias and merged_bias.any():
             raise UnsupportedError(
                 f"{self._method.file.parent}: {self._method.name} gives {path} a bias, but the base has none, so that "
                 "no merged model of its class can hold it."
@@ -92,7 +92,7 @@ class TunerLayers:
                 f"{self._method.file.parent}: the merged weight of {path} holds NaN or infinity: the training run "
                 "diverged, or this is not the base that it ran on."
             )
-        return merged, merged_bias
+        return merged, None if merged_bias is None else merged_bias.detach()
 
     def check(self) -> None:
         """Build every layer without memory or values, to hold names and shapes of the file against PEFT's.

@@ -34,7 +34,7 @@ def test_working_bytes_count_what_the_refit_takes(options, dense):
     """Three float64 Gram matrices of a 2048 × 2048 weight alone are six times what its float32 values take."""
     weight = SimpleNamespace(shape=(2048, 2048), numel=2048 * 2048)
     placed = SimpleNamespace(
-        weight=weight, effective_rank=16, initialization=None, module=SimpleNamespace(magnitude=object())
+        weight=weight, effective_rank=16, initialization=None, module=SimpleNamespace(magnitude=object(), method=None)
     )
     taken = plan_upgrade(SimpleNamespace(modules=(placed,)), ConvertOptions(**options)).jobs[0].working_bytes
     assert taken > 6 * 4 * weight.numel if dense else taken == 4 * weight.numel
