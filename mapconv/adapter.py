@@ -209,6 +209,12 @@ class MapModule:
         """b = β/‖Δ‖: what the stored direction is multiplied by; 0 where there is no direction."""
         return self.beta / self.direction_norm if self.direction_norm else 0.0
 
+    @property
+    def measured_error(self) -> float:
+        """ε of a module that was converted or compared, which is where it is measured."""
+        assert self.error is not None
+        return self.error
+
     def to_dict(self) -> dict[str, Any]:
         # vars, not asdict: the fields are plain values, and a catalog makes millions of these.
         table = vars(self) | {"base_gain": self.base_gain, "update_gain": self.update_gain}

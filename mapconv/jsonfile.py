@@ -75,6 +75,19 @@ def _items(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value
 
 
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object (``object_pairs_hook``) in which no name stands twice: readers differ in which of the two counts.
+
+    Raises:
+        ValueError: with the name.
+    """
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return table
+
+
 def finite(value: Any) -> Any:
     """``value`` with null in place of every number that is not finite, which JSON does not know."""
     if isinstance(value, dict):

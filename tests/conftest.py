@@ -2,36 +2,63 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 # huggingface_hub reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-import torch
 from hypothesis import settings
-from transformers.utils import logging
+from jinja2 import Environment
 
 from mapconv.cli import main
+from tests import QUICK, THOROUGH
 from tests.files import copy
-from tests.models import save_adapter, save_base
+from tests.forked import ForkedPython
 
-torch.set_num_threads(1)
 # The same examples in each run: a failure is one that anybody can repeat.
-settings.register_profile("repeatable", derandomize=True, deadline=None)
-settings.load_profile("repeatable")
-logging.disable_progress_bar()
-logging.set_verbosity_error()
+settings.register_profile("quick", derandomize=True, deadline=None, max_examples=QUICK)
+settings.register_profile("thorough", derandomize=True, deadline=None, max_examples=THOROUGH)
+settings.load_profile("quick")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        _quieten()
     # transformers' own call of its own deprecated name.
     config.addinivalue_line("filterwarnings", "ignore:.is_gradient_checkpointing:FutureWarning")
+
+
+def _quieten() -> None:
+    """Load the slow libraries, which the process that only hands out the tests need not have."""
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def pytest_collection_finish() -> None:
+    # What is imported by now stays: the garbage collector need not go through a million objects again and again.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_once() -> Iterator[None]:
+    """PEFT and the Hub's client compile the same template of a model card for each adapter that is saved."""
+    compiled = Environment.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Environment, "compile", cache(compiled))
+        yield
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -69,6 +96,13 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(scope="session")
+def forked() -> Iterator[ForkedPython]:
+    """For what needs a process of its own: a fork has the libraries loaded, a subprocess loads them for seconds."""
+    with ForkedPython() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the session's models and adapters live in; tests must not write there."""
     return tmp_path_factory.mktemp("models")
@@ -77,34 +111,48 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def base(models: Path) -> Path:
     """A Llama in float32, one file."""
+    from tests.models import save_base
+
     return save_base(models / "base")
 
 
 @pytest.fixture(scope="session")
 def sharded(models: Path) -> Path:
     """The same weights in several shards with an index."""
+    from tests.models import save_base
+
     return save_base(models / "sharded", max_shard_size="30KB")
 
 
 @pytest.fixture(scope="session")
 def half_base(models: Path) -> Path:
     """The same model in bfloat16."""
+    import torch
+
+    from tests.models import save_base
+
     return save_base(models / "half-base", dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="session")
 def other_base(models: Path) -> Path:
     """Another model of the same shape."""
+    from tests.models import save_base
+
     return save_base(models / "other-base", seed=5)
 
 
 @pytest.fixture(scope="session")
 def lora(models: Path, base: Path) -> Path:
+    from tests.models import save_adapter
+
     return save_adapter(base, models / "lora")
 
 
 @pytest.fixture(scope="session")
 def dora(models: Path, base: Path) -> Path:
+    from tests.models import save_adapter
+
     return save_adapter(base, models / "dora", use_dora=True)
 
 

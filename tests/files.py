@@ -7,10 +7,10 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file, save_file
+if TYPE_CHECKING:
+    import torch
 
 
 def copy(folder: Path, target: Path) -> Path:
@@ -33,6 +33,8 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Load a safetensors file, change the table of tensors in place, and save it."""
+    from safetensors.torch import load_file, save_file
+
     tensors = load_file(path)
     change(tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
@@ -53,6 +55,8 @@ def write_header(path: Path, header: Any, data: bytes) -> None:
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a model folder, read by the safetensors library."""
+    from safetensors.torch import load_file
+
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(path)

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from itertools import count
 from pathlib import Path
+
+import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(name: str, *arguments: object) -> str:
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+@pytest.fixture
+def run(forked, tmp_path):
+    numbers = count()
+
+    def call(name: str, *arguments: object) -> str:
+        words = [name, *map(str, arguments)]
+        folder = tmp_path / "processes" / str(next(numbers))
+        done = forked.run((EXAMPLES / name).read_text(), words, dict(os.environ), folder)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return call
 
 
-def test_inspect_upgrade_verify_merge(base, dora, tmp_path):
+def test_inspect_upgrade_verify_merge(run, base, dora, tmp_path):
     assert "DoRA, 14 modules" in run("inspect_adapter.py", dora, base)
     assert "14 modules in" in run("upgrade_adapter.py", dora, tmp_path / "map", base)
     assert "KL" in run("verify_result.py", tmp_path / "map", dora, base)
@@ -24,7 +33,7 @@ def test_inspect_upgrade_verify_merge(base, dora, tmp_path):
     assert (tmp_path / "merged" / "config.json").is_file()
 
 
-def test_train_and_run_a_live_model(base, dora, tmp_path):
+def test_train_and_run_a_live_model(run, base, dora, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 12)
     output = run("train_map.py", base, text, tmp_path / "map", 6)

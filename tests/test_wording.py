@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,20 @@ import pytest
 from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.formats.config import parse_settings
 from mapconv.placement.by_name import misfit_report
-from mapconv.wording import counted
+from mapconv.wording import (
+    count,
+    counted,
+    fixed,
+    gain,
+    percent,
+    rough_percent,
+    rough_seconds,
+    seconds,
+    size,
+    small,
+    spread,
+    tick,
+)  # fmt: skip
 
 PATH = Path("adapter_config.json")
 
@@ -27,6 +41,25 @@ def test_one_and_many():
 def test_one_module_that_does_not_fit():
     assert misfit_report(["x: no tensor"], 1).startswith("1 of the adapter's 1 module does not fit")
     assert misfit_report(["x: no tensor", "y: no tensor"], 3).startswith("2 of the adapter's 3 modules do not fit")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (gain(1.002138), "1.00214"), (gain(None), "–"), (gain(math.nan), "NaN"), (small(-math.inf), "−∞"),
+        (small(0), "0"), (small(0.01234), "0.0123"), (small(1.234e-8), "1.2e-08"), (count(1234), "1,234"),
+        (size(999), "999 B"), (size(1_250_000), "1.2 MB"), (size(3e15), "3,000.0 TB"), (seconds(0.421), "0.42 s"),
+        (seconds(303), "5 min 03 s"), (seconds(7530), "2 h 05 min"), (tick("1.00e-09"), "1e-09"),
+        (tick("10.0 MB"), "10 MB"), (tick("0.0010"), "0.001"), (percent(0.99281), "99.28%"), (fixed(None), "–"),
+        (rough_percent(0), "0 %"), (rough_percent(0.5388), "54 %"), (rough_percent(0.004), "0.4 %"),
+        (rough_percent(1e-7), "1e-05 %"), (rough_seconds(0.2), "1 s"), (rough_seconds(7.4), "7 s"),
+        (rough_seconds(44), "40 s"), (rough_seconds(130), "2 min"), (rough_seconds(5000), "80 min"),
+        (rough_seconds(5400), "2 h"), (spread([1, 1.00001], fixed), "1.0000"),
+        (spread([1.2, 1], fixed), "1.0000 … 1.2000"),
+    ],
+)  # fmt: skip
+def test_how_numbers_are_spelled(said, expected):
+    assert said == expected
 
 
 @pytest.mark.parametrize("method", ["ADALORA", "IA3", "VERA"])

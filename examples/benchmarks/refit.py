@@ -5,8 +5,9 @@
 PEFT takes minutes, so by default it converts a model of two layers, and its figure is scaled to ``--layers``: all
 layers have the same shapes. Start-up and loading are outside both figures. PEFT's result is also wrong (it drops the
 magnitude); only its time is compared. ``--oracle`` checks modules of each shape against a full float64 SVD.
-``--ranks BASE DORA`` instead refits a DoRA of your own at rising ranks and a tolerance: times as whole processes beside
-PEFT's at the same rank, and the excess of the worst module over the optimum.
+``--ranks BASE DORA`` instead refits a DoRA of your own at rising ranks and a tolerance (``--choices 16 64 0.05`` names
+others: whole numbers are ranks): times as whole processes beside PEFT's at the same rank (``--no-peft`` leaves them
+out), and how far every module is from the optimum, by eigenvalues in float64.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,8 +23,9 @@ from llama_shape import LINEARS, write_adapter, write_model
 from measure import mapconv, python
 from safetensors import safe_open
 
-#: Every so many modules are held against the optimum: of seven kinds of layer, each.
-SAMPLED = 13
+CHOICES = ("1", "16", "64", "128", "256", "576", "0.05")
+#: Gains that the optimum is looked for among: so many parts of the one that is best at rank 0, from −1 to 3 times it.
+GAINS = 9
 PEFT = """
 import sys, time, torch
 from transformers import AutoModelForCausalLM
@@ -42,9 +45,11 @@ def main() -> None:
     parser.add_argument("--peft-layers", type=int, default=2)
     parser.add_argument("--oracle", action="store_true")
     parser.add_argument("--ranks", type=Path, nargs=2, metavar=("BASE", "DORA"))
+    parser.add_argument("--choices", nargs="+", default=CHOICES, metavar="RANK|TOLERANCE")
+    parser.add_argument("--no-peft", action="store_true")
     options = parser.parse_args()
     if options.ranks:
-        _compare_ranks(*options.ranks, options.folder / "out")
+        _compare_ranks(*options.ranks, options.folder, options.choices, peft=not options.no_peft)
         return
     base = write_model(options.folder / f"base-{options.layers}", options.layers)
     dora = write_adapter(options.folder / f"dora-{options.layers}", base, use_dora=True, layers=options.layers)
@@ -63,38 +68,80 @@ def main() -> None:
         _check_optimum(base, dora, options.folder / "out")
 
 
-def _compare_ranks(base: Path, dora: Path, out: Path) -> None:
-    for choice in ("--rank 1", "--rank 16", "--rank 64", "--rank 128", "--rank 256", "--rank 576", "--tolerance 0.05"):
-        option, value = choice.split()
+def _compare_ranks(base: Path, dora: Path, folder: Path, choices: Sequence[str], *, peft: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    out, optima = folder / "out", _optima(base, dora, folder / "optima.pt")
+    for value in choices:
+        option = "--tolerance" if "." in value else "--rank"
         shutil.rmtree(out, ignore_errors=True)
         ours = mapconv("upgrade", dora, "--base", base, "-o", out, option, value, "--json", "-q")
-        # PEFT's threshold is the energy that is kept.
-        theirs = python(PEFT, base, dora, value if option == "--rank" else str(1 - float(value) ** 2))
-        excess = max(_excess(base, dora, module) for module in json.loads(ours.output)["modules"][::SAMPLED])
-        print(
-            f"{choice:16s} {ours.seconds:6.1f} s, PEFT {theirs.seconds:6.1f} s "
-            f"= {theirs.seconds / ours.seconds:.1f} x; {100 * excess:+.3f} % over the optimum at worst",
-            flush=True,
-        )
+        line = f"{option + ' ' + value:16s} {ours.seconds:6.1f} s ({ours.cpu:.1f} s of processor)"
+        if peft:
+            # PEFT's threshold is the energy that is kept.
+            theirs = python(PEFT, base, dora, value if option == "--rank" else str(1 - float(value) ** 2))
+            line += f", PEFT {theirs.seconds:6.1f} s ({theirs.cpu:.1f} s) = {theirs.seconds / ours.seconds:.1f} x"
+        modules = json.loads(ours.output)["modules"]
+        excess = max(_excess(module, optima[module["path"]]) for module in modules)
+        line += f"; over the optimum at worst {100 * excess:+.3f} %"
+        if option == "--tolerance":
+            line += _against_least(modules, optima, float(value))
+        print(line, flush=True)
 
 
-def _excess(base: Path, dora: Path, module: dict) -> float:
-    """How far ε is above the least of a grid of gains, by eigenvalues in float64."""
+def _optima(base: Path, dora: Path, kept: Path) -> dict[str, torch.Tensor]:
+    """By module, the least ε at each rank; kept in a file, as they take a minute or more."""
+    if not kept.exists():
+        with safe_open(dora / "adapter_model.safetensors", "pt") as file:
+            keys = [key for key in file.keys() if key.endswith(".lora_A.weight")]  # noqa: SIM118
+        paths = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in keys]
+        torch.save({path: _optimum(base, dora, path) for path in paths}, kept)
+    return torch.load(kept)
+
+
+def _optimum(base: Path, dora: Path, path: str) -> torch.Tensor:
+    """The least ε at each rank 0 … min(n, m), over a grid of gains and the parabola through its best three."""
     config = json.loads((dora / "adapter_config.json").read_text())
     with safe_open(dora / "adapter_model.safetensors", "pt") as file:
         A, B, m = (
-            file.get_tensor(f"base_model.model.{module['path']}.{part}").double()
+            file.get_tensor(f"base_model.model.{path}.{part}").double()
             for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
         )
-    W = _base_weight(base, f"{module['path']}.weight").double()
+    W = _base_weight(base, f"{path}.weight").double()
     V = W + config["lora_alpha"] / config["r"] * (B @ A)
-    T = (m / V.norm(dim=1))[:, None] * V
-    rank = module["rank"]
-    if rank >= min(W.shape):
-        return 0.0
-    middle = float(((T - W) * W).sum() / W.square().sum())
-    best = min(_tail(T, W, 1 + middle * step / 4, rank) for step in range(9)) / float((T - W).norm())
-    return module["error"] / best - 1
+    S = (m / V.norm(dim=1))[:, None] * V - W
+    middle = float((S * W).sum() / W.square().sum())
+    tails = torch.stack([_tails(S - middle * step * W) for step in torch.linspace(-1, 3, GAINS).tolist()])
+    lowest = tails.argmin(0).clamp(1, GAINS - 2)
+    left, centre, right = (tails.gather(0, (lowest + step)[None])[0] for step in (-1, 0, 1))
+    bend = left - 2 * centre + right
+    vertex = centre - torch.where(bend > 0, (left - right).square() / (8 * bend), 0.0)
+    return (torch.minimum(vertex, tails.amin(0)).clamp_min(0) / S.square().sum()).sqrt()
+
+
+def _tails(E: torch.Tensor) -> torch.Tensor:
+    """‖E − [E]_k‖² for k = 0 … min(n, m)."""
+    gram = E.T @ E if E.shape[0] > E.shape[1] else E @ E.T
+    values = torch.linalg.eigvalsh(gram).clamp_min(0)
+    return torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)
+
+
+def _excess(module: dict, optimum: torch.Tensor) -> float:
+    best = float(optimum[module["rank"]])
+    # At full rank the optimum is zero, and what is left is rounding of the factors as stored.
+    return module["error"] / best - 1 if best > 1e-6 else module["error"]
+
+
+def _against_least(modules: list[dict], optima: dict[str, torch.Tensor], tolerance: float) -> str:
+    """How a tolerance was met: by ε as stored, and by the least rank that could."""
+    most = max(module["rank"] for module in modules)
+    missed = sum(module["error"] > tolerance and module["rank"] < most for module in modules)
+    least = {path: int((optimum <= tolerance).nonzero()[0]) for path, optimum in optima.items()}
+    above = max(module["rank"] - min(least[module["path"]], most) for module in modules)
+    at_most = sum(module["rank"] == most for module in modules)
+    return (
+        f"; {missed} modules miss the tolerance below rank {most}, {at_most} are at it; "
+        f"ranks are at most {above} above the least"
+    )
 
 
 def _upgrade(adapter: Path, base: Path, out: Path):
@@ -121,15 +168,10 @@ def _check_optimum(base: Path, adapter: Path, out: Path) -> None:
             W = _base_weight(base, f"{path}.weight").double()
             V = W + B @ A
             T = (m / V.norm(dim=1))[:, None] * V
-            best = min(_tail(T, W, 1 + step / 1000, A.shape[0]) for step in range(0, 13, 2)) / float((T - W).norm())
+            tails = [float(_tails(T - (1 + step / 1000) * W)[A.shape[0]]) for step in range(0, 13, 2)]
+            best = (min(tails) / float((T - W).square().sum())) ** 0.5
             error = modules[path]["error"]
             print(f"{path:32s} ε {error:.5f}, full SVD {best:.5f}: {100 * (error / best - 1):+.3f} %")
-
-
-def _tail(T: torch.Tensor, W: torch.Tensor, gain: float, rank: int) -> float:
-    E = T - gain * W
-    gram = E.T @ E if E.shape[0] > E.shape[1] else E @ E.T
-    return float(torch.linalg.eigvalsh(gram)[:-rank].clamp_min(0).sum()) ** 0.5
 
 
 def _base_weight(base: Path, name: str) -> torch.Tensor:

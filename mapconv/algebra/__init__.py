@@ -27,7 +27,7 @@ Symbols. A linear weight ``W0`` is (out n × in m). LoRA's factors are ``A`` (r 
    ``P = I`` weighs all weights alike. ``P = C^½`` with ``C = E[x xᵀ] + λI``, the second moment of the layer's inputs,
    makes it the expected squared error of the outputs. For a fixed ``a``, ``R = [(T − a·W0)P]_k P⁻¹``, the truncated SVD
    (Eckart and Young 1936); what is left, ``f(a) = Σ_{i>k} σ_i²((T − a·W0)P)``, depends on one number. The singular
-   vectors come from a randomized range finder (Halko, Martinsson and Tropp 2011). The certificate
+   vectors come from a randomized block Krylov method (Musco and Musco 2015). The certificate
    ``ε = ‖(T − W')P‖ / ‖(T − W0)P‖`` is computed afterwards, from the factors as they are stored.
 
 5. DoRA's own direction. With ``Δ = T − W0`` kept as A, B and m, MAP is exact at ``α = ‖W0‖``, ``β = ‖Δ‖``, and

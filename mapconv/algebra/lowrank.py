@@ -12,22 +12,22 @@ import torch
 from mapconv.algebra.dense import Dense
 from mapconv.algebra.gram import Spectrum
 from mapconv.algebra.pencil import LowRank, Pencil
-from mapconv.algebra.randomized import OVERSAMPLING, Sketch
+from mapconv.algebra.randomized import OVERSAMPLING, Sketch, block_columns
 
 Decomposition = Sketch | Dense
 
-# Seconds of one core, set by hand after CPU times of both ways on a trained DoRA's weights of 192 × 576, 576 × 576 and
-# 1536 × 576, at ranks 16 to 128; larger matrices are extrapolated. What matters is the ratios.
+# Seconds of one core, fitted to CPU times of both ways on a trained DoRA's weights of 192 × 576, 576 × 576 and
+# 1536 × 576 at ranks 1 to 128, and on 4096 × 14336 at ranks 16 and 128. What matters is the ratios.
 #: A product with a thin block, for each element of the matrix: reading it, and one column's multiplication.
-READ, MULTIPLY = 1.0e-9, 0.04e-9
-#: Householder QR and Gram matrices of a thin block, for each of its elements and columns.
-ORTHONORMALIZE = 0.7e-9
+READ, MULTIPLY = 1.4e-9, 0.03e-9
+#: Keeping the basis orthonormal and its Gram matrices up to date, for each of their rows and pairs of columns.
+ORTHONORMALIZE = 0.5e-9
 #: A float32 multiplication in a Gram matrix, and everything around one eigendecomposition, for each of its n³.
 GRAM, EIGEN = 0.025e-9, 0.3e-9
-#: Everything around one eigendecomposition in float64 on a sketch, for each of its l³, and how many one search takes.
-SEARCH, SEARCHES = 1.0e-9, 4
-#: Iterations of the one, without and with directions for all of the rank, and eigendecompositions of the other.
-ITERATIONS, FEW_ITERATIONS, DECOMPOSITIONS = 10, 2, 1.3
+#: The search for t on a basis of l columns, for each of its l³.
+SEARCH = 1.5e-9
+#: Blocks of the one, without and with directions for all of the rank, and eigendecompositions of the other.
+BLOCKS, FEW_BLOCKS, DECOMPOSITIONS = 6, 2, 1.3
 
 
 def best_low_rank(
@@ -87,7 +87,7 @@ def least_rank(
             break
         if rank == max_rank or float(sketch.spectrum.squared_errors[rank]) <= allowed:
             return (*sketch.least_rank(allowed, rank), sketch)
-        rank, basis = min(2 * rank, max_rank), sketch.basis
+        rank, basis = min(2 * rank, max_rank), sketch.leading(sketch.spectrum, rank)
     for dtype in _precisions(dense):
         decomposition = Dense(pencil, t=shift, dtype=dtype)
         rank, spectrum = decomposition.least_rank(allowed, max_rank)
@@ -104,7 +104,7 @@ def _precisions(sure: bool) -> tuple[torch.dtype, ...]:
 def is_randomized(shape: tuple[int, int], rank: int, known: int) -> bool:
     """Whether the randomized way is tried first, for a pencil with ``known`` directions.
 
-    A sketch of more than half of the matrix settles on t slowly, and saves nothing.
+    A rank of about half of the matrix leaves no room for a second block.
     """
     return 2 * (rank + OVERSAMPLING) < min(shape) and not prefers_dense(shape, rank, known)
 
@@ -112,11 +112,12 @@ def is_randomized(shape: tuple[int, int], rank: int, known: int) -> bool:
 def prefers_dense(shape: tuple[int, int], rank: int, known: int) -> bool:
     """Whether the dense way is expected to be the cheaper one."""
     height, width = shape
-    side, columns = min(shape), min(rank + OVERSAMPLING, height, width)
+    side, columns, blocks = min(shape), block_columns(shape, rank, known), FEW_BLOCKS if rank <= known else BLOCKS
     dense = 3 * GRAM * height * width * side + DECOMPOSITIONS * EIGEN * side**3
-    passes = 2 * height * width * (READ + MULTIPLY * columns)
-    iteration = passes + (height + width) * columns**2 * ORTHONORMALIZE + SEARCHES * SEARCH * columns**3
-    return dense <= (FEW_ITERATIONS if rank <= known else ITERATIONS) * iteration
+    randomized = 2 * blocks * height * width * (READ + MULTIPLY * columns)
+    for size in range(columns, blocks * columns + 1, columns):
+        randomized += ORTHONORMALIZE * (height + width) * size * columns + SEARCH * size**3
+    return dense <= randomized
 
 
 def _known(pencil: Pencil) -> int:

@@ -30,7 +30,11 @@ class InputRoot:
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """rows·P for rows (p, m)."""
-        return rows * self.factor if self.factor.ndim == 1 else rows @ self.factor
+        if self.factor.ndim == 1:
+            return rows * self.factor
+        # Strip by strip of columns, each from its rows on or below the diagonal: half the products of a full matrix.
+        strips = range(0, len(self.factor), _STRIP)
+        return torch.cat([rows[:, start:] @ self.factor[start:, start : start + _STRIP] for start in strips], dim=1)
 
     def divide(self, rows: torch.Tensor) -> torch.Tensor:
         """rows·P⁻¹ for rows (p, m)."""

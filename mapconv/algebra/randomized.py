@@ -1,7 +1,9 @@
 """The randomized way to a low-rank approximation, for matrices that are large and ranks that are thin beside them.
 
-Range finder with subspace (power) iteration and a warm start (Halko, Martinsson, Tropp 2011, algorithm 4.4); the search
-for t happens on l×l Gram matrices between two products, so it costs next to nothing.
+A block Krylov method (Musco and Musco 2015) with a warm start: each step reads the matrix twice, and its block joins
+the basis instead of replacing it, so that a flat spectrum takes a handful of steps, where subspace iteration takes
+dozens.
+The search for t happens on Gram matrices of the basis between two steps, so it costs next to nothing.
 """
 
 from __future__ import annotations
@@ -12,24 +14,27 @@ from mapconv.algebra.gram import GramPencil, Spectrum
 from mapconv.algebra.pencil import LowRank, Pencil, balanced
 from mapconv.algebra.refinement import refined
 
-#: Columns beyond the wanted rank. They absorb the directions that a finite number of iterations cannot separate.
+#: Columns of a block beyond those that its share of the rank and the known directions take.
 OVERSAMPLING = 8
-#: Stop once further iterations would lower the squared error by less than this fraction, by the rate that it has.
-RELATIVE_GAIN = 5e-4
-MAX_ITERATIONS = 12
+#: Stop once further steps would lower the squared error by less than this fraction, by the rate that it has: 0.1 % of
+#: the error at most, and less as the rate is still growing.
+RELATIVE_GAIN = 2e-3
+MAX_BLOCKS = 12
+#: Of a block against the basis. The second is always needed, the third where a block adds nothing but rounding.
+MAX_PROJECTIONS = 4
 #: Squared errors below this fraction of ‖S‖² are rounding of float32 products, not signal.
 ROUNDING = 1e-7
 #: Squared errors below this fraction of ‖E‖² are known to 1 % at best, and are refined.
 FINE = 1e-5
-#: The search for t on a sketch is cheap enough to be as good as exact.
-SEARCH_ENOUGH = 1e-6
+#: The search for t on a sketch is cheap: 0.005 % of the error.
+SEARCH_ENOUGH = 1e-4
 
 
 class Sketch:
     """A decomposition of E(t) on a basis V (m, l) of its leading row space, good for every rank up to ``limit``.
 
-    ``spectrum`` is at the best t of that rank; ``settled`` says whether the iteration came to its end, rather than to
-    ``MAX_ITERATIONS``.
+    ``spectrum`` is at the best t of that rank; ``settled`` says whether the steps came to their end, rather than to
+    ``MAX_BLOCKS``.
     """
 
     def __init__(
@@ -37,24 +42,28 @@ class Sketch:
     ) -> None:
         self._pencil, self._fixed, self.limit, self.settled = pencil, t, rank, False
         norms = pencil.squared_norms()
-        near, errors = _first_shift(norms) if t is None else t, []
-        self.basis = _first_basis(pencil, rank, pencil.directions if start is None else start, seed)
-        for iteration in range(MAX_ITERATIONS):
-            self._SV, self._WV = pencil.products(self.basis)
-            self._search = _search(self._SV, self._WV, norms, complete=self.basis.shape[1] == min(pencil.shape))
-            self.spectrum = self._solve(rank, near, first=iteration == 0)
-            near = self.spectrum.t
-            errors.append(float(self.spectrum.squared_errors[rank]))
-            if _converged(errors, noise=ROUNDING * norms[0]):
-                self.settled = True
-            # The basis is never replaced after its last products: both factors must come from the same one.
-            if self.settled or iteration == MAX_ITERATIONS - 1:
-                return
-            left_basis = orthonormal(self._at(near))
-            rows = pencil.transposed_product(left_basis, near)
-            norm = norms[0] - 2 * near * norms[1] + near**2 * norms[2]
-            self.basis, R = torch.linalg.qr(rows)
-            errors.append(norm - _energy(R, rank))
+        near, errors, half = _first_shift(norms) if t is None else t, [], None
+        self._products = _Products(pencil)
+        start = pencil.directions if start is None else start
+        block = _first_block(pencil, rank, start, seed)
+        for step in range(MAX_BLOCKS):
+            self._products.append(block)
+            if self._products.columns >= rank:
+                self._search = self._products.search(norms)
+                self.spectrum = self._solve(rank, near, first=not errors)
+                near = self.spectrum.t
+                errors.append(float(self.spectrum.squared_errors[rank]))
+                shown = [errors[0], half, errors[1]] if half is not None and step == 1 else errors
+                self.settled = self._products.complete or _converged(shown, noise=ROUNDING * norms[0])
+                if self.settled or step == MAX_BLOCKS - 1:
+                    return
+            rows = pencil.transposed_product(orthonormal(_at(*self._products.last, near)), near)
+            if step == 0 and start is not None and start.shape[1] >= rank:
+                # A start with all of the rank is often near enough that the second step is the last: then the rate is
+                # that of half steps. From random columns, the first falls say nothing of the later ones.
+                norm = norms[0] - 2 * near * norms[1] + near**2 * norms[2]
+                half = norm - _energy(rows, rank)
+            block = self._products.beside(rows)
 
     def least_rank(self, allowed: float, max_rank: int) -> tuple[int, Spectrum]:
         """See ``GramPencil.least_rank``."""
@@ -64,10 +73,14 @@ class Sketch:
         """The approximation of ``rank`` at a spectrum's t."""
         square, whole = float(spectrum.squared_errors[rank]), float(spectrum.squared_errors[0])
         if whole > 0 and square <= FINE * whole:
-            return refined(self._pencil, spectrum.t, self.basis.double() @ spectrum.vectors.to(self.basis.device), rank)
-        rotation = spectrum.vectors[:, :rank].to(self.basis)
-        left, right = self._at(spectrum.t) @ rotation, (self.basis @ rotation).T
+            return refined(self._pencil, spectrum.t, self.leading(spectrum, rank + OVERSAMPLING), rank)
+        rotation = spectrum.vectors[:, :rank].to(self._products.basis)
+        left, right = _at(*self._products.all, spectrum.t) @ rotation, (self._products.basis @ rotation).T
         return balanced(spectrum.t, left, right, square)
+
+    def leading(self, spectrum: Spectrum, count: int) -> torch.Tensor:
+        """The leading right singular vectors at a spectrum's t, (m, count)."""
+        return self._products.basis @ spectrum.vectors[:, :count].to(self._products.basis)
 
     def _solve(self, rank: int, near: float, *, first: bool) -> Spectrum:
         found = self._search.solve(rank, t=self._fixed, start=near)
@@ -77,26 +90,82 @@ class Sketch:
         other = self._search.solve(rank, start=0.0)
         return min(found, other, key=lambda spectrum: float(spectrum.squared_errors[rank]))
 
-    def _at(self, t: float) -> torch.Tensor:
-        return self._SV if self._WV is None or t == 0 else self._SV.sub(self._WV, alpha=t)
+
+class _Products:
+    """An orthonormal basis V (m, l) that grows by blocks, S·V and W·V, and their Gram matrices, in float64."""
+
+    def __init__(self, pencil: Pencil) -> None:
+        self._pencil = pencil
+        self._blocks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        self._grams: list[torch.Tensor] = []
+
+    @property
+    def basis(self) -> torch.Tensor:
+        return torch.cat([block for block, _, _ in self._blocks], 1)
+
+    @property
+    def last(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(S·V, W·V) of the last block."""
+        _, SV, WV = self._blocks[-1]
+        return SV, WV
+
+    @property
+    def all(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(S·V, W·V)."""
+        WV = [block for _, _, block in self._blocks if block is not None]
+        return torch.cat([block for _, block, _ in self._blocks], 1), torch.cat(WV, 1) if WV else None
+
+    @property
+    def columns(self) -> int:
+        """l."""
+        return sum(block.shape[1] for block, _, _ in self._blocks)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing of the matrix is left over."""
+        return self.columns >= min(self._pencil.shape)
+
+    def append(self, block: torch.Tensor) -> None:
+        """Take in the columns of ``block``, orthonormal and orthogonal to the basis."""
+        self._blocks.append((block, *self._pencil.products(block)))
+        SV, WV = self.all
+        SV, WV = SV.double(), None if WV is None else WV.double()
+        pairs = [(SV, SV)] if WV is None else [(SV, SV), (SV, WV), (WV, WV)]
+        width, grams = block.shape[1], []
+        # Small matrices: the processor is faster than the trip through a device's queue.
+        for index, (one, two) in enumerate(pairs):
+            columns = (one.T @ two[:, -width:]).cpu()
+            if not self._grams:
+                grams.append(columns)
+                continue
+            rows = columns[:-width].T if one is two else (one[:, -width:].T @ two[:, :-width]).cpu()
+            upper = torch.cat([self._grams[index], columns[:-width]], 1)
+            grams.append(torch.cat([upper, torch.cat([rows, columns[-width:]], 1)]))
+        self._grams = grams
+
+    def search(self, norms: tuple[float, float, float]) -> GramPencil:
+        ss, sw, ww = self._grams if len(self._grams) == 3 else (self._grams[0], None, None)
+        return GramPencil(ss, sw, ww, norms, rounding=ROUNDING, enough=SEARCH_ENOUGH, complete=self.complete)
+
+    def beside(self, columns: torch.Tensor) -> torch.Tensor:
+        """An orthonormal basis of what ``columns`` add to V, as far as there is room."""
+        basis = self.basis
+        for attempt in range(MAX_PROJECTIONS):
+            overlap = basis.T @ columns
+            columns = orthonormal(columns.addmm(basis, overlap, alpha=-1))
+            # What a projection leaves of orthonormal columns is orthogonal to V, unless it left next to nothing.
+            if attempt > 0 and float(torch.linalg.matrix_norm(overlap)) < 0.1:
+                break
+        return columns[:, : min(self._pencil.shape) - self.columns].contiguous()
+
+
+def _at(SV: torch.Tensor, WV: torch.Tensor | None, t: float) -> torch.Tensor:
+    return SV if WV is None or t == 0 else SV.sub(WV, alpha=t)
 
 
 def orthonormal(columns: torch.Tensor) -> torch.Tensor:
     """An orthonormal basis that contains the span of ``columns`` (Householder QR: safe for dependent columns)."""
     return torch.linalg.qr(columns).Q
-
-
-def _search(
-    SV: torch.Tensor, WV: torch.Tensor | None, norms: tuple[float, float, float], *, complete: bool
-) -> GramPencil:
-    # Small matrices: the processor is faster than the trip through a device's queue.
-    SV = SV.double()
-    ss = (SV.T @ SV).cpu()
-    if WV is None:
-        return GramPencil(ss, None, None, norms, rounding=ROUNDING, complete=complete)
-    WV = WV.double()
-    sw, ww = (SV.T @ WV).cpu(), (WV.T @ WV).cpu()
-    return GramPencil(ss, sw, ww, norms, rounding=ROUNDING, enough=SEARCH_ENOUGH, complete=complete)
 
 
 def _first_shift(norms: tuple[float, float, float]) -> float:
@@ -105,9 +174,9 @@ def _first_shift(norms: tuple[float, float, float]) -> float:
 
 
 def _converged(errors: list[float], noise: float) -> bool:
-    """Whether the error's fall, one value a half iteration, has little left to go.
+    """Whether the error's fall has little left to go.
 
-    Subspace iteration converges geometrically: the last two falls give the ratio, and the ratio gives what remains.
+    The method converges geometrically at least: the last two falls give the ratio, and the ratio gives what remains.
     """
     if errors[-1] <= noise:
         return True
@@ -120,18 +189,22 @@ def _converged(errors: list[float], noise: float) -> bool:
     return last * ratio / (1 - ratio) <= RELATIVE_GAIN * errors[-1]
 
 
-def _energy(square: torch.Tensor, rank: int) -> float:
-    """Sum of the ``rank`` largest squared singular values of a small matrix."""
-    wide = square.double()
+def _energy(thin: torch.Tensor, rank: int) -> float:
+    """Sum of the ``rank`` largest squared singular values of a thin matrix."""
+    wide = thin.double()
     return float(torch.linalg.eigvalsh(wide.T @ wide)[-rank:].sum())
 
 
-def _first_basis(pencil: Pencil, rank: int, start: torch.Tensor | None, seed: int) -> torch.Tensor:
-    width = pencil.shape[1]
+def block_columns(shape: tuple[int, int], rank: int, known: int) -> int:
+    """Columns of a block for a rank, where ``known`` directions are given: two blocks have the rank, if not one."""
+    return min(max((rank + 1) // 2, known) + OVERSAMPLING, *shape)
+
+
+def _first_block(pencil: Pencil, rank: int, start: torch.Tensor | None, seed: int) -> torch.Tensor:
     known = 0 if start is None else start.shape[1]
-    size = min(max(rank, known) + OVERSAMPLING, *pencil.shape)
+    size = block_columns(pencil.shape, rank, known)
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device draws the same numbers
-    columns = torch.randn(width, size, generator=generator).to(pencil.device)
+    columns = torch.randn(pencil.shape[1], size, generator=generator).to(pencil.device)
     if start is not None:
         columns[:, : min(known, size)] = start[:, :size]
     return orthonormal(columns)

@@ -1,13 +1,13 @@
 """What tells a resumed run that an entry's source, base and options are those of its output, without reading either.
 
-Two marks of a source: a *stat mark* from the sizes and modification times of its configuration and its weights, which
-costs microseconds; and its *content*, the SHA-256 of both, which the result records as well. A source whose stat mark
-differs (touched, copied, another clock) is hashed, and only other content makes the entry due again. What is copied
-beside them (a tokenizer, a card's licence) is not watched: delete the output to have it made again.
+A source is known by a *stat signature*, the sizes and modification times of its configuration and its weights, which
+costs microseconds; and by its *content*, the SHA-256 of both, which the result records as well. A source whose stat
+signature differs (touched, copied, another clock) is hashed, and only other content makes the entry due again. What is
+copied beside them (a tokenizer, a card's licence) is not watched: delete the output to have it made again.
 
-A base is known by the stat mark of all of its files: its gigabytes are not hashed, so a touched base makes its entries
-due again. What comes from the Hub is known by its name and commit, and a text given as `data` by its
-path: a branch that moved since, or a text that was edited, is not seen.
+A base is known by the stat signature of all of its files: its gigabytes are not hashed, so a touched base makes its
+entries due again. What comes from the Hub is known by its name and commit, and a text given as `data` by its path: a
+branch that moved since, or a text that was edited, is not seen.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from mapconv.catalog.entries import Entry
 from mapconv.version import __version__
 
 
-def mark(*parts: object) -> str:
+def digest(*parts: object) -> str:
     """A short name for these values, the same in every process."""
     text = "\0".join(map(str, parts))
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
-def done_mark(entry: Entry, content: str, base: str | None) -> str:
+def done_fingerprint(entry: Entry, content: str, base: str | None) -> str:
     """The fingerprint of a finished entry; ``base`` as it was found when the adapter was converted."""
-    found = None if base is None else base_mark(base)
-    return mark(__version__, entry.source, entry.base, entry.options.digest, content, base, found)
+    found = None if base is None else base_signature(base)
+    return digest(__version__, entry.source, entry.base, entry.options.digest, content, base, found)
 
 
-def failed_mark(entry: Entry, stat: str) -> str:
+def failed_fingerprint(entry: Entry, stat: str) -> str:
     """The fingerprint of an entry that failed: a changed source, base or option makes it due again."""
-    found = None if entry.base is None else base_mark(entry.base)
-    return mark(__version__, entry.source, entry.base, entry.options.digest, stat, found)
+    found = None if entry.base is None else base_signature(entry.base)
+    return digest(__version__, entry.source, entry.base, entry.options.digest, stat, found)
 
 
-def source_mark(source: str) -> str:
-    """The stat mark of an adapter's folder; for what is not a folder here, that it is none."""
+def source_signature(source: str) -> str:
+    """The stat signature of an adapter's folder; for what is not a folder here, that it is none."""
     config = _stat(f"{source}/adapter_config.json")
     weights = _stat(f"{source}/adapter_model.safetensors") or _stat(f"{source}/adapter_model.bin")
     return f"{config}/{weights}"
 
 
 @lru_cache(maxsize=4096)
-def base_mark(base: str) -> str:
-    """The stat mark of a base model's folder; taken once a run, which also reads it as one."""
+def base_signature(base: str) -> str:
+    """The stat signature of a base model's folder; taken once a run, which also reads it as one."""
     try:
         names = sorted(name for name in os.listdir(base) if not name.startswith("."))
     except OSError:
-        return mark("absent", base)
-    return mark("folder", os.path.realpath(base), *((name, _stat(os.path.join(base, name))) for name in names))
+        return digest("absent", base)
+    return digest("folder", os.path.realpath(base), *((name, _stat(os.path.join(base, name))) for name in names))
 
 
 def _stat(path: str) -> str:

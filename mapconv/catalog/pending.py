@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mapconv.catalog.entries import Entry
-from mapconv.catalog.fingerprints import done_mark, failed_mark, source_mark
+from mapconv.catalog.fingerprints import done_fingerprint, failed_fingerprint, source_signature
 from mapconv.catalog.ledger import Seen
 from mapconv.errors import CatalogError
 from mapconv.jsonfile import read_object
@@ -27,7 +27,7 @@ class Pending:
 def find_pending(
     entries: Iterable[Entry], seen: dict[str, Seen], out: Path, *, retry_failed: bool, limit: int | None
 ) -> Pending:
-    """Sort entries into done, failed before and due; no file's content is read unless its stat mark changed."""
+    """Sort entries into done, failed before and due; no file's content is read unless its stat signature changed."""
     found = Pending()
     for entry in entries:
         line = seen.get(entry.name)
@@ -43,19 +43,19 @@ def find_pending(
 
 def _is_done(entry: Entry, line: Seen, out: Path) -> bool:
     """Whether the ledger's output is there and still what this entry asks for."""
-    if line.content is None or done_mark(entry, line.content, line.base) != line.fingerprint:
+    if line.content is None or done_fingerprint(entry, line.content, line.base) != line.fingerprint:
         return False
     folder = f"{out}/{entry.name}"
     if not os.path.exists(f"{folder}/map_config.json"):
         return False
     if entry.merged and not os.path.exists(f"{out}/{entry.merged}/map_merge.json"):
         return False
-    return source_mark(entry.source) == line.stat or _has_content(entry.source, line.content)
+    return source_signature(entry.source) == line.stat or _has_content(entry.source, line.content)
 
 
 def _failed_so(entry: Entry, line: Seen) -> bool:
     """Whether an attempt now would meet the same source, base and options as the one that failed."""
-    return failed_mark(entry, source_mark(entry.source)) == line.fingerprint
+    return failed_fingerprint(entry, source_signature(entry.source)) == line.fingerprint
 
 
 def _has_content(source: str, content: str) -> bool:

@@ -22,10 +22,11 @@ from mapconv.catalog.checking import Checker
 from mapconv.catalog.entries import Entry
 from mapconv.catalog.records import Faults, Record
 from mapconv.errors import CatalogError
+from mapconv.jsonfile import without_duplicates
 from mapconv.untrusted import yamltext
 
 #: A folder that holds one of these is meant as an adapter, even if the others are missing.
-_ADAPTER_MARKS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_ADAPTER_NAMES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _LONGEST_LINE = 1 << 20
 _MOST_FOLDERS = 100_000
 #: About 500,000 entries; more belong into JSONL, which is read line by line.
@@ -74,7 +75,7 @@ def _folder_entries(folder: Path) -> Iterator[Entry]:
             for name in folders
             if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) not in above[root]
         )
-        if root != str(folder) and any(mark in files for mark in _ADAPTER_MARKS):
+        if root != str(folder) and any(name in files for name in _ADAPTER_NAMES):
             folders.clear()
             found = True
             yield Entry(Path(root).relative_to(folder).as_posix(), os.path.abspath(root), None, options)
@@ -101,7 +102,7 @@ def _jsonl_records(path: Path, faults: Faults) -> Iterator[tuple[str, Record]]:
             if not line.strip():
                 continue
             try:
-                table = json.loads(line, object_pairs_hook=_no_duplicates)
+                table = json.loads(line, object_pairs_hook=without_duplicates)
             except (ValueError, RecursionError) as error:
                 faults.add(number, f"not JSON ({_short(error)})")
                 continue
@@ -166,13 +167,6 @@ def _located(yaml: Any, loader: Any, node: Any, faults: Faults) -> Record:
         return table
 
     return Record(value_of(node, ()), node.start_mark.line + 1, lines)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return table
 
 
 def _short(error: object) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from mapconv.catalog.engines import make_engine
 from mapconv.catalog.entries import Entry, Job
 from mapconv.catalog.faults import stops_the_run
-from mapconv.catalog.fingerprints import base_mark, done_mark, failed_mark, source_mark
+from mapconv.catalog.fingerprints import base_signature, done_fingerprint, failed_fingerprint, source_signature
 from mapconv.catalog.ledger import LEDGER_FILE, Ledger
 from mapconv.catalog.lock import run_lock
 from mapconv.catalog.pending import Pending, find_pending
@@ -68,7 +68,7 @@ class Run:
         """
         own = prepare_output(self._out)
         with run_lock(own / LOCK_FILE) as lock, Ledger(self._out / LEDGER_FILE) as ledger:
-            base_mark.cache_clear()
+            base_signature.cache_clear()
             pending = find_pending(self._entries, ledger.seen, self._out, retry_failed=retry_failed, limit=limit)
             tally = Tally(len(pending.due))
             if pending.due:
@@ -109,10 +109,10 @@ class Run:
                         raise _stopped(outcome.table["error"], tally)
 
     def _jobs(self, due: Iterable[Entry], given: dict[str, tuple[Entry, str]]) -> Iterator[Job]:
-        """One job after another, as the engine takes them; a source's mark is taken before its files are read."""
+        """One job after another, as the engine takes them; a source's signature is taken before its files are read."""
         out = self._out.resolve()
         for entry in due:
-            given[entry.name] = entry, source_mark(entry.source)
+            given[entry.name] = entry, source_signature(entry.source)
             yield Job(
                 entry=entry.name,
                 source=entry.source,
@@ -154,7 +154,7 @@ def prepare_output(out: Path) -> Path:
 
 def _line(entry: Entry, stat: str, table: dict[str, Any]) -> dict[str, Any]:
     done = table["status"] == "done"
-    fingerprint = done_mark(entry, table["content"], table["base"]) if done else failed_mark(entry, stat)
+    fingerprint = done_fingerprint(entry, table["content"], table["base"]) if done else failed_fingerprint(entry, stat)
     return {
         "entry": entry.name,
         "fingerprint": fingerprint,

@@ -82,8 +82,9 @@ def _convert(job: Job, table: dict[str, Any]) -> None:
         trained = mapconv.calibrate(
             job.output, against=job.source, base=base, out=job.output, force=True, **stages["calibrate"]
         )
+        assert trained is not None  # a job is the only process of its training
         modules = trained.modules
-    errors = [module.error for module in modules]
+    errors = [module.measured_error for module in modules]
     record = read_object(result.out / "map_config.json", AdapterError)
     table |= {
         "base": shown(base),
@@ -100,7 +101,7 @@ def _convert(job: Job, table: dict[str, Any]) -> None:
         table["stage"] = "verify"
         report = mapconv.verify(job.output, job.source, base=base, **apart, **stages["verify"])
         table["kl"] = report.kl
-    if "merge" in stages:
+    if job.merged is not None:
         table["stage"] = "merge"
         merged = mapconv.merge(job.output, job.merged, base=base, force=True, **stages["merge"])
         table["nbytes"] += merged.nbytes

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from mapconv.adapter import ITEM_SIZES, TensorRef
-from mapconv.checkpoint.unchanged import FileMark
+from mapconv.checkpoint.unchanged import FileSignature
 from mapconv.errors import CheckpointError
 from mapconv.files import open_regular
+from mapconv.jsonfile import without_duplicates
 
 #: The format's own limit on the header's length (safetensors' MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
@@ -35,7 +36,7 @@ class TensorFile:
     path: Path
     tensors: tuple[TensorRef, ...]
     metadata: dict[str, str]
-    mark: FileMark
+    signature: FileSignature
 
 
 def read_tensor_file(path: Path) -> TensorFile:
@@ -47,7 +48,7 @@ def read_tensor_file(path: Path) -> TensorFile:
     header_bytes, status = _header_bytes(path)
     size = status.st_size
     try:
-        header = json.loads(header_bytes.decode(), object_pairs_hook=_no_duplicates)
+        header = json.loads(header_bytes.decode(), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a header that is not JSON ({error}): download the file again.") from None
     if not isinstance(header, dict):
@@ -69,7 +70,7 @@ def read_tensor_file(path: Path) -> TensorFile:
             f"{path} is {size:,} bytes long but its header describes {position:,}: the file is "
             f"{'truncated' if size < position else 'too long'}, download it again."
         )
-    return TensorFile(path, tuple(ref for _, _, ref in placed), metadata, FileMark.of(status))
+    return TensorFile(path, tuple(ref for _, _, ref in placed), metadata, FileSignature.of(status))
 
 
 def _header_bytes(path: Path) -> tuple[bytes, os.stat_result]:
@@ -141,11 +142,3 @@ def _is_text(value: Any) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} occurs twice")
-    return table

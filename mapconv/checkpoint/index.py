@@ -11,7 +11,7 @@ from mapconv.adapter import TensorRef
 from mapconv.checkpoint.filenames import PIPELINE_FILE, STEMS, weights_files
 from mapconv.checkpoint.headers import TensorFile, read_tensor_file
 from mapconv.checkpoint.sidecars import check_folder
-from mapconv.checkpoint.unchanged import FileMark
+from mapconv.checkpoint.unchanged import FileSignature
 from mapconv.errors import CheckpointError
 from mapconv.files import LARGE
 from mapconv.jsonfile import read_object
@@ -72,9 +72,9 @@ class Checkpoint:
         return sum(ref.nbytes for ref in self.tensors.values())
 
     @property
-    def marks(self) -> dict[Path, FileMark]:
+    def signatures(self) -> dict[Path, FileSignature]:
         """The files that must not change while they are read: those of a base on the Hub grow by what is read."""
-        return {file.path: file.mark for file in self.files} if self.source is None else {}
+        return {file.path: file.signature for file in self.files} if self.source is None else {}
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -12,10 +12,12 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from mapconv.checkpoint.replaceable import check_replaceable
 from mapconv.errors import DiskFullError, OutputError
@@ -82,20 +84,38 @@ def check_output_file(out: Path, *, force: bool, suffix: str, inputs: Iterable[P
     _require_room(out, parent, nbytes)
 
 
-def replace_file(out: Path, content: bytes) -> None:
-    """Write a file of any size that is whole or as it was: into a hidden sibling, to the disk, then by its name."""
+@contextmanager
+def replaced_file(out: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write that takes the name ``out`` when the block ends well, and vanishes otherwise.
+
+    What has that name is whole at any moment: the old file, or the new one, on the disk. What a killed run leaves is
+    removed by the next one, as ``staged_folder`` does it.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in _siblings(out, ".partial-"):
-        leftover.unlink(missing_ok=True)
+    _remove_leftovers(out)
     temporary = hidden_sibling(out, f".partial-{_token()}")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
+        # Exclusively: a link that somebody planted under this name is not followed.
+        with open(temporary, "xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(out)
+            temporary.replace(out)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_file(out: Path, content: bytes) -> None:
+    """Write all of a file, as ``replaced_file`` does."""
+    with replaced_file(out) as file:
+        file.write(content)
+
+
+def remove_file(path: Path) -> None:
+    """Remove what ``replaced_file`` wrote, and what killed runs left of it; nothing there is no fault."""
+    path.unlink(missing_ok=True)
+    _remove_leftovers(path)
 
 
 def _require_room(out: Path, parent: Path, nbytes: int) -> None:
@@ -222,7 +242,7 @@ def _flush(folder: Path) -> None:
 def _remove_leftovers(out: Path) -> None:
     for leftover in _siblings(out, ".partial-"):
         try:
-            descriptor = os.open(leftover, os.O_RDONLY)
+            descriptor = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             continue
         try:
@@ -230,7 +250,10 @@ def _remove_leftovers(out: Path) -> None:
         except OSError:
             continue  # a live run is writing it
         else:
-            shutil.rmtree(leftover, ignore_errors=True)
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
         finally:
             os.close(descriptor)
 

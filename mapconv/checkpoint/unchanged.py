@@ -12,7 +12,7 @@ from mapconv.errors import CheckpointError
 
 
 @dataclass(frozen=True)
-class FileMark:
+class FileSignature:
     """What a file system says of a file's content. The time of change tells what keeps size and modification time."""
 
     device: int
@@ -22,19 +22,19 @@ class FileMark:
     changed: int
 
     @classmethod
-    def of(cls, status: os.stat_result) -> FileMark:
+    def of(cls, status: os.stat_result) -> FileSignature:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def marks_of(sources: Iterable[Path], names: Iterable[str]) -> dict[Path, FileMark]:
-    """The marks of those of these files that are there, in folders or as they are given; links are followed."""
+def signatures_of(sources: Iterable[Path], names: Iterable[str]) -> dict[Path, FileSignature]:
+    """The signatures of those of these files that are there, in folders or as they are given; links are followed."""
     paths = [path for source in sources for path in (source, *(source / name for name in names)) if not path.is_dir()]
-    return {path: FileMark.of(path.stat()) for path in paths if os.path.exists(path)}
+    return {path: FileSignature.of(path.stat()) for path in paths if os.path.exists(path)}
 
 
 @contextmanager
-def unchanged(marks: Mapping[Path, FileMark]) -> Iterator[None]:
-    """Hold these files to their marks at the end of the block, also where it failed: a change may be the reason.
+def unchanged(signatures: Mapping[Path, FileSignature]) -> Iterator[None]:
+    """Hold these files to their signatures at the end of the block, also where it failed: a change may be the reason.
 
     Raises:
         CheckpointError: one of them has changed or is gone.
@@ -42,15 +42,15 @@ def unchanged(marks: Mapping[Path, FileMark]) -> Iterator[None]:
     try:
         yield
     except Exception:
-        _check(marks)
+        _check(signatures)
         raise
-    _check(marks)
+    _check(signatures)
 
 
-def _check(marks: Mapping[Path, FileMark]) -> None:
-    for path, mark in marks.items():
+def _check(signatures: Mapping[Path, FileSignature]) -> None:
+    for path, signature in signatures.items():
         try:
-            same = FileMark.of(os.stat(path)) == mark
+            same = FileSignature.of(os.stat(path)) == signature
         except OSError:
             same = False
         if not same:

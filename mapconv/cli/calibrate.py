@@ -9,12 +9,14 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import EPSILON, SCALARS, explain, notes, print_json, print_table, show, small, spread
+from mapconv.cli.output import EPSILON, SCALARS, explain, notes, print_json, print_table, show
 from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import CALIBRATE
+from mapconv.wording import fixed, percent, small, spread
 
 if TYPE_CHECKING:
+    from mapconv.adapter import MapModule
     from mapconv.training.calibration import CalibrationReport
 
 #: The exit status of a run that Ctrl-C ended, as shells have it.
@@ -56,9 +58,9 @@ def print_calibration(report: CalibrationReport) -> None:
         [
             [
                 name,
-                "-" if numbers.perplexity is None else f"{numbers.perplexity:.4f}",
+                fixed(numbers.perplexity),
                 small(numbers.kl),
-                f"{numbers.top1_agreement:.2%}",
+                percent(numbers.top1_agreement),
             ]
             for name, numbers in report.models.items()
         ],
@@ -82,16 +84,16 @@ def print_calibration(report: CalibrationReport) -> None:
     )
 
 
-def _row(name: str, modules: list) -> list[str]:
+def _row(name: str, modules: list[MapModule]) -> list[str]:
     return [
         name,
         str(len(modules)),
-        spread([_ratio(module.alpha, module.alpha_before) for module in modules]),
-        spread([_ratio(module.beta, module.beta_before) for module in modules]),
-        small(statistics.median(module.error_before for module in modules)),
-        small(statistics.median(module.error for module in modules)),
+        spread([_ratio(module.alpha, module.alpha_before) for module in modules], fixed),
+        spread([_ratio(module.beta, module.beta_before) for module in modules], fixed),
+        small(statistics.median(module.error_before for module in modules if module.error_before is not None)),
+        small(statistics.median(module.measured_error for module in modules)),
     ]
 
 
-def _ratio(after: float, before: float) -> float:
+def _ratio(after: float, before: float | None) -> float:
     return after / before if before else 1.0

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import notes, print_json, print_table, say, show, size, small
+from mapconv.cli.output import notes, print_json, print_table, say, show
 from mapconv.options.commands import CATALOG_RUN, CATALOG_STATUS
-from mapconv.wording import counted
+from mapconv.wording import counted, size, small
 
 if TYPE_CHECKING:
     from mapconv.catalog.status import Status
@@ -107,7 +107,7 @@ def _show(found: Status) -> None:
         show()
         print_table(
             ["least faithful", "ε worst", "KL"],
-            [[name, small(error), "-" if kl is None else small(kl)] for name, error, kl in found.least_faithful],
+            [[name, small(error), small(kl)] for name, error, kl in found.least_faithful],
         )
     notes(found.notes)
 

@@ -20,8 +20,6 @@ def errors_as_sentences() -> Iterator[None]:
     """Run a command; on an error print one sentence and exit. ``MAPCONV_DEBUG=1`` lets the traceback through."""
     try:
         yield
-    except click.exceptions.Exit as exit_request:
-        sys.exit(exit_request.exit_code)
     except click.UsageError as error:
         error.show()
         sys.exit(2)

@@ -7,11 +7,11 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import EPSILON, explain, notes, percent, print_json, print_table, show, size, small, spread
+from mapconv.cli.output import EPSILON, explain, notes, print_json, print_table, show
 from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.surgery import EXTRACT
-from mapconv.wording import counted
+from mapconv.wording import NONE, counted, fixed, rough_percent, size, small, spread
 
 if TYPE_CHECKING:
     from mapconv.commands.extract import ExtractedModule, ExtractResult
@@ -76,17 +76,16 @@ def _counts(result: ExtractResult, mood: str) -> None:
 
 
 def _row(name: str, modules: list[ExtractedModule], *, with_data: bool) -> list[str]:
-    ranks = sorted({module.scalars.rank for module in modules})
     errors = [module.scalars.error or 0.0 for module in modules]
     seen = [module.scalars.output_error for module in modules if module.scalars.output_error is not None]
     return [
         name,
         str(len(modules)),
-        str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} … {ranks[-1]}",
-        spread([module.scalars.base_gain for module in modules]),
-        percent(statistics.median(module.change for module in modules)),
+        spread([module.scalars.rank for module in modules], str),
+        spread([module.scalars.base_gain for module in modules], fixed),
+        rough_percent(statistics.median(module.change for module in modules)),
         small(max(errors)),
         small(statistics.median(errors)),
         small(statistics.median(module.floor for module in modules)),
-        *([small(max(seen)) if seen else "-"] if with_data else []),
+        *([small(max(seen)) if seen else NONE] if with_data else []),
     ]

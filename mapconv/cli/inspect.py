@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import notes, print_json, print_table, show, size
+from mapconv.cli.output import notes, print_json, print_table, show
 from mapconv.hub.reference import shown
 from mapconv.options.commands import INSPECT
-from mapconv.wording import counted
+from mapconv.wording import NONE, counted, size
 
 
 @command(INSPECT, "Describe an adapter, and what upgrade would do.")
@@ -46,7 +46,7 @@ def inspect(chosen: Chosen) -> None:
             [
                 group.module_type,
                 str(group.count),
-                group.layers or "-",
+                group.layers or NONE,
                 _list(group.ranks),
                 _list(f"{scaling:.4g}" for scaling in group.scalings),
                 _list("×".join(map(str, shape)) for shape in group.shapes),

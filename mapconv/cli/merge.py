@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import notes, percent, print_json, show, size
+from mapconv.cli.output import notes, print_json, show
 from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import MERGE
-from mapconv.wording import counted
+from mapconv.wording import counted, rough_percent, size
 
 
 @command(MERGE, "Merge an adapter into its base weights.")
@@ -35,11 +35,11 @@ def merge(chosen: Chosen) -> None:
         verb, changes = ("would be merged", "would change") if dry_run else ("merged", "changes")
         verb_of_values = "would change" if dry_run else "changed"
         show(f"  {counted(len(result.merged), 'tensor')} {verb} in {result.seconds:.1f} s")
-        most = percent(worst.rounding_error)
+        most = rough_percent(worst.rounding_error)
         show(f"  {worst.dtype} rounding {changes} up to {most} of an update (worst: {worst.tensor})")
         kept, least = result.survival, min(result.merged, key=lambda item: item.survival.projection)
         show(
             f"  {kept.projection:.3f} of the update survives (least: {least.survival.projection:.3f}, {least.tensor}); "
-            f"{percent(kept.changed_share)} of the values {verb_of_values}"
+            f"{rough_percent(kept.changed_share)} of the values {verb_of_values}"
         )
     notes(result.notes)

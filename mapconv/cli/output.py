@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import shutil
 import sys
@@ -96,46 +95,3 @@ def _columns() -> int:
     if sys.stdout is None or not sys.stdout.isatty():
         return sys.maxsize
     return shutil.get_terminal_size().columns
-
-
-def size(nbytes: float) -> str:
-    """1,234,567 → ``1.2 MB``."""
-    value, unit = float(nbytes), "B"
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def spread(values: Sequence[float], digits: int = 4) -> str:
-    """``1.0012`` where all agree to the digits shown, else ``0.9981 … 1.0144``."""
-    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
-    return low if low == high else f"{low} … {high}"
-
-
-def small(value: float) -> str:
-    """A number near zero: ``0``, ``0.0123`` or ``1.2e-08``."""
-    if value == 0:
-        return "0"
-    return f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.1e}"
-
-
-def percent(share: float) -> str:
-    """``54 %``, ``0.4 %``, ``0 %``, ``2e-05 %``."""
-    value = 100 * share
-    return f"{value:.0f} %" if value >= 10 or value == 0 else f"{value:.2g} %"
-
-
-def roughly(seconds: float) -> str:
-    """An estimate, with no more digits than it deserves: ``5 s``, ``2 min``, ``3 h``."""
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * length:
-            return f"{_coarse(seconds / length)} {unit}"
-    return f"{_coarse(max(1.0, seconds))} s"
-
-
-def _coarse(value: float) -> int:
-    """To one digit: 1, 2, … 9, 10, 20."""
-    magnitude = 10 ** max(0, math.floor(math.log10(value)))
-    return round(value / magnitude) * magnitude

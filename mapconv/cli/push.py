@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import notes, print_json, print_table, say, show, size
+from mapconv.cli.output import notes, print_json, print_table, say, show
 from mapconv.options.commands import PUSH
 from mapconv.options.shared import MESSAGE
-from mapconv.wording import counted
+from mapconv.wording import counted, size
 
 if TYPE_CHECKING:
     from mapconv.commands.push import PushResult

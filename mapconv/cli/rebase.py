@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from mapconv.cli.calibrate import INTERRUPTED, print_calibration
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import notes, print_json, print_table, show, size, small
+from mapconv.cli.output import notes, print_json, print_table, show
 from mapconv.cli.served import show_served
 from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import REBASE
-from mapconv.wording import counted
+from mapconv.wording import NONE, counted, size, small, spread
 
 if TYPE_CHECKING:
     from mapconv.commands.rebase import RebaseResult
@@ -53,11 +53,10 @@ def _report(result: RebaseResult) -> None:
         groups[module.path.rpartition(".")[2]].append(module)
     rows = []
     for name, modules in groups.items():
-        ranks = sorted({module.rank for module in modules})
         seen = [module.output_error for module in modules if module.output_error is not None]
-        of_outputs = [small(max(seen)), small(statistics.median(seen))] if seen else ["-", "-"]
-        rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} … {ranks[-1]}"
-        errors = [module.error for module in modules]
+        of_outputs = [small(max(seen)), small(statistics.median(seen))] if seen else [NONE, NONE]
+        rank = spread([module.rank for module in modules], str)
+        errors = [module.measured_error for module in modules]
         rows.append([name, str(len(modules)), rank, small(statistics.median(errors)), *of_outputs])
     print_table(["target", "modules", "rank", "ε of weights", "of outputs: worst", "median"], rows)
     show()

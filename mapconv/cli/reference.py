@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -34,7 +35,8 @@ def reference() -> str:
 def _pages(command: click.Command, parent: click.Context | None) -> Iterator[tuple[str, str]]:
     """(name as typed, help page) of a command, then of each below it."""
     name = "mapconv" if parent is None else command.name
-    settings = dict(cli.context_settings) | {"terminal_width": _WIDTH, "max_content_width": _WIDTH}
+    settings: dict[str, Any] = dict(cli.context_settings)
+    settings |= {"terminal_width": _WIDTH, "max_content_width": _WIDTH}
     with click.Context(command, info_name=name, parent=parent, **settings) as context:
         yield context.command_path, command.get_help(context)
         if isinstance(command, click.Group):

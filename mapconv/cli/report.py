@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import print_json, show, size
+from mapconv.cli.output import print_json, show
 from mapconv.options.commands import REPORT
+from mapconv.wording import size
 
 
 @command(REPORT, "Write an HTML report to look at.")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mapconv.cli.output import print_table, show, small
+from mapconv.cli.output import print_table, show
+from mapconv.wording import fixed, percent, small
 
 if TYPE_CHECKING:
     from mapconv.fidelity.served import ServedNumbers
@@ -26,8 +27,8 @@ def show_served(numbers: ServedNumbers) -> None:
             [
                 name,
                 small(model.kl),
-                f"{model.top1_agreement:.2%}",
-                "-" if model.perplexity is None else f"{model.perplexity:.4f}",
+                percent(model.top1_agreement),
+                fixed(model.perplexity),
             ]
             for name, model in named
         ],

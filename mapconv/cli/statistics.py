@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import notes, print_json, show, size
+from mapconv.cli.output import notes, print_json, show
 from mapconv.hub.reference import shown
 from mapconv.options.commands import STATISTICS_COMMAND
+from mapconv.wording import size
 
 
 @command(STATISTICS_COMMAND, "Collect a base's layer inputs, for many rebases.")

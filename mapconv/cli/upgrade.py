@@ -10,24 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from mapconv.cli.calibrate import INTERRUPTED, print_calibration
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import (
-    EPSILON,
-    SCALARS,
-    explain,
-    notes,
-    print_json,
-    print_table,
-    roughly,
-    show,
-    size,
-    small,
-    spread,
-)
+from mapconv.cli.output import EPSILON, SCALARS, explain, notes, print_json, print_table, show
 from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import UPGRADE
 from mapconv.options.shared import MAX_RANK
-from mapconv.wording import counted
+from mapconv.wording import NONE, counted, fixed, rough_seconds, size, small, spread
 
 if TYPE_CHECKING:
     from mapconv.adapter import MapModule
@@ -73,7 +61,8 @@ def _show_plan(result: UpgradeResult) -> None:
     if plan.tokens:
         show(f"  data      {counted(plan.sequences, 'sequence')}, {counted(plan.tokens, 'token')}: fits layer outputs")
     show(f"  output    would write {result.out} ({'about ' if plan.tolerance else ''}{size(plan.nbytes)})")
-    show(f"  takes     roughly {roughly(plan.seconds)} and {size(float(f'{plan.memory:.1g}'))} of memory")
+    if plan.seconds is not None and plan.memory is not None:
+        show(f"  takes     roughly {rough_seconds(plan.seconds)} and {size(float(f'{plan.memory:.1g}'))} of memory")
 
 
 def _report(result: UpgradeResult, chosen: Chosen) -> None:
@@ -89,7 +78,7 @@ def _report(result: UpgradeResult, chosen: Chosen) -> None:
         + (["of outputs: worst", "median"] if with_data else []),
         [_row(name, modules, with_data=with_data) for name, modules in groups.items()],
     )
-    errors = [module.error for module in result.modules]
+    errors = [module.measured_error for module in result.modules]
     show()
     show(
         f"  {counted(len(errors), 'module')}, {result.parameters:,} parameters, {size(result.nbytes)}, "
@@ -108,17 +97,16 @@ def _report(result: UpgradeResult, chosen: Chosen) -> None:
 
 
 def _row(name: str, modules: list[MapModule], *, with_data: bool) -> list[str]:
-    ranks = sorted({module.rank for module in modules})
     seen = [module.output_error for module in modules if module.output_error is not None]
-    of_outputs = [small(max(seen)), small(statistics.median(seen))] if seen else ["-", "-"]
+    of_outputs = [small(max(seen)), small(statistics.median(seen))] if seen else [NONE, NONE]
     return [
         name,
         str(len(modules)),
-        str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} … {ranks[-1]}",
-        spread([module.base_gain for module in modules]),
-        spread([module.beta / module.alpha if module.alpha else 0.0 for module in modules]),
-        small(max(module.error for module in modules)),
-        small(statistics.median(module.error for module in modules)),
+        spread([module.rank for module in modules], str),
+        spread([module.base_gain for module in modules], fixed),
+        spread([module.beta / module.alpha if module.alpha else 0.0 for module in modules], fixed),
+        small(max(module.measured_error for module in modules)),
+        small(statistics.median(module.measured_error for module in modules)),
         *(of_outputs if with_data else []),
     ]
 
@@ -170,4 +158,4 @@ def _stay(count: int) -> str:
 
 def _felt_error(module: MapModule) -> float:
     """ε of the outputs where data was seen, which is what was minimised there; else of the weights."""
-    return module.error if module.output_error is None else module.output_error
+    return module.measured_error if module.output_error is None else module.output_error

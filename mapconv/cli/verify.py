@@ -7,11 +7,12 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import EPSILON, explain, notes, print_json, print_table, show, small
+from mapconv.cli.output import EPSILON, explain, notes, print_json, print_table, show
 from mapconv.cli.served import show_served
 from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import VERIFY
+from mapconv.wording import fixed, percent, small
 
 if TYPE_CHECKING:
     from mapconv.commands.verify import VerifyReport
@@ -49,7 +50,7 @@ def _report(report: VerifyReport) -> None:
     elif report.kl is not None:
         _functions(report)
     if report.kl is not None:
-        show(f"  top-1 agreement               {report.top1_agreement:.2%}")
+        show(f"  top-1 agreement               {percent(report.top1_agreement)}")
         show(f"  largest KL at one position    {small(report.kl_largest)}")
         show(f"  largest logit difference      {small(report.largest_logit_difference)}")
         show()
@@ -74,6 +75,6 @@ def _functions(report: VerifyReport) -> None:
     ]
     print_table(
         ["model", "perplexity", "KL(source ‖ model)"],
-        [[name, "-" if perplexity is None else f"{perplexity:.4f}", small(kl)] for name, perplexity, kl in rows],
+        [[name, fixed(perplexity), small(kl)] for name, perplexity, kl in rows],
     )
     show()

@@ -14,7 +14,7 @@ from mapconv.data import Rows, read_rows
 from mapconv.errors import CheckpointError, DataError
 from mapconv.fidelity.comparison import Comparison
 from mapconv.formats import read_adapter
-from mapconv.hub import locate_base, original_of_base
+from mapconv.hub.locate import locate_base, original_of_base
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
 from mapconv.runtime.devices import resolve_device
 
@@ -98,7 +98,8 @@ def _measure(
         raise DataError(f"{stored.target.folder} needs more than text to run: choose its --base-values by name.")
     on_stored, on_original = (sums.means(causal=compared.is_causal) for sums in (total.source, total.result))
     # Mean losses: KL(data ‖ model) but for the data's own entropy.
-    likelier = compared.is_causal and on_original.loss < on_stored.loss
+    new, old = on_original.loss, on_stored.loss
+    likelier = compared.is_causal and new is not None and old is not None and new < old
     return {
         "chosen": "original" if likelier else "stored",
         "kl": on_original.kl,

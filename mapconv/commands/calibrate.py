@@ -10,14 +10,14 @@ from typing import Any
 
 from mapconv.adapter import Adapter, MapModule
 from mapconv.checkpoint.sidecars import copy_tokenizer
-from mapconv.checkpoint.staging import check_output, staged_folder
+from mapconv.checkpoint.staging import check_output, remove_file, staged_folder
 from mapconv.commands.outputs import output_beside
 from mapconv.data import Objective, read_rows
 from mapconv.errors import AdapterError, OutputError
 from mapconv.fidelity.metrics import ModelNumbers
 from mapconv.formats import read_adapter
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
-from mapconv.hub import locate_adapter
+from mapconv.hub.locate import locate_adapter
 from mapconv.metadata.card import CARD_FILE, PLOT_FILE, REPORT_FILE
 from mapconv.metadata.provenance import source_fingerprint
 from mapconv.options.commands import CALIBRATE
@@ -146,8 +146,7 @@ def calibrate(
             _copy_sidecars(adapter_path, staging, all_files=in_place)
             report = calibrate_folder(*training, into=staging, **arguments)
     assert report is not None  # this is the first process
-    for path in (checkpoint, checkpoint.with_name(f"{checkpoint.name}.partial")):
-        path.unlink(missing_ok=True)
+    remove_file(checkpoint)
     return CalibrateResult(out, adapter_path, source_path, source.target.folder, report)
 
 

@@ -19,7 +19,7 @@ from mapconv.checkpoint.unchanged import unchanged
 from mapconv.commands.extract_checks import refuse_swapped, require_lineage, selected
 from mapconv.commands.outputs import output_beside
 from mapconv.formats.mapdir import needs_magnitude
-from mapconv.hub import open_base, open_model
+from mapconv.hub.locate import open_base, open_model
 from mapconv.hub.ranges import prefetch
 from mapconv.options.shared import MAX_RANK, SAMPLES, SEQUENCE_LENGTH, STATISTICS
 from mapconv.options.surgery import EXTRACT, EXTRACT_RANK
@@ -185,8 +185,8 @@ def extract(
                     samples=samples or SAMPLES.fallback,
                     length=sequence_length or SEQUENCE_LENGTH.fallback,
                 )
-            marks = base_checkpoint.marks | tuned_checkpoint.marks
-            with staged_folder(out, force=force) as staging, unchanged(marks):
+            signatures = base_checkpoint.signatures | tuned_checkpoint.signatures
+            with staged_folder(out, force=force) as staging, unchanged(signatures):
                 extractor = Extractor(readers, options)
                 jobs = known_inputs(placed, found, tuned_checkpoint, sample, options, quiet=quiet)
                 record = {"unchanged": changes.unchanged, "left": left, "cosine": changes.cosine}

@@ -10,7 +10,7 @@ from typing import Any
 from mapconv.adapter import Adapter, Module, WholeTensor
 from mapconv.checkpoint.codecs import storages
 from mapconv.formats import read_adapter
-from mapconv.hub import locate_adapter
+from mapconv.hub.locate import locate_adapter
 from mapconv.options.commands import INSPECT
 from mapconv.placement.adapters import place_adapter
 from mapconv.refit.plan import FULL_RANK_AS

@@ -20,11 +20,11 @@ from mapconv.checkpoint.flushing import BackgroundFlush
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.staging import check_output, check_output_file, staged_file, staged_folder, write_file
-from mapconv.checkpoint.unchanged import marks_of, unchanged
+from mapconv.checkpoint.unchanged import signatures_of, unchanged
 from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.commands.base_values import MEASURED_SAMPLES, BaseValues, choose_base
 from mapconv.errors import BaseMismatchError
-from mapconv.hub import locate_adapter
+from mapconv.hub.locate import locate_adapter
 from mapconv.hub.reference import shown
 from mapconv.merging.companions import write_companions
 from mapconv.merging.merger import MergedTensor, Merger, survival_record
@@ -119,9 +119,10 @@ def merge(
             or a dtype for weights that are copied in codes.
     """
     started = time.perf_counter()
+    assert not isinstance(max_shard_size, str)  # the option has made bytes of it
     named = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     sources = [locate_adapter(adapter, allow_pickle=allow_pickle) for adapter in named]
-    marks = marks_of(sources, ADAPTER_FILES)
+    signatures = signatures_of(sources, ADAPTER_FILES)
     out = Path(out)
     choice = None
     if base_values is not None:
@@ -141,12 +142,12 @@ def merge(
     notes = [*(note for item in placed for note in item.adapter.notes), *plan.target.notes]
     notes += [] if choice is None else [choice.note]
     notes += quantization_notes(plan.target.checkpoint, copied=quantized == "copy")
-    marks |= plan.target.checkpoint.marks
+    signatures |= plan.target.checkpoint.signatures
     if dry_run:
         place = TemporaryDirectory(prefix="mapconv-")
     else:
         place = staged_file(out, folder.name) if single else staged_folder(out, force=force)
-    with place as name, unchanged(marks):
+    with place as name, unchanged(signatures):
         staging = Path(name)
         merged = _write_weights(plan, placed, None if dry_run else staging, quiet=quiet)
         if not force:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mapconv.checkpoint.filenames import ADAPTER_FILES
-from mapconv.hub import hub_reference
+from mapconv.hub.locate import hub_reference
 
 
 def output_beside(source: str | Path, suffix: str) -> Path:

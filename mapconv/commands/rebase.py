@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import gc
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from mapconv.adapter import MapModule
-from mapconv.checkpoint.filenames import ADAPTER_FILES
-from mapconv.checkpoint.staging import check_output, staged_folder
-from mapconv.checkpoint.unchanged import marks_of, unchanged
-from mapconv.commands.outputs import output_beside
+from mapconv.commands.refitting import RefitResult, Refitting
 from mapconv.errors import FidelityError
 from mapconv.fidelity.served import ServedNumbers, measure_served
 from mapconv.formats.mapdir import needs_magnitude
-from mapconv.hub import locate_adapter
 from mapconv.metadata.provenance import base_name, base_revision
 from mapconv.options.commands import REBASE
 from mapconv.options.shared import MAX_RANK, SAMPLES, SEQUENCE_LENGTH
@@ -34,45 +30,24 @@ from mapconv.runtime.devices import resolve_device
 from mapconv.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
-    from mapconv.training.calibration import CalibrationReport
+    pass
 
 
-@dataclass(frozen=True)
-class RebaseResult:
-    """What a rebase wrote, or with ``dry_run`` what it would write (then without modules).
+@dataclass(frozen=True, kw_only=True)
+class RebaseResult(RefitResult):
+    """What a rebase wrote, an adapter of the base ``onto``.
 
     ``served`` compares the other base alone, the source on it as it is, and the result, with the source on its own
     base, on text that the refit did not see; None where no model was run. ``unchanged`` says that both bases are equal.
     """
 
-    out: Path
-    source: Path
-    base: Path
     onto: Path
-    method: str
     statistics: str
-    modules: tuple[MapModule, ...]
-    parameters: int
-    nbytes: int
-    seconds: float
-    dry_run: bool
-    plain_lora: bool
     unchanged: bool
     served: ServedNumbers | None = None
-    calibration: CalibrationReport | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def worst_error(self) -> float:
-        return max((module.error for module in self.modules), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        table = {field.name: getattr(self, field.name) for field in fields(self)}
-        table |= {name: str(getattr(self, name)) for name in ("out", "source", "base", "onto")}
-        table["served"] = None if self.served is None else self.served.to_dict()
-        table["calibration"] = None if self.calibration is None else self.calibration.record()
-        table["modules"] = [module.to_dict() for module in self.modules]
-        return table
+        return super().to_dict() | {"served": None if self.served is None else self.served.to_dict()}
 
 
 @REBASE.checks
@@ -144,10 +119,9 @@ def rebase(
         ValueError: an option out of its range, or options that cannot be used together.
     """
     started = time.perf_counter()
-    samples, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
-    out = output_beside(source, "rebased") if out is None else Path(out)
-    source = locate_adapter(source, allow_pickle=allow_pickle)
-    marks = marks_of([source], ADAPTER_FILES)
+    wanted, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
+    refitting = Refitting.of(source, out, "rebased", allow_pickle=allow_pickle)
+    source = refitting.source
     runs = (statistics != "none" and statistics_from is None) or data is not None
     trained = place_adapter(source, base, allow_pickle=allow_pickle, lean=not runs)
     served = place_adapter(source, onto, allow_pickle=allow_pickle, lean=not runs)
@@ -163,16 +137,15 @@ def rebase(
     rank = mean_rank(trained) if spread and rank is None else rank
     options = RebaseOptions(rank, tolerance, max_rank or MAX_RANK.fallback, free_gain, dtype, pad_ranks)
     nbytes = options.stored_bytes(served)
-    check_output(out, force=force, inputs=[source, trained.target.folder, served.target.folder], nbytes=nbytes)
+    refitting.check_output(trained.target, served.target, nbytes=nbytes, force=force)
     notes = [*trained.adapter.notes, *_other_base(trained, base)]
     modules: tuple[MapModule, ...] = ()
     parameters, numbers, changed, calibration = 0, None, True, None
     if not dry_run:
         place = resolve_device(device)
-        marks |= trained.target.checkpoint.marks | served.target.checkpoint.marks
-        with staged_folder(out, force=force) as staging, unchanged(marks):
+        with refitting.staged(trained.target, served.target, force=force) as staging:
             refits, evidence = gather(
-                trained, served, statistics, None if data is None else Path(data), samples, length, seed, place,
+                trained, served, statistics, None if data is None else Path(data), wanted, length, seed, place,
                 collected=None if statistics_from is None else Path(statistics_from), quiet=quiet,
             )  # fmt: skip
             directory = MapDirectory(served, staging)
@@ -208,7 +181,7 @@ def rebase(
             if not changed:
                 notes.append("both bases hold the same weights: there was nothing to rebase")
     return RebaseResult(
-        out=out,
+        out=refitting.out,
         source=source,
         base=trained.target.folder,
         onto=served.target.folder,
@@ -230,6 +203,7 @@ def rebase(
 def _spread(trained: PlacedAdapter, served: PlacedAdapter, options: RebaseOptions, refits: Refits) -> RebaseOptions:
     """The options with a rank for each module; the experts of a stack, which must be alike, keep theirs."""
     modules = [item for item in served.modules if item.experts == 1]
+    assert options.rank is not None  # the mean, which the caller has settled
     if not modules:
         return options
     with torch.inference_mode(), Rebaser(trained, served, options) as rebaser:

@@ -102,6 +102,6 @@ def _kind(path: Path) -> Kind:
     if (path / CONFIG_FILE).is_file():
         raise AdapterError(f"{path} is not a MAP adapter yet: run `mapconv upgrade {path}` and report its result.")
     raise AdapterError(
-        f"{path} is no MAP adapter, merged model or catalog's output: give a folder that `mapconv upgrade`, "
+        f"{path} is not a MAP adapter, a merged model or a catalog's output: give a folder that `mapconv upgrade`, "
         "`mapconv merge` or `mapconv catalog run` wrote."
     )

@@ -15,7 +15,7 @@ from mapconv.checkpoint.unchanged import unchanged
 from mapconv.data import read_dataset, read_rows
 from mapconv.data.blocks import BATCH, batches_of
 from mapconv.errors import DataError
-from mapconv.hub import open_base
+from mapconv.hub.locate import open_base
 from mapconv.metadata.provenance import recorded_name
 from mapconv.options.commands import STATISTICS_COMMAND
 from mapconv.options.shared import SAMPLES, SEQUENCE_LENGTH
@@ -80,7 +80,7 @@ def statistics(
     rows = read_rows(Path(data))
     train, _ = read_dataset(rows, load_tokenizer(target.folder), length=length, samples=samples)
     dtype = FLOAT_NAMES.get(common_dtype(checkpoint), "float32")
-    with staged_folder(out, force=force) as staging, unchanged(checkpoint.marks):
+    with staged_folder(out, force=force) as staging, unchanged(checkpoint.signatures):
         model = load_target(target, dtype=dtype, device=place, quiet=quiet)
         if not reads_text(model) or length > longest_text(model):
             raise DataError(

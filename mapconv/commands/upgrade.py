@@ -5,19 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.moments import Statistics
-from mapconv.checkpoint.filenames import ADAPTER_FILES
-from mapconv.checkpoint.staging import check_output, staged_folder
-from mapconv.checkpoint.unchanged import marks_of, unchanged
-from mapconv.commands.outputs import output_beside
+from mapconv.commands.refitting import RefitResult, Refitting
 from mapconv.errors import UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude
-from mapconv.hub import locate_adapter
 from mapconv.options.commands import UPGRADE
 from mapconv.options.shared import MAX_RANK, SAMPLES, SEQUENCE_LENGTH, STATISTICS
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
@@ -35,39 +31,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class UpgradeResult:
-    """What an upgrade wrote, or with ``dry_run`` what it would write (then without modules, and a rough estimate in the
-    plan).
+@dataclass(frozen=True, kw_only=True)
+class UpgradeResult(RefitResult):
+    """What an upgrade wrote; with ``dry_run`` the ``plan`` has a rough estimate of what it takes."""
 
-    ``parameters`` and ``nbytes`` are those of the adapter, as ``inspect`` counts them in the result.
-    """
-
-    out: Path
-    source: Path
-    base: Path
-    method: str
-    modules: tuple[MapModule, ...]
     plan: PlanSummary
-    parameters: int
-    nbytes: int
-    seconds: float
-    dry_run: bool
-    plain_lora: bool
-    calibration: CalibrationReport | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def worst_error(self) -> float:
-        return max((module.error for module in self.modules), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        table = {field.name: getattr(self, field.name) for field in fields(self)}
-        table |= {name: str(getattr(self, name)) for name in ("out", "source", "base")}
-        table["calibration"] = None if self.calibration is None else self.calibration.record()
-        table["plan"] = self.plan.to_dict()
-        table["modules"] = [module.to_dict() for module in self.modules]
-        return table | {"worst_error": self.worst_error}
+        return super().to_dict() | {"plan": self.plan.to_dict()}
 
 
 @UPGRADE.checks
@@ -122,10 +93,9 @@ def upgrade(
         ValueError: an option out of its range, or options that cannot be used together.
     """
     started = time.perf_counter()
-    samples, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
-    out = output_beside(source, "map") if out is None else Path(out)
-    source = locate_adapter(source, allow_pickle=allow_pickle)
-    marks = marks_of([source], ADAPTER_FILES)
+    wanted, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
+    refitting = Refitting.of(source, out, "map", allow_pickle=allow_pickle)
+    source = refitting.source
     options = ConvertOptions(
         rank,
         tolerance,
@@ -148,16 +118,15 @@ def upgrade(
     plan = plan_upgrade(placed, options)
     log.info("placed %d modules of %s on %s", len(plan.jobs), source, placed.target.folder)
     nbytes = plan.nbytes
-    check_output(out, force=force, inputs=[source, placed.target.folder], nbytes=nbytes)
+    refitting.check_output(placed.target, nbytes=nbytes, force=force)
     sample = None
     if data is not None and not plan.is_exact:
-        sample = read_data(Path(data), placed.target, samples=samples, length=length)
+        sample = read_data(Path(data), placed.target, samples=wanted, length=length)
     refitted: tuple[MapModule, ...] = ()
     modules, parameters, calibration = refitted, 0, None
     norms = BaseNorms(placed.target.checkpoint)
     if not dry_run:
-        marks |= placed.target.checkpoint.marks
-        with staged_folder(out, force=force) as staging, unchanged(marks):
+        with refitting.staged(placed.target, force=force) as staging:
             refitted = write_map_directory(plan, norms, sample, staging, quiet=quiet)
             modules = refitted
             log.info("wrote %d modules to %s", len(modules), staging)
@@ -169,11 +138,11 @@ def upgrade(
     notes = [
         *_notes(placed, options),
         *norms.notes,
-        *_data_notes(plan, sample, samples, refitted),
+        *_data_notes(plan, sample, wanted, refitted),
         *(() if calibration is None else calibration.notes),
     ]
     return UpgradeResult(
-        out=out,
+        out=refitting.out,
         source=source,
         base=placed.target.folder,
         method=placed.adapter.method,
@@ -233,17 +202,15 @@ def _notes(placed: PlacedAdapter, options: ConvertOptions) -> list[str]:
     return notes
 
 
-def _data_notes(plan: UpgradePlan, sample: Sample | None, samples: int, refitted: Sequence[MapModule]) -> list[str]:
+def _data_notes(plan: UpgradePlan, sample: Sample | None, wanted: int, refitted: Sequence[MapModule]) -> list[str]:
     """What is wrong with --data, and what it could not serve; a dry run has refitted nothing."""
     if plan.options.statistics is None:
         return []
     if sample is None:
         return ["every module keeps its own factors, which is exact: --data and --calibrate change nothing"]
     notes, found = list(sample.sequences.notes), len(sample.sequences)
-    if found < samples:
-        notes.append(
-            f"--data gives {counted(found, 'sequence')} beside those held out, fewer than the {samples} to run"
-        )
+    if found < wanted:
+        notes.append(f"--data gives {counted(found, 'sequence')} beside those held out, fewer than the {wanted} to run")
     exact = {job.placed.key for job in plan.jobs if job.kind != "refit"}
     unseen = [m.path for m in refitted if m.output_error is None and m.error and (m.path, m.expert) not in exact]
     if unseen:

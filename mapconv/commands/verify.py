@@ -20,7 +20,7 @@ from mapconv.fidelity.saved import check_report_place, save_report
 from mapconv.fidelity.served import ServedNumbers, measure_served
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
 from mapconv.formats.peft import CONFIG_FILE
-from mapconv.hub import hub_reference, locate_adapter, locate_result, open_model
+from mapconv.hub.locate import hub_reference, locate_adapter, locate_result, open_model
 from mapconv.options.commands import VERIFY
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
 from mapconv.placement.base_check import base_fault
@@ -30,7 +30,8 @@ from mapconv.runtime.models import load_tokenizer
 from mapconv.runtime.progress import progress_bar
 
 SEQUENCE_LENGTH = 256
-
+_DIVERGENCES: tuple[str, ...] = ("kl", "kl_largest", "kl_base", "top1_agreement", "largest_logit_difference")
+_PERPLEXITIES: tuple[str, ...] = ("perplexity_base", "perplexity_source", "perplexity_result")
 
 log = logging.getLogger(__name__)
 
@@ -230,11 +231,9 @@ def _compare(compared: Comparison | ModelComparison, block: list[int], total: Ag
 
 
 def _means(total: Agreement, *, causal: bool) -> dict[str, float | None]:
-    names: tuple[str, ...] = ("kl", "kl_largest", "kl_base", "top1_agreement", "largest_logit_difference")
-    perplexities: tuple[str, ...] = ("perplexity_base", "perplexity_source", "perplexity_result")
     if not total.result.positions:
-        return dict.fromkeys((*names, *perplexities))
+        return dict.fromkeys((*_DIVERGENCES, *_PERPLEXITIES))
     base, source, result = (sums.means(causal=causal) for sums in (total.base, total.source, total.result))
     values = (result.kl, total.result.kl_largest, base.kl, result.top1_agreement, total.result.difference)
     means = (base.perplexity, source.perplexity, result.perplexity)
-    return dict(zip(names, values, strict=True)) | dict(zip(perplexities, means, strict=True))
+    return dict(zip(_DIVERGENCES, values, strict=True)) | dict(zip(_PERPLEXITIES, means, strict=True))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mapconv.errors import AdapterError
-from mapconv.fidelity.metrics import Sums
+from mapconv.fidelity.metrics import Sums, add_all
 from mapconv.formats.peft import CONFIG_FILE, KEY_PREFIX
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.running import load_base
@@ -43,8 +43,7 @@ class Agreement:
         """Count logits (positions, classes) of three models; ``targets``: the known next tokens of a causal model."""
         count = len(source) if targets is None else len(targets)
         wanted = source[:count]
-        for sums, logits in ((self.base, base[:count]), (self.source, wanted), (self.result, result[:count])):
-            sums.add(wanted, logits, targets)
+        add_all([self.base, self.source, self.result], wanted, [base[:count], wanted, result[:count]], targets)
 
 
 class Comparison:

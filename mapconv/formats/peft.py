@@ -147,7 +147,7 @@ def _module(path: str, parts: dict[str, TensorRef], settings: LoraSettings) -> M
     a, b, magnitude = parts[name_A], parts[name_B], parts.get("lora_magnitude_vector")
     if len(a.shape) < 2 or len(b.shape) != len(a.shape) or any(size != 1 for size in b.shape[2:]):
         raise AdapterError(
-            f"{a.file}: {a.name} is {list(a.shape)} and {b.name} is {list(b.shape)}: no factors of one weight."
+            f"{a.file}: {a.name} is {list(a.shape)} and {b.name} is {list(b.shape)}: they make no weight together."
         )
     rank = a.shape[0]
     if len(a.shape) > 2 and b.shape[1] != rank:

@@ -20,6 +20,7 @@ from typing import Any
 
 from mapconv.checkpoint.flushing import flush_data
 from mapconv.checkpoint.headers import MAX_HEADER_BYTES
+from mapconv.checkpoint.staging import replace_file
 from mapconv.errors import CheckpointError, HubError
 from mapconv.files import LARGE
 from mapconv.hub.client import limit_waits
@@ -189,13 +190,9 @@ class RangedFile:
         """Record that [start, stop) is on the disk."""
         with self._lock:
             self._spans = _merged([*self._spans, (start, stop)])
-            temporary = self._record.with_suffix(".partial")
-            temporary.unlink(missing_ok=True)
             assert self._version is not None  # known since the header was opened
             table = {"size": self._version.size, "etag": self._version.etag, "have": self._spans}
-            with open(temporary, "x", encoding="utf-8") as file:
-                file.write(json.dumps(table))
-            temporary.replace(self._record)
+            replace_file(self._record, json.dumps(table).encode())
 
     def _untrue(self, what: str, *, transient: bool = False) -> HubError:
         """The error for an answer that is not what was asked for; ``transient``: worth another attempt."""

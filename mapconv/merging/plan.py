@@ -37,8 +37,8 @@ class CopyJob:
 
 
 @dataclass(frozen=True)
-class ConvertJob:
-    """A tensor that no adapter touches, written in another dtype, or plain where it is stored in codes."""
+class TensorJob:
+    """One tensor from where it is stored to its place in the merged model."""
 
     source: TensorRef
     target: TensorRef
@@ -50,6 +50,11 @@ class ConvertJob:
     @property
     def nbytes(self) -> int:
         return self.source.nbytes
+
+
+@dataclass(frozen=True)
+class ConvertJob(TensorJob):
+    """A tensor that no adapter touches, written in another dtype, or plain where it is stored in codes."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +67,12 @@ class LowRankUpdate:
 
 
 @dataclass(frozen=True)
-class MergeJob:
+class MergeJob(TensorJob):
     """A tensor that the adapters change."""
 
-    source: TensorRef
-    target: TensorRef
     updates: tuple[LowRankUpdate, ...] = ()
     rows: tuple[WholeTensor, ...] = ()
     biases: tuple[BiasUpdate | MergedBias, ...] = ()
-
-    @property
-    def output(self) -> Path:
-        return self.target.file
-
-    @property
-    def nbytes(self) -> int:
-        return self.source.nbytes
 
     @property
     def grid(self) -> tuple[int, int, int]:

@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 from mapconv.adapter import MapModule
 from mapconv.hub.reference import is_repo_id
-from mapconv.metadata.markdown import calibration_table, number, percent, python_code, table, value_range, worst
+from mapconv.metadata.markdown import calibration_table, number, python_code, share, table
 from mapconv.metadata.readme import Readme, compose, read_readme
 from mapconv.metadata.rebased import rebase_section
 from mapconv.metadata.survived import survival_table
 from mapconv.untrusted.printable import markdown_code, markdown_text
+from mapconv.wording import fixed, small, spread
 
 CARD_FILE, PLOT_FILE, REPORT_FILE = "README.md", "scalars.png", "verify.json"
 #: What is taken over from the cards of the source and the base, and may be the user's own in README.md.
@@ -194,7 +195,7 @@ def _fidelity(facts: CardFacts) -> str:
             f"input: {weights}."
         )
     rows = [
-        (name, "-" if report[key] is None else f"{report[key]:.4f}", number(kl))
+        (name, fixed(report[key]), number(kl))
         for name, key, kl in (
             ("base", "perplexity_base", report["kl_base"]),
             ("source adapter" if _is_adapter(facts.source) else "source", "perplexity_source", 0.0),
@@ -204,7 +205,7 @@ def _fidelity(facts: CardFacts) -> str:
     head = ("model", "perplexity", "KL(source ‖ model)")
     return (
         f"{table(head, rows)}\n\nMeasured by `mapconv verify` at {report['tokens']:,} positions of a text: the same "
-        f"most likely answer as the source {percent(report['top1_agreement'])} of the time; {weights}."
+        f"most likely answer as the source {share(report['top1_agreement'])} of the time; {weights}."
     )
 
 
@@ -216,10 +217,10 @@ def _scalars(facts: CardFacts) -> str:
         (
             markdown_text(name),
             str(len(modules)),
-            value_range([module.rank for module in modules], "{}"),
-            value_range([module.base_gain for module in modules], "{:.4f}"),
-            value_range([module.beta / module.alpha if module.alpha else 0.0 for module in modules], "{:.4f}"),
-            worst([module.error for module in modules if module.error is not None]),
+            spread([module.rank for module in modules], str),
+            spread([module.base_gain for module in modules], fixed),
+            spread([module.beta / module.alpha if module.alpha else 0.0 for module in modules], fixed),
+            small(max((module.error for module in modules if module.error is not None), default=None)),
         )
         for name, modules in groups.items()
     ]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mapconv.untrusted.printable import markdown_text
+from mapconv.wording import fixed, is_finite, percent, small
 
 
 def python_code(head: str, *parts: str) -> str:
@@ -19,34 +19,23 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def value_range(values: Sequence[float], form: str) -> str:
-    low, high = form.format(min(values)), form.format(max(values))
-    return low if low == high else f"{low} … {high}"
-
-
-def worst(errors: Sequence[float]) -> str:
-    return number(max(errors)) if errors else "-"
-
-
 def number(value: float | None) -> str:
-    if value is None or not math.isfinite(value):  # JSON has no NaN
-        return "not finite"
-    if value == 0:
-        return "0"
-    return f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.1e}"
+    """A measured number from a record, in which null stands for what is not finite."""
+    return small(value) if is_finite(value) else "not finite"
 
 
-def percent(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.2%}"
+def share(value: float | None) -> str:
+    """The same of a share of 1."""
+    return percent(value) if is_finite(value) else "not finite"
 
 
 def calibration_table(record: Mapping[str, Any]) -> str:
     rows = [
         (
             markdown_text(name),
-            "-" if numbers.get("perplexity") is None else f"{numbers['perplexity']:.4f}",
+            fixed(numbers.get("perplexity")),
             number(numbers.get("kl")),
-            percent(numbers.get("top1_agreement")),
+            share(numbers.get("top1_agreement")),
         )
         for name, numbers in record["models"].items()
     ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mapconv.metadata.markdown import number, percent, table
+from mapconv.metadata.markdown import number, share, table
+from mapconv.wording import fixed
 
 #: The models that were compared with the source on its own base, and what they are.
 SERVED_MODELS = {
@@ -45,8 +46,8 @@ def rebase_section(rebase: Mapping[str, Any], origin: str, base: str) -> str:
         (
             what,
             number(served[name].get("kl")),
-            percent(served[name].get("top1_agreement")),
-            "-" if served[name].get("perplexity") is None else f"{served[name]['perplexity']:.4f}",
+            share(served[name].get("top1_agreement")),
+            fixed(served[name].get("perplexity")),
         )
         for name, what in SERVED_MODELS.items()
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mapconv.metadata.markdown import number, percent, table
+from mapconv.metadata.markdown import number, share, table
 from mapconv.untrusted.printable import markdown_code
 
 #: The numbers of a record's ``survival``, and what they are.
@@ -32,4 +32,4 @@ def survival_table(survival: Mapping[str, Any]) -> str:
 
 
 def _row(name: str, part: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    return name, f"{part['projection']:.3f}", percent(part["changed"]), number(part["error"])
+    return name, f"{part['projection']:.3f}", share(part["changed"]), number(part["error"])

@@ -19,7 +19,7 @@ from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
 from mapconv.errors import AdapterError, BaseMismatchError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter
 from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
-from mapconv.hub import locate_adapter
+from mapconv.hub.locate import locate_adapter
 from mapconv.merging.merger import DIRECTION_TOLERANCE
 from mapconv.metadata.provenance import source_record
 from mapconv.nn.attaching import Attached, Trainable, adaptable, attach, check_model, disabled, has_adapters

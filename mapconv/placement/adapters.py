@@ -11,7 +11,7 @@ from mapconv.adapter import Adapter, Module
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import AdapterError, CheckpointError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter
-from mapconv.hub import open_base
+from mapconv.hub.locate import open_base
 from mapconv.placement.bases import plain_base
 from mapconv.placement.by_name import linear_paths, place, require_all_targets
 from mapconv.placement.skeleton import knows_type, names_class, typed_model_config

@@ -44,8 +44,8 @@ def _further(placed: PlacedAdapter) -> list[Module]:
     name = target.class_name or (causal_class(config) if names_class(config) else None)
     if name is None:
         raise UnsupportedError(
-            f"{target.folder} is of no class in transformers, which would tell its linear layers: rebase the adapter "
-            "without --all-linear."
+            f"transformers has no class for {target.folder}, from which its linear layers would be known: rebase the "
+            "adapter without --all-linear."
         )
     live = LiveModel(config, name)
     taken = {item.module.path for item in placed.modules}

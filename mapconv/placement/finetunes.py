@@ -84,7 +84,7 @@ def pair_finetune(
     one, two = (config.get("model_type") or config.get("_class_name") for config in (base_config, tuned_config))
     if one != two:
         raise PlacementError(
-            f"{tuned.folder} is of another architecture ({two}) than {base.folder} ({one}): give the model that it was "
+            f"{tuned.folder} has another architecture ({two}) than {base.folder} ({one}): give the model that it was "
             "finetuned from with --base."
         )
     if names_class(tuned_config) and names_class(base_config):

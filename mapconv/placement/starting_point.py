@@ -124,7 +124,7 @@ class _Resolution:
             parameter = self._parameter(item)
             if parameter in owners:
                 raise UnsupportedError(
-                    f"{item.tensor.file} and {owners[parameter].tensor.file} both bring {parameter} whole "
+                    f"{item.tensor.file} and {owners[parameter].tensor.file} both replace {parameter} "
                     "(modules_to_save), and only one can be in the merged model: merge them one by one."
                 )
             owners[parameter] = item

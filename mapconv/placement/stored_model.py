@@ -54,8 +54,8 @@ def stored_target(checkpoint: Checkpoint, adapters: Sequence[Adapter], config: M
                 continue
             if tensors[name] is not checkpoint.tensors[name]:
                 raise UnsupportedError(
-                    f"{item.tensor.file} and {tensors[name].file} both bring {name} whole, and only one can stand in "
-                    "the merged model: merge them one by one."
+                    f"{item.tensor.file} and {tensors[name].file} both replace {name}, and only one can be in the "
+                    "merged model: merge them one by one."
                 )
             tensors[name] = replace(item.tensor, name=name)
             dtypes[name] = checkpoint.tensors[name].dtype

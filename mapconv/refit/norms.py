@@ -15,7 +15,6 @@ import json
 import math
 import os
 import sys
-import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from mapconv.algebra.norms import BLOCK_ELEMENTS
 from mapconv.checkpoint.codecs.base import EncodedTensor
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.checkpoint.reader import TensorReader
+from mapconv.checkpoint.staging import replace_file
 from mapconv.placement.weights import Piece, WeightView, weight_fingerprint
 from mapconv.runtime.threads import in_order, worker_count
 
@@ -122,13 +122,8 @@ class BaseNorms:
             if _plausible(found)
         }
         text = json.dumps({"version": _CACHE_VERSION, "base": str(self._base), "weights": finite}, indent=1)
-        temporary = self._path.with_name(f".{self._key}.{uuid.uuid4().hex[:8]}")
-        try:
-            temporary.write_text(text)
-            temporary.replace(self._path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        with contextlib.suppress(OSError):
+            replace_file(self._path, text.encode())
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -171,8 +166,8 @@ def _identity(checkpoint: Checkpoint) -> str:
     for file in checkpoint.files:
         # A base that stays on the Hub has holes in its file, but lies under the commit that it is a copy of.
         here = checkpoint.source is None
-        marks = (file.path.resolve(), file.mark) if here else (file.path.absolute(), "on the Hub")
-        digest.update(repr((*marks, sorted(file.metadata.items()))).encode("utf-8", "surrogateescape"))
+        known = (file.path.resolve(), file.signature) if here else (file.path.absolute(), "on the Hub")
+        digest.update(repr((*known, sorted(file.metadata.items()))).encode("utf-8", "surrogateescape"))
         for ref in file.tensors:
             digest.update(f"{ref.name}\0{ref.dtype}\0{ref.shape}\0{ref.start}\n".encode())
             if isinstance(ref, EncodedTensor):

@@ -19,6 +19,7 @@ import torch
 from mapconv.adapter import TensorRef
 from mapconv.algebra.fingerprint import Fingerprint
 from mapconv.algebra.moments import InputRoot
+from mapconv.algebra.norms import all_finite
 from mapconv.algebra.regression import RegressionInputs
 from mapconv.checkpoint.headers import read_tensor_file
 from mapconv.checkpoint.reader import TensorReader
@@ -123,7 +124,7 @@ class StoredStatistics:
         """What is known of a layer's inputs, which are taken to be the same on every base."""
         layer = self._layers[path]
         factor = unpacked(reader.read(self._tensors[layer["tensor"]]), layer["width"])
-        if not torch.isfinite(factor).all() or not (factor.diagonal() > 0).all():
+        if not all_finite(factor) or not (factor.diagonal() > 0).all():
             raise CheckpointError(
                 f"{self.folder / ROOTS_FILE}: {layer['tensor']} is not the root of a second moment: make the folder "
                 "again with `mapconv statistics`."

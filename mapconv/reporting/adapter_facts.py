@@ -12,8 +12,9 @@ from mapconv.fidelity.saved import read_report
 from mapconv.formats import read_adapter
 from mapconv.reporting.heatmap import Measure
 from mapconv.reporting.layout import Layout, lay_out
-from mapconv.reporting.numbers import count, finite_or_none, gain, number, small
+from mapconv.reporting.numbers import finite_or_none, number
 from mapconv.reporting.scales import diverging, sequential, spanning
+from mapconv.wording import count, gain, small
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,20 @@ def adapter_facts(folder: Path) -> AdapterFacts:
 def update_ratio(module: MapModule) -> float | None:
     """β/α, or None for α = 0."""
     return module.beta / module.alpha if module.alpha else None
+
+
+def update_shares(facts: AdapterFacts) -> list[tuple[int | None, float]]:
+    """(layer, its part of the update's squared norm), layer by layer: β is the norm of a weight's update, and squared
+    Frobenius norms add up. Empty where there is one layer, or no update.
+    """
+    layout, betas = facts.layout, [abs(module.beta) for module in facts.modules]
+    largest = max(betas, default=0.0)
+    if len(layout.layers) < 2 or not largest:
+        return []
+    sums = [0.0] * len(layout.layers)
+    for (_, column), members in layout.members.items():
+        sums[column] += sum((betas[member] / largest) ** 2 for member in members)
+    return [(layer, found / sum(sums)) for layer, found in zip(layout.layers, sums, strict=True)]
 
 
 def _measures(

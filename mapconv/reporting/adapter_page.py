@@ -8,14 +8,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mapconv.metadata.rebased import SERVED_MODELS, verdict
-from mapconv.reporting.adapter_facts import AdapterFacts
-from mapconv.reporting.charts import dots_figure
+from mapconv.reporting.adapter_facts import AdapterFacts, update_shares
+from mapconv.reporting.charts import bars_figure, dots_figure
 from mapconv.reporting.heatmap import heat_map
 from mapconv.reporting.markup import Html, element, table
 from mapconv.reporting.module_table import module_table
-from mapconv.reporting.numbers import count, finite_or_none, gain, number, size, small, text
+from mapconv.reporting.numbers import finite_or_none, number, text
 from mapconv.reporting.origins import origin
 from mapconv.reporting.page import build_page, definitions, section, tiles
+from mapconv.wording import NONE, count, gain, rough_percent, size, small
 
 #: Whose numbers a calibration records, in its own words.
 _CALIBRATED = ("base", "source", "closed form", "calibrated")
@@ -32,7 +33,8 @@ _WORTH = (
 def adapter_page(facts: AdapterFacts) -> str:
     modules = module_table(facts)
     lead = element("p", "A MAP adapter: ", element("code", "W' = α·W0/‖W0‖ + β·Δ/‖Δ‖"), ", by module and layer.")
-    figures = element("div", *(heat_map(measure, facts.layout) for measure in facts.measures), class_="maps")
+    maps = (heat_map(measure, facts.layout) for measure in facts.measures)
+    figures = element("div", *_shares(facts), *maps, class_="maps")
     sections = [
         *_rebase(facts),
         section("summary", "Summary", tiles(list(_tiles(facts)))),
@@ -42,6 +44,17 @@ def adapter_page(facts: AdapterFacts) -> str:
         section("provenance", "Made from", definitions(list(_provenance(facts)))),
     ]
     return build_page(facts.adapter.path.resolve().name, lead, sections, [modules])
+
+
+def _shares(facts: AdapterFacts) -> Iterable[Html]:
+    """Where in the model the update lies."""
+    shares = [(NONE if layer is None else str(layer), share) for layer, share in update_shares(facts)]
+    if shares:
+        about = (
+            "The part of the whole update's squared norm that lies in each layer: β² of its modules beside the sum "
+            "over all. The parts add up to 100 %."
+        )
+        yield bars_figure("shares", "Share of the update by layer", about, shares, rough_percent, "layer")
 
 
 def _tiles(facts: AdapterFacts) -> Iterable[tuple[str, str, str]]:

@@ -11,8 +11,9 @@ from mapconv.reporting.charts import histogram_figure, share_table
 from mapconv.reporting.datatable import Column, DataTable, linked, numeric
 from mapconv.reporting.ledger import Entry, Ledger, href
 from mapconv.reporting.markup import Html, element, table
-from mapconv.reporting.numbers import NONE, count, finite_or_none, seconds, size, small
+from mapconv.reporting.numbers import finite_or_none
 from mapconv.reporting.page import build_page, section, tiles
+from mapconv.wording import NONE, count, seconds, size, small
 
 _REPORT_FILE = "report.html"
 #: Entries of a list of extremes, failures shown of one kind, and names of one group.

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from mapconv.reporting.markup import Html, element, table
-from mapconv.reporting.numbers import NONE, finite_or_none, tick
+from mapconv.reporting.numbers import finite_or_none
+from mapconv.wording import NONE, tick
 
 _BINS = 24
 
@@ -89,15 +90,9 @@ def histogram_figure(
     """A card with the bars, their axis, what they leave out, and their table."""
     found = histogram(values)
     tallest = max((bar.count for bar in found.bins), default=0)
-    bars = [
-        element(
-            "i",
-            element("u", style=f"height:{100 * bar.count / tallest:.2f}%" if bar.count else "height:0"),
-            data_at=f"0,{number}",
-            data_tip=f"{tick(spell(bar.low))} … {tick(spell(bar.high))}: {bar.count:,} {what}",
-        )
-        for number, bar in enumerate(found.bins)
-    ]
+    ranges = [f"{tick(spell(bar.low))} … {tick(spell(bar.high))}" for bar in found.bins]
+    bars = [(bar.count / tallest if bar.count else 0.0) for bar in found.bins]
+    tips = [f"{said}: {bar.count:,} {what}" for said, bar in zip(ranges, found.bins, strict=True)]
     left_out = [
         f"{count:,} {'is' if count == 1 else 'are'} {said}"
         for count, said in ((found.zeros, "exactly 0, which this axis cannot show"), (found.absent, "without a number"))
@@ -106,20 +101,48 @@ def histogram_figure(
     axis = "logarithmic axis" if found.logarithmic else ""
     note = "; ".join(filter(None, (axis, *left_out)))
     caption = element("figcaption", element("h3", title), element("p", about, f" ({note})." if note else ""))
-    plot = element(
-        "div",
-        *bars,
-        class_="bars cells",
-        tabindex="0",
-        role="group",
-        aria_label=f"Histogram of {title}. Arrow keys go from bar to bar.",
-    )
-    rows = [(f"{tick(spell(bar.low))} … {tick(spell(bar.high))}", f"{bar.count:,}") for bar in found.bins]
+    plot = _bars(bars, tips, f"Histogram of {title}.")
+    rows = [(said, f"{bar.count:,}") for said, bar in zip(ranges, found.bins, strict=True)]
     rows += [(name, f"{n:,}") for name, n in (("exactly 0", found.zeros), ("no number", found.absent)) if n]
     numbers = table((title, what), rows, caption=f"{title}: how many {what}")
     body = (element("p", f"{tallest:,}", class_="top"), plot, _axis(found, spell)) if found.bins else ()
     details = element("details", element("summary", "Numbers"), numbers)
     return element("figure", caption, *body, details, class_="card", id=f"histogram-{key}")
+
+
+def bars_figure(
+    key: str, title: str, about: str, values: Sequence[tuple[str, float]], spell: Callable[[float], str], what: str
+) -> Html:
+    """A card with a bar for each named value of at least 0, and their table; ``what`` the names are of."""
+    tallest = max(value for _, value in values)
+    shares = [value / tallest if tallest else 0.0 for _, value in values]
+    plot = _bars(shares, [f"{what} {name}: {spell(value)}" for name, value in values], f"{title}.")
+    labels = [
+        element("span", values[n][0], style=f"left:{100 * (n + 0.5) / len(values):.3f}%")
+        for n in range(0, len(values), max(1, math.ceil(len(values) / 12)))
+    ]
+    axis = element("div", *labels, class_="axis", aria_hidden="true")
+    numbers = table((what, title), [(name, spell(value)) for name, value in values], caption=title)
+    return element(
+        "figure",
+        element("figcaption", element("h3", title), element("p", about)),
+        element("p", spell(tallest), class_="top"),
+        plot,
+        axis,
+        element("details", element("summary", "Numbers"), numbers),
+        class_="card",
+        id=f"bars-{key}",
+    )
+
+
+def _bars(shares: Sequence[float], tips: Sequence[str], label: str) -> Html:
+    """Bars by their part of the height, each with its words."""
+    bars = [
+        element("i", element("u", style=f"height:{100 * share:.2f}%"), data_at=f"0,{number}", data_tip=tip)
+        for number, (share, tip) in enumerate(zip(shares, tips, strict=True))
+    ]
+    label = f"{label} Arrow keys go from bar to bar."
+    return element("div", *bars, class_="bars cells", tabindex="0", role="group", aria_label=label)
 
 
 def _axis(found: Histogram, spell: Callable[[float | None], str]) -> Html:
@@ -130,10 +153,10 @@ def _axis(found: Histogram, spell: Callable[[float | None], str]) -> Html:
         decades = [n for n in wanted if f"{edges[n]:.6e}".startswith("1.000000e")]
         wanted = decades if len(decades) > 1 else [0, len(edges) - 1]
     every = max(1, math.ceil(len(wanted) / 5))
-    marks = [
+    labels = [
         element("span", tick(spell(edges[n])), style=f"left:{100 * n / (len(edges) - 1):.2f}%") for n in wanted[::every]
     ]
-    return element("div", *marks, class_="axis", aria_hidden="true")
+    return element("div", *labels, class_="axis", aria_hidden="true")
 
 
 def _on_axis(value: float | None) -> TypeGuard[float]:
@@ -162,11 +185,11 @@ def dots_figure(
         track = element("i", dot, data_at=f"{number},0", data_tip=f"{name}: {spell(value)}. {what}")
         lines += [element("b", name), track, element("span", spell(value), class_="said")]
     every = max(1, math.ceil((last - first) / 6))
-    marks = [
+    labels = [
         element("span", f"1e{power:+03d}" if abs(power) > 4 else f"{10.0**power:g}", style=f"left:{part(power)}")
         for power in range(first, last + 1, every)
     ]
-    lines += [element("b", class_="axis"), element("div", *marks, class_="axis", aria_hidden="true")]
+    lines += [element("b", class_="axis"), element("div", *labels, class_="axis", aria_hidden="true")]
     lines.append(element("span"))
     plot = element(
         "div",

@@ -9,8 +9,9 @@ from typing import Literal
 
 from mapconv.reporting.layout import Layout
 from mapconv.reporting.markup import Html, element, table
-from mapconv.reporting.numbers import NONE, finite_or_none, short
+from mapconv.reporting.numbers import finite_or_none
 from mapconv.reporting.scales import Scale
+from mapconv.wording import NONE, short
 
 #: Columns between two numbers below a map.
 _TICKS = 5

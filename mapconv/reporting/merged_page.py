@@ -15,10 +15,11 @@ from mapconv.reporting.datatable import Column, DataTable, numeric
 from mapconv.reporting.heatmap import Measure, heat_map
 from mapconv.reporting.layout import Layout, lay_out
 from mapconv.reporting.markup import element
-from mapconv.reporting.numbers import number, small, text
+from mapconv.reporting.numbers import number, text
 from mapconv.reporting.origins import origin
 from mapconv.reporting.page import build_page, definitions, section, tiles
 from mapconv.reporting.scales import spanning
+from mapconv.wording import small
 
 _TITLES = {"projection": "update that survives", "changed": "share of the values that changed", "error": "ε"}
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from mapconv.reporting.adapter_facts import AdapterFacts, update_ratio
 from mapconv.reporting.datatable import Column, DataTable, numeric
-from mapconv.reporting.numbers import count, gain, number, small, text
+from mapconv.reporting.numbers import number, text
+from mapconv.wording import count, gain, small
 
 
 def module_table(facts: AdapterFacts) -> DataTable:

@@ -18,8 +18,8 @@ from mapconv.reporting.heatmap import Measure
 from mapconv.reporting.layout import Layout
 from mapconv.reporting.ledger import Ledger
 from mapconv.reporting.merged_page import MergedFacts
-from mapconv.reporting.numbers import short, small, tick
 from mapconv.reporting.scales import ramp
+from mapconv.wording import short, small, tick
 
 _BAR = "#3f5f95"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mapconv.checkpoint.staging import hidden_sibling
+from mapconv.checkpoint.staging import hidden_sibling, replaced_file
 from mapconv.errors import DataError, OutputError
 
 _VERSION = 1
@@ -34,12 +33,8 @@ class Checkpoint:
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Replace the file, whole or not at all."""
-        temporary = self._path.with_name(f"{self._path.name}.partial")
-        with open(temporary, "wb") as file:
+        with replaced_file(self._path) as file:
             torch.save({"fingerprint": self._fingerprint, "run": self._run, "state": dict(state)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
         """The stored state; None without one.
@@ -61,10 +56,6 @@ class Checkpoint:
             changed = [name for name in self._run if run.get(name) != self._run[name]]
             raise DataError(f"{self._path} is of a run with other {', '.join(changed) or 'settings'}: {again}")
         return state
-
-    def remove(self) -> None:
-        for path in (self._path, self._path.with_name(f"{self._path.name}.partial")):
-            path.unlink(missing_ok=True)
 
 
 def every(seconds: float, save: Callable[[], None]) -> Callable[[], None]:

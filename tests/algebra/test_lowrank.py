@@ -174,8 +174,8 @@ def test_both_factors_come_from_one_basis_when_the_iteration_ends_at_its_limit(m
     from mapconv.algebra.randomized import Sketch
 
     monkeypatch.setattr(randomized, "_converged", lambda *_, **__: False)
-    for limit in (1, 2, 3):
-        monkeypatch.setattr(randomized, "MAX_ITERATIONS", limit)
+    for limit in (1, 2):
+        monkeypatch.setattr(randomized, "MAX_BLOCKS", limit)
         S, W = matrices("noisy", (40, 30))
         pencil = DensePencil(S, W)
         sketch = Sketch(pencil, 5)

@@ -10,7 +10,7 @@ import torch
 
 from mapconv.algebra.lowrank import best_low_rank
 from mapconv.algebra.pencil import DensePencil
-from mapconv.algebra.randomized import MAX_ITERATIONS
+from mapconv.algebra.randomized import MAX_BLOCKS
 from mapconv.algebra.refit import refit, refit_to_tolerance, relative_error
 from tests.algebra.weights import Dense, random_weight
 
@@ -183,4 +183,4 @@ def test_a_matrix_with_a_slowly_falling_spectrum_stops_within_the_limit():
     solution = best_low_rank(pencil, 10, shift=0.0)
     best = float(torch.linalg.svdvals(noise.double())[10:].square().sum())
     assert best * (1 - 1e-6) <= solution.squared_error <= 1.02 * best
-    assert 0 < pencil.products_taken <= MAX_ITERATIONS
+    assert 0 < pencil.products_taken <= MAX_BLOCKS

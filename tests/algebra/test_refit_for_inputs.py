@@ -33,7 +33,8 @@ def optimum(weight: Dense, root: InputRoot, rank: int) -> float:
         values = torch.linalg.svdvals((weight.target - a * weight.base.double()) @ P)
         return float(values[rank:].square().sum())
 
-    best = min(error(a) for a in torch.linspace(0.7, 1.3, 601).tolist())
+    near = min(torch.linspace(0.7, 1.3, 61).tolist(), key=error)
+    best = min(map(error, torch.linspace(near - 0.01, near + 0.01, 21).tolist()))
     return best**0.5 / float((weight.change @ P).norm())
 
 

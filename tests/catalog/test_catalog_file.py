@@ -14,6 +14,7 @@ from mapconv.catalog.checking import output_fault
 from mapconv.catalog.entries import STAGES
 from mapconv.catalog.reading import read_catalog
 from mapconv.errors import CatalogError
+from tests import examples
 
 
 def faults(path: Path) -> dict[int, str]:
@@ -129,7 +130,7 @@ def test_hostile_yaml(text, line, tmp_path):
     assert line in faults(path) or text.startswith("adapters:\n  -")
 
 
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 @given(st.binary(max_size=200))
 @example(b"\xff\xfe")
 @example(b'{"source": "\\ud800"}')
@@ -151,7 +152,7 @@ VALUES = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 @given(st.dictionaries(st.sampled_from(["source", "base", "output", *STAGES, "y"]), VALUES, max_size=5))
 def test_any_entry_is_read_or_refused(tmp_path_factory, entry):
     path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"

@@ -16,6 +16,7 @@ from mapconv.catalog.ledger import Ledger, read_lines
 from mapconv.catalog.lock import is_locked, run_lock
 from mapconv.catalog.status import read_status
 from mapconv.errors import CatalogError, OutputError
+from tests import examples
 from tests.catalog.conftest import contents, ledger, poison
 
 HEADER = b'{"ledger": 1, "mapconv_version": "0"}\n'
@@ -73,7 +74,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(100), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.binary(max_size=60) | st.dictionaries(st.sampled_from(list(line())), JSON), max_size=4))
 @example([b'{"entry": "a", "fingerprint": "f", "status": "done", "error": "\\ud800"}'])
 def test_any_ledger_is_read(tmp_path, found):

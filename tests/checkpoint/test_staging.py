@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mapconv.checkpoint.staging import check_output, staged_folder
+from mapconv.checkpoint.staging import check_output, remove_file, replace_file, replaced_file, staged_folder
 from mapconv.errors import OutputError
 from tests.files import listing
 
@@ -154,6 +154,25 @@ def test_leftovers_go_unless_somebody_holds_them(tmp_path):
     write(tmp_path / "out", "new")
     os.close(holder)
     assert {path.name for path in tmp_path.iterdir()} == {"out", alive.name, other.name}
+
+
+def test_two_writers_of_a_file_do_not_disturb_each_other(tmp_path):
+    out = tmp_path / "a.json"
+    with replaced_file(out) as slow:
+        slow.write(b"slow")
+        replace_file(out, b"fast")
+        assert out.read_bytes() == b"fast"
+    assert out.read_bytes() == b"slow"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_file_that_is_removed_takes_its_leftovers_along(tmp_path):
+    out = tmp_path / "state"
+    replace_file(out, b"state")
+    (tmp_path / ".state.partial-0123").write_bytes(b"of a killed run")
+    (tmp_path / ".states.partial-0123").write_bytes(b"another's")
+    remove_file(out)
+    assert [path.name for path in tmp_path.iterdir()] == [".states.partial-0123"]
 
 
 def test_a_relative_path_and_missing_parents(tmp_path, monkeypatch):

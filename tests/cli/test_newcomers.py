@@ -128,8 +128,3 @@ def test_colour_is_for_terminals_that_want_it(monkeypatch):
         monkeypatch.setenv("NO_COLOR", "1")
         assert output.coloured("x", "red") == "x"
     monkeypatch.undo()
-
-
-def test_numbers_of_estimates():
-    assert [output.roughly(value) for value in (0.2, 7.4, 44, 130, 5000)] == ["1 s", "7 s", "40 s", "2 min", "80 min"]
-    assert [output.percent(value) for value in (0, 0.5388, 0.004, 1e-7)] == ["0 %", "54 %", "0.4 %", "1e-05 %"]

@@ -39,6 +39,12 @@ def rebase(bases, out, source="lora", **options):
     return mapconv.rebase(bases / source, out, base=bases / "base", onto=onto, **given)
 
 
+@pytest.fixture(scope="module")
+def spread(bases):
+    """The LoRA with every layer repaired, from data; tests must not write there."""
+    return rebase(bases, bases / "spread", all_linear=True)
+
+
 def spent(result):
     """Σ rank·(out + in), and the same of rank 1 everywhere."""
     tensors = load_file(result.out / "adapter_model.safetensors")
@@ -64,24 +70,22 @@ def test_repairing_every_layer_comes_closer_at_the_same_mean_rank(bases, source,
     assert len({module.rank for module in result.modules}) > 1
 
 
-def test_stock_peft_loads_every_tensor(bases, tmp_path):
-    rebase(bases, tmp_path / "out", all_linear=True)
+def test_stock_peft_loads_every_tensor(bases, spread):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected).*keys")
-        model = load_adapted(bases / "rounded", tmp_path / "out")
+        model = load_adapted(bases / "rounded", spread.out)
     live = {
         name.replace(".default", ""): value
         for name, value in model.named_parameters()
         if ".lora_A." in name or ".lora_B." in name
     }
-    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    stored = load_file(spread.out / "adapter_model.safetensors")
     assert live.keys() == stored.keys()
     assert all(torch.equal(live[name], stored[name]) for name in stored)
     assert not any("lm_head" in name or "embed" in name for name in stored)
 
 
-def test_a_shared_out_rank_serves_better_than_one_for_all(bases, tmp_path):
-    rebase(bases, tmp_path / "spread", all_linear=True)
+def test_a_shared_out_rank_serves_better_than_one_for_all(bases, spread, tmp_path):
     # The same layers at one rank each: a zero LoRA on all of them asks for no budget.
     source = save_adapter(bases / "base", tmp_path / "wide", size=0.05)
 
@@ -97,8 +101,8 @@ def test_a_shared_out_rank_serves_better_than_one_for_all(bases, tmp_path):
         source, tmp_path / "even", base=bases / "base", onto=bases / "rounded", data=bases / "text.txt", rank=RANK,
         **SIZES,
     )  # fmt: skip
-    spread, even = (distance(bases, tmp_path / name, bases / "rounded", "lora") for name in ("spread", "even"))
-    assert spread < even
+    shared_out, even = (distance(bases, out, bases / "rounded", "lora") for out in (spread.out, tmp_path / "even"))
+    assert shared_out < even
 
 
 def test_layers_that_the_other_base_left_alone_are_left_alone(bases, tmp_path):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mapconv.data import IGNORED, read_blocks, read_dataset, read_rows
 from mapconv.errors import DataError
 from mapconv.runtime.models import load_tokenizer
+from tests import examples
 
 CLASSES = {"good": 0, "bad": 1, "odd": 2}
 
@@ -82,7 +83,7 @@ def test_samples_are_the_first_of_the_training_part(read):
     assert torch.equal(some.input_ids, every.input_ids[:4])
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(
     texts=st.lists(st.text("abcdefgh", min_size=1, max_size=30), min_size=2, max_size=25),
     seed=st.integers(0, 5),

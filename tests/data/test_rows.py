@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mapconv.data import read_rows
 from mapconv.errors import DataError, DependencyError
+from tests import examples
 
 USER = {"role": "user", "content": "hi"}
 
@@ -143,7 +144,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(st.lists(json_values.map(json.dumps) | st.text(max_size=20) | st.binary(max_size=12), max_size=6))
 def test_hostile_lines_end_in_rows_or_in_one_sentence(tmp_path_factory, lines):
     path = tmp_path_factory.getbasetemp() / "hostile.jsonl"

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from tests.fake_hub import READ_TOKEN, WRITE_TOKEN, FakeHub
-from tests.hub.forked import ForkedPython
+from tests.forked import ROOT, Process
 
-ROOT = Path(__file__).resolve().parents[2]
 BASE_ID = "lab/tiny-llama"
 #: A repository that a MAP adapter without a tokenizer was pushed to.
 ADAPTER_FILES = {
@@ -25,10 +24,11 @@ CARD = "---\nlicense: apache-2.0\nlanguage: [en]\ndatasets: [lab/words]\npipelin
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory) -> SimpleNamespace:
+def models(forked, tmp_path_factory) -> SimpleNamespace:
     """A two-layer Llama with a tokenizer, a LoRA and a DoRA on it, and what mapconv makes of them."""
     folder = tmp_path_factory.mktemp("models")
-    subprocess.run([sys.executable, "-c", _MAKE, str(folder)], check=True, env=_environment(), timeout=120)
+    made = forked.run(_MAKE, ["make", str(folder)], _environment(), tmp_path_factory.mktemp("made") / "process")
+    assert made.returncode == 0, made.stderr
     return SimpleNamespace(folder=folder, **{path.name.replace("-", "_"): path for path in folder.iterdir()})
 
 
@@ -44,19 +44,32 @@ def xet_hub(tmp_path) -> Iterator[FakeHub]:
         yield server
 
 
-@pytest.fixture(scope="session")
-def forked() -> Iterator[ForkedPython]:
-    with ForkedPython() as server:
-        yield server
+@pytest.fixture
+def start(forked, tmp_path) -> Iterator[Callable[..., Process]]:
+    """Start ``mapconv ARGUMENTS`` and return the process; whatever still runs at the end is killed."""
+    started: list[Process] = []
+
+    def call(hub: FakeHub, *arguments: object, home: str = "home", stdin: str = os.devnull) -> Process:
+        folder = tmp_path / "started" / str(len(started))
+        words = ["mapconv", *map(str, arguments)]
+        started.append(forked.start(QUICK, words, _environment(hub.environment(tmp_path / home)), folder, stdin))
+        return started[-1]
+
+    yield call
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture
 def python(forked, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     """Run Python code as a client of a fake Hub, in a process and (``home``) a Hub cache of its own."""
+    numbers = count()
 
     def call(hub: FakeHub, code: str, *arguments: object, home: str = "other", token: str | None = WRITE_TOKEN, **more):
         env = _environment(hub.environment(tmp_path / home, token) | more)
-        return forked.run(code, [str(argument) for argument in arguments], env, tmp_path)
+        folder = tmp_path / "processes" / str(next(numbers))
+        return forked.run(code, ["python", *map(str, arguments)], env, folder)
 
     return call
 
@@ -74,24 +87,6 @@ def run(python) -> Callable[..., subprocess.CompletedProcess]:
         return done
 
     return call
-
-
-@pytest.fixture
-def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Start ``mapconv ARGUMENTS`` and return the process; whatever still runs at the end is killed."""
-    started: list[subprocess.Popen] = []
-
-    def call(hub: FakeHub, *arguments: object, home: str = "home") -> subprocess.Popen:
-        env = _environment(hub.environment(tmp_path / home))
-        command = [sys.executable, "-c", QUICK, *map(str, arguments)]
-        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        started.append(process)
-        return process
-
-    yield call
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
 def error_of(done: subprocess.CompletedProcess) -> str:
@@ -119,7 +114,7 @@ def json_of(data: bytes) -> dict:
 
 def _environment(own: dict[str, str] | None = None) -> dict[str, str]:
     path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
-    return dict(own or os.environ) | {"PYTHONPATH": path, "OMP_NUM_THREADS": "2"}
+    return dict(own or os.environ) | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 #: The command line with waits that a test can afford; the number of attempts stays.

@@ -9,7 +9,7 @@ import pytest
 from mapconv.commands.outputs import output_beside
 from mapconv.errors import AdapterError
 from mapconv.formats import read_adapter
-from mapconv.hub import locate_adapter
+from mapconv.hub.locate import locate_adapter
 from mapconv.hub.reference import HubReference, origin_of, parse_reference
 from tests.fake_hub import READ_TOKEN
 from tests.hub.conftest import BASE_ID, adapter_files, error_of, files_of, json_of

@@ -6,14 +6,13 @@ import hashlib
 import json
 import os
 import pty
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
 from tests.fake_hub import FakeHub
-from tests.hub.conftest import ADAPTER_FILES, BASE_ID, QUICK, error_of, files_of
+from tests.hub.conftest import ADAPTER_FILES, BASE_ID, error_of, files_of
 
 
 @pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
@@ -137,22 +136,20 @@ def test_a_dry_run_opens_no_connection(models, run, hub):
 
 
 @pytest.mark.parametrize(("answer", "sent"), [(b"n\n", False), (b"y\n", True)])
-def test_a_terminal_is_asked_before_anything_is_sent(models, hub, tmp_path, answer, sent):
-    command = [sys.executable, "-c", QUICK, "push", str(models.dora_map), "me/asked", "--base-id", BASE_ID]
+def test_a_terminal_is_asked_before_anything_is_sent(models, start, hub, answer, sent):
     controller, terminal = pty.openpty()
-    with subprocess.Popen(
-        command, env=hub.environment(tmp_path / "home"), stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        os.write(controller, answer)
-        _, errors = process.communicate(timeout=30)
+    words = ("push", models.dora_map, "me/asked", "--base-id", BASE_ID)
+    process = start(hub, *words, stdin=os.ttyname(terminal))
+    os.write(controller, answer)
+    _, errors = process.communicate(timeout=30)
     os.close(controller)
     os.close(terminal)
-    assert b"Send this to me/asked?" in errors
+    assert "Send this to me/asked?" in errors
     assert process.returncode == (0 if sent else 1)
     assert bool(hub.requests) is sent
 
 
-def _last_line(done: subprocess.CompletedProcess) -> str:
+def _last_line(done: CompletedProcess) -> str:
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 

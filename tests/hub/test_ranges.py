@@ -144,7 +144,7 @@ import hashlib, sys
 from pathlib import Path
 import torch
 from mapconv.checkpoint.reader import TensorReader
-from mapconv.hub import open_base
+from mapconv.hub.locate import open_base
 checkpoint = open_base(sys.argv[1], None, None, Path("x"), lean=True)
 def digest(tensor):
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()

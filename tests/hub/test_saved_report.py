@@ -44,7 +44,7 @@ def test_the_card_shows_the_report(result):
     save_report(result, REPORT | {"kl": float("inf")})
     assert "| this | 10.1000 | not finite |" in pack(result, base_id=BASE_ID).card("me/x")
     save_report(result, REPORT | {"perplexity_result": None})  # a model that predicts no next token
-    assert "| this | - | 0.0123 |" in pack(result, base_id=BASE_ID).card("me/x")
+    assert "| this | – | 0.0123 |" in pack(result, base_id=BASE_ID).card("me/x")
     names = ("kl", "kl_base", "top1_agreement", "perplexity_base", "perplexity_source", "perplexity_result")
     save_report(result, REPORT | {"tokens": 0} | dict.fromkeys(names))
     assert "on the weights alone" in pack(result, base_id=BASE_ID).card("me/x")

@@ -134,7 +134,7 @@ def test_a_compressed_answer_is_not_taken_for_bytes_of_the_file(hub, remote):
 def test_links_that_others_planted_in_the_cache_are_not_written_through(hub, remote, tmp_path):
     precious = tmp_path / "precious"
     precious.write_text("kept")
-    for name in ("twin", "twin.ranges.json", "twin.ranges.partial"):
+    for name in ("twin", "twin.ranges.json", ".twin.ranges.json.partial-0123"):
         (tmp_path / name).symlink_to(precious)
     with pytest.raises(OSError, match=r"symbolic links|Too many levels"):
         remote.fetch(0, 1000)

@@ -38,6 +38,8 @@ class Case:
     trained: torch.Tensor
     #: Logits of the base alone; None where the adapter's model has another vocabulary.
     untrained: torch.Tensor | None
+    #: How far one rounding moves the logits, where the model that was trained computes as the one that is loaded.
+    moved: float | None = None
 
     @property
     def uses_dora(self) -> bool:
@@ -79,6 +81,8 @@ class Workshop:
             if option.rewrite_is_source:
                 truth = tiny.logits(load_adapter(case, adapter))
                 case = replace(case, live=truth, trained=truth)
+        elif truth is live and option.slack == 1:
+            case = replace(case, moved=_moved(tiny, peft_model, live))
         return case
 
 
@@ -133,16 +137,23 @@ def tolerance(case: Case) -> float:
     so at most r + 6 roundings; and one random draw may fall short of the worst by a factor of about 3.  Floor: the
     models themselves compute norms and softmax in float32.
     """
-    model = load_adapter(case, case.adapter) if case.option.rewrite is None else load_base(case.tiny, case.base)
-    exact = case.tiny.logits(model)
+    exact, moved = case.live, case.moved
+    if moved is None:
+        model = load_adapter(case, case.adapter) if case.option.rewrite is None else load_base(case.tiny, case.base)
+        exact = case.tiny.logits(model)
+        moved = _moved(case.tiny, model, exact)
+    rank = case.option.settings(case.tiny)["r"]
+    return case.option.slack * 3 * (rank + 6) * max(moved, ROUNDING * float(exact.abs().max()))
+
+
+def _moved(tiny: Tiny, model: torch.nn.Module, exact: torch.Tensor) -> float:
+    """The largest change of a logit when each parameter moves by up to one rounding; the model is changed in place."""
     generator = torch.Generator().manual_seed(14)
     with torch.no_grad():
         for parameter in model.parameters():
             shift = 2 * torch.rand(parameter.shape, generator=generator, dtype=torch.float64) - 1
             parameter.mul_(1 + ROUNDING * shift)
-    moved = float((case.tiny.logits(model) - exact).abs().max())
-    rank = case.option.settings(case.tiny)["r"]
-    return case.option.slack * 3 * (rank + 6) * max(moved, ROUNDING * float(exact.abs().max()))
+    return float((tiny.logits(model) - exact).abs().max())
 
 
 def distance(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import mapconv
 from mapconv.placement.adapters import place_adapter
+from tests import examples
 
 from .dialects import CONFIG, WEIGHTS
 from .headers import write_header_only
@@ -97,7 +98,7 @@ def bases(workshop: Workshop) -> dict[tuple[str, str], Path]:
 
 
 @given(adapter=adapters(), way=st.sampled_from(("default", "fused")))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_placement_is_a_bijection_or_an_error(adapter, way, bases):
     name, tensors, owners, honest = adapter
     with tempfile.TemporaryDirectory() as folder:

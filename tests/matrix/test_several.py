@@ -79,6 +79,6 @@ def test_a_weight_does_not_scale_what_comes_whole(workshop, tmp_path):
     with pytest.raises(mapconv.MapconvError, match="cannot be scaled"):
         mapconv.merge(case.adapter, tmp_path / "out", base=case.base, weights=[0.5])
     twin = shutil.copytree(case.adapter, tmp_path / "twin")
-    with pytest.raises(mapconv.MapconvError, match="both bring"):
+    with pytest.raises(mapconv.MapconvError, match="both replace"):
         mapconv.merge([case.adapter, twin], tmp_path / "out", base=case.base)
     assert not (tmp_path / "out").exists()

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 import mapconv
 from mapconv.errors import AdapterError, MapconvError
+from tests import examples
 from tests.files import copy
 
-FAST = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FAST = settings(max_examples=examples(200), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 scalars = (
     st.none()

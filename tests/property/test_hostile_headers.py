@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from mapconv.checkpoint.headers import read_tensor_file
 from mapconv.checkpoint.index import read_checkpoint
 from mapconv.errors import CheckpointError, MapconvError
+from tests import examples
 from tests.files import read_header, write_header
 
-FAST = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FAST = settings(max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 json_values = st.recursive(

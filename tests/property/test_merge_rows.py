@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from mapconv.algebra.dora import merge_rows_
 from mapconv.algebra.norms import product_norm
 from mapconv.algebra.refit import refit, relative_error
+from tests import examples
 from tests.algebra.weights import Dense, random_weight
 
-FAST = settings(max_examples=150, deadline=None)
+FAST = settings(max_examples=examples(150), deadline=None)
 UNIT = 2**-24  # half an ulp of a float32 in [1, 2)
 
 

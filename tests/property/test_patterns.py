@@ -11,6 +11,7 @@ from peft.utils.other import get_pattern_key
 
 from mapconv.errors import AdapterError
 from mapconv.untrusted.patterns import PatternTable, require_bounded
+from tests import examples
 
 PATH = "model.layers.17.self_attn.q_proj"
 parts = st.sampled_from(["a", "b", ".", "q_proj", "1", "-", "layers", r"\.", r"\-", "/"])
@@ -19,7 +20,7 @@ keys = st.lists(parts, max_size=4).map("".join) | expressions
 paths = st.lists(st.sampled_from(["a", "b", ".", "q_proj", "1", "-", "layers", "\n"]), max_size=6).map("".join)
 
 
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 @given(st.lists(keys, unique=True, max_size=5), paths)
 def test_the_first_key_that_peft_finds(keys, path):
     found = PatternTable({key: key for key in keys}, "x").get(path, "none")

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 import mapconv
-from mapconv.reporting.numbers import gain, small
+from mapconv.wording import gain, small
 from tests.reporting.samples import save_adapter
 
 
@@ -46,7 +46,7 @@ def test_the_pointer_shows_a_modules_numbers_on_every_map(adapter, adapter_html,
 def test_arrow_keys_go_from_cell_to_cell(adapter, adapter_html, visit):
     page = visit(adapter_html)
     page.locator("#theme").focus()
-    for _ in range(5):  # the measurements against the source come first
+    for _ in range(8):  # the measurements against the source and the shares by layer come first
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.closest('#map-gain') !== null"):
             break

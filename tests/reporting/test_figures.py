@@ -16,9 +16,11 @@ import mapconv
 from mapconv.reporting.charts import dots_figure, histogram, histogram_figure
 from mapconv.reporting.heatmap import Measure, heat_map
 from mapconv.reporting.layout import lay_out
-from mapconv.reporting.numbers import count, gain, number, seconds, size, small, tick
+from mapconv.reporting.numbers import number
 from mapconv.reporting.scales import LEVELS, diverging, ramp, sequential, spanning
-from tests.reporting.samples import calibrate_records, data_of
+from mapconv.wording import count, gain, rough_percent, small
+from tests import examples
+from tests.reporting.samples import calibrate_records, data_of, save_adapter
 
 floats = st.one_of(st.floats(), st.floats(1e-12, 1e12), st.just(0.0), st.none())
 
@@ -77,6 +79,23 @@ def test_maps_show_the_numbers_of_map_config(upgraded):
             assert shown(figure) == places
 
 
+def test_the_update_by_layer_adds_up(upgraded):
+    modules, page = upgraded
+    figure = re.search(r'<figure[^>]* id="bars-shares">(.*?)</figure>', page, re.DOTALL)[1]
+    said = dict(re.findall(r'<th scope="row">(\d+)</th><td>(.*?)</td>', figure))
+    squares = dict.fromkeys(said, 0.0)
+    for module in modules:
+        squares[module["path"].split(".")[2]] += module["beta"] ** 2
+    assert said == {layer: rough_percent(square / sum(squares.values())) for layer, square in squares.items()}
+    heights = [float(height) for height in re.findall(r'<u style="height:([\d.]+)%', figure)]
+    assert heights == pytest.approx([100 * square / max(squares.values()) for square in squares.values()], abs=0.01)
+
+
+def test_one_layer_has_no_shares(tmp_path):
+    adapter = save_adapter(tmp_path / "one", ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"])
+    assert 'id="bars-shares"' not in mapconv.report(adapter, tmp_path / "one.html").out.read_text(encoding="utf-8")
+
+
 def test_the_table_below_a_map_has_the_maps_numbers(upgraded, adapter_html):
     for page in (upgraded[1], adapter_html.read_text(encoding="utf-8")):
         maps = [figure for figure in figures(page).values() if "data-columns" in figure]
@@ -111,7 +130,7 @@ def test_the_verdict_stands_before_the_maps(adapter_html):
 def test_kl_of_all_four_models(adapter_html):
     figure = re.search(r'<figure[^>]* id="dots-calibration">.*?</figure>', adapter_html.read_text(), re.DOTALL)[0]
     rows = dict(re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', figure))
-    assert rows == {"base": "0.6171", "source": "0", "closed form": "2.00e-04", "calibrated": "1.10e-04"}
+    assert rows == {"base": "0.6171", "source": "0", "closed form": "2.0e-04", "calibrated": "1.1e-04"}
     places = [float(left) for left in re.findall(r"left:([\d.]+)%\"></u>", figure)]
     assert len(places) == 3  # 0 has no place on a logarithmic axis
     base, closed, calibrated = places
@@ -129,7 +148,7 @@ def test_types_that_end_alike_are_told_apart():
     assert layout.members == {(0, 0): (0,), (1, 0): (1,), (2, 1): (2,), (3, 2): (3,)}
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.lists(st.sampled_from(["a", "b", "0", "7", "31", "999999", "layers"]), min_size=1, max_size=5), st.data())
 def test_every_module_has_one_place(parts, data):
     paths = [".".join(data.draw(st.permutations(parts))) for _ in range(4)]
@@ -176,7 +195,7 @@ def test_every_number_is_in_one_bin(values):
     assert len(found.bins) < 700  # one a decade, from the smallest float to the largest
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(st.lists(floats, max_size=6))
 def test_any_numbers_can_be_drawn_within_the_figure(values):
     drawn = histogram_figure("k", "t", "", values, small, "entries")
@@ -215,16 +234,6 @@ def test_scales():
     assert spanning([0.4, None, math.nan, 0.1]).ticks == (0.1, 0.25, 0.4)
 
 
-@pytest.mark.parametrize(
-    ("said", "expected"),
-    [
-        (gain(1.002138), "1.00214"), (gain(None), "–"), (gain(math.nan), "NaN"), (small(-math.inf), "−∞"),
-        (small(0), "0"), (small(0.01234), "0.0123"), (small(1.234e-8), "1.23e-08"), (count(1234), "1,234"),
-        (size(999), "999 B"), (size(1_250_000), "1.2 MB"), (size(3e15), "3,000.0 TB"), (seconds(0.421), "0.42 s"),
-        (seconds(303), "5 min 03 s"), (seconds(7530), "2 h 05 min"), (tick("1.00e-09"), "1e-09"),
-        (tick("10.0 MB"), "10 MB"),
-        (tick("0.0010"), "0.001"), (number(True), None), (number("1"), None), (number(10**400), math.inf),
-    ],
-)  # fmt: skip
-def test_spelling(said, expected):
-    assert said == expected
+@pytest.mark.parametrize(("found", "taken"), [(True, None), ("1", None), (7, 7.0), (10**400, math.inf)])
+def test_numbers_of_a_file(found, taken):
+    assert number(found) == taken

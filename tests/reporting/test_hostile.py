@@ -14,6 +14,7 @@ from mapconv.errors import AdapterError, CatalogError
 from mapconv.fidelity.saved import weights_mark
 from mapconv.reporting.catalog_page import catalog_page
 from mapconv.reporting.ledger import read_ledger
+from tests import examples
 from tests.reporting.samples import data_of, entries, save_adapter, save_ledger
 
 NAMES = (
@@ -70,7 +71,7 @@ def test_names_are_text_in_an_adapter(tmp_path, visit):
     assert "<img src=x>, layer 0" in page.locator("#tip").inner_text()
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.lists(st.dictionaries(st.sampled_from(FIELDS), values) | values, max_size=6))
 def test_any_line_of_json_is_read_or_counted(tmp_path_factory, lines):
     folder = save_ledger(tmp_path_factory.mktemp("any"), lines)

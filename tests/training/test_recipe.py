@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mapconv.training.loop import Recipe
+from tests import examples
 
 RECIPE = Recipe("distill", "scalars", 40, 1e-3, 4, 32, 0)
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(sequences=st.integers(1, 30), batch_size=st.integers(1, 9), seed=st.integers(0, 99))
 def test_every_pass_reads_each_sequence_once(sequences, batch_size, seed):
     recipe = replace(RECIPE, batch_size=batch_size, seed=seed)

@@ -86,7 +86,8 @@ def _of_diffusers(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, 
     for other, own in _OUTSIDE.items():
         if f"{own}.weight" in shapes:
             yield other, whole(f"{own}.weight", shapes[f"{own}.weight"])
-    yield from _swapped(*_LAST[::-1], shapes)
+    flux, diffusers = _LAST
+    yield from _swapped(diffusers, flux, shapes)
 
 
 def _joined(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> Location:

@@ -16,6 +16,7 @@ from mapconv.checkpoint.index import read_checkpoint
 from mapconv.checkpoint.quantization import quantization_settings
 from mapconv.checkpoint.reader import TensorReader, block_elements, row_ranges
 from mapconv.errors import CheckpointError, MapconvError, UnsupportedError
+from tests import examples
 
 from .encoders import STORAGES, Tensors
 from .test_values import NAME, weight_of
@@ -203,7 +204,7 @@ def mutate(tensors: Tensors, data: st.DataObject) -> None:
         tensors[data.draw(st.sampled_from(["weight", "scales", "weight_scale", "g_idx", "SCB"]))] = tensor.clone()
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_mutations(data, tmp_path):
     """Values, or an error of ours: never another, whatever one or two changes do to the tensors."""

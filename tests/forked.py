@@ -1,0 +1,183 @@
+"""Python code in processes of its own that need not load torch, transformers and PEFT again: forks of one process.
+
+The Hub's client reads its environment when it is imported. The server imports it under an environment of marks, and
+each fork puts its own values wherever a mark is: ``tests/hub/test_forked.py`` finds no mark in a fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+#: What the server's environment says, and no path or address in a fork may.
+MARK = "environment-of-the-server"
+_MARKS = {"HF_HOME": f"/{MARK}/home", "HF_ENDPOINT": f"http://{MARK}.invalid"}
+_PRELOADED = (
+    "click", "jinja2", "yaml", "torch", "safetensors.torch", "httpx", "matplotlib.figure",
+    "matplotlib.backends.backend_agg", "huggingface_hub.hf_api", "huggingface_hub.file_download",
+    "huggingface_hub.repocard", "huggingface_hub._snapshot_download", "transformers.modeling_utils",
+    "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "peft", "mapconv.cli",
+    "mapconv.commands.merge", "mapconv.commands.push", "mapconv.commands.upgrade", "mapconv.commands.verify",
+)  # fmt: skip
+
+
+class Process:
+    """A fork at work, as far as ``subprocess.Popen`` is needed."""
+
+    def __init__(self, server: ForkedPython, pid: int, out: Path, errors: Path) -> None:
+        self.pid, self.returncode = pid, None
+        self._server, self._out, self._errors = server, out, errors
+
+    def kill(self) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self.returncode = self._server.ask(wait=self.pid, timeout=timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(f"fork {self.pid}", timeout or 0)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        return self._out.read_text(), self._errors.read_text()
+
+
+class ForkedPython:
+    """Runs code in forks; use it as a context manager."""
+
+    def __enter__(self) -> ForkedPython:
+        path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        self._server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=kept | _MARKS | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._server.stdin.close()
+        try:
+            self._server.wait(10)
+        finally:
+            self._server.kill()
+
+    def ask(self, **request: Any) -> Any:
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def start(self, code: str, arguments: list[str], env: dict[str, str], folder: Path, stdin: str = os.devnull):
+        """Run ``code`` with ``sys.argv = arguments`` and the environment ``env``, its output in the new ``folder``."""
+        folder.mkdir(parents=True)
+        out, errors = folder / "stdout", folder / "stderr"
+        files = {"stdin": stdin, "out": str(out), "errors": str(errors)}
+        return Process(self, self.ask(code=code, arguments=arguments, env=env, **files), out, errors)
+
+    def run(self, code: str, arguments: list[str], env: dict[str, str], folder: Path) -> subprocess.CompletedProcess:
+        process = self.start(code, arguments, env, folder)
+        return subprocess.CompletedProcess(arguments, process.wait(), *process.communicate())
+
+
+def _serve() -> None:
+    for name in _PRELOADED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    places = list(_places())
+    gc.collect()
+    gc.freeze()  # or each fork's collections copy all pages of what never changes
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = _wait(request["wait"], request["timeout"])
+        else:
+            answer = os.fork()
+            if answer == 0:
+                _run(request, places)
+        print(json.dumps(answer), flush=True)
+
+
+def _wait(pid: int, timeout: float | None) -> int | None:
+    end = time.monotonic() + (float("inf") if timeout is None else timeout)
+    while True:
+        found, status = os.waitpid(pid, 0 if timeout is None else os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.002)
+
+
+def _places() -> Iterator[tuple[ModuleType | object, str]]:
+    """Where the environment is kept: the client's constants in modules that import them by name, and marks."""
+    from huggingface_hub import constants, hf_api
+
+    for module in list(sys.modules.values()):
+        if module is constants or not isinstance(module, ModuleType) or module.__name__ == __name__:
+            continue
+        for name, value in list(vars(module).items()):
+            marked = issubclass(type(value), str | Path) and MARK in str(value)
+            copied = name.isupper() and module.__name__.startswith("huggingface_hub") and name in vars(constants)
+            if marked or (copied and value is getattr(constants, name)):
+                yield module, name
+    yield hf_api.api, "endpoint"
+
+
+def _adopt_environment(places: list[tuple[ModuleType | object, str]]) -> None:
+    from huggingface_hub import constants
+
+    importlib.reload(constants)
+    for owner, name in places:
+        value = getattr(owner, name)
+        if name in vars(constants):
+            value = getattr(constants, name)
+        else:
+            kind = type(value)
+            for mark, new in ((_MARKS["HF_HOME"], constants.HF_HOME), (_MARKS["HF_ENDPOINT"], constants.ENDPOINT)):
+                value = kind(str(value).replace(mark, new)) if mark in str(value) else value
+        setattr(owner, name, value)
+
+
+def _run(request: dict[str, Any], places: list[tuple[ModuleType | object, str]]) -> None:
+    status = 1
+    try:
+        for number, path, flags in (
+            (0, request["stdin"], os.O_RDWR),
+            (1, request["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+            (2, request["errors"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+        ):
+            os.dup2(os.open(path, flags, 0o600), number)
+        sys.stdin = os.fdopen(0, closefd=False)
+        os.environ.clear()
+        os.environ.update(request["env"])
+        sys.path[:0] = request["env"].get("PYTHONPATH", "").split(os.pathsep)
+        sys.argv = request["arguments"]
+        _adopt_environment(places)
+        # Nothing of this file is seen by the code, as in a new process.
+        exec(compile(request["code"], "<test>", "exec"), {"__name__": "__main__"})
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    _serve()
