@@ -100,8 +100,8 @@ def _methods() -> list[str]:
     whole = list(WHOLE_METHODS.values())
     return [
         "",
-        f"PEFT's other methods, each merged to what stock PEFT merges it to ({len(METHOD_CASES)} combinations are tested "
-        "on Linear layers and on those named):",
+        f"PEFT's other methods, merged to what stock PEFT merges them to, on Linear layers and on those named "
+        f"({len(METHOD_CASES)} combinations are tested):",
         "",
         "| `upgrade` | methods |",
         "|---|---|",
