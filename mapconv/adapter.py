@@ -130,13 +130,6 @@ class Module:
         return self.rank > 0 or self.method is not None
 
     @classmethod
-    def of_method(cls, path: str, method: TunerMethod, own: Mapping[str, TensorRef], rank: int) -> Module:
-        """A layer of another method than LoRA, not yet placed."""
-        like = next((ref for ref in own.values() if ref.dtype in ("F32", "F16", "BF16")), next(iter(own.values())))
-        none = replace(like, name=f"{path}.lora_A.weight", shape=(0, 0), start=0)
-        return cls(path, rank, 1.0, none, none, method=method, own=tuple(own.items()))
-
-    @classmethod
     def without_factors(cls, path: str, shape: tuple[int, int], like: TensorRef) -> Module:
         """A weight (out, in) that the adapter leaves alone, as a module of rank 0: its factors are no bytes of a file.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mapconv.adapter import Adapter, Module, TensorRef, TunerMethod
@@ -71,10 +72,17 @@ def _modules(
         else:
             parts[match["path"]][match["part"]] = ref
     modules = (
-        Module.of_method(path, method, parts[path], _rank(parts[path], facts, method.config))
+        _module(path, method, parts[path], _rank(parts[path], facts, method.config))
         for path in sorted(parts, key=natural_order)
     )
     return tuple(modules), others
+
+
+def _module(path: str, method: TunerMethod, own: Mapping[str, TensorRef], rank: int) -> Module:
+    """A layer that is not yet placed: its factors, no bytes of a file, have no dimensions before."""
+    like = next((ref for ref in own.values() if ref.dtype in ("F32", "F16", "BF16")), next(iter(own.values())))
+    none = replace(like, name=f"{path}.lora_A.weight", shape=(0, 0), start=0)
+    return Module(path, rank, 1.0, none, none, method=method, own=tuple(own.items()))
 
 
 def _rank(own: Mapping[str, TensorRef], facts: MethodFacts, config: Mapping[str, Any]) -> int:
