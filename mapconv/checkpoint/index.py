@@ -123,7 +123,9 @@ def _read_pipeline(folder: Path) -> Checkpoint:
             )
     models = tuple(read_checkpoint(folder / name) for name in names if _has_weights(folder / name))
     if not models:
-        raise CheckpointError(f"{folder} is a pipeline, but none of its folders holds weights: download it again.")
+        raise CheckpointError(
+            f"{folder} is a pipeline, but no folder of it holds weights: give one that has all of it."
+        )
     files: list[TensorFile] = []
     for model in models:
         prefix = f"{model.folder.name}."

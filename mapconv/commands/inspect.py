@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mapconv.adapter import Adapter, Module, WholeTensor
+from mapconv.adapter import Adapter, Addition, Module, WholeTensor
 from mapconv.checkpoint.codecs import storages
-from mapconv.formats import read_adapter
 from mapconv.hub.locate import locate_adapter
 from mapconv.options.commands import INSPECT
-from mapconv.placement.adapters import place_adapter
-from mapconv.refit.plan import FULL_RANK_AS
+from mapconv.placement.adapters import place_adapter, read_as
+from mapconv.spelling import Axis, Norm, Rescaling
+from mapconv.wording import counted
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Inspection:
     dtypes: tuple[str, ...]
     targets: tuple[TargetGroup, ...]
     whole_tensors: tuple[str, ...]
+    dora: str | None
     upgrade: str
     fits: Path | None
     storages: dict[str, int]
@@ -62,7 +63,14 @@ class Inspection:
 
 
 @INSPECT.checks
-def inspect(source: str | Path, *, base: str | Path | None = None, allow_pickle: bool = False) -> Inspection:
+def inspect(
+    source: str | Path,
+    *,
+    base: str | Path | None = None,
+    dora_axis: Axis | None = None,
+    dora_norm: Norm = "merged",
+    allow_pickle: bool = False,
+) -> Inspection:
     """Describe an adapter, and with ``base`` check that it fits there; no tensor's values are read.
 
     Raises:
@@ -70,11 +78,12 @@ def inspect(source: str | Path, *, base: str | Path | None = None, allow_pickle:
     """
     source = locate_adapter(source, allow_pickle=allow_pickle)
     fits, found, notes = None, {}, []
+    dora = Rescaling(dora_axis, dora_norm)
     if base is None:
-        adapter = read_adapter(source, allow_pickle=allow_pickle)
+        adapter = read_as(source, dora, allow_pickle=allow_pickle)
         modules = adapter.modules
     else:
-        placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=True)
+        placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=True, dora=dora)
         adapter, fits = placed.adapter, placed.target.folder
         # The base's own names say more than underscores do, and its shapes more than another method's tensors.
         told = adapter.is_spelled or any(module.method is not None for module in adapter.modules)
@@ -98,7 +107,8 @@ def inspect(source: str | Path, *, base: str | Path | None = None, allow_pickle:
         nbytes=adapter.nbytes,
         dtypes=tuple(sorted({ref.dtype for ref in adapter.tensors})),
         targets=tuple(_group(name, modules) for name, modules in groups.items()),
-        whole_tensors=tuple(_describe(item) for item in adapter.whole),
+        whole_tensors=(*map(_describe, adapter.whole), *(_addition(item) for item in adapter.additions)),
+        dora=_dora(adapter),
         upgrade=_forecast(adapter),
         fits=fits,
         storages=found,
@@ -139,13 +149,30 @@ def _describe(item: WholeTensor) -> str:
     return f"{item.parameter} ({shape}{'' if item.rows is None else ' rows'})"
 
 
+def _addition(item: Addition) -> str:
+    return f"{item.tensor.name} ({'replaces' if item.replaces else 'adds to'} a {item.leaf})"
+
+
+def _dora(adapter: Adapter) -> str | None:
+    """What a DoRA's magnitudes mean, and why."""
+    found = {module.rescaling for module in adapter.modules if module.magnitude is not None}
+    if adapter.method != "DoRA" or not found:
+        return None
+    axes = {"out": "outputs", "in": "inputs", None: "outputs or inputs (square weights do not tell: --dora-axis)"}
+    of = " and ".join(sorted(axes[item.axis] for item in found))
+    if any(item.norm == "base" for item in found):
+        return f"magnitudes of {of}, divided by the base weight's norm (--dora-norm base)"
+    return f"magnitudes of {of}, divided by the merged weight's norm, as it was trained"
+
+
 def _forecast(adapter: Adapter) -> str:
     if not adapter.modules:
         return "nothing: it replaces whole tensors, and can be merged"
+    dense = sum(module.is_dense for module in adapter.modules)
+    if dense:
+        return f"the closest MAP weight at --rank or --tolerance: {counted(dense, 'update')} of full rank"
     if adapter.modules[0].method is not None:
-        ranks = [module.rank for module in adapter.modules]
-        how = "exact: its updates are of low rank" if all(ranks) else f"the closest MAP weight at rank {FULL_RANK_AS}"
-        return how if all(ranks) else f"{how} (ε is reported), or at your own (--rank, --tolerance)"
+        return "exact: α and β follow from norms, and factors from the update, which is of low rank"
     if adapter.method == "LoRA":
         return "exact: α and β follow from norms, the factors are kept"
     if adapter.method == "DoRA":

@@ -38,6 +38,7 @@ from mapconv.placement.kept_codes import keep_codes
 from mapconv.refit.plan import Dtype
 from mapconv.runtime.progress import progress_bar
 from mapconv.runtime.threads import in_order, worker_count
+from mapconv.spelling import Axis, Norm, Rescaling
 from mapconv.wording import counted
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,8 @@ def merge(
     original: str | Path | None = None,
     data: str | Path | None = None,
     samples: int | None = None,
+    dora_axis: Axis | None = None,
+    dora_norm: Norm = "merged",
     allow_pickle: bool = False,
     force: bool = False,
     dry_run: bool = False,
@@ -108,6 +111,8 @@ def merge(
         original: that model's folder or Hub id; None: what the base's card names.
         data: text to measure on, as of ``verify``.
         samples: sequences of 256 tokens of it (8).
+        dora_axis: of a DoRA whose file does not say so: whether its magnitudes are those of outputs or of inputs.
+        dora_norm: what they are divided by: the norm of the ``merged`` weight, or of the ``base``'s.
         allow_pickle: read weights from ``.bin`` files (with torch's weights-only loader).
         force: replace ``out``, and accept a base whose weights are not those a MAP adapter was made for.
         dry_run: do all of it but write, so that what would stop the merge stops this.
@@ -129,7 +134,7 @@ def merge(
         measured = {"original": original, "data": data, "samples": samples or MEASURED_SAMPLES}
         choice = choose_base(sources[0], base, base_values, **measured, allow_pickle=allow_pickle, quiet=quiet)
         base = choice.base
-    placed = place_adapters(sources, base, allow_pickle=allow_pickle)
+    placed = place_adapters(sources, base, allow_pickle=allow_pickle, dora=Rescaling(dora_axis, dora_norm))
     if quantized == "copy":
         placed = keep_codes(placed)
     plan = plan_merge(placed, weights=weights, dtype=dtype, max_shard_size=max_shard_size)

@@ -19,9 +19,10 @@ from mapconv.options.shared import MAX_RANK, SAMPLES, SEQUENCE_LENGTH, STATISTIC
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
 from mapconv.refit.directory import measured
 from mapconv.refit.norms import BaseNorms
-from mapconv.refit.plan import FULL_RANK_AS, ConvertOptions, Dtype, PlanSummary, UpgradePlan, plan_upgrade
+from mapconv.refit.plan import ConvertOptions, Dtype, PlanSummary, UpgradePlan, plan_upgrade
 from mapconv.refit.writer import Sample, read_data, write_map_directory
 from mapconv.runtime.devices import resolve_device
+from mapconv.spelling import Axis, Norm, Rescaling
 from mapconv.wording import counted
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def upgrade(
     statistics: Statistics | None = None,
     calibrate: int = 0,
     device: str = "auto",
+    dora_axis: Axis | None = None,
+    dora_norm: Norm = "merged",
     allow_pickle: bool = False,
     force: bool = False,
     dry_run: bool = False,
@@ -83,6 +86,8 @@ def upgrade(
         calibrate: steps to train the scalars towards the source on ``data`` afterwards (``mapconv.calibrate`` has
             all its options); 0: none.
         device: ``auto``, ``cpu`` or ``cuda``: where refits and training run.
+        dora_axis: of a DoRA whose file does not say so: whether its magnitudes are those of outputs or of inputs.
+        dora_norm: what they are divided by: the norm of the ``merged`` weight, or of the ``base``'s.
         allow_pickle: read weights from a ``.bin`` file (with torch's weights-only loader).
         force: replace ``out``.
         dry_run: plan and check, write nothing.
@@ -107,7 +112,9 @@ def upgrade(
         None if data is None else statistics or STATISTICS.fallback,
     )
     # To run the model takes all of it; else a base on the Hub stays there but for what is read.
-    placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=data is None)
+    placed = place_adapter(
+        source, base, allow_pickle=allow_pickle, lean=data is None, dora=Rescaling(dora_axis, dora_norm)
+    )
     if placed.adapter.method == "MAP":
         raise UnsupportedError(f"{source} is a MAP adapter already: upgrade the adapter that it was made from.")
     if not placed.modules:
@@ -190,12 +197,6 @@ def _notes(placed: PlacedAdapter, options: ConvertOptions) -> list[str]:
         notes.append(f"kept as they are: {counted(len(adapter.whole), 'whole tensor')} (heads, biases or token rows)")
     if adapter.method == "LoRA" and options.direction == "dora":
         notes.append("the source is a LoRA adapter, which is exact in low-rank form: --direction dora changes nothing")
-    full = [item for item in placed.modules if item.module.method is not None and not item.rank]
-    if full and options.rank is None and options.tolerance is None:
-        notes.append(
-            f"{adapter.method} makes updates of full rank, which are refitted at rank {FULL_RANK_AS}: choose another "
-            "with --rank or --tolerance"
-        )
     highest = max(item.effective_rank for item in placed.modules)
     if adapter.method == "LoRA" and options.rank is not None and options.rank > highest:
         notes.append(f"the source is a LoRA adapter of rank {highest}: a higher rank would add nothing, so it is kept")

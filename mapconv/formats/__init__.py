@@ -8,19 +8,20 @@ from mapconv.adapter import Adapter
 from mapconv.checkpoint.filenames import MODEL_CONFIG
 from mapconv.checkpoint.sidecars import check_folder
 from mapconv.errors import AdapterError
-from mapconv.formats import mapdir, peft, peft_methods
+from mapconv.formats import mapdir, mlx, peft, peft_methods
 from mapconv.formats.base import CONFIG_FILE, Dialect, Found
 from mapconv.formats.foreign import FOREIGN
-from mapconv.formats.image.kohya import KOHYA
+from mapconv.formats.image import IMAGE_FILES
 
 #: In order of recognition: a MAP directory is a PEFT directory as well.
 DIALECTS: tuple[Dialect, ...] = (
     mapdir.MapDirectory(),
     peft_methods.PeftMethodDirectory(),
     peft.PeftDirectory(),
-    *FOREIGN[:2],
-    KOHYA,
-    *FOREIGN[2:],
+    mlx.MlxAdapter(),
+    FOREIGN[0],
+    IMAGE_FILES,
+    *FOREIGN[1:],
 )
 
 

@@ -58,7 +58,7 @@ def _miss(shapes: Shapes, config: Mapping[str, Any]) -> int:
 METHODS: dict[str, MethodFacts] = {
     "ADALORA": MethodFacts("AdaLoRA", "lora_", _rows("lora_E")),
     "ADAMSS": MethodFacts("AdaMSS", "adamss_", _rows("adamss_newB"), changes_bias=True, reads_base=True),
-    "BEFT": MethodFacts("BEFT", "beft_", changes_bias=True),
+    "BEFT": MethodFacts("BEFT", "beft_", _rows("beft_bias"), changes_bias=True),
     "BOFT": MethodFacts("BOFT", "boft_"),
     "C3A": MethodFacts("C3A", "c3a_"),
     "DEFT": MethodFacts("DEFT", "deft_", _columns("deft_P")),

@@ -26,6 +26,8 @@ _FACTOR = re.compile(
     r"(?P<path>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
 )
+#: What Tinker's exports call modules otherwise than transformers does.
+_TINKER_NAMES = {"model.unembed_tokens": "lm_head"}
 _TOKEN_ROWS = re.compile(r"(?P<path>.+?)(\.token_adapter)?\.trainable_tokens_delta")
 #: The adapter's name behind PEFT's wrappers of whole tensors, in files of other writers.
 _ADAPTER_NAME = r"(\.modules_to_save|\.trainable_tokens_delta)\.(?:{names})(?=\.|$)"
@@ -80,6 +82,7 @@ def read_tensors(
         names.add(match["adapter"] or "default")
         part = "bias" if match["leaf"] == "bias" else match["part"]
         path = match["path"].removeprefix(prefix)
+        path = _TINKER_NAMES.get(path, path)
         if part in parts[path]:
             raise AdapterError(
                 f"{ref.file}: {ref.name} and {parts[path][part].name} are the same tensor of one module."

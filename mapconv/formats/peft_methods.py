@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mapconv.adapter import Adapter, Module, TensorRef, TunerMethod
+from mapconv.adapter import Adapter, Module, TensorRef
 from mapconv.errors import AdapterError
 from mapconv.formats.base import CONFIG_FILE, Found
 from mapconv.formats.config import parse_shared_settings
 from mapconv.formats.methods import METHODS, WHOLE_METHODS, MethodFacts
 from mapconv.formats.peft import key_prefix, natural_order, read_weights, whole_tensors
+from mapconv.spelling import TunerMethod
 
 #: Of a tensor that belongs to no one layer: ``base_model.vera_A``.
 _SHARED = re.compile(r"base_model\.(?!model\.)")

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from mapconv.adapter import TensorRef
-from mapconv.algebra.dora import row_scales
+from mapconv.algebra.dora import column_scales, row_scales
 from mapconv.algebra.fingerprint import Fingerprint
+from mapconv.algebra.increments import Increment, ProductIncrement
 from mapconv.algebra.norms import BLOCK_ELEMENTS, all_finite, product_norm, row_blocks
 from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader, block_elements, row_ranges
 from mapconv.checkpoint.writer import FixedFile, NoFile
@@ -25,7 +26,7 @@ from mapconv.merging.updates import Buffers, Update, WholeUpdate
 from mapconv.placement.factors import FactorLoader
 from mapconv.placement.target_model import BiasUpdate, MergedBias
 from mapconv.placement.tuned import TunedWeights
-from mapconv.placement.weights import PlacedModule, read_rows
+from mapconv.placement.weights import PlacedModule, WeightView, read_rows, stored_blocks
 
 #: ‖Δ‖ comes from a Gram matrix of the stored factors, whose rounding its conditioning can enlarge.
 DIRECTION_TOLERANCE = 1e-6
@@ -164,43 +165,66 @@ class Merger:
     def _prepare(self, item: LowRankUpdate, buffers: Buffers) -> Update:
         """Load an update's factors, bring in its gains, and cut out the rows that this tensor holds."""
         placed, piece, scalars = item.placed, item.piece, item.placed.scalars
-        factors = self._factors.load(placed)
+        increment, magnitude = self._factors.increment(placed)
+        rescaling = placed.module.rescaling
         base_gain, update_gain = 1.0, placed.scaling
-        A, B, magnitude = factors.A, factors.B, factors.magnitude
         if magnitude is not None:
-            B, update_gain = B * placed.scaling, 1.0
+            increment, update_gain = increment.scaled(placed.scaling), 1.0
         if scalars is not None:
             base_gain, update_gain = scalars.base_gain, scalars.update_gain
             if scalars.direction == "low-rank":
-                _check_direction(item, scalars.direction_norm, product_norm(B, A))
+                assert isinstance(increment, ProductIncrement)  # a MAP adapter has factors
+                _check_direction(item, scalars.direction_norm, product_norm(increment.B, increment.A))
         if item.weight != 1.0:
             base_gain, update_gain = 1.0 + item.weight * (base_gain - 1.0), item.weight * update_gain
+        columns = None
+        if magnitude is not None and rescaling.axis == "in":
+            squares = self._column_squares(placed.weight, None if rescaling.norm == "base" else increment)
+            columns, magnitude = column_scales(magnitude, squares), None
         part = slice(piece.start, piece.stop)
         magnitude = None if magnitude is None else magnitude[part]
         update = Update(
             placed.weight,
             piece,
             placed.identity,
-            A,
-            B[part],
+            increment.part(piece.start, piece.stop),
             base_gain,
             update_gain,
             magnitude,
             measures_base=scalars is not None,
+            of_base=rescaling.norm == "base",
+            column_scales=columns,
         )
         if piece.transposed and magnitude is not None:
             update.scales = row_scales(magnitude, self._merged_column_norms(update, buffers))
         return update
 
+    def _column_squares(self, weight: WeightView, increment: Increment | None) -> torch.Tensor:
+        """‖W0 + Δ‖² of each column, or of W0 alone: a pass of its own over the weight."""
+        squares = torch.zeros(weight.shape[1], dtype=torch.float64)
+        for piece, start, stop, values in stored_blocks(weight, self._reader):
+            if piece.transposed:
+                block = values.float()
+                if increment is not None:
+                    block = block + increment.part(piece.start, piece.stop).columns(start, stop).T
+                squares[start:stop] += block.double().square_().sum(1)
+                continue
+            block = values.float()
+            if increment is not None:
+                block = increment.part(piece.start + start, piece.start + stop).added_to(block)
+            squares += block.double().square_().sum(0)
+        return squares
+
     def _merged_column_norms(self, update: Update, buffers: Buffers) -> torch.Tensor:
-        """‖W0 + BA‖ of each row of a weight that is stored transposed: a pass of its own, since rows are columns."""
+        """Norms of each row of a weight that is stored transposed: a pass of its own, since rows are columns."""
         piece = update.piece
         _, height, width = piece.grid
         squares = torch.zeros(piece.stop - piece.start, dtype=torch.float64)
         for start, stop in row_blocks(height, width):
             raw = read_rows(self._reader, piece, start, stop, buffers.raw)
             merged = raw[:, update.columns].float()
-            merged.addmm_(update.A[:, start:stop].T, update.B.T)
+            if not update.of_base:
+                merged += update.increment.columns(start, stop).T
             squares += merged.double().square_().sum(0)
         return squares.sqrt_()
 

@@ -150,6 +150,7 @@ def _refuse_weight(adapter: PlacedAdapter, weight: float) -> None:
     whole = [item.tensor for item in adapter.adapter.whole]
     whole += [item.module.bias for item in adapter.modules if item.module.bias is not None]
     whole += [item.bias for item in adapter.modules if item.bias is not None and item.changes_bias]
+    whole += [item.tensor for item in adapter.adapter.additions]
     if weight != 1.0 and whole:
         raise UnsupportedError(
             f"{adapter.adapter.path} changes {whole[0].name}, which is no update of a weight and cannot be scaled by "

@@ -28,6 +28,8 @@ from mapconv.options.shared import (
     BASE,
     DATA,
     DEVICE,
+    DORA_AXIS,
+    DORA_NORM,
     DRY_RUN,
     DTYPE,
     FORCE,
@@ -42,7 +44,7 @@ from mapconv.options.shared import (
 )
 from mapconv.options.surgery import EXTRACT
 
-INSPECT = Command("inspect", SOURCE, BASE, ALLOW_PICKLE, JSON)
+INSPECT = Command("inspect", SOURCE, BASE, DORA_AXIS, DORA_NORM, ALLOW_PICKLE, JSON)
 
 VERIFY = Command(
     "verify",
@@ -167,6 +169,8 @@ MERGE = Command(
     ),
     DATA.but(help="Text, .jsonl or .parquet that --base-values measures on. Default: a text that ships with mapconv."),
     SAMPLES.but(help="Sequences of 256 tokens of it.", fallback=8),
+    DORA_AXIS,
+    DORA_NORM,
     ALLOW_PICKLE,
     DRY_RUN,
     JSON,

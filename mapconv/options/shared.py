@@ -91,6 +91,17 @@ DEVICE = Option(
     "Where the heavy arithmetic runs; cuda:1 names one GPU of several.",
     default="auto",
 )
+DORA_AXIS = Option(
+    "dora_axis",
+    Choice(("out", "in")),
+    "Of a DoRA whose file does not say so: whether its magnitudes are those of outputs or of inputs.",
+)
+DORA_NORM = Option(
+    "dora_norm",
+    Choice(("merged", "base")),
+    "What a DoRA divides its magnitudes by: the norm of the merged weight, as in training, or of the base.",
+    default="merged",
+)
 ALLOW_PICKLE = Option(
     "allow_pickle",
     Flag(),

@@ -21,6 +21,7 @@ from mapconv.placement.target_model import Placed, TargetModel, plain_target, vo
 from mapconv.placement.tuned import check_tuned
 from mapconv.placement.weights import Piece, PlacedModule, WeightView
 from mapconv.runtime.collector import collector_paused
+from mapconv.spelling import Rescaling
 from mapconv.wording import counted
 
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -39,25 +40,41 @@ class PlacedAdapter:
     modules: tuple[PlacedModule, ...]
 
 
+#: What magnitudes mean where a file does not say: the trainer's forward pass.
+AS_TRAINED = Rescaling(axis=None)
+
+
 def place_adapter(
-    source: Path, base: str | Path | None, *, allow_pickle: bool = False, lean: bool = False
+    source: Path,
+    base: str | Path | None,
+    *,
+    allow_pickle: bool = False,
+    lean: bool = False,
+    dora: Rescaling = AS_TRAINED,
 ) -> PlacedAdapter:
     """Read one adapter and the base's headers, and place every tensor; as ``place_adapters``."""
-    return place_adapters([source], base, allow_pickle=allow_pickle, lean=lean)[0]
+    return place_adapters([source], base, allow_pickle=allow_pickle, lean=lean, dora=dora)[0]
 
 
 def place_adapters(
-    sources: Sequence[Path], base: str | Path | None, *, allow_pickle: bool = False, lean: bool = False
+    sources: Sequence[Path],
+    base: str | Path | None,
+    *,
+    allow_pickle: bool = False,
+    lean: bool = False,
+    dora: Rescaling = AS_TRAINED,
 ) -> tuple[PlacedAdapter, ...]:
     """Read adapters and the base's headers, and place every tensor of each on one target model.
 
-    With ``lean`` a base on the Hub stays there, but for the bytes that are read (``mapconv.hub.ranges``).
+    ``dora`` says what the magnitudes of their DoRAs mean. With ``lean`` a base on the Hub stays there, but for the
+    bytes that are read (``mapconv.hub.ranges``).
 
     Raises:
         MapconvError: of the kind that fits; nothing has been computed or written.
     """
     with collector_paused():
-        return _place_adapters(sources, base, allow_pickle=allow_pickle, lean=lean)
+        adapters = [read_as(source, dora, allow_pickle=allow_pickle) for source in sources]
+        return _place_adapters(adapters, sources, base, lean=lean)
 
 
 def place_described(adapter: Adapter, checkpoint: Checkpoint, config: Mapping[str, Any]) -> PlacedAdapter:
@@ -87,10 +104,32 @@ def place_further(placed: PlacedAdapter, modules: Sequence[Module]) -> tuple[Pla
     return further
 
 
+def read_as(source: Path, dora: Rescaling, *, allow_pickle: bool = False) -> Adapter:
+    """An adapter with what its magnitudes mean: the axis where its file does not tell, and the norm.
+
+    Raises:
+        UnsupportedError: the file tells another axis.
+    """
+    adapter = read_adapter(source, allow_pickle=allow_pickle)
+    if dora == AS_TRAINED or adapter.method == "MAP":
+        return adapter
+    modules = []
+    for module in adapter.modules:
+        own = module.rescaling.axis
+        if module.magnitude is not None:
+            if None not in (own, dora.axis) and own != dora.axis:
+                raise UnsupportedError(
+                    f"{module.magnitude.file}: {module.magnitude.name} is {list(module.magnitude.shape)}, which are "
+                    f"magnitudes of {own}puts: leave --dora-axis {dora.axis} out."
+                )
+            module = replace(module, rescaling=Rescaling(own or dora.axis, dora.norm))
+        modules.append(module)
+    return replace(adapter, modules=tuple(modules))
+
+
 def _place_adapters(
-    sources: Sequence[Path], base: str | Path | None, *, allow_pickle: bool, lean: bool
+    adapters: Sequence[Adapter], sources: Sequence[Path], base: str | Path | None, *, lean: bool
 ) -> tuple[PlacedAdapter, ...]:
-    adapters = [read_adapter(source, allow_pickle=allow_pickle) for source in sources]
     first = adapters[0]
     checkpoint, config = plain_base(open_base(base, first.base, first.revision, sources[0], lean=lean))
     target, placed = _place(adapters, checkpoint, config)

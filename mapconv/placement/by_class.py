@@ -121,7 +121,8 @@ def _layer_of_method(
     shape = live.shapes[parameter] if kind == "conv" else weight.shape
     A = replace(module.lora_A, shape=(0, *shape[1:]))
     B = replace(module.lora_B, shape=(shape[0], 0, *(1 for _ in shape[2:])))
-    module = replace(module, lora_A=A, lora_B=B, embedding=kind == "embedding")
+    rank = module.rank or min(weight.shape)
+    module = replace(module, rank=rank, lora_A=A, lora_B=B, embedding=kind == "embedding")
     placed = on_weight(module, adapter, parameter, weight, live_path=inner)
     bias = f"{inner}.bias"
     if bias not in live.shapes:

@@ -10,6 +10,7 @@ from threading import Lock
 import torch
 
 from mapconv.adapter import Module, TensorRef
+from mapconv.algebra.increments import Increment, ProductIncrement, RowIncrement
 from mapconv.algebra.initializations import initial_factors
 from mapconv.algebra.norms import all_finite
 from mapconv.checkpoint.reader import TensorReader
@@ -57,6 +58,25 @@ class FactorLoader:
         magnitude = None if module.magnitude is None else self.vector(module.magnitude)
         return Factors(A, B, magnitude)
 
+    def increment(self, placed: PlacedModule) -> tuple[Increment, torch.Tensor | None]:
+        """Δ without the scaling, and the DoRA magnitude: by its factors, or by rows where the file has it so.
+
+        Raises:
+            AdapterError: a tensor that holds NaN or infinity; rows say so when they are read.
+        """
+        module, delta = placed.module, placed.module.delta
+        if delta is None:
+            factors = self.load(placed)
+            return ProductIncrement(factors.A, factors.B), factors.magnitude
+        magnitude = None if module.magnitude is None else self.vector(module.magnitude)
+        return RowIncrement(lambda start, stop: self._rows(delta, start, stop), 0, delta.shape[0]), magnitude
+
+    def _rows(self, ref: TensorRef, start: int, stop: int) -> torch.Tensor:
+        buffer = torch.empty(8 * (stop - start) * ref.shape[1], dtype=torch.uint8)
+        rows = self._reader.read_rows(ref, start, stop, buffer).float()
+        _require_finite([rows], [ref])
+        return rows
+
     def load_all(self, items: Sequence[PlacedModule]) -> list[Factors]:
         """The factors of several weights, in as few reads as their places in the file allow.
 
@@ -78,8 +98,10 @@ class FactorLoader:
     @staticmethod
     def is_simple(item: PlacedModule) -> bool:
         """Whether the factors are two tensors of the file as they are, and nothing else."""
-        own = item.module
-        return item.experts == 1 and item.initialization is None and own.magnitude is None and own.method is None
+        module = item.module
+        stored = module.lora_A.stored == (module.lora_A,) and module.lora_B.stored == (module.lora_B,)
+        own = module.magnitude is not None or module.method is not None
+        return item.experts == 1 and item.initialization is None and not own and stored
 
     def vector(self, ref: TensorRef) -> torch.Tensor:
         return self._finite(ref).reshape(-1)

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from mapconv.adapter import TunerMethod
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.placement.weights import PlacedModule, read_weight
+from mapconv.spelling import TunerMethod
 from mapconv.tuners.layers import LayerKind, Site, TunerLayers
 
 

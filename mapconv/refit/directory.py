@@ -31,6 +31,7 @@ from mapconv.jsonfile import read_object
 from mapconv.metadata.card import CARD_FILE, local_card
 from mapconv.metadata.provenance import base_name, base_revision, map_config
 from mapconv.placement.adapters import PlacedAdapter
+from mapconv.placement.target_model import BiasUpdate
 from mapconv.placement.weights import PlacedModule
 from mapconv.refit.converted import Converted
 
@@ -114,7 +115,7 @@ class MapDirectory:
     def _keep_the_rest(self) -> None:
         """Carry over what is not a low-rank update: heads, rows and biases unchanged, LoRA biases scaled."""
         placed = self._placed
-        with TensorReader() as reader:
+        with TensorReader(placed.target.checkpoint.source) as reader:
             for item in {item.module.path: item for item in placed.modules}.values():
                 if item.module.bias is not None:
                     bias = reader.read(item.module.bias).float() * item.scaling
@@ -126,6 +127,21 @@ class MapDirectory:
                 if not self._has_own_biases or ref.name in kept:
                     blocks = reader.blocks(ref)
                     self._spool.append_blocks(TensorSpec(name, reader.dtype_of(ref), ref.shape), blocks)
+            if placed.adapter.additions:
+                self._keep_additions(reader)
+
+    def _keep_additions(self, reader: TensorReader) -> None:
+        """What a dialect adds to a base's vectors, as PEFT has it: the sums, which replace them."""
+        target = self._placed.target
+        adapted = {item.module.path for item in self._placed.modules}
+        changed = {name for name, ref in target.tensors.items() if ref is not target.checkpoint.tensors[name]}
+        for name in sorted({*changed, *target.biases}):
+            value = reader.read(target.tensors[name]).float()
+            for item in target.biases.get(name, ()):
+                assert isinstance(item, BiasUpdate)  # no dialect that adds to vectors brings another method's layers
+                value = value + item.scaling * reader.read(item.tensor).float().view(value.shape)
+            path, _, leaf = name.rpartition(".")
+            self._spool.append(f"{KEY_PREFIX}{path}{'.base_layer' * (path in adapted)}.{leaf}", value)
 
 
 def measured(folder: Path, modules: Sequence[MapModule]) -> tuple[int, int]:

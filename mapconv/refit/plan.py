@@ -19,6 +19,7 @@ from mapconv.algebra.moments import Statistics
 from mapconv.algebra.norms import BLOCK_ELEMENTS
 from mapconv.checkpoint.reader import TORCH_DTYPES
 from mapconv.data import Dataset
+from mapconv.errors import UnsupportedError
 from mapconv.options.shared import MAX_RANK
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.weights import PlacedModule
@@ -30,8 +31,6 @@ Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 #: magnitudes. ``refit``: the closest MAP weight. The first two are exact.
 Kind = Literal["keep-lora", "keep-dora", "refit"]
 
-#: The rank that an update of full rank is refitted at where none is asked for.
-FULL_RANK_AS = 16
 #: Products with the whole weight that a refit takes, and columns that it has besides the rank; for the estimate alone.
 _PRODUCTS, _MORE_COLUMNS = 24, 8
 #: Memory of the process before any weight is read, and beside the model where one runs: imports, and buffers.
@@ -53,10 +52,6 @@ class ConvertOptions:
     dtype: Dtype = "float32"
     device: str = "auto"
     statistics: Statistics | None = None
-
-    def wanted_rank(self, placed: PlacedModule) -> int:
-        """The rank of this module's result: what was asked for, else the source's own where that is a low one."""
-        return self.rank or placed.effective_rank or FULL_RANK_AS
 
     def stored_dtype(self, placed: PlacedModule) -> torch.dtype:
         """The dtype that this module's factors are written in."""
@@ -182,7 +177,7 @@ def plan_upgrade(placed: PlacedAdapter, options: ConvertOptions) -> UpgradePlan:
 def _job(placed: PlacedModule, options: ConvertOptions) -> Job:
     kind = _kind(placed, options)
     height, width = placed.weight.shape
-    rank = min(placed.effective_rank if kind != "refit" else options.wanted_rank(placed), height, width)
+    rank = min(placed.effective_rank if kind != "refit" else options.rank or placed.effective_rank, height, width)
     stored = (height + width) * rank * options.stored_dtype(placed).itemsize
     if kind == "keep-lora":
         # No more of the base than its norm, a block at a time; an initialization that is undone reads all of it.
@@ -204,9 +199,21 @@ def _job(placed: PlacedModule, options: ConvertOptions) -> Job:
 
 
 def _kind(placed: PlacedModule, options: ConvertOptions) -> Kind:
-    if placed.module.method is not None:
+    module = placed.module
+    if module.is_dense and options.rank is None and options.tolerance is None:
+        raise UnsupportedError(
+            f"{module.path} has an update of full rank ({module.rank}), and so no rank of its own for the result: give "
+            "--rank or --tolerance."
+        )
+    if module.method is not None:
         return "refit"
-    if placed.module.magnitude is not None:
+    if module.magnitude is not None:
+        if options.direction == "dora" and not (module.rescaling.is_peft and module.delta is None):
+            raise UnsupportedError(
+                f"{module.path} is a DoRA of a kind that PEFT has not (its magnitudes are those of "
+                f"{'inputs' if module.rescaling.axis == 'in' else 'outputs'}, its norm that of the "
+                f"{module.rescaling.norm} weight): leave --direction dora out, to have it refitted."
+            )
         return "keep-dora" if options.direction == "dora" else "refit"
     kept = options.tolerance is None and (options.rank is None or options.rank >= placed.effective_rank)
     return "keep-lora" if kept else "refit"

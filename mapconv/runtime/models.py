@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mapconv.errors import CheckpointError, DataError, MapconvError, is_out_of_memory
+from mapconv.errors import CheckpointError, DataError, MapconvError, UnsupportedError, is_out_of_memory
 from mapconv.jsonfile import read_object
 from mapconv.untrusted.patterns import require_bounded
 
@@ -130,7 +130,17 @@ def _check_model_folder(folder: Path) -> None:
 
 
 def attach_with_peft(model: Any, folder: Path, name: str) -> Any:
-    """Attach an adapter with stock PEFT, under ``name``; a model that is a PeftModel already gets a second one."""
+    """Attach an adapter with stock PEFT, under ``name``; a model that is a PeftModel already gets a second one.
+
+    Raises:
+        UnsupportedError: an adapter of another dialect, which stock PEFT does not read.
+    """
+    path = folder / "adapter_config.json"
+    if folder.is_file() or (path.is_file() and "peft_type" not in read_object(path, CheckpointError)):
+        raise UnsupportedError(
+            f"{folder} is no adapter of PEFT's, which would have to run it: upgrade it without data first, and use the "
+            "result."
+        )
     _refuse_endless_targets(model, folder)
     with quiet_libraries(), translated(f"the adapter in {folder}", CheckpointError):
         from peft import PeftModel

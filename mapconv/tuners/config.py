@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from mapconv.adapter import Module, TunerMethod
+from mapconv.adapter import Module
 from mapconv.errors import UnsupportedError
+from mapconv.spelling import TunerMethod
 from mapconv.untrusted.patterns import PatternTable, require_bounded
 from mapconv.untrusted.schema import shown
 

@@ -54,7 +54,11 @@ def test_merges_to_what_peft_merges_to_and_converts_to_the_same(case, made, tmp_
             mapconv.upgrade(adapter, tmp_path / "map", base=base)
         return
     # The weights are 16 wide, so that rank 16 leaves nothing out; a known low rank must suffice.
-    result = mapconv.upgrade(adapter, tmp_path / "map", base=base)
+    full = METHODS[case.method].rank is None or case.variant.get("init_weights") == "bat"
+    if full:
+        with pytest.raises(UnsupportedError, match="give --rank or --tolerance"):
+            mapconv.upgrade(adapter, tmp_path / "map", base=base)
+    result = mapconv.upgrade(adapter, tmp_path / "map", base=base, rank=16 if full else None)
     refitted = merged_by_peft(case.tiny, base, tmp_path / "map")
     for name in wanted:
         # T − W0 is formed from a rounded T, and the factors are rounded as well.
