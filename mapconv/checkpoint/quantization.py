@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mapconv.checkpoint.gguf.header import is_gguf
 from mapconv.errors import CheckpointError
 from mapconv.jsonfile import read_object
 
@@ -21,6 +22,8 @@ def quantization_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, 
     Raises:
         CheckpointError: one that is not an object.
     """
+    if is_gguf(folder):
+        return {"quant_method": "gguf"}
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         for key in QUANTIZATION_KEYS:
             settings = part.get(key)

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mapconv.checkpoint.filenames import MERGE_RECORD, MODEL_CONFIG, MODEL_FILES, PIPELINE_FILE, TOKENIZER_FILES
+from mapconv.checkpoint.gguf.header import is_gguf
+from mapconv.checkpoint.gguf.model import small_files
 from mapconv.checkpoint.model_config import read_model_config
 from mapconv.checkpoint.quantization import MODELOPT_FILE, QUANTIZATION_KEYS, without_quantization
 from mapconv.checkpoint.staging import write_file
@@ -70,6 +72,7 @@ def copy_model_files(base: Path, adapter: Path, target: Path) -> list[str]:
 
     An adapter that brings a tokenizer was trained with it (a chat template, added tokens): it replaces the base's.
     """
+    base = small_files(base)
     _copy(base, target, _matching(base, MODEL_FILES))
     if brings_tokenizer(adapter):
         copy_tokenizer(adapter, target)
@@ -93,10 +96,12 @@ def write_model_config(
 
     Returns notes for the user.
     """
-    path = base / MODEL_CONFIG
-    if changed is None and not path.exists():
+    base = small_files(base)
+    made = is_gguf(base)  # of its metadata
+    there = made or (base / MODEL_CONFIG).exists()
+    if changed is None and not there:
         return [f"{base} has no {MODEL_CONFIG}, so the merged folder has none either"]
-    own = read_model_config(base) if path.exists() else {}
+    own = read_model_config(base) if there else {}
     config = without_quantization(own if changed is None else changed)
     if quantized:
         config |= {key: own[key] for key in QUANTIZATION_KEYS if key in own}
@@ -105,7 +110,7 @@ def write_model_config(
         config.setdefault("dtype", dtype)
         _set_dtype(config, dtype)
     write_file(target / MODEL_CONFIG, json.dumps(config, indent=2) + "\n")
-    return []
+    return [f"{MODEL_CONFIG} is made of the metadata in {base.name}"] if made else []
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

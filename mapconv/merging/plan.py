@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from mapconv.adapter import TensorRef, WholeTensor
+from mapconv.checkpoint.gguf.header import is_gguf
 from mapconv.checkpoint.headers import TensorFile
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.checkpoint.writer import COPY_CHUNK, TensorSpec, lay_out
@@ -19,6 +20,9 @@ from mapconv.errors import UnsupportedError
 from mapconv.placement.adapters import FLOAT_DTYPES, PlacedAdapter
 from mapconv.placement.target_model import BiasUpdate, MergedBias, TargetModel
 from mapconv.placement.weights import Piece, PlacedModule, grid
+
+#: Bytes of tensors in one file of a model that comes from GGUF.
+GGUF_SHARD = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -116,9 +120,12 @@ def plan_merge(
         adapters: adapters placed on one target model.
         weights: a factor for each adapter's update; None: 1 for each.
         dtype: ``auto`` keeps each tensor's own; otherwise every floating-point tensor is written in this dtype.
-        max_shard_size: bytes of tensors in one file; None keeps the base's files as they are.
+        max_shard_size: bytes of tensors in one file; None keeps the base's files as they are (of a GGUF file, whose
+            weights grow, ``GGUF_SHARD``).
     """
     target = adapters[0].target
+    if max_shard_size is None and is_gguf(target.folder):
+        max_shard_size = GGUF_SHARD
     updates: dict[str, list[LowRankUpdate]] = defaultdict(list)
     for adapter, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True):
         _refuse_weight(adapter, weight)

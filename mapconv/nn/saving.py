@@ -112,7 +112,8 @@ def _saved_low_rank(update: Update, module: Module) -> Saved:
     A, B = update.A.detach().cpu().float(), update.B.detach().cpu()
     a, norm = update.exact("relative_alpha"), product_norm(update.B.detach().cpu(), A)
     _require_gain(a, module, "its base gain")
-    b = update.exact("relative_beta") * (update.base_norm or 1.0) / norm if norm else 0.0
+    length = max(norm, update.floor)
+    b = update.exact("relative_beta") * (update.base_norm or 1.0) / length if length else 0.0
     B = _stored(B if b == a else B.double() * (b / a), module)
     length = product_norm(B, A)
     return Saved(module, _scalars(module, update, a, a, length), A, B, None)

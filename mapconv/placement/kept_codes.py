@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from mapconv.adapter import TensorRef
 from mapconv.checkpoint.codecs.base import EncodedTensor
+from mapconv.checkpoint.gguf.header import is_gguf
 from mapconv.checkpoint.headers import TensorFile
 from mapconv.errors import UnsupportedError
 from mapconv.placement.adapters import PlacedAdapter
@@ -20,6 +21,11 @@ def keep_codes(placed: Sequence[PlacedAdapter]) -> tuple[PlacedAdapter, ...]:
         UnsupportedError: an adapter changes a weight that is stored in codes.
     """
     target = placed[0].target
+    if is_gguf(target.folder):
+        raise UnsupportedError(
+            f"{target.folder} is a GGUF file, whose blocks no other kind of file can hold: leave out --quantized copy, "
+            "and the merged model has plain weights."
+        )
     pieces = {piece.tensor.name for adapter in placed for item in adapter.modules for piece in item.weight.pieces}
     changed = [*sorted(pieces), *target.rows, *target.biases]
     whole = [name for name, ref in target.checkpoint.tensors.items() if target.tensors.get(name) is not ref]

@@ -48,7 +48,7 @@ def load_target(
     class_name, config = target.class_name, target.source_config
     if storages(target.checkpoint):
         # As it is in its files: a live model repeats layers by itself.
-        checkpoint, _ = plain_base(read_checkpoint(target.folder))
+        checkpoint, _ = plain_base(read_checkpoint(target.folder, target.checkpoint.source))
         config = config or typed_model_config(target.folder)
         class_name = class_name or causal_class(config)
         if class_name is None:

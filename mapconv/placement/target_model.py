@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mapconv.adapter import Adapter, TensorRef, WholeTensor
+from mapconv.checkpoint.gguf.model import small_files
 from mapconv.checkpoint.headers import TensorFile
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.placement.weights import PlacedModule
@@ -58,6 +59,11 @@ class TargetModel:
     @property
     def folder(self) -> Path:
         return self.checkpoint.folder
+
+    @property
+    def tokenizer(self) -> Path:
+        """Where the model's tokenizer is loaded from: its folder, or its GGUF file."""
+        return small_files(self.checkpoint.folder)
 
 
 #: A target model, and the adapters, in its names, with their modules placed on it.

@@ -8,8 +8,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+<<<<<<< HEAD
 from mapconv.formats.config import CHANGED_BASE, REFUSED, REFUSED_OF_METHODS
 from mapconv.formats.methods import METHODS, NO_FIXED_WEIGHT, WHOLE_METHODS
+=======
+from mapconv.checkpoint.gguf.families import FAMILIES
+from mapconv.checkpoint.gguf.types import BLOCK_TYPES
+from mapconv.formats.config import CHANGED_BASE, REFUSED
+>>>>>>> main
 from tests.checkpoint.codecs.encoders import STORAGES
 
 from .methods import CASES as METHOD_CASES
@@ -55,6 +61,11 @@ _STORAGES = {
     "awq": "4 bits, GEMM layout",
     "mlx": "key `quantization`: 2 to 8 bits with biases, MXFP4, MXFP8, NVFP4; embeddings and heads too",
 }
+#: A storage that is a file instead of a folder.
+_GGUF = (
+    f"a `.gguf` file: {', '.join(kind.name for kind in BLOCK_TYPES.values())}; the architectures "
+    f"{', '.join(FAMILIES)} (Mistral and Mixtral are `llama`)"
+)
 
 
 def support_table() -> str:
@@ -72,6 +83,7 @@ def support_table() -> str:
     lines[-1] += "compared bit for bit with the same values stored plain):"
     lines += ["", "| `quant_method` | storages |", "|---|---|"]
     lines += [f"| `{method}` | {storages} |" for method, storages in _STORAGES.items()]
+    lines += [f"| GGUF | {_GGUF} |"]
     lines += ["", "Refused by name, before anything is written:", "", "| | why |", "|---|---|"]
     lines += [f"| `{name}` | {reason} |" for name, reason in REFUSED.items()]
     lines += [f"| `init_lora_weights: {name}` | it {reason} |" for name, reason in CHANGED_BASE.items()]
@@ -82,7 +94,12 @@ def support_table() -> str:
     lines += [f"| {', '.join(names)} | {reason} |" for reason, names in reasons.items()]
     lines += [
         "| convolutions with groups > 1 | PEFT refuses to merge them as well |",
+<<<<<<< HEAD
         "| bases in other quantized storages (HQQ, AQLM, torchao, GGUF, Marlin layouts, …) | give the 16-bit model |",
+=======
+        "| other `peft_type`s (IA3, LoHa, LoKr, VeRA, …) | they are neither LoRA nor DoRA |",
+        "| bases in other storages (HQQ, AQLM, torchao, other GGUF types, Marlin layouts, …) | give the 16-bit model |",
+>>>>>>> main
         "| several DoRAs on one weight | each rescales the whole weight, so their merges do not add |",
     ]
     return "\n".join(lines)
