@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from mapconv.checkpoint.filenames import MERGE_RECORD, MODEL_CONFIG, MODEL_FILES
 from mapconv.checkpoint.gguf.header import is_gguf
 from mapconv.checkpoint.gguf.model import small_files
 from mapconv.checkpoint.model_config import read_model_config
-from mapconv.checkpoint.quantization import MODELOPT_FILE, QUANTIZATION_KEYS, without_quantization
+from mapconv.checkpoint.quantization import MODELOPT_FILE, QUANTIZATION_KEYS, with_plain_modules, without_quantization
 from mapconv.checkpoint.staging import write_file
 from mapconv.errors import CheckpointError, MapconvError
 from mapconv.files import check_regular, open_regular
@@ -88,11 +88,19 @@ def copy_pipeline_files(source: Path, target: Path) -> None:
 
 
 def write_model_config(
-    base: Path, target: Path, dtype: str, changed: dict[str, Any] | None = None, *, quantized: bool = False
+    base: Path,
+    target: Path,
+    dtype: str,
+    changed: dict[str, Any] | None = None,
+    *,
+    quantized: bool = False,
+    lifted: Sequence[str] = (),
+    plain: Sequence[str] = (),
 ) -> list[str]:
     """Write the model's ``config.json``: the base's or the ``changed`` one, with the dtype that the weights now have.
 
-    The weights are plain, whatever the base's are, unless they stay ``quantized`` as those are.
+    The weights are plain, whatever the base's are, unless they stay ``quantized`` as those are; modules that leave
+    the codes are ``lifted``, and ``plain`` ones were in none.
 
     Returns notes for the user.
     """
@@ -104,7 +112,10 @@ def write_model_config(
     own = read_model_config(base) if there else {}
     config = without_quantization(own if changed is None else changed)
     if quantized:
-        config |= {key: own[key] for key in QUANTIZATION_KEYS if key in own}
+        kept = {key: own[key] for key in QUANTIZATION_KEYS if key in own}
+        if lifted:
+            kept = {key: with_plain_modules(value, lifted, plain) for key, value in kept.items()}
+        config |= kept
         _copy(base, target, _matching(base, (MODELOPT_FILE,)))
     if dtype != "auto" and "_class_name" not in config:  # diffusers' configurations name no dtype
         config.setdefault("dtype", dtype)

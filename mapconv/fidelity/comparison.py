@@ -13,11 +13,10 @@ from mapconv.errors import AdapterError
 from mapconv.fidelity.metrics import Sums, add_all
 from mapconv.formats.peft import CONFIG_FILE, KEY_PREFIX
 from mapconv.placement.adapters import PlacedAdapter
-from mapconv.placement.running import load_base
+from mapconv.placement.running import load_base, load_merged
 from mapconv.runtime.models import (
     attach_with_peft,
     is_causal,
-    load_model,
     longest_text,
     model_inputs,
     reads_text,
@@ -73,7 +72,8 @@ class Comparison:
         self._is_adapter = (result / CONFIG_FILE).is_file()
         if not self._is_adapter:
             # First, because a broken result should not cost the loading of two models.
-            self._merged = load_model(result, source.target.class_name, dtype=dtype, device=device)
+            class_name = source.target.class_name
+            self._merged = load_merged(result, class_name, dtype=dtype, device=device, quiet=quiet)
         self._model = self._base_with(source, source.adapter.path, "source", dtype)
         base = self._model.get_base_model()
         self.is_causal = is_causal(base)

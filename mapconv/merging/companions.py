@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from mapconv.checkpoint.codecs import plain_dtype
+from mapconv.checkpoint.codecs.base import EncodedTensor
 from mapconv.checkpoint.filenames import PIPELINE_FILE
 from mapconv.checkpoint.gguf.header import is_gguf
 from mapconv.checkpoint.index import Checkpoint
@@ -35,7 +36,11 @@ def write_companions(plan: MergePlan, adapter: Path, staging: Path, dtype: str, 
         written = plain_dtype(checkpoint) if dtype == "auto" and not copied else dtype
         notes = copy_model_files(checkpoint.folder, adapter, staging)
         notes += _write_tokenizer(plan.target.tokenizer, staging)
-        return notes + write_model_config(checkpoint.folder, staging, written, plan.target.config, quantized=copied)
+        lifted = plan.target.lifted
+        plain = [] if isinstance(checkpoint.tensors.get("lm_head.weight"), EncodedTensor) else ["lm_head"]
+        return notes + write_model_config(
+            checkpoint.folder, staging, written, plan.target.config, quantized=copied, lifted=lifted, plain=plain
+        )
     copy_pipeline_files(checkpoint.folder, staging)
     for model in checkpoint.models:
         target = staging / model.folder.name

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from mapconv.adapter import TensorRef, WholeTensor
+from mapconv.checkpoint.codecs.encode import rewritten
 from mapconv.checkpoint.gguf.header import is_gguf
 from mapconv.checkpoint.headers import TensorFile
 from mapconv.checkpoint.index import Checkpoint
@@ -72,11 +73,27 @@ class LowRankUpdate:
 
 @dataclass(frozen=True)
 class MergeJob(TensorJob):
-    """A tensor that the adapters change."""
+    """A tensor that the adapters change.
+
+    One that goes back into codes has the places of all that is written for it in ``codes``, ``target`` being the first.
+    """
 
     updates: tuple[LowRankUpdate, ...] = ()
     rows: tuple[WholeTensor, ...] = ()
     biases: tuple[BiasUpdate | MergedBias, ...] = ()
+    codes: tuple[TensorRef, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The tensor's name, which is not that of its codes."""
+        return self.source.name if self.codes else self.target.name
+
+    @property
+    def tuned_elements(self) -> int:
+        """Elements of the largest weight that it takes whole, because another method than LoRA adapts it; mostly 0."""
+        placed = [item.placed for item in self.updates]
+        placed += [item.placed for item in self.biases if isinstance(item, MergedBias)]
+        return max((item.weight.numel for item in placed if item.module.method is not None), default=0)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -96,11 +113,15 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Everything that a merge is going to write. Target paths are relative to the output folder."""
+    """Everything that a merge is going to write. Target paths are relative to the output folder.
+
+    ``modules`` are those of all adapters, in the model's order.
+    """
 
     target: TargetModel
     files: tuple[OutputFile, ...]
     jobs: tuple[CopyJob | ConvertJob | MergeJob, ...]
+    modules: tuple[PlacedModule, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -133,6 +154,9 @@ def plan_merge(
             for piece in item.weight.pieces:
                 updates[piece.tensor.name].append(LowRankUpdate(item, piece, weight))
     output_dtype = partial(_output_dtype, target, dtype)
+    #: What a weight's codes bring with them, each by its own name.
+    owned = {ref.name: weight for weight in target.encoded.values() for ref in rewritten(weight.encoding)}
+    outputs: dict[str, TensorRef] = {}
     files: list[OutputFile] = []
     jobs: list[CopyJob | ConvertJob | MergeJob] = []
     for name, prefix, refs, metadata in _files(target, output_dtype, max_shard_size):
@@ -141,6 +165,9 @@ def plan_merge(
         header, placed = lay_out(Path(name), specs, metadata)
         files.append(OutputFile(name, header, placed[-1].stop, tuple(spec.name for spec in specs)))
         for source, output in zip(refs, placed, strict=True):
+            if source.name in owned:
+                outputs[source.name] = output
+                continue
             low_rank = tuple(updates.get(source.name, ()))
             rows, biases = target.rows.get(source.name, ()), target.biases.get(source.name, ())
             if low_rank or rows or biases:
@@ -149,7 +176,11 @@ def plan_merge(
                 jobs.append(ConvertJob(source, output))
             else:
                 _append_copy(jobs, source, output)
-    return MergePlan(target, tuple(files), tuple(_split_copies(jobs)))
+    for name, weight in target.encoded.items():
+        places = tuple(outputs[ref.name] for ref in rewritten(weight.encoding))
+        jobs.append(MergeJob(weight, places[0], tuple(updates[name]), target.rows.get(name, ()), codes=places))
+    modules = tuple(item for adapter in adapters for item in adapter.modules)
+    return MergePlan(target, tuple(files), tuple(_split_copies(jobs)), modules)
 
 
 def _refuse_weight(adapter: PlacedAdapter, weight: float) -> None:

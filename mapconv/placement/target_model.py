@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mapconv.adapter import Adapter, TensorRef, WholeTensor
+from mapconv.checkpoint.codecs.base import EncodedTensor
 from mapconv.checkpoint.gguf.model import small_files
 from mapconv.checkpoint.headers import TensorFile
 from mapconv.checkpoint.index import Checkpoint
@@ -39,6 +40,8 @@ class TargetModel:
     """What the merged checkpoint starts from.
 
     ``tensors`` maps each name to be written to the bytes it starts from, in ``files`` of the same names as the base's;
+    ``encoded`` are the weights, by their plain names, that the adapters change and that go back into the codes among
+    ``tensors``; ``lifted`` are the paths of modules that leave them.
     ``dtypes`` says in which dtype a tensor is written where that is not its own. ``rows`` and ``biases`` are
     updates by tensor name. ``config`` is the model's configuration, or None where it stays as it is; under
     ``source_config`` the base loads for the adapter itself (None: its own), and ``class_name`` is the class of both
@@ -48,6 +51,8 @@ class TargetModel:
     checkpoint: Checkpoint
     files: tuple[TensorFile, ...]
     tensors: Mapping[str, TensorRef]
+    encoded: Mapping[str, EncodedTensor] = field(default_factory=dict)
+    lifted: tuple[str, ...] = ()
     dtypes: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, tuple[WholeTensor, ...]] = field(default_factory=dict)
     biases: Mapping[str, tuple[BiasUpdate | MergedBias, ...]] = field(default_factory=dict)

@@ -8,14 +8,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-<<<<<<< HEAD
-from mapconv.formats.config import CHANGED_BASE, REFUSED, REFUSED_OF_METHODS
-from mapconv.formats.methods import METHODS, NO_FIXED_WEIGHT, WHOLE_METHODS
-=======
 from mapconv.checkpoint.gguf.families import FAMILIES
 from mapconv.checkpoint.gguf.types import BLOCK_TYPES
-from mapconv.formats.config import CHANGED_BASE, REFUSED
->>>>>>> main
+from mapconv.formats.config import CHANGED_BASE, REFUSED, REFUSED_OF_METHODS
+from mapconv.formats.methods import METHODS, NO_FIXED_WEIGHT, WHOLE_METHODS
 from tests.checkpoint.codecs.encoders import STORAGES
 
 from .methods import CASES as METHOD_CASES
@@ -94,12 +90,7 @@ def support_table() -> str:
     lines += [f"| {', '.join(names)} | {reason} |" for reason, names in reasons.items()]
     lines += [
         "| convolutions with groups > 1 | PEFT refuses to merge them as well |",
-<<<<<<< HEAD
-        "| bases in other quantized storages (HQQ, AQLM, torchao, GGUF, Marlin layouts, …) | give the 16-bit model |",
-=======
-        "| other `peft_type`s (IA3, LoHa, LoKr, VeRA, …) | they are neither LoRA nor DoRA |",
         "| bases in other storages (HQQ, AQLM, torchao, other GGUF types, Marlin layouts, …) | give the 16-bit model |",
->>>>>>> main
         "| several DoRAs on one weight | each rescales the whole weight, so their merges do not add |",
     ]
     return "\n".join(lines)
