@@ -47,7 +47,8 @@ _FEATURES = {
 
 _STORAGES = {
     "bitsandbytes": "NF4 and FP4, single or double quantization; int8 (`llm_int8`)",
-    "fp8": "float8 by blocks with `weight_scale_inv`, or one scale a weight; scales as floats or powers of two",
+    "fp8": "float8 by blocks with `weight_scale_inv` or `scale`, or one scale a weight; scales as floats or powers of "
+    "two; 4-bit floats in int8",
     "compressed-tensors": "float8 and int8 by tensor, row, group or block; packed integers of 1 to 8 bits, with zero "
     "points and act-order; NVFP4, MXFP4",
     "mxfp4": "gpt-oss: stacked experts in MXFP4",
