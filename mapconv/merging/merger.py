@@ -99,11 +99,10 @@ class Merger:
         self,
         reader: TensorReader,
         files: Mapping[str, FixedFile | NoFile],
-        modules: Sequence[PlacedModule],
+        modules: Sequence[PlacedModule],  # those of all adapters of the plan
         *,
         recompute: bool = False,
     ) -> None:
-        """``modules`` are those of all adapters of the plan."""
         self._reader, self._files, self._recompute = reader, files, recompute
         self._factors, self._tuned = FactorLoader(reader), TunedWeights(modules, reader)
         self._local = threading.local()
@@ -190,11 +189,10 @@ class Merger:
 
     def _update(self, item: LowRankUpdate, buffers: Buffers) -> Update | WholeUpdate:
         """An update, ready to be applied."""
-        placed = item.placed
-        if placed.module.method is None:
+        if item.placed.module.method is None:
             return self._prepare(item, buffers)
-        weight, _ = self._tuned.read_and_merge(placed)
-        return WholeUpdate(item.piece, placed.identity, weight[item.piece.start : item.piece.stop], item.weight)
+        weight, _ = self._tuned.read_and_merge(item.placed)
+        return WholeUpdate(item.piece, item.placed.identity, weight[item.piece.start : item.piece.stop], item.weight)
 
     def _prepare(self, item: LowRankUpdate, buffers: Buffers) -> Update:
         """Load an update's factors, bring in its gains, and cut out the rows that this tensor holds."""
