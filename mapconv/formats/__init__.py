@@ -8,11 +8,7 @@ from mapconv.adapter import Adapter
 from mapconv.checkpoint.filenames import MODEL_CONFIG
 from mapconv.checkpoint.sidecars import check_folder
 from mapconv.errors import AdapterError
-<<<<<<< HEAD
-from mapconv.formats import mapdir, mlx, peft, peft_methods
-=======
-from mapconv.formats import gguf, mapdir, mlx, peft
->>>>>>> main
+from mapconv.formats import gguf, mapdir, mlx, peft, peft_methods
 from mapconv.formats.base import CONFIG_FILE, Dialect, Found
 from mapconv.formats.foreign import FOREIGN
 from mapconv.formats.image import IMAGE_FILES
