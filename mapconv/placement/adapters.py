@@ -78,6 +78,21 @@ def place_adapters(
         return _place_adapters(adapters, sources, base, lean=lean)
 
 
+def place_apart(
+    sources: Sequence[Path], base: str | Path | None, *, allow_pickle: bool = False
+) -> tuple[PlacedAdapter, ...]:
+    """As ``place_adapters`` with a base that stays where it is, but each adapter by itself: what they do to one weight
+    or bring whole need not go together."""
+    with collector_paused():
+        adapters = [read_adapter(source, allow_pickle=allow_pickle) for source in sources]
+        first = adapters[0]
+        checkpoint, config = plain_base(open_base(base, first.base, first.revision, sources[0], lean=True))
+        found = [_place([adapter], checkpoint, config) for adapter in adapters]
+        for _, placed in found:
+            _refuse_other_dtypes(placed)
+        return tuple(PlacedAdapter(own, target, _with_scalars(own, items)) for target, ((own, items),) in found)
+
+
 def place_described(adapter: Adapter, checkpoint: Checkpoint, config: Mapping[str, Any]) -> PlacedAdapter:
     """An adapter that is no folder's on a base whose headers are read (``placement.bases.plain_base``).
 

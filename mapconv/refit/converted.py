@@ -13,6 +13,7 @@ from mapconv.algebra.moments import InputRoot
 from mapconv.algebra.norms import product_norm
 from mapconv.errors import CheckpointError
 from mapconv.placement.weights import PlacedModule
+from mapconv.refit.products import padded
 from mapconv.refit.solving import ModuleRefit, Wanted
 from mapconv.refit.targets.base import Target
 
@@ -31,6 +32,13 @@ class Converted:
     B: torch.Tensor
     magnitude: torch.Tensor | None
     bias: torch.Tensor | None = None
+
+    def with_rank(self, rank: int) -> Converted:
+        """The same with factors that zeros bring up to a rank."""
+        if len(self.A) >= rank:
+            return self
+        A, B = padded(self.A, self.B, rank)
+        return replace(self, A=A, B=B, scalars=replace(self.scalars, rank=rank))
 
     def without_factors(self) -> Converted:
         """The numbers alone."""

@@ -37,6 +37,7 @@ from mapconv.placement.weights import PlacedModule, read_weight
 from mapconv.refit.converted import Converted, converted_module, finite_base, refitted_module
 from mapconv.refit.norms import BaseNorms
 from mapconv.refit.plan import UpgradePlan
+from mapconv.refit.products import approximate_product
 from mapconv.refit.solving import Wanted, rounded
 from mapconv.refit.targets.adapted import target_of
 from mapconv.refit.targets.base import DenseTarget
@@ -68,12 +69,26 @@ class Converter:
     def convert(self, placed: PlacedModule, root: InputRoot | None = None) -> Converted:
         """One module in MAP form; a refit weighs errors by ``root``, the root of its inputs' second moment."""
         if self._plan.kind_of(placed) == "refit":
-            return self._refit(placed, root)
+            return self._ranked(self._refit(placed, root))
         return self._keep(placed, self._factors.load(placed))
 
     def _keep(self, placed: PlacedModule, factors: Factors) -> Converted:
-        kept = self._keep_lora if self._plan.kind_of(placed) == "keep-lora" else self._keep_dora
-        return kept(placed, factors)
+        ways = {"keep-lora": self._keep_lora, "keep-dora": self._keep_dora, "resize": self._resize}
+        return self._ranked(ways[self._plan.kind_of(placed)](placed, factors))
+
+    def _ranked(self, converted: Converted) -> Converted:
+        at_most = self._options.rank_at_most
+        return converted if at_most is None else converted.with_rank(at_most)
+
+    def _resize(self, placed: PlacedModule, factors: Factors) -> Converted:
+        """The best approximation of s·BA, which stays a plain LoRA: no weight is read, and no matrix formed."""
+        wanted = self._wanted(placed)
+        made = approximate_product(factors.B.double() * placed.scaling, factors.A, wanted)
+        A, B = made.A, made.B
+        base = finite_base(self._norms[placed.weight], placed)
+        converted = converted_module(placed, "low-rank", 1.0, base, product_norm(B, A), made.error, A, B, None)
+        rank = min(wanted.rank, *placed.weight.shape)
+        return converted if wanted.tolerance is not None else converted.with_rank(rank)
 
     def _keep_lora(self, placed: PlacedModule, factors: Factors) -> Converted:
         """W0 + s·BA is MAP already: α = ‖W0‖, β = ‖s·BA‖ (``mapconv.algebra`` section 2)."""
@@ -149,7 +164,7 @@ class Converter:
         options = self._options
         return Wanted(
             placed.module.path,
-            options.rank or placed.effective_rank,
+            options.rank_of(placed),
             options.tolerance,
             options.max_rank,
             # PEFT has no DoRA for a stack of experts, so theirs is the closest plain LoRA; and an update whose rank is

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,10 @@ class MapDirectory:
             self._has_own_biases = True
             self._spool.append(f"{KEY_PREFIX}{item.module.path}.base_layer.bias", result.bias)
         self._converted[item.key] = result.scalars, result.magnitude
+
+    def carry(self, name: str, spec: TensorSpec, blocks: Iterable[torch.Tensor]) -> None:
+        """Write a further tensor under PEFT's key ``name``; the factors of all modules come first."""
+        self._spool.append_blocks(replace(spec, name=name), blocks)
 
     def finish(self, options: Mapping[str, Any], data: Mapping[str, Any] | None, **more: Any) -> tuple[MapModule, ...]:
         """Write the rest: magnitudes, the adapter's whole tensors, tokenizer, card and configurations.
