@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mapconv.spelling import PEFT_DORA, Rescaling, Spelling, TunerMethod
 from mapconv.untrusted.patterns import PatternTable
 
 Direction = Literal["low-rank", "dora"]
@@ -60,25 +61,19 @@ class TensorRef:
 
 
 @dataclass(frozen=True)
-class Spelling:
-    """How the file of another dialect names a module, where the base's own names must tell which one it means.
-
-    ``components`` are the parts of a pipeline that it may be in (``denoiser``, ``text_encoder``, ``text_encoder_2`` …).
-    In a ``flat`` name underscores stand for the dots between the parts of a path as well as for themselves.
-    """
-
-    components: tuple[str, ...]
-    name: str
-    flat: bool
-
-
-@dataclass(frozen=True)
 class Module:
     """One group of factors as the file has it; what weight it adapts is known once it is placed on a base.
 
     ``A`` is (rank, in) and ``B`` is (out, rank): for convolutions both carry the kernel's dimensions, for embeddings
     ``in`` counts the vocabulary, and for a stack of E experts ``A`` is (E·rank, in) and ``B`` is (out, rank·E).
+    A layer of another ``method`` has tensors of its ``own`` instead, by their key within the layer. Its ``rank`` is
+    that of the update at most (0: the weight's own), and its factors are no bytes of a file: they have the dtype and,
+    once the module is placed, the dimensions of those that a conversion writes.
     A module with a ``spelling`` has the file's own key as its path until it is placed.
+
+    Where the file holds the update in another way than by two factors, ``delta`` is it, (out, in), and the factors are
+    computed ones that make the same. ``rescaling`` says what a ``magnitude`` means. ``interleaved``: the rows are those
+    of q or k in another order, (half, 2) in each head for (2, half), and the base says how many heads there are.
     """
 
     path: str
@@ -89,7 +84,12 @@ class Module:
     magnitude: TensorRef | None = None
     bias: TensorRef | None = None
     embedding: bool = False
+    method: TunerMethod | None = None
+    own: tuple[tuple[str, TensorRef], ...] = ()
     spelling: Spelling | None = None
+    delta: TensorRef | None = None
+    rescaling: Rescaling = PEFT_DORA
+    interleaved: str | None = None
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -98,13 +98,22 @@ class Module:
 
     @property
     def tensors(self) -> tuple[TensorRef, ...]:
-        refs = (self.lora_A, self.lora_B, self.magnitude, self.bias)
-        return tuple(ref for ref in refs if ref is not None)
+        if self.method is not None:
+            return tuple(ref for _, ref in self.own)
+        update = (self.lora_A, self.lora_B) if self.delta is None else (self.delta,)
+        refs = (ref for ref in (*update, self.magnitude, self.bias) if ref is not None)
+        # What is computed counts as what it is stored in.
+        return tuple(dict.fromkeys(stored for ref in refs for stored in ref.stored))
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the update is of any rank, so that two factors of it save nothing."""
+        return (self.delta is not None or self.method is not None) and self.rank >= min(self.weight_shape)
 
     @property
     def has_factors(self) -> bool:
         """Whether the adapter changes this weight at all, see ``without_factors``."""
-        return self.rank > 0
+        return self.rank > 0 or self.method is not None
 
     @classmethod
     def without_factors(cls, path: str, shape: tuple[int, int], like: TensorRef) -> Module:
@@ -126,6 +135,20 @@ class Module:
     @property
     def layer(self) -> int | None:
         return layer_of(self.path)
+
+
+@dataclass(frozen=True)
+class Addition:
+    """Values that an adapter of another dialect adds to a tensor without rank (a bias, a norm), or puts in its place.
+
+    ``leaf`` is the last part of the tensor's name, after the module's.
+    """
+
+    path: str
+    spelling: Spelling
+    leaf: str
+    tensor: TensorRef
+    replaces: bool = False
 
 
 @dataclass(frozen=True)
@@ -238,7 +261,8 @@ class Adapter:
     """
 
     path: Path
-    method: Literal["LoRA", "DoRA", "MAP", "full finetune"]
+    #: LoRA, DoRA, MAP, "full finetune", or the name of another method.
+    method: str
     config: dict[str, Any]
     settings: LoraSettings
     modules: tuple[Module, ...]
@@ -252,6 +276,7 @@ class Adapter:
     map_config: dict[str, Any] | None = None
     #: The writer's name for the form of the files.
     dialect: str = "PEFT"
+    additions: tuple[Addition, ...] = ()
 
     @property
     def is_spelled(self) -> bool:
@@ -269,4 +294,6 @@ class Adapter:
     @property
     def tensors(self) -> tuple[TensorRef, ...]:
         factors = (ref for module in self.modules for ref in module.tensors)
-        return (*factors, *self.others.values())
+        methods = {module.method: None for module in self.modules if module.method is not None}
+        shared = (ref for method in methods for ref in method.shared.values())
+        return (*factors, *shared, *self.others.values(), *(item.tensor for item in self.additions))

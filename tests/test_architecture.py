@@ -75,10 +75,11 @@ CLI = [name for name in FILES if inside(name, "mapconv.cli")]
 #: The rooms, lowest first. A file imports from its own room and from the rooms of lower layers, never from a neighbour.
 LAYERS = [
     {"errors", "version", "wording"},
-    {"untrusted", "files"},
+    {"untrusted", "files", "spelling"},
     {"options", "adapter", "jsonfile", "algebra"},
     {"checkpoint", "data", "runtime"},
     {"formats", "hub"},
+    {"tuners"},
     {"placement"},
     {"metadata", "merging"},
     {"refit", "fidelity", "catalog"},

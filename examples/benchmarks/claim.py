@@ -10,7 +10,8 @@ warm-up over a tenth of the steps and then a cosine to zero, no dropout, no clip
 ``lora_alpha`` = 2 × rank and PEFT's initialisation; LoMAP is ``mapconv.nn`` with its own defaults. A classifier's head
 learns at one fixed rate, also where nothing is adapted ("base").
 
-The paper's abstract fixes no initialisation, so LoMAP runs with a second one as well: B scaled by {small}. The adapted
+LoMAP starts as its authors start it (B = 0, β = 1), a second time from random factors with β = 0, and is coupled with
+DoRA's direction. The adapted
 weight is the same at the start and Δ/‖Δ‖ does not see the scale, but Adam's first steps then turn the direction
 further. The factor comes from a synthetic least-squares problem, not from these tasks.
 
@@ -43,27 +44,21 @@ from mapconv.runtime.models import quiet_libraries
 
 RANK = 8
 HEAD_LEARNING_RATE = 1e-3
-SMALL_B = 0.03
 GRID = (3e-4, 1e-3, 3e-3)
 LADDER = (1e-5, 3e-5, 1e-4, *GRID, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-TUNING_SEED, SEEDS = 0, (1, 2, 3)
+TUNING_SEED, SEEDS = 0, (1, 2, 3, 4, 5)
 TASKS = {task.name: task for task in (PythonDocs, Sentiment)}
-__doc__ = (__doc__ or "").format(grid=GRID, small=SMALL_B)
+__doc__ = (__doc__ or "").format(grid=GRID)
 
 
 def attach(method: str, model: nn.Module, targets: tuple[str, ...], seed: int) -> nn.Module:
     """The model with an untrained adapter; whatever the adapter adds requires a gradient."""
     if method == "base":
         return model.requires_grad_(False)
-    if method in ("LoMAP", "LoMAP, small B"):
-        from mapconv.nn import MapConfig, get_map_model, map_layers
+    if method in OURS:
+        from mapconv.nn import MapConfig, get_map_model
 
-        model = get_map_model(model, MapConfig(rank=RANK, targets=targets, seed=seed))
-        if method == "LoMAP, small B":
-            with torch.no_grad():
-                for layer in map_layers(model).values():
-                    layer.updates["default"].B.mul_(SMALL_B)
-        return model
+        return get_map_model(model, MapConfig(rank=RANK, targets=targets, seed=seed, **OURS[method]))
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, use_dora=method == "DoRA", target_modules=list(targets))
@@ -71,7 +66,10 @@ def attach(method: str, model: nn.Module, targets: tuple[str, ...], seed: int) -
         return get_peft_model(model, config)
 
 
-METHODS = ("base", "LoRA", "DoRA", "LoMAP", "LoMAP, small B")
+OURS: dict[str, dict[str, Any]] = {
+    "LoMAP": {}, "LoMAP, random start": {"init": "random"}, "MAP on DoRA": {"direction": "dora"},
+}  # fmt: skip
+METHODS = ("base", "LoRA", "DoRA", *OURS)
 
 
 def train(task: Any, method: str, learning_rate: float, seed: int) -> tuple[nn.Module, dict[str, float]]:

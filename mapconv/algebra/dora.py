@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from mapconv.algebra.increments import Increment, ProductIncrement
 from mapconv.algebra.moments import InputRoot
 from mapconv.algebra.norms import row_blocks, row_squares
 
@@ -113,6 +114,15 @@ def row_scales(magnitude: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     return torch.where(norms > 0, magnitude.double() / norms, 0.0)
 
 
+def column_scales(magnitude: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """d (m,) float64 of a DoRA with one magnitude for each input, from the squared norms of the columns (m,).
+
+    A convolution has a magnitude for each input channel, whose kernel is several columns.
+    """
+    norms = squares.view(len(magnitude), -1).sum(1).sqrt()
+    return row_scales(magnitude, norms).repeat_interleave(len(squares) // len(magnitude))
+
+
 def merge_rows_(
     rows: torch.Tensor,
     A: torch.Tensor,
@@ -123,24 +133,53 @@ def merge_rows_(
     magnitude: torch.Tensor | None = None,
     into_wide: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.double,
 ) -> torch.Tensor:
+    """``adapt_rows_`` with Δ = BA: A (r, m); B (p, r), the same rows of B as of W0."""
+    return adapt_rows_(
+        rows,
+        ProductIncrement(A, B),
+        base_gain=base_gain,
+        update_gain=update_gain,
+        magnitude=magnitude,
+        into_wide=into_wide,
+    )
+
+
+def adapt_rows_(
+    rows: torch.Tensor,
+    increment: Increment,
+    *,
+    base_gain: float = 1.0,
+    update_gain: float = 1.0,
+    magnitude: torch.Tensor | None = None,
+    of_base: bool = False,
+    columns: torch.Tensor | None = None,
+    into_wide: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.double,
+) -> torch.Tensor:
     """Replace a block of rows of W0 by the same rows of the adapted weight W', in place.
 
-    Without ``magnitude``: W' = a·W0 + b·BA. With it (DoRA): W' = (a − b)·W0 + b·diag(d)(W0 + BA), which is T for
-    a = b = 1. Every step is row by row, so blocks of any size give the same result.
+    Without scales: W' = a·W0 + b·Δ. With them (DoRA): W' = (a − b)·W0 + b·T, where T is W0 + Δ with its rows scaled to
+    ``magnitude``, or its columns by ``columns``. Every step is row by row, so blocks of any size give the same result.
 
     Args:
         rows: (p, m) rows of W0 in the precision to compute in; overwritten.
-        A: (r, m); B: (p, r), the same rows of B as of W0, with the scaling included unless it is ``update_gain``.
+        increment: the same rows of Δ, with the scaling included unless it is ``update_gain``.
         base_gain: a; update_gain: b.
-        magnitude: (p,) or None.
+        magnitude: (p,) or None; it is divided by the norms of W0 + Δ, or ``of_base`` by those of W0.
+        columns: (m,) float64 scales of the columns, or None.
         into_wide: converts a block to float64 for its row norms; a caller may reuse a buffer.
     """
-    if magnitude is None:
-        return rows.addmm_(B, A, beta=base_gain, alpha=update_gain)
-    merged = torch.addmm(rows, B, A) if base_gain != update_gain else rows.addmm_(B, A)
-    scales = update_gain * row_scales(magnitude, torch.linalg.vector_norm(into_wide(merged), dim=1))
-    merged.mul_(scales.to(rows.dtype)[:, None])
-    if base_gain != update_gain:
+    if magnitude is None and columns is None:
+        return increment.add_to_(rows, beta=base_gain, alpha=update_gain)
+    base_norms = torch.linalg.vector_norm(into_wide(rows), dim=1) if of_base else None
+    keeps_rows = base_gain != update_gain
+    merged = increment.added_to(rows) if keeps_rows else increment.add_to_(rows, beta=1.0, alpha=1.0)
+    if magnitude is not None:
+        norms = torch.linalg.vector_norm(into_wide(merged), dim=1) if base_norms is None else base_norms
+        merged.mul_((update_gain * row_scales(magnitude, norms)).to(rows.dtype)[:, None])
+    else:
+        assert columns is not None  # one of the two is there
+        merged.mul_((update_gain * columns).to(rows.dtype))
+    if keeps_rows:
         rows.mul_(base_gain - update_gain).add_(merged)
     return rows
 

@@ -19,6 +19,8 @@ OVERSAMPLING = 8
 #: Stop once further steps would lower the squared error by less than this fraction, by the rate that it has: 0.1 % of
 #: the error at most, and less as the rate is still growing.
 RELATIVE_GAIN = 2e-3
+#: The same where the rate is known from half steps alone, which promise too much.
+EARLY_GAIN = 2.5e-4
 MAX_BLOCKS = 12
 #: Of a block against the basis. The second is always needed, the third where a block adds nothing but rounding.
 MAX_PROJECTIONS = 4
@@ -53,8 +55,12 @@ class Sketch:
                 self.spectrum = self._solve(rank, near, first=not errors)
                 near = self.spectrum.t
                 errors.append(float(self.spectrum.squared_errors[rank]))
-                shown = [errors[0], half, errors[1]] if half is not None and step == 1 else errors
-                self.settled = self._products.complete or _converged(shown, noise=ROUNDING * norms[0])
+                noise = ROUNDING * norms[0]
+                if half is not None and step == 1:
+                    self.settled = _converged([errors[0], half, errors[1]], noise, EARLY_GAIN)
+                else:
+                    self.settled = _converged(errors, noise, RELATIVE_GAIN)
+                self.settled = self.settled or self._products.complete
                 if self.settled or step == MAX_BLOCKS - 1:
                     return
             rows = pencil.transposed_product(orthonormal(_at(*self._products.last, near)), near)
@@ -173,7 +179,7 @@ def _first_shift(norms: tuple[float, float, float]) -> float:
     return norms[1] / norms[2] if norms[2] else 0.0
 
 
-def _converged(errors: list[float], noise: float) -> bool:
+def _converged(errors: list[float], noise: float, enough: float) -> bool:
     """Whether the error's fall has little left to go.
 
     The method converges geometrically at least: the last two falls give the ratio, and the ratio gives what remains.
@@ -186,7 +192,7 @@ def _converged(errors: list[float], noise: float) -> bool:
     if last <= noise:
         return True
     ratio = min(last / before, 0.95) if before > 0 else 0.95
-    return last * ratio / (1 - ratio) <= RELATIVE_GAIN * errors[-1]
+    return last * ratio / (1 - ratio) <= enough * errors[-1]
 
 
 def _energy(thin: torch.Tensor, rank: int) -> float:

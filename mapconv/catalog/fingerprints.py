@@ -39,10 +39,14 @@ def failed_fingerprint(entry: Entry, stat: str) -> str:
 
 
 def source_signature(source: str) -> str:
-    """The stat signature of an adapter's folder; for what is not a folder here, that it is none."""
-    config = _stat(f"{source}/adapter_config.json")
-    weights = _stat(f"{source}/adapter_model.safetensors") or _stat(f"{source}/adapter_model.bin")
-    return f"{config}/{weights}"
+    """The stat signature of an adapter's or a model's folder or file; for what is neither here, that it is none."""
+    if os.path.isfile(source):
+        return _stat(source)
+    weights = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
+    config, found = _stat(f"{source}/adapter_config.json"), [_stat(f"{source}/{name}") for name in weights]
+    if not config and not any(found) and os.path.exists(f"{source}/config.json"):
+        return base_signature(source)
+    return f"{config}/{next(filter(None, found), '')}"
 
 
 @lru_cache(maxsize=4096)

@@ -37,6 +37,8 @@ INDEX_FILES = (*(weights_files(stem)[1] for stem in STEMS), "pytorch_model.bin.i
 #: Each tells what a folder is, whatever its weights are called.
 RECORD_FILES = ("map_config.json", "adapter_config.json", MERGE_RECORD)
 #: What an adapter is read from.
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "map_config.json")
+ADAPTER_FILES = (
+    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "map_config.json", "adapters.safetensors",
+)  # fmt: skip
 #: What else mapconv and PEFT write beside the weights: the card, its picture, a saved report.
 COMPANION_FILES = ("README.md", "scalars.png", "verify.json")

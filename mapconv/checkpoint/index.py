@@ -1,4 +1,4 @@
-"""What a checkpoint holds: one safetensors file or several with an index, read from their headers alone."""
+"""What a checkpoint holds, read from headers alone: one safetensors file, several with an index, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from mapconv.adapter import TensorRef
 from mapconv.checkpoint.filenames import PIPELINE_FILE, STEMS, weights_files
+from mapconv.checkpoint.gguf.header import is_gguf
+from mapconv.checkpoint.gguf.model import read_gguf_model
 from mapconv.checkpoint.headers import TensorFile, read_tensor_file
 from mapconv.checkpoint.sidecars import check_folder
 from mapconv.checkpoint.unchanged import FileSignature
@@ -49,8 +51,8 @@ class Checkpoint:
 
     @property
     def is_file(self) -> bool:
-        """Whether this is one weights file without a folder of its own."""
-        return self.files[0].path == self.folder
+        """Whether this is one file of safetensors without a folder of its own: weights and nothing else."""
+        return self.files[0].path == self.folder and not is_gguf(self.folder)
 
     @property
     def parts(self) -> tuple[tuple[str, Checkpoint], ...]:
@@ -77,16 +79,42 @@ class Checkpoint:
         return {file.path: file.signature for file in self.files} if self.source is None else {}
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read the headers of the model in ``folder``.
+def read_checkpoint(folder: Path, source: ByteSource | None = None) -> Checkpoint:
+    """Read the headers of the model in ``folder``, or of the one in a GGUF file.
 
     A single file wins over an index, as it does in transformers.
+
+    Args:
+        folder: the model's folder, or a ``.gguf`` file.
+        source: where the files are not wholly on this disk, what brings the bytes that are read.
 
     Raises:
         CheckpointError: no safetensors weights, an index and shards that do not agree, or a link out of the folder.
     """
     if folder.is_file() and folder.suffix == ".safetensors":
-        return replace(_checkpoint(folder, [read_tensor_file(folder)], None), stem=folder.stem)
+        found = replace(_checkpoint(folder, [read_tensor_file(folder)], None), stem=folder.stem)
+    else:
+        found = _read_gguf(folder, source) if is_gguf(folder) else _read_folder(folder)
+    return replace(found, source=source)
+
+
+def _read_gguf(path: Path, source: ByteSource | None) -> Checkpoint:
+    """The tensors of a GGUF file as they are stored: rows of bytes, under llama.cpp's names."""
+    check_folder(path.parent, CheckpointError)
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}: give the base model with --base.")
+    model = read_gguf_model(path, None if source is None else source.require)
+    files = []
+    for file in model.files:
+        refs = (
+            TensorRef(file.path, tensor.name, "U8", (tensor.rows, tensor.row_bytes), tensor.start)
+            for tensor in file.tensors
+        )
+        files.append(TensorFile(file.path, tuple(refs), {"format": "pt"}, file.signature))
+    return _checkpoint(path, files, None)
+
+
+def _read_folder(folder: Path) -> Checkpoint:
     check_folder(folder, CheckpointError)
     for stem in STEMS:
         single, index_path = (folder / name for name in weights_files(stem))
@@ -101,10 +129,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} holds its weights as a pickle (.bin) only, and mapconv reads safetensors: convert the model "
             "with save_pretrained() first."
         )
-    if any(folder.glob("*.gguf")):
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    if files:
         raise CheckpointError(
-            f"{folder} holds its weights as GGUF, and mapconv reads safetensors: give the model that they were made "
-            "from with --base."
+            f"{folder} holds its weights as GGUF: name the file with --base ({folder / files[0]}"
+            f"{f', or another of the {len(files)} there' if len(files) > 1 else ''})."
         )
     if (folder / PIPELINE_FILE).exists():
         return _read_pipeline(folder)
@@ -123,7 +152,9 @@ def _read_pipeline(folder: Path) -> Checkpoint:
             )
     models = tuple(read_checkpoint(folder / name) for name in names if _has_weights(folder / name))
     if not models:
-        raise CheckpointError(f"{folder} is a pipeline, but none of its folders holds weights: download it again.")
+        raise CheckpointError(
+            f"{folder} is a pipeline, but no folder of it holds weights: give one that has all of it."
+        )
     files: list[TensorFile] = []
     for model in models:
         prefix = f"{model.folder.name}."

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mapconv.checkpoint.filenames import MODEL_CONFIG
+from mapconv.checkpoint.gguf.header import Require, is_gguf
+from mapconv.checkpoint.gguf.model import gguf_config
 from mapconv.errors import CheckpointError
 from mapconv.jsonfile import read_object
 from mapconv.untrusted.schema import COUNT, NULL, TEXT
@@ -25,14 +27,19 @@ _COUNTS = (
 )
 
 
-def read_model_config(folder: Path) -> dict[str, Any]:
-    """The configuration of the model in ``folder``.
+def read_model_config(folder: Path, require: Require | None = None) -> dict[str, Any]:
+    """The configuration of the model in ``folder``, or of the one in a GGUF file.
+
+    ``require`` brings bytes of a file that is not wholly on this disk, before they are read.
 
     Raises:
         CheckpointError: broken, or a field of another type or beyond any model. FileNotFoundError: absent.
     """
-    path = folder / MODEL_CONFIG
-    config = read_object(path, CheckpointError, schema=_SCHEMA)
+    if is_gguf(folder):
+        path, config = folder, gguf_config(folder, require)
+    else:
+        path = folder / MODEL_CONFIG
+        config = read_object(path, CheckpointError, schema=_SCHEMA)
     for place, name, number in _numbers(config, ""):
         for pattern, most in _COUNTS:
             if number > most and pattern.search(name):

@@ -56,6 +56,8 @@ def _needed(
         yield weights, [(0, weights.stat().st_size)]
         base = base or json.loads((adapter / _CONFIG).read_bytes()).get("base_model_name_or_path")
         adapted |= set() if whole_base else _rescaled_paths(_tensors(weights))
+    if base and whole_base and Path(base).suffix == ".gguf" and Path(base).is_file():
+        yield Path(base), [(0, Path(base).stat().st_size)]
     if not base or not Path(base).is_dir():
         return
     for file in sorted(Path(base).glob("model*.safetensors")):

@@ -15,7 +15,7 @@ _NAMED = 5
 _WEIGHTS = (*names.WEIGHT_FILES, *names.INDEX_FILES)
 _KNOWN = (
     names.MODEL_CONFIG, *names.RECORD_FILES, *names.COMPANION_FILES, *names.TOKENIZER_FILES, *names.MODEL_FILES,
-    *_WEIGHTS,
+    *_WEIGHTS, names.PIPELINE_FILE, "scheduler_config.json",
 )  # fmt: skip
 
 
@@ -28,8 +28,11 @@ def check_replaceable(folder: Path) -> None:
     entries = list(_entries(folder))
     if not entries:
         return
-    shards = _listed_shards(folder)
-    strange = sorted(entry for entry in entries if entry not in shards and not _matches(entry, _KNOWN))
+    shards, parts = _listed_shards(folder), _pipeline_parts(folder)
+    entries = [entry for entry in entries if entry.rstrip("/") not in parts]
+    strange = _strange(entries, shards)
+    for part in sorted(parts):
+        strange += [f"{part}/{entry}" for entry in _strange(_entries(folder / part), _listed_shards(folder / part))]
     if strange:
         more = f" and {len(strange) - _NAMED} more" if len(strange) > _NAMED else ""
         raise OutputError(
@@ -42,6 +45,20 @@ def check_replaceable(folder: Path) -> None:
             f"{folder} holds neither a model nor an adapter, so --force will not replace it: choose another output "
             "folder."
         )
+
+
+def _strange(entries: Iterable[str], shards: set[str]) -> list[str]:
+    return sorted(entry for entry in entries if entry not in shards and not _matches(entry, _KNOWN))
+
+
+def _pipeline_parts(folder: Path) -> set[str]:
+    """The folders that a pipeline's own list names."""
+    try:
+        listed = read_object(folder / names.PIPELINE_FILE, OutputError)
+    except (OSError, MapconvError):
+        return set()
+    plain = {name for name in listed if name == os.path.basename(name)}
+    return {name for name in plain if (folder / name).is_dir() and not (folder / name).is_symlink()}
 
 
 def _entries(folder: Path) -> Iterable[str]:

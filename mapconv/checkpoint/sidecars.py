@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from mapconv.checkpoint.filenames import MERGE_RECORD, MODEL_CONFIG, MODEL_FILES, PIPELINE_FILE, TOKENIZER_FILES
+from mapconv.checkpoint.gguf.header import is_gguf
+from mapconv.checkpoint.gguf.model import small_files
 from mapconv.checkpoint.model_config import read_model_config
-from mapconv.checkpoint.quantization import MODELOPT_FILE, QUANTIZATION_KEYS, without_quantization
+from mapconv.checkpoint.quantization import MODELOPT_FILE, QUANTIZATION_KEYS, with_plain_modules, without_quantization
 from mapconv.checkpoint.staging import write_file
 from mapconv.errors import CheckpointError, MapconvError
 from mapconv.files import check_regular, open_regular
@@ -70,6 +72,7 @@ def copy_model_files(base: Path, adapter: Path, target: Path) -> list[str]:
 
     An adapter that brings a tokenizer was trained with it (a chat template, added tokens): it replaces the base's.
     """
+    base = small_files(base)
     _copy(base, target, _matching(base, MODEL_FILES))
     if brings_tokenizer(adapter):
         copy_tokenizer(adapter, target)
@@ -85,27 +88,40 @@ def copy_pipeline_files(source: Path, target: Path) -> None:
 
 
 def write_model_config(
-    base: Path, target: Path, dtype: str, changed: dict[str, Any] | None = None, *, quantized: bool = False
+    base: Path,
+    target: Path,
+    dtype: str,
+    changed: dict[str, Any] | None = None,
+    *,
+    quantized: bool = False,
+    lifted: Sequence[str] = (),
+    plain: Sequence[str] = (),
 ) -> list[str]:
     """Write the model's ``config.json``: the base's or the ``changed`` one, with the dtype that the weights now have.
 
-    The weights are plain, whatever the base's are, unless they stay ``quantized`` as those are.
+    The weights are plain, whatever the base's are, unless they stay ``quantized`` as those are; modules that leave
+    the codes are ``lifted``, and ``plain`` ones were in none.
 
     Returns notes for the user.
     """
-    path = base / MODEL_CONFIG
-    if changed is None and not path.exists():
+    base = small_files(base)
+    made = is_gguf(base)  # of its metadata
+    there = made or (base / MODEL_CONFIG).exists()
+    if changed is None and not there:
         return [f"{base} has no {MODEL_CONFIG}, so the merged folder has none either"]
-    own = read_model_config(base) if path.exists() else {}
+    own = read_model_config(base) if there else {}
     config = without_quantization(own if changed is None else changed)
     if quantized:
-        config |= {key: own[key] for key in QUANTIZATION_KEYS if key in own}
+        kept = {key: own[key] for key in QUANTIZATION_KEYS if key in own}
+        if lifted:
+            kept = {key: with_plain_modules(value, lifted, plain) for key, value in kept.items()}
+        config |= kept
         _copy(base, target, _matching(base, (MODELOPT_FILE,)))
     if dtype != "auto" and "_class_name" not in config:  # diffusers' configurations name no dtype
         config.setdefault("dtype", dtype)
         _set_dtype(config, dtype)
     write_file(target / MODEL_CONFIG, json.dumps(config, indent=2) + "\n")
-    return []
+    return [f"{MODEL_CONFIG} is made of the metadata in {base.name}"] if made else []
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

@@ -38,6 +38,8 @@ def inspect(chosen: Chosen) -> None:
         show(f"  task      {found.task_type}")
     if found.peft_version:
         show(f"  written   by PEFT {found.peft_version}")
+    if found.dora:
+        show(f"  magnitude {found.dora}")
     show(f"  upgrade   {found.upgrade}")
     show()
     print_table(
@@ -62,4 +64,4 @@ def inspect(chosen: Chosen) -> None:
 
 
 def _list(values) -> str:
-    return ", ".join(str(value) for value in values)
+    return ", ".join(str(value) for value in values) or "-"

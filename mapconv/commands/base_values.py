@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mapconv.checkpoint.filenames import MODEL_CONFIG
+from mapconv.checkpoint.gguf.header import is_gguf
 from mapconv.checkpoint.model_config import read_model_config
 from mapconv.checkpoint.quantization import quantization_settings
 from mapconv.commands.verify import run_both
@@ -110,4 +111,4 @@ def _measure(
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return read_model_config(folder) if (folder / MODEL_CONFIG).is_file() else {}
+    return read_model_config(folder) if is_gguf(folder) or (folder / MODEL_CONFIG).is_file() else {}

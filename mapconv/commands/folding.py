@@ -9,12 +9,12 @@ from pathlib import Path
 from mapconv.checkpoint.filenames import MERGE_RECORD
 from mapconv.checkpoint.staging import check_output, staged_folder, write_file
 from mapconv.checkpoint.unchanged import unchanged
-from mapconv.commands.merge import write_weights
 from mapconv.errors import OutputError, UnsupportedError
 from mapconv.exporting.limits import Limits
 from mapconv.merging.companions import write_companions
 from mapconv.merging.merger import survival_record
 from mapconv.merging.plan import MergePlan, plan_merge
+from mapconv.merging.writer import write_weights
 from mapconv.metadata.provenance import merge_record
 from mapconv.placement.adapters import PlacedAdapter
 

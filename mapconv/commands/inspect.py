@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mapconv.adapter import Adapter, Module, WholeTensor
+from mapconv.adapter import Adapter, Addition, Module, WholeTensor
 from mapconv.checkpoint.codecs import storages
-from mapconv.formats import read_adapter
 from mapconv.hub.locate import locate_adapter
 from mapconv.options.commands import INSPECT
-from mapconv.placement.adapters import place_adapter
+from mapconv.placement.adapters import place_adapter, read_as
+from mapconv.spelling import Axis, Norm, Rescaling
+from mapconv.wording import counted
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Inspection:
     dtypes: tuple[str, ...]
     targets: tuple[TargetGroup, ...]
     whole_tensors: tuple[str, ...]
+    dora: str | None
     upgrade: str
     fits: Path | None
     storages: dict[str, int]
@@ -61,7 +63,14 @@ class Inspection:
 
 
 @INSPECT.checks
-def inspect(source: str | Path, *, base: str | Path | None = None, allow_pickle: bool = False) -> Inspection:
+def inspect(
+    source: str | Path,
+    *,
+    base: str | Path | None = None,
+    dora_axis: Axis | None = None,
+    dora_norm: Norm = "merged",
+    allow_pickle: bool = False,
+) -> Inspection:
     """Describe an adapter, and with ``base`` check that it fits there; no tensor's values are read.
 
     Raises:
@@ -69,14 +78,16 @@ def inspect(source: str | Path, *, base: str | Path | None = None, allow_pickle:
     """
     source = locate_adapter(source, allow_pickle=allow_pickle)
     fits, found, notes = None, {}, []
+    dora = Rescaling(dora_axis, dora_norm)
     if base is None:
-        adapter = read_adapter(source, allow_pickle=allow_pickle)
+        adapter = read_as(source, dora, allow_pickle=allow_pickle)
         modules = adapter.modules
     else:
-        placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=True)
+        placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=True, dora=dora)
         adapter, fits = placed.adapter, placed.target.folder
-        # The base's own names say more than underscores do.
-        modules = [item.module for item in placed.modules] if adapter.is_spelled else adapter.modules
+        # The base's own names say more than underscores do, and its shapes more than another method's tensors.
+        told = adapter.is_spelled or any(module.method is not None for module in adapter.modules)
+        modules = [item.module for item in placed.modules] if told else adapter.modules
         found = dict(storages(placed.target.checkpoint))
         notes = _base_notes(adapter, str(base), found)
     groups: dict[str, list[Module]] = defaultdict(list)
@@ -96,7 +107,8 @@ def inspect(source: str | Path, *, base: str | Path | None = None, allow_pickle:
         nbytes=adapter.nbytes,
         dtypes=tuple(sorted({ref.dtype for ref in adapter.tensors})),
         targets=tuple(_group(name, modules) for name, modules in groups.items()),
-        whole_tensors=tuple(_describe(item) for item in adapter.whole),
+        whole_tensors=(*map(_describe, adapter.whole), *(_addition(item) for item in adapter.additions)),
+        dora=_dora(adapter),
         upgrade=_forecast(adapter),
         fits=fits,
         storages=found,
@@ -124,9 +136,10 @@ def _group(name: str, modules: list[Module]) -> TargetGroup:
         module_type=name,
         count=len(modules),
         layers=_ranges(sorted({module.layer for module in modules if module.layer is not None})),
-        ranks=tuple(sorted({module.rank for module in modules})),
-        scalings=tuple(sorted({module.scaling for module in modules})),
-        shapes=tuple(sorted({module.weight_shape for module in modules})),
+        ranks=tuple(sorted({module.rank for module in modules if module.rank})),
+        scalings=tuple(sorted({module.scaling for module in modules if module.method is None})),
+        # A method's own tensors do not say what weight they are for, until they are placed.
+        shapes=tuple(sorted({module.weight_shape for module in modules if module.weight_shape != (0, 0)})),
         parameters=sum(ref.numel for module in modules for ref in module.tensors),
     )
 
@@ -136,7 +149,30 @@ def _describe(item: WholeTensor) -> str:
     return f"{item.parameter} ({shape}{'' if item.rows is None else ' rows'})"
 
 
+def _addition(item: Addition) -> str:
+    return f"{item.tensor.name} ({'replaces' if item.replaces else 'adds to'} a {item.leaf})"
+
+
+def _dora(adapter: Adapter) -> str | None:
+    """What a DoRA's magnitudes mean, and why."""
+    found = {module.rescaling for module in adapter.modules if module.magnitude is not None}
+    if adapter.method != "DoRA" or not found:
+        return None
+    axes = {"out": "outputs", "in": "inputs", None: "outputs or inputs (square weights do not tell: --dora-axis)"}
+    of = " and ".join(sorted(axes[item.axis] for item in found))
+    if any(item.norm == "base" for item in found):
+        return f"magnitudes of {of}, divided by the base weight's norm (--dora-norm base)"
+    return f"magnitudes of {of}, divided by the merged weight's norm, as it was trained"
+
+
 def _forecast(adapter: Adapter) -> str:
+    if not adapter.modules:
+        return "nothing: it replaces whole tensors, and can be merged"
+    dense = sum(module.is_dense for module in adapter.modules)
+    if dense:
+        return f"the closest MAP weight at --rank or --tolerance: {counted(dense, 'update')} of full rank"
+    if adapter.modules[0].method is not None:
+        return "exact: α and β follow from norms, and factors from the update, which is of low rank"
     if adapter.method == "LoRA":
         return "exact: α and β follow from norms, the factors are kept"
     if adapter.method == "DoRA":

@@ -6,43 +6,45 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from mapconv.adapter import ITEM_SIZES
 from mapconv.algebra.fingerprint import Fingerprint
 from mapconv.checkpoint.codecs import storages
 from mapconv.checkpoint.filenames import ADAPTER_FILES, MERGE_RECORD
-from mapconv.checkpoint.flushing import BackgroundFlush
 from mapconv.checkpoint.index import Checkpoint
-from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.staging import check_output, check_output_file, staged_file, staged_folder, write_file
 from mapconv.checkpoint.unchanged import signatures_of, unchanged
-from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.commands.base_values import MEASURED_SAMPLES, BaseValues, choose_base
+from mapconv.commands.feedback import feedback_run
 from mapconv.errors import BaseMismatchError
 from mapconv.hub.locate import locate_adapter
 from mapconv.hub.reference import shown
 from mapconv.merging.companions import write_companions
-from mapconv.merging.merger import MergedTensor, Merger, survival_record
-from mapconv.merging.plan import MergePlan, plan_merge
+from mapconv.merging.merger import MergedTensor, survival_record
+from mapconv.merging.plan import plan_merge
 from mapconv.merging.survival import DAMAGED, Survival, total
+from mapconv.merging.writer import write_weights
 from mapconv.metadata.provenance import merge_record
-from mapconv.options.commands import MERGE
+from mapconv.options.merging import MERGE, SCALES
+from mapconv.options.shared import SAMPLES, SEQUENCE_LENGTH
 from mapconv.placement.adapters import PlacedAdapter, place_adapters
 from mapconv.placement.base_check import base_fault
 from mapconv.placement.kept_codes import keep_codes
+from mapconv.placement.selection import module_rule
 from mapconv.refit.plan import Dtype
-from mapconv.runtime.progress import progress_bar
-from mapconv.runtime.threads import in_order, worker_count
+from mapconv.spelling import Axis, Norm, Rescaling
 from mapconv.wording import counted
 
 log = logging.getLogger(__name__)
 #: What becomes of weights that the base stores in codes.
-Quantized = Literal["dequantize", "copy"]
+Quantized = Literal["dequantize", "copy", "keep"]
+Scales = Literal["keep", "recompute"]
+Rounding = Literal["nearest", "feedback"]
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,17 @@ def merge(
     weights: Sequence[float] | None = None,
     dtype: Dtype = "auto",
     max_shard_size: int | str | None = None,
+    rounding: Rounding = "nearest",
     quantized: Quantized = "dequantize",
+    scales: Scales | None = None,
+    lift: str | Sequence[str] | None = None,
+    min_survival: float | None = None,
     base_values: BaseValues | None = None,
     original: str | Path | None = None,
     data: str | Path | None = None,
     samples: int | None = None,
+    dora_axis: Axis | None = None,
+    dora_norm: Norm = "merged",
     allow_pickle: bool = False,
     force: bool = False,
     dry_run: bool = False,
@@ -101,13 +109,21 @@ def merge(
         weights: a factor for each adapter's update; None: 1 for each.
         dtype: ``auto`` (each tensor keeps its own), ``float32``, ``bfloat16`` or ``float16``.
         max_shard_size: bytes of tensors in one file, or a text such as ``5GB``; None keeps the base's files.
+        rounding: ``nearest``: each value to the nearest of its dtype. ``feedback``: to 16 bits with the layers' inputs
+            on ``data`` in view, so that the outputs change less; every value stays within a step of its unrounded one.
         quantized: what to do with weights that the base stores in codes: ``dequantize`` all, so that the result is an
-            ordinary model in 16 bits; ``copy`` them as they are, where the adapters change plain ones alone.
+            ordinary model in 16 bits; ``copy`` them as they are, where the adapters change plain ones alone; ``keep``:
+            copy those that no adapter changes, and write the merged ones in the same storage.
+        scales: of merged weights that stay in codes: ``keep`` those of the base, or ``recompute`` them (the default).
+        lift: of those, modules to write in 16 bits instead: ends of their names, or a regular expression.
+        min_survival: lift all modules of which a first pass finds less than this share of the update to survive.
         base_values: where the base is quantized, what to merge into: its ``stored`` values, the ``original`` model that
             it was made from, or the one under which ``data`` is likelier (``measured``); None: the base as it is given.
         original: that model's folder or Hub id; None: what the base's card names.
-        data: text to measure on, as of ``verify``.
-        samples: sequences of 256 tokens of it (8).
+        data: text for ``rounding``, or to measure ``base_values`` on.
+        samples: sequences of 256 tokens of it (8; 32 for ``rounding``).
+        dora_axis: of a DoRA whose file does not say so: whether its magnitudes are those of outputs or of inputs.
+        dora_norm: what they are divided by: the norm of the ``merged`` weight, or of the ``base``'s.
         allow_pickle: read weights from ``.bin`` files (with torch's weights-only loader).
         force: replace ``out``, and accept a base whose weights are not those a MAP adapter was made for.
         dry_run: do all of it but write, so that what would stop the merge stops this.
@@ -129,10 +145,14 @@ def merge(
         measured = {"original": original, "data": data, "samples": samples or MEASURED_SAMPLES}
         choice = choose_base(sources[0], base, base_values, **measured, allow_pickle=allow_pickle, quiet=quiet)
         base = choice.base
-    placed = place_adapters(sources, base, allow_pickle=allow_pickle)
-    if quantized == "copy":
-        placed = keep_codes(placed)
-    plan = plan_merge(placed, weights=weights, dtype=dtype, max_shard_size=max_shard_size)
+    placed = place_adapters(sources, base, allow_pickle=allow_pickle, dora=Rescaling(dora_axis, dora_norm))
+    in_codes = quantized != "dequantize"
+    shapes = {"weights": weights, "dtype": dtype, "max_shard_size": max_shard_size}
+    as_placed = placed
+    if in_codes:
+        rule = None if lift is None else module_rule(lift, "--lift")
+        placed = keep_codes(as_placed, rewrite=quantized == "keep", lift=rule)
+    plan = plan_merge(placed, **shapes)
     folder = plan.target.folder
     single = plan.target.checkpoint.is_file
     if single:
@@ -141,7 +161,21 @@ def merge(
         check_output(out, force=force, inputs=[*sources, folder], nbytes=plan.nbytes)
     notes = [*(note for item in placed for note in item.adapter.notes), *plan.target.notes]
     notes += [] if choice is None else [choice.note]
-    notes += quantization_notes(plan.target.checkpoint, copied=quantized == "copy")
+    notes += quantization_notes(plan.target.checkpoint, quantized)
+    run = None
+    if rounding == "feedback" and data is not None:
+        sizes = {"samples": samples or SAMPLES.fallback, "length": SEQUENCE_LENGTH.fallback}
+        run = feedback_run(plan, placed[0], Path(data), **sizes, quiet=quiet)
+        notes += run.notes
+    recompute = (scales or SCALES.fallback) == "recompute"
+    if min_survival is not None:
+        groups = None if run is None else run.groups(plan)
+        tried = write_weights(plan, None, groups=groups, recompute=recompute, quiet=quiet)
+        lost = _below(tried, min_survival)
+        if lost:
+            named = {*plan.target.lifted, *(name.removesuffix(".weight") for name in lost)}
+            plan = plan_merge(keep_codes(as_placed, rewrite=True, lift=named.__contains__), **shapes)
+            notes.append(_lifted_note(lost, min_survival))
     signatures |= plan.target.checkpoint.signatures
     if dry_run:
         place = TemporaryDirectory(prefix="mapconv-")
@@ -149,12 +183,17 @@ def merge(
         place = staged_file(out, folder.name) if single else staged_folder(out, force=force)
     with place as name, unchanged(signatures):
         staging = Path(name)
-        merged = write_weights(plan, None if dry_run else staging, quiet=quiet)
+        groups = None if run is None else run.groups(plan)
+        merged = write_weights(plan, None if dry_run else staging, groups=groups, recompute=recompute, quiet=quiet)
         if not force:
             _check_base(placed, merged)
-        notes += write_companions(plan, sources[0], staging, dtype, copied=quantized == "copy")
-        notes += _advice(merged)
+        notes += write_companions(plan, sources[0], staging, dtype, copied=in_codes)
+        notes += _advice(merged, rounding) + _saturation(merged)
         record = merge_record(placed, weights) | {"survival": survival_record(merged)}
+        record["rounding"] = {"method": rounding, "data": None if run is None else run.record}
+        if plan.target.encoded:
+            kept = {"kept": len(plan.target.encoded), "scales": scales or SCALES.fallback}
+            record["quantized"] = kept | {"lifted": list(plan.target.lifted)}
         if choice is not None:
             record["base_values"] = choice.record
         if not single:
@@ -173,41 +212,57 @@ def merge(
     )
 
 
-def _advice(merged: Sequence[MergedTensor]) -> list[str]:
+def _advice(merged: Sequence[MergedTensor], rounding: Rounding) -> list[str]:
     """One line on what helps, where less of the update survives than a user would expect."""
     damaged = [item for item in merged if item.survival.projection < DAMAGED]
     if not damaged:
         return []
     worst = min(damaged, key=lambda item: item.survival.projection)
+    in_codes = worst.dtype not in ITEM_SIZES
+    helps = "--lift or --quantized dequantize keeps it in 16 bits" if in_codes else "--dtype float32 keeps all of it"
+    helps += "" if rounding == "feedback" else ", --rounding feedback --data FILE more of what the layers put out"
     return [
         f"less than {DAMAGED:g} of the update survives rounding to {worst.dtype} in {counted(len(damaged), 'tensor')} "
-        f"(least: {worst.survival.projection:.2f} in {worst.tensor}): --dtype float32 keeps all of it"
+        f"(least: {worst.survival.projection:.2f} in {worst.tensor}): {helps}"
     ]
 
 
-def quantization_notes(checkpoint: Checkpoint, *, copied: bool = False) -> list[str]:
+def _below(merged: Sequence[MergedTensor], least: float) -> list[str]:
+    """The weights in codes of which less survives, from the worst on."""
+    found = [item for item in merged if item.dtype not in ITEM_SIZES and item.survival.projection < least]
+    return [item.tensor for item in sorted(found, key=lambda item: item.survival.projection)]
+
+
+def _lifted_note(lost: Sequence[str], least: float) -> str:
+    more = "" if len(lost) == 1 else f" and {len(lost) - 1} more"
+    return (
+        f"less than {least:g} of the update would survive in {lost[0]}{more}, so {counted(len(lost), 'module')} left "
+        "the codes for 16 bits"
+    )
+
+
+def _saturation(merged: Sequence[MergedTensor]) -> list[str]:
+    """How many values of merged weights lie beyond what their codes can stand for."""
+    count = sum(item.saturated for item in merged)
+    if not count:
+        return []
+    worst = max(merged, key=lambda item: item.saturated)
+    tensors = counted(sum(item.saturated > 0 for item in merged), "tensor")
+    return [
+        f"{counted(count, 'value')} of {tensors} lie beyond the largest that {worst.dtype} reaches with its scales "
+        f"(most: {worst.saturated:,} in {worst.tensor})"
+    ]
+
+
+def quantization_notes(checkpoint: Checkpoint, quantized: Quantized = "dequantize") -> list[str]:
     """What the base is quantized as, and what becomes of that; nothing for a plain base."""
     found = ", ".join(f"{counted(count, 'weight')} as {label}" for label, count in storages(checkpoint).items())
-    what = "which are copied as they are" if copied else "which are written as the values that the codes stand for"
+    what = {
+        "dequantize": "which are written as the values that the codes stand for",
+        "copy": "which are copied as they are",
+        "keep": "which are copied as they are, or merged and written in the same storage",
+    }[quantized]
     return [f"{shown(checkpoint.folder)} is quantized ({found}), {what}"] if found else []
-
-
-def write_weights(plan: MergePlan, staging: Path | None, *, quiet: bool) -> tuple[MergedTensor, ...]:
-    """Run the plan's jobs into the files of ``staging``; None: into no files."""
-    total = sum(job.nbytes for job in plan.jobs)
-    with TensorReader() as reader, _output_files(plan, staging) as files, BackgroundFlush() as flush:
-        merger, merged = Merger(reader, files), []
-        with progress_bar(total, "merging", quiet=quiet) as advance:
-            results = in_order(merger.run, plan.jobs, worker_count(Merger.WORKING_BYTES))
-            for job, result in zip(plan.jobs, results, strict=True):
-                advance(job.nbytes)
-                file = files[str(job.output)]
-                if isinstance(file, FixedFile):
-                    flush.wrote(file.descriptor, job.nbytes)
-                if result is not None:
-                    log.info("merged %s, %d bytes", result.tensor, job.nbytes)
-                    merged.append(result)
-    return tuple(merged)
 
 
 def _check_base(placed: Sequence[PlacedAdapter], merged: Sequence[MergedTensor]) -> None:
@@ -225,19 +280,3 @@ def _check_base(placed: Sequence[PlacedAdapter], merged: Sequence[MergedTensor])
                 f"{item.weight.pieces[0].tensor.file}: {item.weight.name} {fault}: give that base with --base, or "
                 "accept this one with --force."
             )
-
-
-@contextmanager
-def _output_files(plan: MergePlan, staging: Path | None) -> Iterator[dict[str, FixedFile | NoFile]]:
-    if staging is None:
-        yield {file.name: NoFile() for file in plan.files}
-        return
-    files: dict[str, FixedFile] = {}
-    try:
-        for file in plan.files:
-            (staging / file.name).parent.mkdir(exist_ok=True)
-            files[file.name] = FixedFile(staging / file.name, file.header, file.nbytes)
-        yield {**files}
-    finally:
-        for open_file in files.values():
-            open_file.close()

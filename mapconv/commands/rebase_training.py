@@ -43,7 +43,7 @@ def calibrate_rebased(
     Raises:
         MapconvError: of the kind that fits; the result is then as it was.
     """
-    padding = load_tokenizer(trained.target.folder).pad_token_id
+    padding = load_tokenizer(trained.target.tokenizer).pad_token_id
     data = TrainingData(text.train, text.held_out, target_classes(trained.target), padding)
     options = CalibrationOptions(train="all", sequence_length=text.train.input_ids.shape[1], **training)
     report = calibrate_folder(

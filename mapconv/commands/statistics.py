@@ -78,7 +78,7 @@ def statistics(
     target, out, place = plain_target(checkpoint), Path(out), resolve_device(device)
     check_output(out, force=force, inputs=[target.folder], nbytes=0)
     rows = read_rows(Path(data))
-    train, _ = read_dataset(rows, load_tokenizer(target.folder), length=length, samples=samples)
+    train, _ = read_dataset(rows, load_tokenizer(target.tokenizer), length=length, samples=samples)
     dtype = FLOAT_NAMES.get(common_dtype(checkpoint), "float32")
     with staged_folder(out, force=force) as staging, unchanged(checkpoint.signatures):
         model = load_target(target, dtype=dtype, device=place, quiet=quiet)

@@ -22,6 +22,7 @@ from mapconv.refit.norms import BaseNorms
 from mapconv.refit.plan import ConvertOptions, Dtype, PlanSummary, UpgradePlan, plan_upgrade
 from mapconv.refit.writer import Sample, read_data, write_map_directory
 from mapconv.runtime.devices import resolve_device
+from mapconv.spelling import Axis, Norm, Rescaling
 from mapconv.wording import counted
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def upgrade(
     rank: int | None = None,
     tolerance: float | None = None,
     max_rank: int | None = None,
+    rank_at_most: int | None = None,
     direction: Direction = "low-rank",
     lora_compatible: bool = False,
     dtype: Dtype = "float32",
@@ -59,6 +61,8 @@ def upgrade(
     statistics: Statistics | None = None,
     calibrate: int = 0,
     device: str = "auto",
+    dora_axis: Axis | None = None,
+    dora_norm: Norm = "merged",
     allow_pickle: bool = False,
     force: bool = False,
     dry_run: bool = False,
@@ -70,9 +74,10 @@ def upgrade(
         source: the adapter's folder, or a Hub reference (``owner/name[@revision][:subfolder]``).
         out: the MAP directory to write; None: ``<source>-map`` beside the source, or here for one from the Hub.
         base: the base model's folder or Hub id; None takes it from the adapter's configuration.
-        rank: rank of the result; None keeps each module's own.
+        rank: rank of the result; None keeps each module's own. A LoRA is resized by its own factors, and stays one.
         tolerance: instead of ``rank``: the smallest rank of each module whose ε is at most this, up to
             ``max_rank`` (256).
+        rank_at_most: give every module this rank: cut those above it, and pad those below it with zeros.
         direction: ``low-rank``: Δ = BA, refitted if the source is DoRA. ``dora``: DoRA's own update, exact.
         lora_compatible: keep a = 1, so that the result is a plain LoRA adapter as well.
         dtype: of the stored factors: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the source's own.
@@ -83,6 +88,8 @@ def upgrade(
         calibrate: steps to train the scalars towards the source on ``data`` afterwards (``mapconv.calibrate`` has
             all its options); 0: none.
         device: ``auto``, ``cpu`` or ``cuda``: where refits and training run.
+        dora_axis: of a DoRA whose file does not say so: whether its magnitudes are those of outputs or of inputs.
+        dora_norm: what they are divided by: the norm of the ``merged`` weight, or of the ``base``'s.
         allow_pickle: read weights from a ``.bin`` file (with torch's weights-only loader).
         force: replace ``out``.
         dry_run: plan and check, write nothing.
@@ -105,11 +112,19 @@ def upgrade(
         dtype,
         device,
         None if data is None else statistics or STATISTICS.fallback,
+        rank_at_most,
     )
     # To run the model takes all of it; else a base on the Hub stays there but for what is read.
-    placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=data is None)
+    placed = place_adapter(
+        source, base, allow_pickle=allow_pickle, lean=data is None, dora=Rescaling(dora_axis, dora_norm)
+    )
     if placed.adapter.method == "MAP":
         raise UnsupportedError(f"{source} is a MAP adapter already: upgrade the adapter that it was made from.")
+    if not placed.modules:
+        raise UnsupportedError(
+            f"{source} ({placed.adapter.method}) replaces whole tensors and no more, which MAP has no "
+            "form for: merge it."
+        )
     plan = plan_upgrade(placed, options)
     log.info("placed %d modules of %s on %s", len(plan.jobs), source, placed.target.folder)
     nbytes = plan.nbytes

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from mapconv.checkpoint.filenames import MODEL_CONFIG
+from mapconv.checkpoint.gguf.model import small_files
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.data import Rows, read_blocks, read_rows
 from mapconv.errors import AdapterError, BaseMismatchError
@@ -213,7 +214,9 @@ def run_both(
     if not compared.reads_text:
         return total, [], []
     length = min(SEQUENCE_LENGTH, compared.longest_text)
-    blocks = read_blocks(rows, load_tokenizer(folder), samples=samples, length=length, classes=compared.classes)
+    blocks = read_blocks(
+        rows, load_tokenizer(small_files(folder)), samples=samples, length=length, classes=compared.classes
+    )
     with progress_bar(len(blocks), "running", unit="block", quiet=quiet) as advance:
         for block in blocks.rows():
             _compare(compared, block, total)

@@ -96,7 +96,14 @@ BY_NAME = {server.name: server for server in SERVERS}
 
 
 #: The format that each dialect is, as ``--to`` names it.
-_WRITTEN = {"PEFT": "peft", "kohya": "kohya", "MLX-LM": "mlx", "diffusers": "diffusers", "ComfyUI": "comfyui"}
+_WRITTEN = {
+    "PEFT": "peft",
+    "llama.cpp (GGUF)": "gguf",
+    "kohya": "kohya",
+    "MLX-LM": "mlx",
+    "diffusers": "diffusers",
+    "ComfyUI": "comfyui",
+}
 
 
 def faults(adapter: Adapter, server: Server) -> Iterator[str]:

@@ -8,13 +8,22 @@ from mapconv.adapter import Adapter
 from mapconv.checkpoint.filenames import MODEL_CONFIG
 from mapconv.checkpoint.sidecars import check_folder
 from mapconv.errors import AdapterError
-from mapconv.formats import mapdir, peft
+from mapconv.formats import gguf, mapdir, mlx, peft, peft_methods
 from mapconv.formats.base import CONFIG_FILE, Dialect, Found
 from mapconv.formats.foreign import FOREIGN
-from mapconv.formats.image.kohya import KOHYA
+from mapconv.formats.image import IMAGE_FILES
 
 #: In order of recognition: a MAP directory is a PEFT directory as well.
-DIALECTS: tuple[Dialect, ...] = (mapdir.MapDirectory(), peft.PeftDirectory(), *FOREIGN[:2], KOHYA, *FOREIGN[2:])
+DIALECTS: tuple[Dialect, ...] = (
+    mapdir.MapDirectory(),
+    peft_methods.PeftMethodDirectory(),
+    peft.PeftDirectory(),
+    mlx.MlxAdapter(),
+    gguf.GgufLora(),
+    FOREIGN[0],
+    IMAGE_FILES,
+    *FOREIGN[1:],
+)
 
 
 def read_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:
@@ -26,7 +35,7 @@ def read_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:
     check_folder(path, AdapterError)
     if not path.exists():
         raise AdapterError(f"{path} does not exist: give the adapter's folder.")
-    if path.is_file() and path.suffix != ".safetensors":
+    if path.is_file() and path.suffix not in (".safetensors", ".gguf"):
         raise AdapterError(f"{path} is a file: give the folder that holds it and its {CONFIG_FILE}.")
     found = Found(path)
     dialect = next((dialect for dialect in DIALECTS if dialect.recognise(found)), None)

@@ -59,23 +59,6 @@ class PeftWeights:
 FOREIGN = (
     PeftWeights(),
     ForeignDialect(
-        "a LyCORIS adapter (LoHa, LoKr or its DoRA)",
-        re.compile(r"\.(hada_w[12]_[ab]|lokr_w[12](_[ab])?|dora_scale)$"),
-        "merge it with the program that trained it, for its updates are not plain low-rank factors",
-    ),
-    ForeignDialect(
-        "a LoRA of diffusers (load_lora_weights)",
-        re.compile(
-            r"^(unet|transformer|text_encoder(_\d)?)\.|\.processor\.\w+_lora\.(down|up)\.|\.lora_linear_layer\."
-        ),
-        _AS_PEFT,
-    ),
-    ForeignDialect(
-        "a LoRA in ComfyUI's names",
-        re.compile(r"^(diffusion_model|text_encoders)\..*\.lora_"),
-        _AS_PEFT,
-    ),
-    ForeignDialect(
         "an adapter of MLX-LM",
         re.compile(r"\.lora_[ab]$"),
         "merge it with mlx_lm.fuse, or " + _AS_PEFT,

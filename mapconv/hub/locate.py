@@ -6,10 +6,6 @@ that commit (``origin_of``). Only the files that are needed are fetched.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import re
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,22 +17,26 @@ from mapconv.checkpoint.filenames import (
     TOKENIZER_FILES,
     weights_files,
 )
+from mapconv.checkpoint.gguf.header import is_gguf
+from mapconv.checkpoint.gguf.model import part_names
 from mapconv.checkpoint.index import Checkpoint, read_checkpoint
 from mapconv.checkpoint.quantization import MODELOPT_FILE
-from mapconv.errors import AdapterError, CheckpointError, HubError, UnsupportedError
-from mapconv.files import LARGE, open_regular
+from mapconv.errors import AdapterError, CheckpointError, UnsupportedError
+from mapconv.files import LARGE
 from mapconv.hub.faults import ask_hub
 from mapconv.hub.originals import CARD_FILE, ORIGINAL, original_of
 from mapconv.hub.ranges import RangesUnsupportedError, ranged_checkpoint
 from mapconv.hub.reference import HubReference, parse_reference
+from mapconv.hub.snapshots import snapshot
 from mapconv.jsonfile import read_object
 
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ADAPTER_PICKLE = "adapter_model.bin"
 _ADAPTER_FILES = (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS, "map_config.json", CARD_FILE, *TOKENIZER_FILES)
 _OR_BASE = "or give the base model's folder with --base"
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SINGLES, _INDEXES = zip(*map(weights_files, STEMS), strict=True)
+#: Weights in half precision are fetched where there are no others.
+_PLAIN, _HALF = (tuple(name for name in _SINGLES if (".fp16." in name) == half) for half in (False, True))
 _SMALL_MODEL_FILES = (MODEL_CONFIG, MODELOPT_FILE, PIPELINE_FILE, *_INDEXES, CARD_FILE, *MODEL_FILES, *TOKENIZER_FILES)
 
 
@@ -49,13 +49,11 @@ def locate_adapter(source: str | Path, *, allow_pickle: bool = False) -> Path:
     reference = hub_reference(source)
     if reference is None:
         return _folder_of(Path(source))
-    if reference.subfolder and reference.subfolder.endswith(".safetensors"):
-        folder, _, file = reference.subfolder.rpartition("/")
-        reference = replace(reference, subfolder=folder or None)
-        if file != _ADAPTER_WEIGHTS:
-            return _snapshot(reference, (file,)) / file
+    reference, file = reference.split_file(".safetensors")
+    if file not in (None, _ADAPTER_WEIGHTS):
+        return snapshot(reference, (file,)) / file
     pickles = [_ADAPTER_PICKLE] if allow_pickle else []
-    folder = _snapshot(reference, (*_ADAPTER_FILES, *pickles))
+    folder = snapshot(reference, (*_ADAPTER_FILES, *pickles))
     weights = [_ADAPTER_WEIGHTS, *pickles]
     if not (folder / _ADAPTER_CONFIG).exists() or not any((folder / name).exists() for name in weights):
         _refuse_without_adapter(reference, folder)
@@ -73,7 +71,7 @@ def locate_result(result: str | Path) -> Path:
     reference = hub_reference(result)
     if reference is None:
         return Path(result)
-    folder = _snapshot(reference, (_ADAPTER_CONFIG, MODEL_CONFIG))
+    folder = snapshot(reference, (_ADAPTER_CONFIG, MODEL_CONFIG))
     return locate_adapter(result) if (folder / _ADAPTER_CONFIG).exists() else _whole_model(reference)
 
 
@@ -112,17 +110,18 @@ def open_model(model: str | Path, *, lean: bool = False) -> Checkpoint:
         return _opened(reference, "", lean=lean)
     if (Path(model) / _ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"{model} is an adapter, not a model with all its weights: use `mapconv upgrade` on it.")
-    if not is_folder(str(model)):
+    if not is_folder(str(model)) and not (is_gguf(Path(model)) and _exists(str(model))):
         raise CheckpointError(f"{model} is neither a folder nor a Hub id (owner/name).")
     return read_checkpoint(Path(model))
 
 
 def _opened(reference: HubReference, hint: str, *, lean: bool) -> Checkpoint:
     if lean:
-        folder = _snapshot(reference, _SMALL_MODEL_FILES, hint)
-        if not _has_weights(folder):
+        place, file = reference.split_file(".gguf")
+        folder = snapshot(place, _SMALL_MODEL_FILES, hint)
+        if not (_has_weights(folder) if file is None else (folder / file).exists()):
             try:
-                return ranged_checkpoint(reference, folder)
+                return ranged_checkpoint(place, folder, file)
             except RangesUnsupportedError:
                 pass  # a mirror that knows no byte ranges: fetch the whole files, as a merge does
     return read_checkpoint(_whole_model(reference, hint))
@@ -134,12 +133,8 @@ def _base(base: str | Path | None, recorded: str | None, revision: str | None, a
     name = str(base) if base is not None else recorded
     if not name:
         raise CheckpointError(f"{adapter} does not say which model it adapts: give the base model with --base.")
-    if is_folder(name) or (name.endswith(".safetensors") and _exists(name)):
+    if is_folder(name) or (name.endswith((".safetensors", ".gguf")) and _exists(name)):
         return Path(name)
-    if name.endswith(".gguf"):
-        raise CheckpointError(
-            f"{name} is a GGUF file, and mapconv reads safetensors: give the model that it was made from with --base."
-        )
     reference = parse_reference(name)
     if reference is not None and base is None:
         # The configuration has the revision in a field of its own.
@@ -166,8 +161,11 @@ def original_of_base(base: str | Path | None, recorded: str | None, revision: st
         CheckpointError: the card does not say. HubError: the Hub does not give it.
     """
     found = _base(base, recorded, revision, adapter)
-    folder = found if isinstance(found, Path) else _snapshot(found, (CARD_FILE, MODEL_CONFIG), _OR_BASE)
-    return original_of(folder, str(found))
+    if isinstance(found, Path):
+        return original_of(found, str(found))
+    place, file = found.split_file(".gguf")
+    folder = snapshot(place, (CARD_FILE, MODEL_CONFIG), _OR_BASE)
+    return original_of(folder if file is None else folder / file, str(found))
 
 
 def hub_reference(source: str | Path) -> HubReference | None:
@@ -195,11 +193,22 @@ def _exists(name: str) -> bool:
 
 
 def _whole_model(reference: HubReference, hint: str = "") -> Path:
-    """All of a model that ``from_pretrained`` needs: one weights file, or the shards that the index lists."""
-    folder = _snapshot(reference, (*_SMALL_MODEL_FILES, *_SINGLES[:-1]), hint)
+    """All of a model that ``from_pretrained`` needs: one weights file, or the shards that the index lists.
+
+    The reference of a GGUF file gives the path of that, with its further parts beside it.
+    """
+    place, file = reference.split_file(".gguf")
+    if file is not None:
+        folder = snapshot(place, (*_SMALL_MODEL_FILES, *part_names(file)), hint)
+        if not (folder / file).exists():
+            _refuse_without_gguf(reference)
+        return folder / file
+    folder = snapshot(reference, (*_SMALL_MODEL_FILES, *_PLAIN), hint)
     if not _has_weights(folder):
         # Only these: a repository may hold the same weights in another layout as well (consolidated.safetensors).
-        return _snapshot(reference, (*_SMALL_MODEL_FILES, *(_shards(folder) or _SINGLES[-1:])), hint)
+        folder = snapshot(reference, (*_SMALL_MODEL_FILES, *(_shards(folder) or _HALF)), hint)
+    if not _has_weights(folder):
+        _refuse_without_gguf(reference)
     return folder
 
 
@@ -221,67 +230,25 @@ def _shards(folder: Path) -> list[str]:
     return []
 
 
-def _snapshot(reference: HubReference, patterns: Iterable[str], hint: str = "") -> Path:
-    """Fetch the files that match, into the client's cache; the folder's name is the commit.
-
-    ``hint`` ends the sentence of an error: what else the user may do.
-    """
-    from huggingface_hub import constants, snapshot_download
-
-    from mapconv.hub.client import limit_waits, quiet_client
-
-    prefix = f"{reference.subfolder}/" if reference.subfolder else ""
-    wanted = [prefix + pattern for pattern in patterns]
-    blobs = Path(constants.HF_HUB_CACHE, "models--" + reference.repo_id.replace("/", "--"), "blobs")
-    before = _names_in(blobs)
-
-    def fetch() -> str:
-        limit_waits()
-        return snapshot_download(reference.repo_id, revision=reference.revision, allow_patterns=wanted)
-
-    with quiet_client():
-        folder = ask_hub(
-            fetch,
-            str(reference),
-            "read",
-            hint=lambda error: hint,
-        )
-    _check_hashes(blobs, _names_in(blobs) - before, reference)
-    return Path(folder, reference.subfolder or "")
+def _refuse_without_gguf(reference: HubReference) -> None:
+    """Name the GGUF files of a repository, where it has some and the reference is none of them."""
+    names = [name for name in _repository_files(reference) if name.endswith(".gguf")]
+    if names or reference.split_file(".gguf")[1]:
+        shown = f"name one of its files, such as {reference.repo_id}/{names[0]}" if names else "it has no GGUF files"
+        raise CheckpointError(f"{reference} is not a model that mapconv can read there: {shown}, with --base.")
 
 
-def _names_in(folder: Path) -> set[str]:
-    return set(os.listdir(folder)) if folder.is_dir() else set()
+def _repository_files(reference: HubReference) -> list[str]:
+    from huggingface_hub import HfApi
 
-
-def _check_hashes(blobs: Path, names: set[str], reference: HubReference) -> None:
-    """Hold the large files that were fetched to their SHA-256, which is the name that the Hub gives them in the cache.
-
-    The client itself compares no more than their length.
-
-    Raises:
-        HubError: the content is another one; it is removed, so that the next run fetches it again.
-    """
-    for name in sorted(filter(_SHA256.fullmatch, names)):
-        digest = hashlib.sha256()
-        with open_regular(blobs / name, HubError) as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        if digest.hexdigest() != name:
-            (blobs / name).unlink()
-            raise HubError(
-                f"{reference}: a file arrived damaged (its SHA-256 is {digest.hexdigest()[:12]}…, the Hub says "
-                f"{name[:12]}…) and was removed from the cache: run the same command again."
-            )
+    return ask_hub(
+        lambda: HfApi().list_repo_files(reference.repo_id, revision=reference.revision), str(reference), "read"
+    )
 
 
 def _refuse_without_adapter(reference: HubReference, folder: Path) -> None:
     """Say what the repository holds instead of an adapter at that place."""
-    from huggingface_hub import HfApi
-
-    files = ask_hub(
-        lambda: HfApi().list_repo_files(reference.repo_id, revision=reference.revision), str(reference), "read"
-    )
+    files = _repository_files(reference)
     prefix = f"{reference.subfolder}/" if reference.subfolder else ""
     if (folder / _ADAPTER_CONFIG).exists():
         if f"{prefix}{_ADAPTER_PICKLE}" in files:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mapconv.checkpoint.gguf.header import is_gguf
 from mapconv.checkpoint.quantization import quantization_settings
 from mapconv.checkpoint.sidecars import MODEL_CONFIG
 from mapconv.errors import CheckpointError
@@ -23,7 +24,7 @@ def original_of(folder: Path, name: str) -> str:
     Raises:
         CheckpointError: no such card, or a model that is no quantized copy.
     """
-    path = folder / CARD_FILE
+    path = (folder.parent if is_gguf(folder) else folder) / CARD_FILE
     table = _card(path) if path.is_file() else {}
     base, relation = table.get("base_model"), table.get("base_model_relation")
     if isinstance(base, list) and len(base) == 1:
@@ -53,4 +54,6 @@ def _card(path: Path) -> dict[str, Any]:
 
 def _is_quantized(folder: Path) -> bool:
     path = folder / MODEL_CONFIG
+    if is_gguf(folder):
+        return True
     return path.is_file() and quantization_settings(folder, read_object(path, CheckpointError)) is not None

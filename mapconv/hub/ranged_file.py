@@ -87,11 +87,14 @@ class RangedFile:
             holes.append((start, stop))
         return holes
 
+    def open_start(self) -> None:
+        """Fetch the first bytes, unless they are here."""
+        if self.missing(0, 8):
+            self.fetch(0, _FIRST_BYTES)
+
     def open_header(self) -> None:
         """Fetch the header, unless it is here."""
-        if not self.missing(0, 8):
-            return
-        self.fetch(0, _FIRST_BYTES)
+        self.open_start()
         with open(self.path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
         size = self._version.size if self._version else 0

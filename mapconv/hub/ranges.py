@@ -14,13 +14,13 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock
 
 from mapconv.adapter import TensorRef
 from mapconv.checkpoint.filenames import STEMS, weights_files
+from mapconv.checkpoint.gguf.model import part_names
 from mapconv.checkpoint.index import ByteSource, Checkpoint, read_checkpoint
 from mapconv.checkpoint.staging import replace_file
 from mapconv.errors import CheckpointError, HubError
@@ -38,12 +38,13 @@ _GAP = 1 / 20
 _WORKERS = 4
 
 
-def ranged_checkpoint(reference: HubReference, snapshot: Path) -> Checkpoint:
+def ranged_checkpoint(reference: HubReference, snapshot: Path, gguf: str | None = None) -> Checkpoint:
     """The headers of a model on the Hub, with a source that fetches bytes of its tensors when they are read.
 
     Args:
         reference: the model.
         snapshot: its small files in the client's cache; its name is the commit, so the two cannot differ.
+        gguf: the file that holds it, where it is none of safetensors.
 
     Raises:
         RangesUnsupportedError: the server answers a range with the whole file. HubError, CheckpointError: as elsewhere.
@@ -51,13 +52,17 @@ def ranged_checkpoint(reference: HubReference, snapshot: Path) -> Checkpoint:
     pinned = origin_of(snapshot)
     assert pinned is not None  # a snapshot lies in the client's cache
     folder = _own_folder(_lean_folder(pinned))
-    for path in snapshot.iterdir():
+    # A repository of GGUF files alone has nothing small, and so no snapshot.
+    for path in snapshot.iterdir() if snapshot.is_dir() else ():
         if path.is_file():
             # A copy: a link would leave this folder, and the cache's blob may go before it does.
             replace_file(folder / path.name, read_bytes(path, CheckpointError, limit=LARGE))
     source = RangedSource(pinned, folder)
-    ask_hub(source.open_headers, str(reference), "read")
-    return replace(read_checkpoint(folder), source=source)
+    if gguf is None:
+        ask_hub(source.open_headers, str(reference), "read")
+        return read_checkpoint(folder, source)
+    ask_hub(lambda: source.open_files(part_names(gguf)), str(reference), "read")
+    return read_checkpoint(folder / gguf, source)
 
 
 def prefetch(source: ByteSource | None, refs: Iterable[TensorRef], *, quiet: bool) -> None:
@@ -96,6 +101,21 @@ class RangedSource:
                 return
             raise RangesUnsupportedError("no safetensors weights")
 
+    def open_files(self, names: Sequence[str]) -> None:
+        """Fetch the first bytes of these files; more is fetched as their headers are read.
+
+        Raises:
+            RangesUnsupportedError: no byte ranges, or no such file.
+        """
+        from huggingface_hub.errors import EntryNotFoundError
+
+        with self._only_one():
+            for name in names:
+                try:
+                    self._open(name, header=False)
+                except EntryNotFoundError:
+                    raise RangesUnsupportedError(f"no file {name}") from None
+
     def _shards(self, index: str) -> list[str]:
         try:
             table = read_object(self._folder / index, CheckpointError, limit=LARGE)
@@ -123,13 +143,16 @@ class RangedSource:
             if requests:
                 ask_hub(lambda: _fetch_all(requests, quiet=quiet), str(self._pinned), "read")
 
-    def _open(self, name: str) -> None:
+    def _open(self, name: str, *, header: bool = True) -> None:
         from huggingface_hub import hf_hub_url
 
         url = hf_hub_url(self._pinned.repo_id, name, subfolder=self._pinned.subfolder, revision=self._pinned.revision)
         assert self._pinned.revision is not None  # a commit
         remote = RangedFile(url, self._folder / name, self._pinned.revision)
-        remote.open_header()
+        if header:
+            remote.open_header()
+        else:
+            remote.open_start()
         self._files[remote.path] = remote
 
     @contextmanager

@@ -29,6 +29,13 @@ class HubReference:
         path = f"{self.repo_id}/{self.subfolder}" if self.subfolder else self.repo_id
         return f"{path}@{self.revision}" if self.revision else path
 
+    def split_file(self, ending: str) -> tuple[HubReference, str | None]:
+        """The folder that a file of this ending lies in, and the file's name; None for what names no such file."""
+        folder, _, file = (self.subfolder or "").rpartition("/")
+        if not file.endswith(ending):
+            return self, None
+        return replace(self, subfolder=folder or None), file
+
     @property
     def name(self) -> str:
         """The last part of what the user sees: the subfolder's name, else the repository's."""

@@ -7,11 +7,15 @@ import os
 from pathlib import Path
 
 from mapconv.checkpoint.codecs import plain_dtype
+from mapconv.checkpoint.codecs.base import EncodedTensor
 from mapconv.checkpoint.filenames import PIPELINE_FILE
+from mapconv.checkpoint.gguf.header import is_gguf
 from mapconv.checkpoint.index import Checkpoint
-from mapconv.checkpoint.sidecars import copy_model_files, copy_pipeline_files, write_model_config
+from mapconv.checkpoint.sidecars import brings_tokenizer, copy_model_files, copy_pipeline_files, write_model_config
 from mapconv.checkpoint.staging import write_file
+from mapconv.errors import DataError, DependencyError
 from mapconv.merging.plan import MergePlan
+from mapconv.runtime.models import load_tokenizer
 
 
 def write_companions(plan: MergePlan, adapter: Path, staging: Path, dtype: str, *, copied: bool) -> list[str]:
@@ -31,7 +35,12 @@ def write_companions(plan: MergePlan, adapter: Path, staging: Path, dtype: str, 
         _write_index(plan, checkpoint, "", staging)
         written = plain_dtype(checkpoint) if dtype == "auto" and not copied else dtype
         notes = copy_model_files(checkpoint.folder, adapter, staging)
-        return notes + write_model_config(checkpoint.folder, staging, written, plan.target.config, quantized=copied)
+        notes += _write_tokenizer(plan.target.tokenizer, staging)
+        lifted = plan.target.lifted
+        plain = [] if isinstance(checkpoint.tensors.get("lm_head.weight"), EncodedTensor) else ["lm_head"]
+        return notes + write_model_config(
+            checkpoint.folder, staging, written, plan.target.config, quantized=copied, lifted=lifted, plain=plain
+        )
     copy_pipeline_files(checkpoint.folder, staging)
     for model in checkpoint.models:
         target = staging / model.folder.name
@@ -41,6 +50,17 @@ def write_companions(plan: MergePlan, adapter: Path, staging: Path, dtype: str, 
     for part in _parts_without_weights(checkpoint):
         copy_pipeline_files(part, staging / part.name)
     return []
+
+
+def _write_tokenizer(place: Path, staging: Path) -> list[str]:
+    """Write the tokenizer of a GGUF file, where nothing else brought one; returns notes for the user."""
+    if not is_gguf(place) or brings_tokenizer(staging):
+        return []
+    try:
+        load_tokenizer(place).save_pretrained(staging)
+    except (DataError, DependencyError) as error:
+        return [f"the merged folder has no tokenizer: {error}"]
+    return [f"the tokenizer is made of the vocabulary in {place.name}: the original model's own is better, if at hand"]
 
 
 def _write_index(plan: MergePlan, model: Checkpoint, prefix: str, target: Path) -> None:

@@ -12,13 +12,18 @@ from functools import partial
 from pathlib import Path
 
 from mapconv.adapter import TensorRef, WholeTensor
+from mapconv.checkpoint.codecs.encode import rewritten
+from mapconv.checkpoint.gguf.header import is_gguf
 from mapconv.checkpoint.headers import TensorFile
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.checkpoint.writer import COPY_CHUNK, TensorSpec, lay_out
 from mapconv.errors import UnsupportedError
 from mapconv.placement.adapters import FLOAT_DTYPES, PlacedAdapter
-from mapconv.placement.target_model import BiasUpdate, TargetModel
+from mapconv.placement.target_model import BiasUpdate, MergedBias, TargetModel
 from mapconv.placement.weights import Piece, PlacedModule, grid
+
+#: Bytes of tensors in one file of a model that comes from GGUF.
+GGUF_SHARD = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,27 @@ class LowRankUpdate:
 
 @dataclass(frozen=True)
 class MergeJob(TensorJob):
-    """A tensor that the adapters change."""
+    """A tensor that the adapters change.
+
+    One that goes back into codes has the places of all that is written for it in ``codes``, ``target`` being the first.
+    """
 
     updates: tuple[LowRankUpdate, ...] = ()
     rows: tuple[WholeTensor, ...] = ()
-    biases: tuple[BiasUpdate, ...] = ()
+    biases: tuple[BiasUpdate | MergedBias, ...] = ()
+    codes: tuple[TensorRef, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The tensor's name, which is not that of its codes."""
+        return self.source.name if self.codes else self.target.name
+
+    @property
+    def tuned_elements(self) -> int:
+        """Elements of the largest weight that it takes whole, because another method than LoRA adapts it; mostly 0."""
+        placed = [item.placed for item in self.updates]
+        placed += [item.placed for item in self.biases if isinstance(item, MergedBias)]
+        return max((item.weight.numel for item in placed if item.module.method is not None), default=0)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -92,11 +113,15 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Everything that a merge is going to write. Target paths are relative to the output folder."""
+    """Everything that a merge is going to write. Target paths are relative to the output folder.
+
+    ``modules`` are those of all adapters, in the model's order.
+    """
 
     target: TargetModel
     files: tuple[OutputFile, ...]
     jobs: tuple[CopyJob | ConvertJob | MergeJob, ...]
+    modules: tuple[PlacedModule, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -116,9 +141,12 @@ def plan_merge(
         adapters: adapters placed on one target model.
         weights: a factor for each adapter's update; None: 1 for each.
         dtype: ``auto`` keeps each tensor's own; otherwise every floating-point tensor is written in this dtype.
-        max_shard_size: bytes of tensors in one file; None keeps the base's files as they are.
+        max_shard_size: bytes of tensors in one file; None keeps the base's files as they are (of a GGUF file, whose
+            weights grow, ``GGUF_SHARD``).
     """
     target = adapters[0].target
+    if max_shard_size is None and is_gguf(target.folder):
+        max_shard_size = GGUF_SHARD
     updates: dict[str, list[LowRankUpdate]] = defaultdict(list)
     for adapter, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True):
         _refuse_weight(adapter, weight)
@@ -126,6 +154,9 @@ def plan_merge(
             for piece in item.weight.pieces:
                 updates[piece.tensor.name].append(LowRankUpdate(item, piece, weight))
     output_dtype = partial(_output_dtype, target, dtype)
+    #: What a weight's codes bring with them, each by its own name.
+    owned = {ref.name: weight for weight in target.encoded.values() for ref in rewritten(weight.encoding)}
+    outputs: dict[str, TensorRef] = {}
     files: list[OutputFile] = []
     jobs: list[CopyJob | ConvertJob | MergeJob] = []
     for name, prefix, refs, metadata in _files(target, output_dtype, max_shard_size):
@@ -134,6 +165,9 @@ def plan_merge(
         header, placed = lay_out(Path(name), specs, metadata)
         files.append(OutputFile(name, header, placed[-1].stop, tuple(spec.name for spec in specs)))
         for source, output in zip(refs, placed, strict=True):
+            if source.name in owned:
+                outputs[source.name] = output
+                continue
             low_rank = tuple(updates.get(source.name, ()))
             rows, biases = target.rows.get(source.name, ()), target.biases.get(source.name, ())
             if low_rank or rows or biases:
@@ -142,16 +176,22 @@ def plan_merge(
                 jobs.append(ConvertJob(source, output))
             else:
                 _append_copy(jobs, source, output)
-    return MergePlan(target, tuple(files), tuple(_split_copies(jobs)))
+    for name, weight in target.encoded.items():
+        places = tuple(outputs[ref.name] for ref in rewritten(weight.encoding))
+        jobs.append(MergeJob(weight, places[0], tuple(updates[name]), target.rows.get(name, ()), codes=places))
+    modules = tuple(item for adapter in adapters for item in adapter.modules)
+    return MergePlan(target, tuple(files), tuple(_split_copies(jobs)), modules)
 
 
 def _refuse_weight(adapter: PlacedAdapter, weight: float) -> None:
     """A weight scales updates; what an adapter replaces as a whole (heads, rows, biases) has no part to scale."""
     whole = [item.tensor for item in adapter.adapter.whole]
     whole += [item.module.bias for item in adapter.modules if item.module.bias is not None]
+    whole += [item.bias for item in adapter.modules if item.bias is not None and item.changes_bias]
+    whole += [item.tensor for item in adapter.adapter.additions]
     if weight != 1.0 and whole:
         raise UnsupportedError(
-            f"{adapter.adapter.path} contains {whole[0].name}, which is not a low-rank update and cannot be scaled by "
+            f"{adapter.adapter.path} changes {whole[0].name}, which is no update of a weight and cannot be scaled by "
             f"--weights ({weight:g}): give this adapter the weight 1."
         )
 

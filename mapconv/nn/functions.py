@@ -39,7 +39,8 @@ class MapLinear(Function):
     """a·W0x + b·B(Ax) + bias, with W0 and the bias frozen.
 
     Saved: x, Ax and the parameters, as LoRA does. ∂L/∂a = ⟨x, W0ᵀg⟩ comes from the input gradient of the base path,
-    which is computed anyway, and ∂L/∂b = ⟨Ax, Bᵀg⟩.
+    which is computed anyway, and ∂L/∂b = ⟨B, G⟩ with G = gᵀ(Ax), where ∂L/∂B = b·G. The gain b goes on B in B's own
+    float32, before it is cast: a small B has a large gain, and either alone can leave the range of float16.
     """
 
     @staticmethod
@@ -63,8 +64,7 @@ class MapLinear(Function):
             y = scaled(y, a, out=y)
         else:
             y = linear(scaled(narrow, a), weight.to(dtype), None if bias is None else bias.to(dtype))
-        update = scaled(projected, b).view(-1, A.shape[0])
-        y.view(-1, B.shape[0]).addmm_(update, B.to(dtype).t())
+        y.view(-1, B.shape[0]).addmm_(projected.view(-1, A.shape[0]), (B * b).to(dtype).t())
         ctx.save_for_backward(x, weight, A, B, projected, a, b)
         ctx.dtype = dtype
         return y
@@ -78,14 +78,12 @@ class MapLinear(Function):
         grad_x = grad_A = grad_B = grad_a = grad_b = None
         g = grad.to(dtype).reshape(-1, B.shape[0])
         flat = projected.view(-1, A.shape[0])
-        if for_x or for_A or for_b:
-            back = g @ B.to(dtype)
-        if for_b:
-            grad_b = inner(flat, back).to(b.dtype)
-        if for_B:
-            grad_B = (g.t() @ scaled(flat, b)).to(B.dtype)
+        if for_B or for_b:
+            met = (g.t() @ flat).to(B.dtype)
+            grad_b = inner(B, met).to(b.dtype) if for_b else None
+            grad_B = met.mul_(b) if for_B else None
         if for_x or for_A:
-            back = scaled(back, b, out=back)
+            back = g @ (B * b).to(dtype)
         if for_x or for_A or for_a:
             narrow = x.to(dtype).reshape(-1, A.shape[1])
         if for_A:
@@ -116,45 +114,66 @@ class Scale(Function):
         return scaled(grad, gain) if for_values else None, grad_gain
 
 
+#: Below this share of the terms' own size their sum ‖BA‖² is formed in float64. Each term is off by a few 6e-8 of its
+#: size in float32, so that a norm is off by at most a few 3e-7 where they cancel less.
+_CANCELLING = 0.1
+
+
 def inverse_norm(
-    A: torch.Tensor, B: torch.Tensor, dtype: torch.dtype = torch.float64
+    A: torch.Tensor, B: torch.Tensor, dtype: torch.dtype = torch.float64, floor: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """1/‖BA‖ as 0-d float64 (0 where BA = 0, which has no direction), and BᵀB and AAᵀ in ``dtype``."""
+    """1/max(‖BA‖, floor) as 0-d float64 (0 where both are 0: there is no direction), and BᵀB and AAᵀ.
+
+    The two matrices are in ``dtype``, or in float64 where the columns of BA cancel.
+    """
     wide_A, wide_B = A.to(dtype), B.to(dtype)
     left, right = wide_B.t() @ wide_B, wide_A @ wide_A.t()
-    square = (left.double() * right.double()).sum()
+    terms = left.double() * right.double()
+    square = terms.sum()
+    if dtype is not torch.float64 and not square >= _CANCELLING * terms.abs().sum():
+        return inverse_norm(A, B, torch.float64, floor)
     inverse = torch.where(square > 0, square.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
+    if floor:
+        inverse = torch.where(square > floor**2, inverse, 1 / floor)
     return inverse, left, right
 
 
 class UpdateGain(Function):
-    """b = beta·unit/‖BA‖ as 0-d, where beta (1,) is held in units of the number ``unit``.
+    """b = beta·unit/max(‖BA‖, floor) as 0-d, where beta (1,) is held in units of the number ``unit``.
 
-    The gradient of 1/‖BA‖ is −‖BA‖⁻³·(BᵀB·A) for A and −‖BA‖⁻³·(B·AAᵀ) for B. One function for the whole chain: a small
-    layer's step would feel the nodes of a longer graph.
+    The gradient of 1/‖BA‖ is −‖BA‖⁻³·(BᵀB·A) for A and −‖BA‖⁻³·(B·AAᵀ) for B, and 0 where the floor stands for
+    the norm. One function for the whole chain: a small layer's step would feel the nodes of a longer graph.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, beta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, unit: float, dtype: torch.dtype
+        ctx: Any,
+        beta: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        unit: float,
+        dtype: torch.dtype,
+        floor: float,
     ) -> torch.Tensor:
-        inverse, left, right = inverse_norm(A, B, dtype)
+        inverse, left, right = inverse_norm(A, B, dtype, floor)
         ctx.save_for_backward(beta, A, B, left, right, inverse)
-        ctx.unit = unit
+        ctx.unit, ctx.floor = unit, floor
         return (beta.reshape(()) * (unit * inverse)).to(beta.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         beta, A, B, left, right, inverse = ctx.saved_tensors
-        for_beta, for_A, for_B, _, _ = ctx.needs_input_grad
+        for_beta, for_A, for_B, _, _, _ = ctx.needs_input_grad
         slope = grad * (ctx.unit * inverse)
         grad_A = grad_B = None
         if for_A or for_B:
             factor = (slope * beta.reshape(()) * inverse**2).neg().to(left.dtype)
+            if ctx.floor:
+                factor = torch.where(inverse < 1 / ctx.floor, factor, 0.0)
             grad_A = ((factor * left) @ A.to(left.dtype)).to(A.dtype) if for_A else None
             grad_B = (B.to(left.dtype) @ (factor * right)).to(B.dtype) if for_B else None
-        return slope.to(beta.dtype).reshape(1) if for_beta else None, grad_A, grad_B, None, None
+        return slope.to(beta.dtype).reshape(1) if for_beta else None, grad_A, grad_B, None, None, None
 
 
 def gram_dtype(A: torch.Tensor) -> torch.dtype:
@@ -163,4 +182,6 @@ def gram_dtype(A: torch.Tensor) -> torch.dtype:
     On a GPU float32 may mean TF32, and under autocast a product of float32 is one of bfloat16: neither touches float64.
     """
     kind = A.device.type
-    return A.dtype if kind == "cpu" and not torch.is_autocast_enabled(kind) else torch.float64
+    if kind != "cpu" or torch.is_autocast_enabled(kind) or torch.compiler.is_compiling():
+        return torch.float64  # a graph cannot look at the norm to see whether it cancels
+    return A.dtype

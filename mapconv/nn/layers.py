@@ -102,7 +102,8 @@ class MapLayer(nn.Module):
     def _low_rank(self, x: torch.Tensor, update: Update) -> torch.Tensor:
         a, b = update.gains()
         y = self._scaled_base(x, a)
-        return y + self._expand(Scale.apply(self._project(x, update.A, y), b), update.B)
+        # The gain goes on B, in float32: ``MapLinear`` says why.
+        return y + self._expand(self._project(x, update.A, y), Scale.apply(update.B, b))
 
     def _dora(self, x: torch.Tensor, update: DoraUpdate) -> torch.Tensor:
         a, b = update.gains()

@@ -47,9 +47,10 @@ class Origin:
 
 
 class Update(nn.Module):
-    """``W' = α·W0/‖W0‖ + β·BA/‖BA‖`` for one weight: A (r, in), B (out, r), and the scalars, (1,) each.
+    """``W' = α·W0/‖W0‖ + β·BA/max(‖BA‖, floor)`` for one weight: A (r, in), B (out, r), and the scalars, (1,) each.
 
-    The scalars have one dimension because sharding (FSDP) takes no parameter without.
+    With ``floor`` > 0 an update may start at B = 0, which has no direction: below it the weight is W0 with a plain LoRA
+    of gain β/floor. The scalars have one dimension because sharding (FSDP) takes no parameter without.
     """
 
     direction: Direction = "low-rank"
@@ -63,6 +64,7 @@ class Update(nn.Module):
         relative_beta: float,
         base_norm: float,
         detach_norm: bool = False,
+        floor: float = 0.0,
     ) -> None:
         super().__init__()
         self.A = nn.Parameter(A, requires_grad=False)
@@ -72,6 +74,7 @@ class Update(nn.Module):
         self.base_norm = base_norm
         self.base_projection: float | None = None
         self.detach_norm = detach_norm
+        self.floor = floor
         self.origin: Origin | None = None
         self._exact = {"relative_alpha": relative_alpha, "relative_beta": relative_beta}
         self._cache: torch.Tensor | None = None
@@ -95,10 +98,10 @@ class Update(nn.Module):
         if self._is_training():
             self._cache = None
             factors = [factor.detach() if self.detach_norm else factor for factor in self.factors]
-            return alpha, UpdateGain.apply(beta, *factors, self._unit_norm, gram_dtype(self.A))
+            return alpha, UpdateGain.apply(beta, *factors, self._unit_norm, gram_dtype(self.A), self.floor)
         if self._is_stale():
             with _lasting():
-                self._keep(self._unit_norm * inverse_norm(self.A, self.B)[0])
+                self._keep(self._unit_norm * inverse_norm(self.A, self.B, floor=self.floor)[0])
         assert self._cache is not None  # or it would be stale
         return alpha, (beta.reshape(()) * self._cache).to(beta.dtype)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,14 +11,13 @@ from mapconv.options.kinds import (
     Flag,
     Folder,
     Real,
-    Reals,
     Repository,
-    Size,
     Source,
     Text,
     Whole,
 )
 from mapconv.options.making import CALIBRATE, REBASE, STATISTICS_COMMAND, UPGRADE
+from mapconv.options.merging import MERGE
 from mapconv.options.records import Command, Option
 from mapconv.options.rules import Check, Excludes, Spell
 from mapconv.options.shared import (
@@ -28,11 +26,12 @@ from mapconv.options.shared import (
     BASE,
     DATA,
     DEVICE,
+    DORA_AXIS,
+    DORA_NORM,
     DRY_RUN,
     DTYPE,
     FORCE,
     JSON,
-    LEAST_SHARD,
     MESSAGE,
     OUT,
     QUIET,
@@ -40,9 +39,9 @@ from mapconv.options.shared import (
     SOURCE,
     VERBOSE,
 )
-from mapconv.options.surgery import EXTRACT
+from mapconv.options.surgery import COMBINE, EXTRACT
 
-INSPECT = Command("inspect", SOURCE, BASE, ALLOW_PICKLE, JSON)
+INSPECT = Command("inspect", SOURCE, BASE, DORA_AXIS, DORA_NORM, ALLOW_PICKLE, JSON)
 
 VERIFY = Command(
     "verify",
@@ -90,96 +89,6 @@ REPORT = Command(
     FORCE.but(help="Replace the files if they exist."),
 )
 
-
-def _as_many_weights(given: Mapping[str, Any], spell: Spell) -> str | None:
-    weights = given.get("weights")
-    if weights is None:
-        return None
-    adapters = given["adapters"]
-    named = adapters if isinstance(adapters, list | tuple) else [adapters]
-    if len(weights) == len(named):
-        return None
-    text = f"{spell('weights', ...)} has {len(weights)} number{'s' * (len(weights) > 1)} for {len(named)} adapters"
-    # `--weights 0.5 0.5`: all numbers but the first were taken for adapters.
-    numbers = [str(name) for name in named if re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", str(name))]
-    together = ",".join([*(f"{weight:g}" for weight in weights), *numbers])
-    return f"{text}: separate them with commas ({spell('weights', together)})" if numbers else text
-
-
-def _measured_base(given: Mapping[str, Any], spell: Spell) -> str | None:
-    chosen = given.get("base_values")
-    if "original" in given and chosen not in ("original", "measured"):
-        return f"{spell('original', ...)} requires {spell('base_values', 'original')} or measured"
-    for name in ("data", "samples"):
-        if name in given and chosen != "measured":
-            return f"{spell(name, ...)} requires {spell('base_values', 'measured')}"
-    return None
-
-
-def _copied_codes(given: Mapping[str, Any], spell: Spell) -> str | None:
-    if given.get("quantized") == "copy" and given.get("dtype", "auto") != "auto":
-        copied = spell("quantized", "copy")
-        return f"weights that are copied in codes keep their dtype: {copied} requires {spell('dtype', 'auto')}"
-    return None
-
-
-MERGE = Command(
-    "merge",
-    Option("adapters", Source(), metavar="ADAPTER", positional=True, many=True, required=True, in_catalog=False),
-    BASE,
-    OUT.but(required=True, help="Folder to write the merged model to."),
-    DTYPE.but(
-        kind=Choice(("auto", "float32", "bfloat16", "float16")),
-        default="auto",
-        help="Dtype of the merged weights; auto keeps the base's.",
-    ),
-    Option(
-        "max_shard_size",
-        Size(LEAST_SHARD, word="keep"),
-        "Largest weights file, such as 5GB; keep leaves the base's files.",
-        fallback="keep",
-        metavar="SIZE",
-    ),
-    Option(
-        "weights",
-        Reals(),
-        "A factor for each adapter's update, separated by commas. Default: 1 for each.",
-        metavar="W,W,...",
-        in_catalog=False,
-        refusal="an entry merges one adapter",
-    ),
-    Option(
-        "quantized",
-        Choice(("dequantize", "copy")),
-        "For a quantized base: write plain weights, or copy the codes of unchanged weights.",
-        default="dequantize",
-    ),
-    Option(
-        "base_values",
-        Choice(("original", "stored", "measured")),
-        "Of a quantized base: merge into its stored values, the original model, or what --data is likelier under.",
-    ),
-    Option(
-        "original",
-        Source(),
-        "The model that a quantized base was made from, for --base-values. Default: what its card names.",
-        metavar="BASE",
-    ),
-    DATA.but(help="Text, .jsonl or .parquet that --base-values measures on. Default: a text that ships with mapconv."),
-    SAMPLES.but(help="Sequences of 256 tokens of it.", fallback=8),
-    ALLOW_PICKLE,
-    DRY_RUN,
-    JSON,
-    FORCE.but(help="Replace OUT if it exists, and accept a base other than the one that a MAP adapter was made for."),
-    VERBOSE,
-    QUIET,
-    rules=(
-        Check(("weights", "adapters"), _as_many_weights),
-        Check(("quantized", "dtype"), _copied_codes),
-        Check(("base_values", "original", "data", "samples"), _measured_base),
-        Excludes("verbose", "quiet"),
-    ),
-)
 
 PUSH = Command(
     "push",
@@ -267,7 +176,7 @@ ENV = Command("env", JSON)
 COMMANDS = {
     command.name: command
     for command in (
-        INSPECT, UPGRADE, REBASE, EXTRACT, STATISTICS_COMMAND, CALIBRATE, VERIFY, REPORT, MERGE, PUSH, CATALOG_RUN,
-        CATALOG_STATUS, DEMO, ENV,
+        INSPECT, UPGRADE, REBASE, EXTRACT, COMBINE, STATISTICS_COMMAND, CALIBRATE, VERIFY, REPORT, MERGE, PUSH,
+        CATALOG_RUN, CATALOG_STATUS, DEMO, ENV,
     )
 }  # fmt: skip

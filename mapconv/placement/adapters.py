@@ -14,12 +14,15 @@ from mapconv.formats import read_adapter
 from mapconv.hub.locate import open_base
 from mapconv.placement.bases import plain_base
 from mapconv.placement.by_name import linear_paths, place, require_all_targets
+from mapconv.placement.head_rows import in_own_order
 from mapconv.placement.skeleton import knows_type, names_class, typed_model_config
 from mapconv.placement.starting_point import resolve_target
 from mapconv.placement.stored_model import stored_target
 from mapconv.placement.target_model import Placed, TargetModel, plain_target, vocabulary_sizes
+from mapconv.placement.tuned import check_tuned
 from mapconv.placement.weights import Piece, PlacedModule, WeightView
 from mapconv.runtime.collector import collector_paused
+from mapconv.spelling import Rescaling
 from mapconv.wording import counted
 
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -38,25 +41,56 @@ class PlacedAdapter:
     modules: tuple[PlacedModule, ...]
 
 
+#: What magnitudes mean where a file does not say: the trainer's forward pass.
+AS_TRAINED = Rescaling(axis=None)
+
+
 def place_adapter(
-    source: Path, base: str | Path | None, *, allow_pickle: bool = False, lean: bool = False
+    source: Path,
+    base: str | Path | None,
+    *,
+    allow_pickle: bool = False,
+    lean: bool = False,
+    dora: Rescaling = AS_TRAINED,
 ) -> PlacedAdapter:
     """Read one adapter and the base's headers, and place every tensor; as ``place_adapters``."""
-    return place_adapters([source], base, allow_pickle=allow_pickle, lean=lean)[0]
+    return place_adapters([source], base, allow_pickle=allow_pickle, lean=lean, dora=dora)[0]
 
 
 def place_adapters(
-    sources: Sequence[Path], base: str | Path | None, *, allow_pickle: bool = False, lean: bool = False
+    sources: Sequence[Path],
+    base: str | Path | None,
+    *,
+    allow_pickle: bool = False,
+    lean: bool = False,
+    dora: Rescaling = AS_TRAINED,
 ) -> tuple[PlacedAdapter, ...]:
     """Read adapters and the base's headers, and place every tensor of each on one target model.
 
-    With ``lean`` a base on the Hub stays there, but for the bytes that are read (``mapconv.hub.ranges``).
+    ``dora`` says what the magnitudes of their DoRAs mean. With ``lean`` a base on the Hub stays there, but for the
+    bytes that are read (``mapconv.hub.ranges``).
 
     Raises:
         MapconvError: of the kind that fits; nothing has been computed or written.
     """
     with collector_paused():
-        return _place_adapters(sources, base, allow_pickle=allow_pickle, lean=lean)
+        adapters = [read_as(source, dora, allow_pickle=allow_pickle) for source in sources]
+        return _place_adapters(adapters, sources, base, lean=lean)
+
+
+def place_apart(
+    sources: Sequence[Path], base: str | Path | None, *, allow_pickle: bool = False
+) -> tuple[PlacedAdapter, ...]:
+    """As ``place_adapters`` with a base that stays where it is, but each adapter by itself: what they do to one weight
+    or bring whole need not go together."""
+    with collector_paused():
+        adapters = [read_adapter(source, allow_pickle=allow_pickle) for source in sources]
+        first = adapters[0]
+        checkpoint, config = plain_base(open_base(base, first.base, first.revision, sources[0], lean=True))
+        found = [_place([adapter], checkpoint, config) for adapter in adapters]
+        for _, placed in found:
+            _refuse_other_dtypes(placed)
+        return tuple(PlacedAdapter(own, target, _with_scalars(own, items)) for target, ((own, items),) in found)
 
 
 def place_described(adapter: Adapter, checkpoint: Checkpoint, config: Mapping[str, Any]) -> PlacedAdapter:
@@ -86,15 +120,40 @@ def place_further(placed: PlacedAdapter, modules: Sequence[Module]) -> tuple[Pla
     return further
 
 
+def read_as(source: Path, dora: Rescaling, *, allow_pickle: bool = False) -> Adapter:
+    """An adapter with what its magnitudes mean: the axis where its file does not tell, and the norm.
+
+    Raises:
+        UnsupportedError: the file tells another axis.
+    """
+    adapter = read_adapter(source, allow_pickle=allow_pickle)
+    if dora == AS_TRAINED or adapter.method == "MAP":
+        return adapter
+    modules = []
+    for module in adapter.modules:
+        own = module.rescaling.axis
+        if module.magnitude is not None:
+            if None not in (own, dora.axis) and own != dora.axis:
+                raise UnsupportedError(
+                    f"{module.magnitude.file}: {module.magnitude.name} is {list(module.magnitude.shape)}, which are "
+                    f"magnitudes of {own}puts: leave --dora-axis {dora.axis} out."
+                )
+            module = replace(module, rescaling=Rescaling(own or dora.axis, dora.norm))
+        modules.append(module)
+    return replace(adapter, modules=tuple(modules))
+
+
 def _place_adapters(
-    sources: Sequence[Path], base: str | Path | None, *, allow_pickle: bool, lean: bool
+    adapters: Sequence[Adapter], sources: Sequence[Path], base: str | Path | None, *, lean: bool
 ) -> tuple[PlacedAdapter, ...]:
-    adapters = [read_adapter(source, allow_pickle=allow_pickle) for source in sources]
     first = adapters[0]
     checkpoint, config = plain_base(open_base(base, first.base, first.revision, sources[0], lean=lean))
+    adapters = [in_own_order(adapter, config) for adapter in adapters]
     target, placed = _place(adapters, checkpoint, config)
     _refuse_other_dtypes(placed)
-    _refuse_shared_dora(placed)
+    _refuse_shared(placed)
+    for _, modules in placed:
+        check_tuned(modules)
     return tuple(PlacedAdapter(adapter, target, _with_scalars(adapter, modules)) for adapter, modules in placed)
 
 
@@ -121,6 +180,8 @@ def _is_plain(adapter: Adapter, config: Mapping[str, Any]) -> bool:
     # A causal language model has the same names in its file as in the model, whichever transformers wrote it; composite
     # models and others need not, and stock PEFT goes by the model's.
     if not all(name.endswith("ForCausalLM") for name in config.get("architectures") or []):
+        return False
+    if any(module.method is not None for module in adapter.modules):
         return False
     settings = adapter.settings
     special = settings.initialization or settings.layer_replication or settings.target_parameters or adapter.whole
@@ -178,7 +239,7 @@ def _refuse_other_dtypes(placed: Sequence[tuple[Adapter, Sequence[PlacedModule]]
             )
 
 
-def _refuse_shared_dora(placed: Sequence[tuple[Adapter, Sequence[PlacedModule]]]) -> None:
+def _refuse_shared(placed: Sequence[tuple[Adapter, Sequence[PlacedModule]]]) -> None:
     """A DoRA rescales the whole weight, so that its merge does not add to another adapter's."""
     owners: dict[tuple, tuple[Adapter, PlacedModule]] = {}
     for adapter, modules in placed:
@@ -186,15 +247,17 @@ def _refuse_shared_dora(placed: Sequence[tuple[Adapter, Sequence[PlacedModule]]]
             key = (item.parameter, item.expert)
             other, own = owners.setdefault(key, (adapter, item))
             if other is not adapter and (_rescales(adapter, item) or _rescales(other, own)):
+                changing = adapter if _rescales(adapter, item) else other
                 raise UnsupportedError(
-                    f"{adapter.path} and {other.path} both adapt {item.module.path}, and one of them is a DoRA: it "
-                    "rescales the whole weight, so merging one after the other is not what running both computes. "
-                    "Merge one of them alone, or convert both with `mapconv upgrade --lora-compatible` first."
+                    f"{adapter.path} and {other.path} both adapt {item.module.path}, and {changing.path} "
+                    f"({changing.method}) changes the weight as a whole: merging one after the other is not what "
+                    "running both computes. Merge one of them alone, or convert both with `mapconv upgrade "
+                    "--lora-compatible` first."
                 )
 
 
 def _rescales(adapter: Adapter, item: PlacedModule) -> bool:
     if adapter.method != "MAP":
-        return item.module.magnitude is not None
+        return item.module.magnitude is not None or item.module.method is not None
     scalars = next(s for s in adapter.map_modules if (s.path, s.expert) == item.key)
     return scalars.direction == "dora" or scalars.base_gain != 1.0

@@ -24,6 +24,9 @@ def on_weight(
     Raises:
         PlacementError: another shape, or another rank than the configuration says.
     """
+    if module.method is not None:
+        # Whether its tensors fit the weight, PEFT says (``placement.tuned``): their shapes are the method's own.
+        return PlacedModule(replace(module, path=live_path or module.path), weight, parameter, module.rank, 1.0)
     if weight.shape != module.weight_shape:
         raise PlacementError(
             f"{module.path}: {weight.name} is {list(weight.shape)} (out, in), the adapter fits "
@@ -33,14 +36,16 @@ def on_weight(
     if not module.has_factors:
         # Nothing that the configuration says is about it.
         return PlacedModule(replace(module, path=live_path or module.path), weight, parameter, 0, module.scaling)
-    if settings.rank_of(name) != module.rank:
+    by_module = settings.by_module
+    if not by_module and settings.rank_of(name) != module.rank:
         raise PlacementError(
             f"{module.path}: the factors have rank {module.rank}, the configuration says {settings.rank_of(name)}"
         )
     # Only linear layers take part in an initialization that changes the base; PEFT ignores it elsewhere.
     init = settings.initialization if not module.embedding else None
     module = replace(module, path=live_path or module.path)
-    return PlacedModule(module, weight, parameter, module.rank, settings.scaling_of(name), initialization=init)
+    scaling = module.scaling if by_module else settings.scaling_of(name)
+    return PlacedModule(module, weight, parameter, module.rank, scaling, initialization=init)
 
 
 def on_stack(module: Module, adapter: Adapter, parameter: str, weights: Sequence[WeightView]) -> Iterator[PlacedModule]:

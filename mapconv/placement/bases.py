@@ -19,7 +19,8 @@ def plain_base(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
         CheckpointError: a quantized base whose tensors are broken. UnsupportedError: one in an unknown storage.
     """
     try:
-        config = {} if checkpoint.is_file else read_model_config(checkpoint.folder)
+        require = None if checkpoint.source is None else checkpoint.source.require
+        config = {} if checkpoint.is_file else read_model_config(checkpoint.folder, require)
     except FileNotFoundError:
         config = {}
     settings = quantization_settings(checkpoint.folder, config)

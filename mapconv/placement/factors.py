@@ -10,10 +10,11 @@ from threading import Lock
 import torch
 
 from mapconv.adapter import Module, TensorRef
+from mapconv.algebra.increments import Increment, ProductIncrement, RowIncrement
 from mapconv.algebra.initializations import initial_factors
 from mapconv.algebra.norms import all_finite
 from mapconv.checkpoint.reader import TensorReader
-from mapconv.errors import AdapterError
+from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.placement.weights import PlacedModule, read_weight
 
 #: A stack of experts is read once for all its weights: the files interleave two or three such stacks.
@@ -44,6 +45,11 @@ class FactorLoader:
             AdapterError: a tensor that holds NaN or infinity.
         """
         module = placed.module
+        if module.method is not None:
+            raise UnsupportedError(
+                f"{module.method.file.parent} is of the method {module.method.name}, which has no factors for this "
+                "to work on: convert it with `mapconv upgrade` first."
+            )
         A, B = self._pair(module) if placed.experts == 1 else self._of_stack(placed)
         if placed.initialization is not None:
             base = read_weight(placed.weight, self._reader, torch.empty(placed.weight.numel))
@@ -51,6 +57,25 @@ class FactorLoader:
             A, B = torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
         magnitude = None if module.magnitude is None else self.vector(module.magnitude)
         return Factors(A, B, magnitude)
+
+    def increment(self, placed: PlacedModule) -> tuple[Increment, torch.Tensor | None]:
+        """Δ without the scaling, and the DoRA magnitude: by its factors, or by rows where the file has it so.
+
+        Raises:
+            AdapterError: a tensor that holds NaN or infinity; rows say so when they are read.
+        """
+        module, delta = placed.module, placed.module.delta
+        if delta is None:
+            factors = self.load(placed)
+            return ProductIncrement(factors.A, factors.B), factors.magnitude
+        magnitude = None if module.magnitude is None else self.vector(module.magnitude)
+        return RowIncrement(lambda start, stop: self._rows(delta, start, stop), 0, delta.shape[0]), magnitude
+
+    def _rows(self, ref: TensorRef, start: int, stop: int) -> torch.Tensor:
+        buffer = torch.empty(8 * (stop - start) * ref.shape[1], dtype=torch.uint8)
+        rows = self._reader.read_rows(ref, start, stop, buffer).float()
+        _require_finite([rows], [ref])
+        return rows
 
     def load_all(self, items: Sequence[PlacedModule]) -> list[Factors]:
         """The factors of several weights, in as few reads as their places in the file allow.
@@ -73,7 +98,10 @@ class FactorLoader:
     @staticmethod
     def is_simple(item: PlacedModule) -> bool:
         """Whether the factors are two tensors of the file as they are, and nothing else."""
-        return item.experts == 1 and item.initialization is None and item.module.magnitude is None
+        module = item.module
+        stored = module.lora_A.stored == (module.lora_A,) and module.lora_B.stored == (module.lora_B,)
+        own = module.magnitude is not None or module.method is not None
+        return item.experts == 1 and item.initialization is None and not own and stored
 
     def vector(self, ref: TensorRef) -> torch.Tensor:
         return self._finite(ref).reshape(-1)

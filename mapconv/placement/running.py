@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from mapconv.placement.adapters import FLOAT_NAMES, PlacedAdapter
 from mapconv.placement.bases import plain_base
 from mapconv.placement.model_class import causal_class
 from mapconv.placement.skeleton import typed_model_config
-from mapconv.placement.target_model import TargetModel
+from mapconv.placement.target_model import TargetModel, plain_target
 from mapconv.runtime.devices import free_memory
 from mapconv.runtime.models import load_model
 from mapconv.runtime.progress import progress_bar
@@ -48,7 +50,7 @@ def load_target(
     class_name, config = target.class_name, target.source_config
     if storages(target.checkpoint):
         # As it is in its files: a live model repeats layers by itself.
-        checkpoint, _ = plain_base(read_checkpoint(target.folder))
+        checkpoint, _ = plain_base(read_checkpoint(target.folder, target.checkpoint.source))
         config = config or typed_model_config(target.folder)
         class_name = class_name or causal_class(config)
         if class_name is None:
@@ -63,6 +65,13 @@ def load_target(
         completed_later=completed_later,
         **settings,
     )
+
+
+def load_merged(folder: Path, class_name: str | None, *, dtype: str, device: Any, quiet: bool = True) -> Any:
+    """A merged model in eval mode; one that a merge left in its base's codes as a model of plain weights."""
+    checkpoint, _ = plain_base(read_checkpoint(folder))
+    target = replace(plain_target(checkpoint), class_name=class_name)
+    return load_target(target, dtype=dtype, device=device, quiet=quiet)
 
 
 def _values(checkpoint: Checkpoint, dtype: torch.dtype, *, quiet: bool) -> dict[str, torch.Tensor]:

@@ -47,6 +47,12 @@ def stored_target(checkpoint: Checkpoint, adapters: Sequence[Adapter], config: M
                 ties.check(piece.tensor, rows_are_tokens=item.module.embedding)
         for name, update in _biases(modules, names):
             biases[name].append(update)
+        for addition, name in names.additions() if isinstance(names, SpelledPlacement) else ():
+            if addition.replaces:
+                tensors[name] = replace(addition.tensor, name=name)
+                dtypes[name] = checkpoint.tensors[name].dtype
+            else:
+                biases[name].append(BiasUpdate(addition.tensor, 1.0))
         for item, name in _whole(adapter, names):
             ties.check(checkpoint.tensors[name], rows_are_tokens=item.rows is not None)
             if item.rows is not None:

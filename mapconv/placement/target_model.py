@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mapconv.adapter import Adapter, TensorRef, WholeTensor
+from mapconv.checkpoint.codecs.base import EncodedTensor
+from mapconv.checkpoint.gguf.model import small_files
 from mapconv.checkpoint.headers import TensorFile
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.placement.weights import PlacedModule
@@ -27,10 +29,19 @@ class BiasUpdate:
 
 
 @dataclass(frozen=True)
+class MergedBias:
+    """What the merge of a layer of another method than LoRA makes of the layer's bias."""
+
+    placed: PlacedModule
+
+
+@dataclass(frozen=True)
 class TargetModel:
     """What the merged checkpoint starts from.
 
     ``tensors`` maps each name to be written to the bytes it starts from, in ``files`` of the same names as the base's;
+    ``encoded`` are the weights, by their plain names, that the adapters change and that go back into the codes among
+    ``tensors``; ``lifted`` are the paths of modules that leave them.
     ``dtypes`` says in which dtype a tensor is written where that is not its own. ``rows`` and ``biases`` are
     updates by tensor name. ``config`` is the model's configuration, or None where it stays as it is; under
     ``source_config`` the base loads for the adapter itself (None: its own), and ``class_name`` is the class of both
@@ -40,9 +51,11 @@ class TargetModel:
     checkpoint: Checkpoint
     files: tuple[TensorFile, ...]
     tensors: Mapping[str, TensorRef]
+    encoded: Mapping[str, EncodedTensor] = field(default_factory=dict)
+    lifted: tuple[str, ...] = ()
     dtypes: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, tuple[WholeTensor, ...]] = field(default_factory=dict)
-    biases: Mapping[str, tuple[BiasUpdate, ...]] = field(default_factory=dict)
+    biases: Mapping[str, tuple[BiasUpdate | MergedBias, ...]] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     source_config: dict[str, Any] | None = None
     class_name: str | None = None
@@ -51,6 +64,11 @@ class TargetModel:
     @property
     def folder(self) -> Path:
         return self.checkpoint.folder
+
+    @property
+    def tokenizer(self) -> Path:
+        """Where the model's tokenizer is loaded from: its folder, or its GGUF file."""
+        return small_files(self.checkpoint.folder)
 
 
 #: A target model, and the adapters, in its names, with their modules placed on it.

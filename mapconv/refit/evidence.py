@@ -165,7 +165,7 @@ def _from_file(trained: PlacedAdapter, path: Path, samples: int, length: int) ->
     target = trained.target
     config = target.source_config or read_model_config(target.folder)
     classes = stored_text_classes(target.class_name or "", config)
-    train, held_out = read_dataset(read_rows(path), load_tokenizer(target.folder), length=length, classes=classes)
+    train, held_out = read_dataset(read_rows(path), load_tokenizer(target.tokenizer), length=length, classes=classes)
     used = train.first(samples)
     record = {"name": path.name, "fingerprint": used.fingerprint, "sequences": len(used), "tokens": used.tokens}
     return Text(train, held_out, samples, record)
@@ -174,7 +174,7 @@ def _from_file(trained: PlacedAdapter, path: Path, samples: int, length: int) ->
 def _own(trained: PlacedAdapter, source: Any, samples: int, length: int, seed: int) -> Text:
     """What the source writes itself; a tail of it is held out."""
     rows = sample_sequences(
-        source, load_tokenizer(trained.target.folder), samples=samples + MEASURED, length=length, seed=seed
+        source, load_tokenizer(trained.target.tokenizer), samples=samples + MEASURED, length=length, seed=seed
     )
     # Packed blocks, in which every token counts.
     written = stack([Tokens(tuple(row), tuple(row)) for row in rows], "text", padding=0)

@@ -187,4 +187,4 @@ class Rebaser:
 
     def _adapted(self, trained: PlacedModule, base: torch.Tensor | None = None) -> torch.Tensor:
         """T, in the memory of the base's weight."""
-        return adapted_weight_(trained, self._factors.load(trained), self._base(trained) if base is None else base)
+        return adapted_weight_(trained, self._factors, self._base(trained) if base is None else base)

@@ -52,7 +52,7 @@ def read_data(path: Path, target: TargetModel, *, samples: int, length: int) -> 
     rows = read_rows(path)
     config = target.source_config or read_model_config(target.folder)
     classes = stored_text_classes(target.class_name or "", config)
-    train, _ = read_dataset(rows, load_tokenizer(target.folder), length=length, samples=samples, classes=classes)
+    train, _ = read_dataset(rows, load_tokenizer(target.tokenizer), length=length, samples=samples, classes=classes)
     record = {"name": path.name, "fingerprint": train.fingerprint, "sequences": len(train), "tokens": train.tokens}
     return Sample(train, rows, record)
 
@@ -137,7 +137,7 @@ def _expected(plan: UpgradePlan) -> list[TensorSpec]:
     simple = all(
         job.kind == "keep-lora" and job.placed.experts == 1 and job.placed.module.bias is None for job in plan.jobs
     )
-    if not simple or placed.adapter.others:
+    if not simple or placed.adapter.others or placed.adapter.additions or options.rank_at_most is not None:
         return []
     specs = []
     for item in placed.modules:

@@ -9,12 +9,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mapconv.errors import CheckpointError, DataError, MapconvError, is_out_of_memory
+from mapconv.errors import (
+    CheckpointError,
+    DataError,
+    DependencyError,
+    MapconvError,
+    UnsupportedError,
+    is_out_of_memory,
+)
 from mapconv.jsonfile import read_object
 from mapconv.untrusted.patterns import require_bounded
 
@@ -78,15 +86,24 @@ def load_model(
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder.
+    """The tokenizer of a model folder, or the one that transformers makes of the vocabulary in a GGUF file.
 
     Raises:
-        DataError: the folder has none that transformers can load.
+        DataError: the folder has none that transformers can load. DependencyError: transformers' reader for GGUF is
+            not installed.
     """
+    place, settings = folder, dict(_NO_CODE)
+    if folder.suffix.lower() == ".gguf":
+        if find_spec("gguf") is None:
+            raise DependencyError(
+                f"the tokenizer in {folder} is read with the package gguf: pip install 'mapconv[gguf]', or put the "
+                "model's own tokenizer and config.json beside the file."
+            )
+        place, settings = folder.parent, settings | {"gguf_file": folder.name}
     with quiet_libraries(), translated(f"the tokenizer in {folder}", DataError):
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(folder, **_NO_CODE)
+        return AutoTokenizer.from_pretrained(place, **settings)
 
 
 def model_class(name: str) -> Any:
@@ -130,7 +147,17 @@ def _check_model_folder(folder: Path) -> None:
 
 
 def attach_with_peft(model: Any, folder: Path, name: str) -> Any:
-    """Attach an adapter with stock PEFT, under ``name``; a model that is a PeftModel already gets a second one."""
+    """Attach an adapter with stock PEFT, under ``name``; a model that is a PeftModel already gets a second one.
+
+    Raises:
+        UnsupportedError: an adapter of another dialect, which stock PEFT does not read.
+    """
+    path = folder / "adapter_config.json"
+    if folder.is_file() or (path.is_file() and "peft_type" not in read_object(path, CheckpointError)):
+        raise UnsupportedError(
+            f"{folder} is no adapter of PEFT's, which would have to run it: upgrade it without data first, and use the "
+            "result."
+        )
     _refuse_endless_targets(model, folder)
     with quiet_libraries(), translated(f"the adapter in {folder}", CheckpointError):
         from peft import PeftModel

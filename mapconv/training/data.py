@@ -38,7 +38,7 @@ def read_training_data(
         MapconvError: of the kind that fits: a model that calibration cannot train, or rows that do not suit it.
     """
     classes = target_classes(source.target)
-    tokenizer = load_tokenizer(folder if brings_tokenizer(folder) else source.target.folder)
+    tokenizer = load_tokenizer(folder if brings_tokenizer(folder) else source.target.tokenizer)
     parts = read_dataset(
         rows, tokenizer, length=length, held_out=held_out, seed=seed, objective=objective, classes=classes
     )

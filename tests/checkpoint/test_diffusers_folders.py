@@ -107,6 +107,10 @@ def test_a_whole_pipeline_is_a_base_too(unet, adapter, tmp_path):
         torch.testing.assert_close(merged[name], tensor)
     assert (tmp_path / "merged" / "model_index.json").read_bytes() == (unet.parent / "model_index.json").read_bytes()
     assert (tmp_path / "merged" / "unet" / "config.json").is_file()
+    mapconv.merge(adapter, tmp_path / "merged", base=unet.parent, force=True)
+    (tmp_path / "merged" / "unet" / "notes.txt").write_text("mine")
+    with pytest.raises(mapconv.MapconvError, match=r"holds unet/notes\.txt"):
+        mapconv.merge(adapter, tmp_path / "merged", base=unet.parent, force=True)
 
 
 def test_stock_diffusers_loads_the_result(tmp_path, adapter):

@@ -179,16 +179,6 @@ class TestBaseValues:
         assert run("merge", lora, "--base", nf4, "-o", tmp_path / "out", *options).status == 2
 
 
-@pytest.mark.parametrize("as_file", [True, False])
-def test_gguf_is_refused_by_name(run, as_file, lora, tmp_path):
-    (tmp_path / "base").mkdir()
-    file = tmp_path / "base" / "model.gguf"
-    file.write_bytes(b"GGUF")
-    result = run("merge", lora, "--base", file if as_file else file.parent, "-o", tmp_path / "out")
-    assert result.status == 1
-    assert "GGUF" in result.err
-
-
 @pytest.mark.parametrize("command", ["merge", "upgrade", "inspect"])
 def test_a_broken_quantized_base_writes_nothing(run, command, nf4, lora, tmp_path):
     base = copy(nf4, tmp_path / "nf4")

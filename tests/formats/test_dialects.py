@@ -14,11 +14,6 @@ from mapconv.formats import read_adapter
 
 #: (a file's usual name, its keys, what the sentence must say)
 FILES = {
-    "lycoris": ("song.safetensors", ("lora_unet_mid_block.hada_w1_a", "lora_unet_mid_block.alpha"), "LyCORIS"),
-    "lokr": ("song.safetensors", ("lycoris_blocks_0.lokr_w1", "lycoris_blocks_0.lokr_w2_a"), "LyCORIS"),
-    "diffusers": ("pytorch_lora_weights.safetensors", ("unet.mid_block.attn1.to_q.lora_A.weight",), "diffusers"),
-    "diffusers-old": ("song.safetensors", ("down_blocks.0.attn1.processor.to_k_lora.down.weight",), "diffusers"),
-    "comfy": ("song.safetensors", ("diffusion_model.blocks.0.self_attn.q.lora_A.weight",), "ComfyUI"),
     "mlx": ("adapters.safetensors", ("model.layers.0.self_attn.q_proj.lora_a",), "mlx_lm.fuse"),
     "unknown": ("song.safetensors", ("blocks.0.lora_something",), "not a PEFT adapter"),
 }
@@ -83,3 +78,12 @@ def test_a_model_that_was_wrapped_again(times, tmp_path):
         "base_model.model.lin.lora_A.weight",
         "base_model.model.lin.lora_B.weight",
     ]
+
+
+def test_tinker_s_name_of_the_output_embedding(tmp_path):
+    key = "base_model.model.model.unembed_tokens.lora_{}.weight"
+    tensors = {key.format("A"): torch.ones(2, 8), key.format("B"): torch.ones(4, 2)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": "all-linear"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert [module.path for module in read_adapter(tmp_path).modules] == ["lm_head"]

@@ -52,7 +52,7 @@ class TestGradcheck:
 
     def test_gains(self):
         gain, inputs = UpdateGain.apply, (wide(1, seed=3), wide(RANK, 6, seed=1), wide(5, RANK, seed=2))
-        assert gradcheck(lambda *t: gain(*t, 1.7, torch.float64), inputs)
+        assert gradcheck(lambda *t: gain(*t, 1.7, torch.float64, 0.0), inputs)
         assert gradcheck(Scale.apply, (wide(2, 3, 4, seed=1), wide(1, seed=2).squeeze()))
 
     def test_a_second_derivative_is_refused(self):

@@ -65,9 +65,9 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_is_written(run,
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["absent", "-o", "a.html"], "no MAP adapter, merged model or catalog's output"),
+        (["absent", "-o", "a.html"], "not a MAP adapter, a merged model or a catalog's output"),
         (["plain", "-o", "a.html"], "not a MAP adapter yet: run `mapconv upgrade plain`"),
-        (["empty", "-o", "a.html"], "no MAP adapter, merged model or catalog's output"),
+        (["empty", "-o", "a.html"], "not a MAP adapter, a merged model or a catalog's output"),
         (["adapter", "-o", "adapter/map_config.json", "--force"], "does not end with .html"),
         (["adapter", "-o", "a.html", "--png", "a.jpg"], "does not end with .png"),
         (["adapter", "-o", "taken.html"], "pass --force"),

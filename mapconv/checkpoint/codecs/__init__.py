@@ -10,6 +10,7 @@ fbgemm_fp8             float8 by rows
 gptq                   2, 3, 4 and 8 bits, both versions, act-order
 awq                    4 bits, the GEMM layout
 mlx                    2 to 8 bits, MXFP4, MXFP8, NVFP4; embeddings too
+gguf                   Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, MXFP4; a file instead of a folder
 =====================  ==============================================================================
 
 Another ``quant_method`` is refused by its name.
@@ -29,10 +30,13 @@ from mapconv.checkpoint.codecs.bitsandbytes import BitsAndBytes
 from mapconv.checkpoint.codecs.block_fp8 import BlockFp8
 from mapconv.checkpoint.codecs.compressed_tensors import CompressedTensors
 from mapconv.checkpoint.codecs.fbgemm_fp8 import FbgemmFp8
+from mapconv.checkpoint.codecs.gguf import gguf_view
 from mapconv.checkpoint.codecs.gptq import Gptq
 from mapconv.checkpoint.codecs.mlx import Mlx
 from mapconv.checkpoint.codecs.modelopt import ModelOpt
 from mapconv.checkpoint.codecs.mxfp4 import Mxfp4
+from mapconv.checkpoint.gguf.header import is_gguf
+from mapconv.checkpoint.gguf.model import read_gguf_model
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import CheckpointError, UnsupportedError
 
@@ -54,7 +58,7 @@ _ADVICE = "give the 16-bit or 32-bit model with --base"
 
 def described_by(checkpoint: Checkpoint, settings: Mapping[str, Any] | None) -> list[TensorRef]:
     """The small tensors whose values ``plain_view`` reads, so that they may be fetched together."""
-    codec = _codec(checkpoint, settings)
+    codec = None if is_gguf(checkpoint.folder) else _codec(checkpoint, settings)
     return [] if codec is None else codec.describing(checkpoint.tensors)
 
 
@@ -75,6 +79,8 @@ def plain_view(
         CheckpointError: companions that are missing or do not fit, or codes that no codec knows.
         UnsupportedError: a storage, or a version of one, that mapconv does not read.
     """
+    if is_gguf(checkpoint.folder):
+        return _gguf_view(checkpoint, config)
     codec = _codec(checkpoint, settings)
     if codec is None:
         return checkpoint
@@ -99,6 +105,12 @@ def plain_view(
     files = tuple(replace(file, tensors=tuple(shown(file.tensors))) for file in checkpoint.files)
     tensors = {ref.name: ref for file in files for ref in file.tensors}
     return replace(checkpoint, files=files, tensors=tensors, stored_files=checkpoint.files)
+
+
+def _gguf_view(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
+    model = read_gguf_model(checkpoint.folder, None if checkpoint.source is None else checkpoint.source.require)
+    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
+    return gguf_view(checkpoint, model, _OUTPUT_DTYPES.get(config.get("dtype", ""), "BF16"), heads)
 
 
 def storages(checkpoint: Checkpoint) -> Counter[str]:

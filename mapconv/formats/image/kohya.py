@@ -21,7 +21,9 @@ PREFIXES = (
 ENDINGS = {
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
+    ".lora_mid.weight": "mid",
     ".alpha": "alpha",
+    ".dora_scale": "dora_scale",
 }
 
-KOHYA = ImageDialect("kohya's sd-scripts", KeyTable(PREFIXES, ENDINGS), frozenset({"down", "up", "alpha"}))
+KOHYA = ImageDialect("kohya's sd-scripts", KeyTable(PREFIXES, ENDINGS), frozenset(ENDINGS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,20 +12,28 @@ from mapconv.checkpoint.reader import TensorReader
 from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.formats.base import Found
 from mapconv.formats.image.keys import KeyParts, KeyTable
-from mapconv.formats.image.updates import finite, low_rank
+from mapconv.formats.image.updates import additions_of, finite, module_of, update_of
+from mapconv.untrusted.schema import shown
 from mapconv.wording import counted
 
 #: At most this many keys are named in a sentence.
 _NAMED = 3
+#: The scaling of a module by its key's prefix and name, for a dialect that has it elsewhere than beside the factors.
+Scaling = Callable[[KeyParts], float | None]
 
 
 @dataclass(frozen=True)
 class ImageDialect:
-    """A dialect that a table of keys describes; a file is its own where one of ``signs`` (parts) occurs in it."""
+    """A dialect that a table of keys describes; a file is its own where one of ``signs`` (endings) occurs in it.
+
+    ``mixes``: one file may have factors under several endings. ``alphas`` reads alphas from the header, where they are.
+    """
 
     name: str
     keys: KeyTable
     signs: frozenset[str]
+    mixes: bool = False
+    alphas: Callable[[TensorFile], Scaling] | None = None
 
     def recognise(self, found: Found) -> bool:
         if found.header is None:
@@ -39,8 +47,10 @@ class ImageDialect:
         parts, foreign = self.keys.gather(file.tensors)
         if foreign:
             raise self._foreign(file, foreign)
+        scaling = None if self.alphas is None else self.alphas(file)
+        updates = [update for update in map(update_of, parts) if update is not None]
         with TensorReader() as reader:
-            modules = tuple(self._module(item, reader) for item in parts)
+            modules = tuple(_module(item, reader, scaling) for item in updates)
         method: Literal["LoRA", "DoRA"] = "DoRA" if any(module.magnitude for module in modules) else "LoRA"
         return Adapter(
             path=file.path,
@@ -53,22 +63,25 @@ class ImageDialect:
             base=None,
             revision=None,
             dialect=self.name,
+            additions=tuple(addition for item in parts for addition in additions_of(item)),
         )
-
-    def _module(self, parts: KeyParts, reader: TensorReader) -> Module:
-        if set(parts.tensors) == {"alpha"}:
-            ref = parts.tensors["alpha"]
-            raise AdapterError(f"{ref.file}: {ref.name} is the alpha of a module that the file has not got.")
-        return low_rank(parts, _alpha(parts, reader))
 
     def _foreign(self, file: TensorFile, foreign: Sequence[TensorRef]) -> AdapterError:
         named = ", ".join(ref.name for ref in foreign[:_NAMED]) + ", …" * (len(foreign) > _NAMED)
         trained = file.metadata.get("ss_network_module")
-        by = f" (trained with --network_module {trained})" if trained else ""
+        by = f" (trained with --network_module {shown(trained)})" if trained else ""
         return UnsupportedError(
             f"{file.path} has the keys of {self.name}{by}, but {counted(len(foreign), 'tensor')} of it "
             f"{'has' if len(foreign) == 1 else 'have'} none of those: {named}."
         )
+
+
+def _module(parts: KeyParts, reader: TensorReader, scaling: Scaling | None) -> Module:
+    if set(parts.tensors) == {"alpha"}:
+        ref = parts.tensors["alpha"]
+        raise AdapterError(f"{ref.file}: {ref.name} is the alpha of a module that the file has not got.")
+    alpha = _alpha(parts, reader)
+    return module_of(parts, scaling(parts) if alpha is None and scaling is not None else alpha)
 
 
 def _alpha(parts: KeyParts, reader: TensorReader) -> float | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from mapconv.placement.spelling.location import Location, Segment, whole
 
 _PREFIX = "text_model."
+_LAYER = re.compile(r"(?:text_model\.)?encoder\.layers\.(?P<number>\d{1,4})\.(?P<layer>.+)")
 _BLOCK = re.compile(r"transformer\.resblocks\.(?P<number>\d{1,4})\.(?P<layer>.+)")
 _LAYERS = {
     "attn.out_proj.weight": "self_attn.out_proj",
@@ -19,14 +20,18 @@ _LAYERS = {
 
 
 def text_names(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Location]]:
-    """transformers 5 saves ``CLIPTextModel`` without the prefix that published adapters have."""
+    """transformers 5 saves ``CLIPTextModel`` without the prefix of published adapters; OpenCLIP has other names."""
+    own = {layer: name.removesuffix(".weight") for name, layer in _LAYERS.items()}
     for name, shape in shapes.items():
         path = name.removesuffix(".weight")
         if path == name:
             continue
         if path.startswith(_PREFIX):
             yield path.removeprefix(_PREFIX), whole(name, shape)
-        elif path.startswith(("encoder.layers.", "embeddings.", "final_layer_norm")):
+        block = _LAYER.fullmatch(path)
+        if block is not None and block["layer"] in own:
+            yield f"transformer.resblocks.{int(block['number'])}.{own[block['layer']]}", whole(name, shape)
+        if not path.startswith(_PREFIX) and path.startswith(("encoder.layers.", "embeddings.", "final_layer_norm")):
             yield _PREFIX + path, whole(name, shape)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mapconv.adapter import Spelling
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.placement.spelling.names import Component
+from mapconv.spelling import Spelling
 
 _DENOISERS = ("unet", "transformer", "prior")
 #: Where a single file of a whole pipeline keeps its models: Stable Diffusion 1 and 2, SDXL, SD3, and a denoiser alone.

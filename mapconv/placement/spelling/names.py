@@ -10,9 +10,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from mapconv.adapter import Spelling
 from mapconv.placement.spelling import clip, flux, unet
 from mapconv.placement.spelling.location import Location, Reading, whole
+from mapconv.spelling import Spelling
 
 #: Where the modules of each name lie, and the name with its dots.
 _Table = dict[str, dict[Location, str]]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from mapconv.adapter import ITEM_SIZES, Adapter, Module, Spelling, TensorRef
-from mapconv.errors import PlacementError
+from mapconv.adapter import Adapter, Addition, Module, TensorRef
+from mapconv.checkpoint.derived import rows_of
+from mapconv.errors import PlacementError, UnsupportedError
 from mapconv.placement.agreement import require_bijection
 from mapconv.placement.by_name import misfit_report, nearest
+from mapconv.placement.spelling.components import spelling_of
 from mapconv.placement.spelling.location import Location, Reading, Segment
 from mapconv.placement.spelling.names import SpelledNames
 from mapconv.placement.weights import Piece, PlacedModule, WeightView
+from mapconv.spelling import Spelling
 
 
 class SpelledPlacement:
@@ -28,7 +31,32 @@ class SpelledPlacement:
 
     def stored_name(self, parameter: str) -> str:
         """What the base calls a parameter of the adapter; a name that it has not got where it has none."""
-        return parameter
+        path, _, leaf = parameter.rpartition(".")
+        found = self._names.find(spelling_of(path))
+        return parameter if len(found) != 1 else self._sibling(found[0].location, leaf) or parameter
+
+    def additions(self) -> Iterator[tuple[Addition, str]]:
+        """Every addition, and the stored tensor that it is for.
+
+        Raises:
+            PlacementError: one that has no tensor of its shape, or several.
+        """
+        misfits = []
+        for item in self.adapter.additions:
+            found = [self._sibling(reading.location, item.leaf) for reading in self._names.find(item.spelling)]
+            names = [name for name in found if name and self.tensors[name].shape == item.tensor.shape]
+            if len(names) == 1:
+                yield item, names[0]
+            else:
+                shape = list(item.tensor.shape)
+                misfits.append(f"{item.tensor.name}: {' and '.join(names) or 'nothing'} of shape {shape} is there")
+        if misfits:
+            raise PlacementError(misfit_report(misfits, len(self.adapter.modules) + len(self.adapter.additions)))
+
+    def _sibling(self, location: Location, leaf: str) -> str | None:
+        """The tensor beside the weight of a module that is one tensor."""
+        name = f"{location[0].tensor.removesuffix('.weight')}.{leaf}"
+        return name if len(location) == 1 and name in self.tensors else None
 
     def modules(self) -> tuple[PlacedModule, ...]:
         """Every module on its tensor.
@@ -41,6 +69,7 @@ class SpelledPlacement:
         placed: list[PlacedModule] = []
         misfits = []
         for module in self.adapter.modules:
+            _require_axis(module)
             found = self._names.find(_spelling(module))
             fits = [reading for reading in found if self._fits(module, reading.location)]
             if len(fits) == 1:
@@ -53,12 +82,14 @@ class SpelledPlacement:
         return tuple(placed)
 
     def _require_models(self) -> None:
-        for module in self.adapter.modules:
-            if not self._names.has(_spelling(module)):
-                wanted = " or ".join(_spelling(module).components)
+        spellings = [(module.path, _spelling(module)) for module in self.adapter.modules]
+        spellings += [(item.path, item.spelling) for item in self.adapter.additions]
+        for path, spelling in spellings:
+            if not self._names.has(spelling):
+                wanted = " or ".join(spelling.components)
                 own = ", ".join(" or ".join(part.roles) for part in self._names.components)
                 raise PlacementError(
-                    f"{self.adapter.path} adapts {wanted} ({module.path}), but the base has only {own}: give a base "
+                    f"{self.adapter.path} adapts {wanted} ({path}), but the base has only {own}: give a base "
                     "that has it with --base, such as the folder of a whole pipeline."
                 )
 
@@ -125,6 +156,15 @@ class SpelledPlacement:
         return f"{module.path}: the base has no module of that name{nearest(_spelling(module).name, self.tensors)}"
 
 
+def _require_axis(module: Module) -> None:
+    if module.magnitude is not None and module.rescaling.axis is None:
+        raise UnsupportedError(
+            f"{module.magnitude.file}: {module.magnitude.name} {list(module.magnitude.shape)} of a weight "
+            f"{list(module.weight_shape)} does not say whether its magnitudes are those of outputs or of inputs: give "
+            "--dora-axis out or --dora-axis in, as the trainer had it."
+        )
+
+
 def _spelling(module: Module) -> Spelling:
     assert module.spelling is not None  # of an adapter in such a dialect
     return module.spelling
@@ -138,13 +178,17 @@ def _width(shape: tuple[int, ...]) -> int:
 
 
 def _rows_of(module: Module, start: int, rows: int) -> Module:
-    """The part of a module that adapts some rows of its weight: those rows of B, and of a magnitude by rows."""
+    """The part of a module that adapts some rows of its weight: those of its update, and its magnitudes by rows."""
     height, _ = module.weight_shape
     if rows == height:
         return module
-    return replace(module, lora_B=_cut(module.lora_B, start, rows))
-
-
-def _cut(ref: TensorRef, start: int, rows: int) -> TensorRef:
-    row = ref.numel // ref.shape[0] * ITEM_SIZES[ref.dtype]
-    return replace(ref, start=ref.start + start * row, shape=(rows, *ref.shape[1:]))
+    stop, magnitude = start + rows, module.magnitude
+    if magnitude is not None:
+        if module.rescaling.axis == "in":
+            raise UnsupportedError(
+                f"{module.path} is a DoRA with one magnitude for each input of a weight that the base has in pieces, "
+                "whose norms are those of all pieces together: give a base that has the weight whole."
+            )
+        magnitude = rows_of(magnitude, start, stop)
+    delta = None if module.delta is None else rows_of(module.delta, start, stop)
+    return replace(module, lora_B=rows_of(module.lora_B, start, stop), delta=delta, magnitude=magnitude)

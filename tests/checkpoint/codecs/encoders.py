@@ -102,6 +102,16 @@ def block_fp8(weight: torch.Tensor, *, block: tuple[int, int] = (16, 16), expone
     return {"weight": codes, "weight_scale_inv": stored if exponents else scales}, values
 
 
+def _renamed(encoded: tuple[Tensors, torch.Tensor], scale: str) -> tuple[Tensors, torch.Tensor]:
+    tensors, values = encoded
+    return {"weight": tensors["weight"], scale: tensors["weight_scale_inv"]}, values
+
+
+def deepseek_fp4(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    tensors, values = small_floats(weight, names=("weight", "scale"), group=32, overall=None)
+    return tensors | {"weight": tensors["weight"].view(torch.int8)}, values
+
+
 def fp8(weight: torch.Tensor, *, scale: str = "tensor", name: str = "weight_scale"):
     scales = (weight.abs().amax(1, keepdim=True) if scale == "channel" else weight.abs().max()[None]) / 448
     codes = (weight / scales).to(torch.float8_e4m3fn)
@@ -225,6 +235,10 @@ STORAGES: dict[str, Storage] = {
     "fp8-scalar": Storage(
         {"quant_method": "fp8", "weight_block_size": None}, lambda w: fp8(w, name="weight_scale_inv")
     ),
+    "fp8-short-names": Storage(
+        {"quant_method": "fp8", "weight_block_size": [16, 16]}, lambda w: _renamed(block_fp8(w), "scale")
+    ),
+    "fp8-fp4": Storage({"quant_method": "fp8", "weight_block_size": [16, 16]}, lambda w: deepseek_fp4(w)),
     "ct-fp8-tensor": Storage(_scheme("float-quantized", num_bits=8, type="float"), fp8),
     "ct-fp8-channel": Storage(_scheme("float-quantized", num_bits=8), lambda w: fp8(w, scale="channel")),
     "ct-int8": Storage(_scheme("int-quantized", num_bits=8, type="int"), int8),

@@ -18,7 +18,7 @@ NAME = "model.layers.0.self_attn.q_proj"
 
 def write(folder, storage: Storage, tensors) -> Checkpoint:
     """A checkpoint of one quantized weight and one plain one, as a plain view."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     stored = {f"{NAME}.{ending}": tensor.contiguous() for ending, tensor in tensors.items()}
     save_file(stored | {"model.norm.weight": torch.ones(5)}, folder / "model.safetensors", metadata={"format": "pt"})
     return view(folder, storage)

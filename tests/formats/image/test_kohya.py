@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import mapconv
 from mapconv.errors import PlacementError, UnsupportedError
+from mapconv.placement.spelling.unet import other_names
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -107,5 +108,52 @@ def test_keys_that_are_nobody_s_name_the_trainer(lora, tmp_path):
         tmp_path / "style.safetensors",
         metadata={"ss_network_module": "networks.oft"},
     )
-    with pytest.raises(UnsupportedError, match=r"--network_module networks\.oft.*lora_unet_conv_in\.oft_blocks"):
+    with pytest.raises(UnsupportedError, match=r"--network_module .networks\.oft.*lora_unet_conv_in\.oft_blocks"):
         mapconv.inspect(tmp_path / "style.safetensors")
+
+
+def test_sgm_names_are_those_that_diffusers_maps():
+    """Every linear layer of a U-Net with SDXL's plan, in the names of its authors and back by diffusers' own table."""
+    from diffusers.loaders.lora_conversion_utils import (
+        _convert_non_diffusers_lora_to_diffusers,
+        _maybe_map_sgm_blocks_to_diffusers,
+    )
+
+    with torch.device("meta"):
+        model = diffusers.UNet2DConditionModel(
+            layers_per_block=2,
+            block_out_channels=(8, 16, 16),
+            norm_num_groups=4,
+            cross_attention_dim=16,
+            attention_head_dim=(2, 4, 4),
+            transformer_layers_per_block=(1, 1, 2),
+            use_linear_projection=True,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        )
+    paths = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    sgm = {path: name for path, name in other_names(paths | all_convolutions(model)) if path in paths}
+    assert sgm.keys() == paths
+    attended = {path for path in paths if ".attentions." in path}
+    # One number in each marks the module that it went out from.
+    marks = dict(enumerate(sorted(attended), 1))
+    tensors = {}
+    for mark, path in marks.items():
+        key = f"lora_unet_{sgm[path].replace('.', '_')}"
+        tensors |= {f"{key}.lora_{part}.weight": torch.full((1, 1), float(mark)) for part in ("down", "up")}
+    mapped = _maybe_map_sgm_blocks_to_diffusers(tensors, model.config)
+    state, _ = _convert_non_diffusers_lora_to_diffusers(mapped)
+    found = {name: int(tensor.item()) for name, tensor in state.items() if name.endswith("lora.down.weight")}
+    assert len(found) == len(attended)
+    for name, mark in found.items():
+        assert spelled_new(name.removeprefix("unet.")) == marks[mark]
+
+
+def all_convolutions(model) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)}
+
+
+def spelled_new(name: str) -> str:
+    """The module of a tensor of diffusers' old attention processors, whose ``to_out`` has no number."""
+    path = name.removesuffix(".down.weight").removesuffix("_lora").removesuffix(".lora").replace(".processor", "")
+    return f"{path}.0" if path.endswith(".to_out") else path

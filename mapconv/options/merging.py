@@ -1,0 +1,146 @@
+"""The options and rules of ``merge``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mapconv.options.kinds import Choice, Names, Real, Size, Source
+from mapconv.options.records import Command, Option
+from mapconv.options.rules import Check, Excludes, Spell
+from mapconv.options.shared import (
+    ALLOW_PICKLE,
+    AS_MANY_WEIGHTS,
+    BASE,
+    DATA,
+    DORA_AXIS,
+    DORA_NORM,
+    DRY_RUN,
+    DTYPE,
+    FORCE,
+    JSON,
+    LEAST_SHARD,
+    OUT,
+    QUIET,
+    SAMPLES,
+    VERBOSE,
+    WEIGHTS,
+)
+
+
+def _measured_base(given: Mapping[str, Any], spell: Spell) -> str | None:
+    chosen = given.get("base_values")
+    if "original" in given and chosen not in ("original", "measured"):
+        return f"{spell('original', ...)} requires {spell('base_values', 'original')} or measured"
+    for name in ("data", "samples"):
+        if name in given and chosen != "measured" and given.get("rounding") != "feedback":
+            return f"{spell(name, ...)} requires {spell('base_values', 'measured')} or {spell('rounding', 'feedback')}"
+    return None
+
+
+def _fed_back(given: Mapping[str, Any], spell: Spell) -> str | None:
+    if given.get("rounding") != "feedback":
+        return None
+    chosen, adapters = spell("rounding", "feedback"), given["adapters"]
+    if "data" not in given:
+        return f"{chosen} requires {spell('data', ...)}, text that the layers' inputs are taken from"
+    if given.get("dtype") == "float32":
+        return f"{chosen} has nothing to do with {spell('dtype', 'float32')}"
+    if (isinstance(adapters, list | tuple) and len(adapters) > 1) or "weights" in given:
+        return f"{chosen} merges one adapter, with its own weight"
+    return None
+
+
+def _copied_codes(given: Mapping[str, Any], spell: Spell) -> str | None:
+    kept = given.get("quantized")
+    if kept is not None and given.get("dtype", "auto") != "auto":
+        return (
+            f"weights that stay in codes keep their dtype: {spell('quantized', kept)} requires {spell('dtype', 'auto')}"
+        )
+    for name in ("scales", "lift", "min_survival"):
+        if name in given and kept != "keep":
+            return f"{spell(name, ...)} requires {spell('quantized', 'keep')}"
+    return None
+
+
+SCALES = Option(
+    "scales",
+    Choice(("keep", "recompute")),
+    "With --quantized keep: the scales of merged weights.",
+    fallback="recompute",
+)
+MERGE = Command(
+    "merge",
+    Option("adapters", Source(), metavar="ADAPTER", positional=True, many=True, required=True, in_catalog=False),
+    BASE,
+    OUT.but(required=True, help="Folder to write the merged model to."),
+    DTYPE.but(
+        kind=Choice(("auto", "float32", "bfloat16", "float16")),
+        default="auto",
+        help="Dtype of the merged weights; auto keeps the base's.",
+    ),
+    Option(
+        "max_shard_size",
+        Size(LEAST_SHARD, word="keep"),
+        "Largest weights file, such as 5GB; keep leaves the base's files.",
+        fallback="keep",
+        metavar="SIZE",
+    ),
+    WEIGHTS,
+    Option(
+        "rounding",
+        Choice(("nearest", "feedback")),
+        "feedback: round, to 16 bits or to codes, so that the layers' outputs on --data change least.",
+        default="nearest",
+    ),
+    Option(
+        "quantized",
+        Choice(("dequantize", "copy", "keep")),
+        "For a quantized base: write plain weights; copy the codes of unchanged weights; or keep its storage, also for "
+        "merged ones.",
+        default="dequantize",
+    ),
+    SCALES,
+    Option(
+        "lift",
+        Names(),
+        "With --quantized keep: modules to write in 16 bits instead, by ends of their names, or a regular expression.",
+        metavar="NAMES",
+    ),
+    Option(
+        "min_survival",
+        Real(above=0),
+        "With --quantized keep: lift modules of which less than X of the update would survive.",
+        metavar="X",
+    ),
+    Option(
+        "base_values",
+        Choice(("original", "stored", "measured")),
+        "Of a quantized base: merge into its stored values, the original model, or what --data is likelier under.",
+    ),
+    Option(
+        "original",
+        Source(),
+        "The model that a quantized base was made from, for --base-values. Default: what its card names.",
+        metavar="BASE",
+    ),
+    DATA.but(
+        help="Text, .jsonl or .parquet for --rounding, or that --base-values measures on (default: a shipped text)."
+    ),
+    SAMPLES.but(help="Sequences of 256 tokens of it. Default: 32 for --rounding, 8 for --base-values.", fallback=None),
+    DORA_AXIS,
+    DORA_NORM,
+    ALLOW_PICKLE,
+    DRY_RUN,
+    JSON,
+    FORCE.but(help="Replace OUT if it exists, and accept a base other than the one that a MAP adapter was made for."),
+    VERBOSE,
+    QUIET,
+    rules=(
+        AS_MANY_WEIGHTS,
+        Check(("quantized", "dtype", "scales", "lift", "min_survival"), _copied_codes),
+        Check(("base_values", "original", "data", "samples"), _measured_base),
+        Check(("rounding", "data", "dtype", "adapters", "weights"), _fed_back),
+        Excludes("verbose", "quiet"),
+    ),
+)
