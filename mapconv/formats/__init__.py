@@ -8,7 +8,7 @@ from mapconv.adapter import Adapter
 from mapconv.checkpoint.filenames import MODEL_CONFIG
 from mapconv.checkpoint.sidecars import check_folder
 from mapconv.errors import AdapterError
-from mapconv.formats import mapdir, mlx, peft
+from mapconv.formats import gguf, mapdir, mlx, peft
 from mapconv.formats.base import CONFIG_FILE, Dialect, Found
 from mapconv.formats.foreign import FOREIGN
 from mapconv.formats.image import IMAGE_FILES
@@ -18,6 +18,7 @@ DIALECTS: tuple[Dialect, ...] = (
     mapdir.MapDirectory(),
     peft.PeftDirectory(),
     mlx.MlxAdapter(),
+    gguf.GgufLora(),
     FOREIGN[0],
     IMAGE_FILES,
     *FOREIGN[1:],
@@ -33,7 +34,7 @@ def read_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:
     check_folder(path, AdapterError)
     if not path.exists():
         raise AdapterError(f"{path} does not exist: give the adapter's folder.")
-    if path.is_file() and path.suffix != ".safetensors":
+    if path.is_file() and path.suffix not in (".safetensors", ".gguf"):
         raise AdapterError(f"{path} is a file: give the folder that holds it and its {CONFIG_FILE}.")
     found = Found(path)
     dialect = next((dialect for dialect in DIALECTS if dialect.recognise(found)), None)

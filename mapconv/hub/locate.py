@@ -35,6 +35,8 @@ _ADAPTER_PICKLE = "adapter_model.bin"
 _ADAPTER_FILES = (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS, "map_config.json", CARD_FILE, *TOKENIZER_FILES)
 _OR_BASE = "or give the base model's folder with --base"
 _SINGLES, _INDEXES = zip(*map(weights_files, STEMS), strict=True)
+#: Weights in half precision are fetched where there are no others.
+_PLAIN, _HALF = (tuple(name for name in _SINGLES if (".fp16." in name) == half) for half in (False, True))
 _SMALL_MODEL_FILES = (MODEL_CONFIG, MODELOPT_FILE, PIPELINE_FILE, *_INDEXES, CARD_FILE, *MODEL_FILES, *TOKENIZER_FILES)
 
 
@@ -201,10 +203,10 @@ def _whole_model(reference: HubReference, hint: str = "") -> Path:
         if not (folder / file).exists():
             _refuse_without_gguf(reference)
         return folder / file
-    folder = snapshot(reference, (*_SMALL_MODEL_FILES, *_SINGLES[:-1]), hint)
+    folder = snapshot(reference, (*_SMALL_MODEL_FILES, *_PLAIN), hint)
     if not _has_weights(folder):
         # Only these: a repository may hold the same weights in another layout as well (consolidated.safetensors).
-        folder = snapshot(reference, (*_SMALL_MODEL_FILES, *(_shards(folder) or _SINGLES[-1:])), hint)
+        folder = snapshot(reference, (*_SMALL_MODEL_FILES, *(_shards(folder) or _HALF)), hint)
     if not _has_weights(folder):
         _refuse_without_gguf(reference)
     return folder

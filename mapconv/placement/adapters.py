@@ -14,6 +14,7 @@ from mapconv.formats import read_adapter
 from mapconv.hub.locate import open_base
 from mapconv.placement.bases import plain_base
 from mapconv.placement.by_name import linear_paths, place, require_all_targets
+from mapconv.placement.head_rows import in_own_order
 from mapconv.placement.skeleton import knows_type, names_class, typed_model_config
 from mapconv.placement.starting_point import resolve_target
 from mapconv.placement.stored_model import stored_target
@@ -131,6 +132,7 @@ def _place_adapters(
 ) -> tuple[PlacedAdapter, ...]:
     first = adapters[0]
     checkpoint, config = plain_base(open_base(base, first.base, first.revision, sources[0], lean=lean))
+    adapters = [in_own_order(adapter, config) for adapter in adapters]
     target, placed = _place(adapters, checkpoint, config)
     _refuse_other_dtypes(placed)
     _refuse_shared_dora(placed)

@@ -111,8 +111,12 @@ class Converter:
         increment, magnitude = self._factors.increment(placed)
         target = target_of(placed, increment.scaled(placed.scaling), magnitude, base)
         found = finite_base(matrix_fingerprint(base), placed)
-        factored = isinstance(target, AdaptedWeight) and isinstance(increment, ProductIncrement)
-        if factored and not increment.B.any() and target.update_norm <= UNTRAINED * found.norm:
+        if (
+            isinstance(target, AdaptedWeight)
+            and isinstance(increment, ProductIncrement)
+            and not increment.B.any()
+            and target.update_norm <= UNTRAINED * found.norm
+        ):
             return self._keep_base(placed, increment, target, found)
         return refitted_module(placed, target, self._wanted(placed), found, root)
 

@@ -73,7 +73,10 @@ def test_a_trained_adapter_is_the_same_everywhere(base, tmp_path, direction):
         if direction == "low-rank":
             layer = map_layers(model)[scalars.path]
             assert scalars.alpha == layer.alpha("default")
-            assert scalars.beta == pytest.approx(abs(layer.beta("default")), rel=1e-6)
+            update = layer.update("default")
+            # Below the floor the update has not grown to the size of β yet.
+            grown = min(1.0, float((update.B.double() @ update.A.double()).norm().detach()) / update.floor)
+            assert scalars.beta == pytest.approx(grown * abs(layer.beta("default")), rel=1e-6)
     save_adapter(load_adapter(load_base(base), tmp_path / "map"), tmp_path / "again")
     assert filecmp.cmp(tmp_path / "map" / WRITTEN[0], tmp_path / "again" / WRITTEN[0], shallow=False)
     assert read_adapter(tmp_path / "again").map_modules == adapter.map_modules

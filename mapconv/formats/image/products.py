@@ -60,7 +60,7 @@ class Side:
         if self.core is None:
             return left, right.flatten(1)
         core = reader.read(self.core).float()
-        return left.T, torch.tensordot(core, right, dims=([1], [0])).movedim(-1, 1).flatten(1)
+        return left.T, torch.einsum("ij...,jr->ir...", core, right).flatten(1)
 
     def matrix(self, reader: Bytes) -> torch.Tensor:
         if self.right is None:
@@ -167,4 +167,4 @@ class TuckerDown(Computed):
 
     def matrix(self, reader: Bytes) -> torch.Tensor:
         core, down = (reader.read(ref).float() for ref in self.stored)
-        return torch.tensordot(core, down.flatten(1), dims=([1], [0])).movedim(-1, 1).contiguous()
+        return torch.einsum("ij...,jr->ir...", core, down.flatten(1))

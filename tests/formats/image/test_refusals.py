@@ -111,7 +111,7 @@ def test_any_change_of_a_file_is_a_sentence(tmp_path):
     generator = torch.Generator().manual_seed(5)
     endings = sorted({ending for make in KINDS.values() for ending in make(torch.Size((6, 8, 3, 3)), generator)[0]})
     refused = 0
-    for turn in range(250):
+    for turn in range(120):
         kind = chosen.choice(list(KINDS))
         parts, _ = KINDS[kind](torch.Size(chosen.choice([(6, 8), (8, 6, 3, 3)])), generator)
         parts["dora_scale"] = torch.ones(6, 1)
@@ -136,4 +136,4 @@ def test_any_change_of_a_file_is_a_sentence(tmp_path):
             read_adapter(source)
         except MapconvError:
             refused += 1
-    assert 50 < refused < 250
+    assert 20 < refused < 120
