@@ -22,6 +22,7 @@ if sys.platform == "win32":
 if TYPE_CHECKING:
     from mapconv.commands.calibrate import calibrate
     from mapconv.commands.catalog import convert_catalog
+    from mapconv.commands.combine import combine
     from mapconv.commands.extract import extract
     from mapconv.commands.inspect import inspect
     from mapconv.commands.merge import merge
@@ -38,15 +39,16 @@ if TYPE_CHECKING:
     from mapconv.nn.training import MapConfig, get_map_model, print_trainable_parameters
 
 __all__ = [
-    "MapConfig", "MapconvError", "__version__", "calibrate", "convert_catalog", "detach", "disabled", "extract",
-    "get_map_model", "inspect", "load_adapter", "map_layers", "merge", "print_trainable_parameters", "push", "rebase",
-    "report", "save_adapter", "set_adapter", "statistics", "upgrade", "verify",
+    "MapConfig", "MapconvError", "__version__", "calibrate", "combine", "convert_catalog", "detach", "disabled",
+    "extract", "get_map_model", "inspect", "load_adapter", "map_layers", "merge", "print_trainable_parameters",
+    "push", "rebase", "report", "save_adapter", "set_adapter", "statistics", "upgrade", "verify",
 ]  # fmt: skip
 
 _HOMES = {
     "MapConfig": "mapconv.nn.training",
     "MapconvError": "mapconv.errors",
     "calibrate": "mapconv.commands.calibrate",
+    "combine": "mapconv.commands.combine",
     "convert_catalog": "mapconv.commands.catalog",
     "detach": "mapconv.nn.attaching",
     "disabled": "mapconv.nn.attaching",

@@ -79,6 +79,7 @@ LAYERS = [
     {"options", "adapter", "jsonfile", "algebra"},
     {"checkpoint", "data", "runtime"},
     {"formats", "hub"},
+    {"tuners"},
     {"placement"},
     {"metadata", "merging"},
     {"refit", "fidelity", "catalog"},

@@ -19,10 +19,9 @@ from functools import lru_cache
 import torch
 
 from mapconv.algebra.norms import BLOCK_ELEMENTS, row_blocks
+from mapconv.algebra.splitmix import uniform
 
 _ROW_SEED, _COLUMN_SEED = 0x6D61702D726F7773, 0x6D61702D636F6C73  # "map-rows", "map-cols"
-#: SplitMix64's constants.
-_GAMMA, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 @dataclass(frozen=True)
@@ -86,18 +85,4 @@ def matrix_fingerprint(matrix: torch.Tensor) -> Fingerprint:
 
 @lru_cache(maxsize=32)
 def _numbers(seed: int, count: int) -> torch.Tensor:
-    state = torch.arange(1, count + 1) * _signed(_GAMMA) + _signed(seed)
-    state = (state ^ _shifted(state, 30)) * _signed(_MIX_1)
-    state = (state ^ _shifted(state, 27)) * _signed(_MIX_2)
-    fractions = _shifted(state ^ _shifted(state, 31), 11).double() * 2.0**-53
-    return (2 * fractions - 1) * 3**0.5
-
-
-def _signed(value: int) -> int:
-    """The int64 of the same bits: torch multiplies and adds modulo 2⁶⁴, as SplitMix64 does."""
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _shifted(values: torch.Tensor, count: int) -> torch.Tensor:
-    """A shift that brings in zeros, where torch's own brings in copies of the sign."""
-    return (values >> count) & ((1 << (64 - count)) - 1)
+    return (2 * uniform(seed, 0, count) - 1) * 3**0.5

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from mapconv.catalog.claims import Claims
-from mapconv.catalog.entries import STAGES, Entry, Options
+from mapconv.catalog.entries import INSTEAD, STAGES, Entry, Options
 from mapconv.catalog.records import Faults, Record
 from mapconv.options.commands import COMMANDS
 from mapconv.options.kinds import File, Folder, Repository, Source
@@ -61,6 +61,10 @@ class Checker:
         if name is None:
             return None
         self._check(record, options)
+        if base is None and "extract" in options.stages:
+            self._faults.add(
+                record.line_of("extract"), "extract needs a base: the model that source was finetuned from"
+            )
         entry = Entry(name, self._resolved(source), base, options, record.line)
         for folder in (name, entry.merged):
             self._claim(record.line_of("output"), folder, self._claims.folder)
@@ -163,15 +167,15 @@ class Checker:
 
 def _faults(options: Options) -> Iterator[tuple[str, str, str]]:
     """(stage, option, what is wrong) of options that are each in order."""
-    if "rebase" in options.stages:
+    instead = [stage for stage in INSTEAD if stage in options.stages]
+    for stage in instead[:1]:
         for name in options.stages["upgrade"]:
-            yield "upgrade", name, "an entry is upgraded or rebased: give its options below rebase"
+            yield "upgrade", name, f"an entry has {stage} in place of upgrade: give its options below {stage}"
         if "calibrate" in options.stages:
-            yield (
-                "calibrate",
-                "calibrate",
-                "a rebase has its own training: give calibrate as an option below rebase",
-            )
+            own = "give calibrate as an option below rebase" if stage == "rebase" else "there is no adapter to go by"
+            yield "calibrate", "calibrate", f"calibrate does not go with {stage}: {own}"
+    for stage in instead[1:]:
+        yield stage, stage, f"an entry has either {instead[0]} or {stage}"
     for stage, given in options.stages.items():
         for name, option in COMMANDS[stage].options.items():
             if option.required and option.in_catalog and name not in given and (stage, name) not in _GIVEN_LATER:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-#: What an entry may ask for, in the order in which it is done. One of the first two always is: ``rebase`` takes the
-#: place of ``upgrade``.
-STAGES = ("upgrade", "rebase", "calibrate", "verify", "merge", "push")
+#: What takes the place of ``upgrade``, which an entry does where it names none of these.
+INSTEAD = ("rebase", "extract")
+#: What an entry may ask for, in the order in which it is done.
+STAGES = ("upgrade", *INSTEAD, "calibrate", "verify", "merge", "push")
 
 
 class Options:

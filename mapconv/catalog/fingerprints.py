@@ -39,12 +39,14 @@ def failed_fingerprint(entry: Entry, stat: str) -> str:
 
 
 def source_signature(source: str) -> str:
-    """The stat signature of an adapter's folder or file; for what is neither here, that it is none."""
+    """The stat signature of an adapter's or a model's folder or file; for what is neither here, that it is none."""
     if os.path.isfile(source):
         return _stat(source)
     weights = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
-    found = (_stat(f"{source}/{name}") for name in weights)
-    return f"{_stat(f'{source}/adapter_config.json')}/{next(filter(None, found), '')}"
+    config, found = _stat(f"{source}/adapter_config.json"), [_stat(f"{source}/{name}") for name in weights]
+    if not config and not any(found) and os.path.exists(f"{source}/config.json"):
+        return base_signature(source)
+    return f"{config}/{next(filter(None, found), '')}"
 
 
 @lru_cache(maxsize=4096)

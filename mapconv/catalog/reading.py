@@ -6,6 +6,7 @@
         base: FOLDER or Hub id                              default: what the adapter's configuration names
         output: NAME                                        folder below OUT; default: the source's last name
         upgrade: {…}  verify: {…}  merge: {…}  push: {…}    options of these functions; `true` for none, `false` for off
+        extract: {…}  or  rebase: {…}                       in place of upgrade
 
 A path is taken from the catalog's own folder if it exists there. Entries without the last three are only upgraded.
 """

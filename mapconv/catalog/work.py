@@ -73,10 +73,14 @@ def _convert(job: Job, table: dict[str, Any]) -> None:
         base, apart = result.onto, {"against_base": result.base}
         if result.served is not None:
             table["kl"] = result.served.rebased.kl
+    elif "extract" in stages:
+        table["stage"] = "extract"
+        result = mapconv.extract(job.source, job.output, base=job.base, force=True, **stages["extract"])
+        base = result.base
     else:
         result = mapconv.upgrade(job.source, job.output, base=job.base, force=True, **stages["upgrade"])
         base = result.base
-    modules = result.modules
+    modules = result.scalars if "extract" in stages else result.modules
     if "calibrate" in stages:
         table["stage"] = "calibrate"
         trained = mapconv.calibrate(

@@ -14,7 +14,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -131,6 +131,23 @@ def staged_file(out: Path, name: str) -> Iterator[Path]:
         yield staging
         _flush(staging)
         (staging / name).replace(out)
+
+
+@contextmanager
+def staged_files(out: Path, last: Sequence[str]) -> Iterator[Path]:
+    """Yield an empty folder whose files go into the folder ``out``, among what lies there, when the block ends well.
+
+    The files of the names ``last``, which make the others valid, go away first and come last, in this order.
+    """
+    out = out.resolve()
+    with _staging(out) as staging:
+        yield staging
+        _flush(staging)
+        out.mkdir(exist_ok=True)
+        for name in reversed(last):
+            (out / name).unlink(missing_ok=True)
+        for path in sorted(staging.iterdir(), key=lambda path: path.name in last and last.index(path.name) + 1):
+            path.replace(out / path.name)
 
 
 @contextmanager

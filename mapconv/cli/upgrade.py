@@ -31,6 +31,9 @@ def upgrade(chosen: Chosen) -> None:
 
     A LoRA converts exactly. A DoRA is refitted: the closest MAP weight of the same rank, solved to the optimum, with
     its relative error ε for each module. The result is a folder that stock PEFT loads.
+
+    With --rank, --tolerance or --rank-at-most a LoRA is resized: cut to its best approximation, which is a LoRA again.
+    That takes seconds, as it reads no weight and forms no matrix.
     """
     with starting([chosen["source"]], chosen["base"], whole_base=chosen["data"] is not None, quiet=chosen["quiet"]):
         from mapconv.commands.upgrade import upgrade

@@ -77,6 +77,14 @@ class ExtractResult:
     notes: tuple[str, ...] = ()
 
     @property
+    def method(self) -> str:
+        return "full finetune"
+
+    @property
+    def scalars(self) -> tuple[MapModule, ...]:
+        return tuple(module.scalars for module in self.modules)
+
+    @property
     def worst_error(self) -> float:
         return max((module.scalars.error or 0.0 for module in self.modules), default=0.0)
 

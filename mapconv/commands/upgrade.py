@@ -51,6 +51,7 @@ def upgrade(
     rank: int | None = None,
     tolerance: float | None = None,
     max_rank: int | None = None,
+    rank_at_most: int | None = None,
     direction: Direction = "low-rank",
     lora_compatible: bool = False,
     dtype: Dtype = "float32",
@@ -73,9 +74,10 @@ def upgrade(
         source: the adapter's folder, or a Hub reference (``owner/name[@revision][:subfolder]``).
         out: the MAP directory to write; None: ``<source>-map`` beside the source, or here for one from the Hub.
         base: the base model's folder or Hub id; None takes it from the adapter's configuration.
-        rank: rank of the result; None keeps each module's own.
+        rank: rank of the result; None keeps each module's own. A LoRA is resized by its own factors, and stays one.
         tolerance: instead of ``rank``: the smallest rank of each module whose ε is at most this, up to
             ``max_rank`` (256).
+        rank_at_most: give every module this rank: cut those above it, and pad those below it with zeros.
         direction: ``low-rank``: Δ = BA, refitted if the source is DoRA. ``dora``: DoRA's own update, exact.
         lora_compatible: keep a = 1, so that the result is a plain LoRA adapter as well.
         dtype: of the stored factors: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the source's own.
@@ -110,6 +112,7 @@ def upgrade(
         dtype,
         device,
         None if data is None else statistics or STATISTICS.fallback,
+        rank_at_most,
     )
     # To run the model takes all of it; else a base on the Hub stays there but for what is read.
     placed = place_adapter(
@@ -117,6 +120,11 @@ def upgrade(
     )
     if placed.adapter.method == "MAP":
         raise UnsupportedError(f"{source} is a MAP adapter already: upgrade the adapter that it was made from.")
+    if not placed.modules:
+        raise UnsupportedError(
+            f"{source} ({placed.adapter.method}) replaces whole tensors and no more, which MAP has no "
+            "form for: merge it."
+        )
     plan = plan_upgrade(placed, options)
     log.info("placed %d modules of %s on %s", len(plan.jobs), source, placed.target.folder)
     nbytes = plan.nbytes

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from mapconv.adapter import Adapter
 from mapconv.errors import AdapterError, UnsupportedError
@@ -46,11 +47,17 @@ class Attached:
 
 @dataclass
 class State:
-    """What mapconv knows of a model: its adapters, the one that runs, and which parameters trained before."""
+    """What mapconv knows of a model: its adapters, the one that runs, and which parameters trained before.
+
+    ``methods`` are the model's own that something here stands in for, and ``hooks`` what hears of its calls; both are
+    taken off with the last adapter.
+    """
 
     adapters: dict[str, Attached] = field(default_factory=dict)
     active: str | None = None
     trained: list[nn.Parameter] = field(default_factory=list)
+    methods: list[str] = field(default_factory=list)
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -217,6 +224,10 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if not state.adapters:
         for parameter in state.trained:
             parameter.requires_grad_(True)
+        for method in state.methods:
+            delattr(model, method)
+        for hook in state.hooks:
+            hook.remove()
         delattr(model, _STATE)
 
 

@@ -24,6 +24,7 @@ from mapconv.merging.merger import DIRECTION_TOLERANCE
 from mapconv.metadata.provenance import source_record
 from mapconv.nn.attaching import Attached, Trainable, adaptable, attach, check_model, disabled, has_adapters
 from mapconv.nn.bases import base_fingerprint, kind_of, values_of, weight_of
+from mapconv.nn.checkpoints import serve_trainers
 from mapconv.nn.placement import place_on_layers
 from mapconv.nn.updates import DoraUpdate, Origin, Update
 from mapconv.nn.whole import replacements
@@ -93,6 +94,7 @@ def load_adapter(
         source=source_record(adapter),
     )
     attach(model, name, updates, attached, trainable)
+    serve_trainers(model)
     return model
 
 

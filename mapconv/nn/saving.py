@@ -6,9 +6,10 @@ are written: factors of D = (b/a)·BA, scalars, and the magnitude with which PEF
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +42,6 @@ class Saved:
     magnitude: torch.Tensor | None
 
 
-@torch.no_grad()
 def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default", force: bool = False) -> Path:
     """Write the adapter ``name`` as a MAP directory: whole or not at all, ``map_config.json`` last.
 
@@ -59,33 +59,56 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default", f
         UnsupportedError: parameters that trained and have no place in the file, or an adapter that is merged.
     """
     out = Path(path)
+    base = check_saving(model, out, name, force=force)
+    with staged_folder(out, force=force) as staging:
+        write_adapter(model, staging, name, base)
+    return out
+
+
+def check_saving(
+    model: nn.Module, out: Path, name: str, *, force: bool, carries_over: bool = False
+) -> Mapping[str, Any]:
+    """Refuse what cannot be saved, or not there, before anything is computed; the record of the base otherwise.
+
+    ``carries_over``: what else lies in ``out`` stays there.
+
+    Raises:
+        OutputError, UnsupportedError: as ``save_adapter`` does.
+    """
     attached = named(model, name)
     _refuse_lost_training(model)
+    layers = layers_of(model, name)
+    merged = next((path for path, layer in layers.items() if layer.is_merged), None)
+    if merged is not None:
+        raise UnsupportedError(f"an adapter is merged into {merged}: call unmerge_adapter first.")
     base = live_base(model, attached)
-    updates = updates_of(model, name)
-    nbytes = sum(4 * factor.numel() for update in updates.values() for factor in update.factors)
+    nbytes = sum(4 * factor.numel() for update in updates_of(model, name).values() for factor in update.factors)
     folder = Path(base["name"] or "")
-    check_output(out, force=force, inputs=[folder] if base["name"] and folder.is_dir() else [], nbytes=nbytes)
+    inputs = [folder] if base["name"] and folder.is_dir() else []
+    check_output(out, force=force, inputs=inputs, nbytes=nbytes, carries_over=carries_over)
+    return base
+
+
+@torch.no_grad()
+def write_adapter(model: nn.Module, staging: Path, name: str, base: Mapping[str, Any]) -> None:
+    """Write the files of a MAP directory into the empty folder ``staging``."""
+    attached, updates = named(model, name), updates_of(model, name)
     layers = list(layers_of(model, name).values())
-    if any(layer.is_merged for layer in layers):
-        raise UnsupportedError(f"an adapter is merged into {layers[0].path}: call unmerge_adapter first.")
     saved = [_saved(layer, updates[live]) for live, layer in zip(attached.paths, layers, strict=True)]
     if needs_magnitude([item.scalars for item in saved]):
         saved = [_with_magnitude(item, layer) for item, layer in zip(saved, layers, strict=True)]
-    with staged_folder(out, force=force) as staging:
-        _write_weights(staging, saved, attached)
-        changed = not all(update.is_as_loaded for update in updates.values())
-        record = live_record(attached, base, layers, updates, [item.scalars for item in saved], changed=changed)
-        scalars = [item.scalars for item in saved]
-        paths = {item.path: item.path for item in scalars}
-        source, respelled = source_config(model, attached, layers), is_respelled(attached, paths)
-        config = peft_config(source, scalars, paths, base=base["name"], respelled=respelled)
-        config["revision"] = base["revision"]
-        if attached.adapter is not None and attached.adapter.path.is_dir():
-            copy_tokenizer(attached.adapter.path, staging)
-        write_file(staging / CARD_FILE, local_card(config, record, scalars))
-        write_configs(staging, config, record)
-    return out
+    _write_weights(staging, saved, attached)
+    changed = not all(update.is_as_loaded for update in updates.values())
+    scalars = [item.scalars for item in saved]
+    record = live_record(attached, base, layers, updates, scalars, changed=changed)
+    paths = {item.path: item.path for item in scalars}
+    source, respelled = source_config(model, attached, layers), is_respelled(attached, paths)
+    config = peft_config(source, scalars, paths, base=base["name"], respelled=respelled)
+    config["revision"] = base["revision"]
+    if attached.adapter is not None and attached.adapter.path.is_dir():
+        copy_tokenizer(attached.adapter.path, staging)
+    write_file(staging / CARD_FILE, local_card(config, record, scalars))
+    write_configs(staging, config, record)
 
 
 def _refuse_lost_training(model: nn.Module) -> None:

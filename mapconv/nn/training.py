@@ -17,6 +17,7 @@ from mapconv.errors import PlacementError, UnsupportedError
 from mapconv.formats.peft import natural_order
 from mapconv.nn.attaching import Attached, adaptable, attach, check_model
 from mapconv.nn.bases import base_fingerprint, is_grouped, kind_of, matrix_shape, row_squares, values_of
+from mapconv.nn.checkpoints import serve_trainers
 from mapconv.nn.updates import DoraUpdate, Update
 
 #: The least ‖BA‖ that β is divided by where training starts at B = 0: with Adam it is reached after some ten steps, so
@@ -160,8 +161,8 @@ def get_map_model(model: nn.Module, config: MapConfig, *, name: str = "default")
 
     The parameters are named ``<layer>.updates.<name>.A``, ``.B``, ``.relative_alpha``, ``.relative_beta`` and, for
     ``dora``, ``.magnitude``. Do not apply weight decay to the scalars: it would pull the base weight itself to zero.
-    Train with any loop or with ``transformers.Trainer``, then call ``save_adapter``; the trainer's own checkpoints hold
-    the wrapped model.
+    Train with any loop, ``transformers.Trainer`` or TRL's, then call ``save_adapter``. The model's ``save_pretrained``,
+    which trainers call, writes a MAP directory while an adapter is attached.
 
     Args:
         model: a model in memory; PEFT's or another adapter's layers must not be on it.
@@ -186,6 +187,7 @@ def get_map_model(model: nn.Module, config: MapConfig, *, name: str = "default")
     for update in updates.values():
         for scalar in config.frozen:
             getattr(update, f"relative_{scalar}").requires_grad_(False)
+    serve_trainers(model)
     return model
 
 

@@ -39,7 +39,7 @@ from mapconv.options.shared import (
     SOURCE,
     VERBOSE,
 )
-from mapconv.options.surgery import EXTRACT
+from mapconv.options.surgery import COMBINE, EXTRACT
 
 INSPECT = Command("inspect", SOURCE, BASE, DORA_AXIS, DORA_NORM, ALLOW_PICKLE, JSON)
 
@@ -176,7 +176,7 @@ ENV = Command("env", JSON)
 COMMANDS = {
     command.name: command
     for command in (
-        INSPECT, UPGRADE, REBASE, EXTRACT, STATISTICS_COMMAND, CALIBRATE, VERIFY, REPORT, MERGE, PUSH, CATALOG_RUN,
-        CATALOG_STATUS, DEMO, ENV,
+        INSPECT, UPGRADE, REBASE, EXTRACT, COMBINE, STATISTICS_COMMAND, CALIBRATE, VERIFY, REPORT, MERGE, PUSH,
+        CATALOG_RUN, CATALOG_STATUS, DEMO, ENV,
     )
 }  # fmt: skip

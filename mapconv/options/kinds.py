@@ -124,6 +124,16 @@ class Real:
 
 
 @dataclass(frozen=True)
+class Share:
+    """A share of a whole: above 0, and up to 1."""
+
+    expected = "a number above 0, up to 1"
+
+    def read(self, value: Any) -> float:
+        return _if(type(value) in (int, float) and 0 < value <= 1, value, self)
+
+
+@dataclass(frozen=True)
 class CountOrShare:
     """A whole number from 1 on, or a share of the whole between 0 and 1."""
 

@@ -31,6 +31,7 @@ from mapconv.options.shared import (
     MAX_RANK,
     OUT,
     RANK,
+    RANK_AT_MOST,
     REFIT,
     SAMPLES,
     SEQUENCE_LENGTH,
@@ -45,6 +46,7 @@ UPGRADE = Command(
     BASE,
     OUT.but(help="Folder to write. Default: SOURCE-map beside SOURCE."),
     REFIT,
+    RANK_AT_MOST,
     DTYPE,
     FITTING,
     DEVICE,
@@ -53,7 +55,12 @@ UPGRADE = Command(
     DRY_RUN,
     ALLOW_PICKLE,
     TALK,
-    rules=(Excludes("calibrate", "lora_compatible", "it would train the α that has to stay fixed"),),
+    rules=(
+        Excludes("calibrate", "lora_compatible", "it would train the α that has to stay fixed"),
+        Excludes("rank_at_most", "rank"),
+        Excludes("rank_at_most", "tolerance", "the one asks for a rank, the other for an error"),
+        Excludes("rank_at_most", ("direction", "dora"), "DoRA's own factors keep their rank"),
+    ),
 )
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from mapconv.options.kinds import Choice, Names, Real, Reals, Size, Source
+from mapconv.options.kinds import Choice, Names, Real, Size, Source
 from mapconv.options.records import Command, Option
 from mapconv.options.rules import Check, Excludes, Spell
 from mapconv.options.shared import (
     ALLOW_PICKLE,
+    AS_MANY_WEIGHTS,
     BASE,
     DATA,
     DORA_AXIS,
@@ -24,22 +24,8 @@ from mapconv.options.shared import (
     QUIET,
     SAMPLES,
     VERBOSE,
+    WEIGHTS,
 )
-
-
-def _as_many_weights(given: Mapping[str, Any], spell: Spell) -> str | None:
-    weights = given.get("weights")
-    if weights is None:
-        return None
-    adapters = given["adapters"]
-    named = adapters if isinstance(adapters, list | tuple) else [adapters]
-    if len(weights) == len(named):
-        return None
-    text = f"{spell('weights', ...)} has {len(weights)} number{'s' * (len(weights) > 1)} for {len(named)} adapters"
-    # `--weights 0.5 0.5`: all numbers but the first were taken for adapters.
-    numbers = [str(name) for name in named if re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", str(name))]
-    together = ",".join([*(f"{weight:g}" for weight in weights), *numbers])
-    return f"{text}: separate them with commas ({spell('weights', together)})" if numbers else text
 
 
 def _measured_base(given: Mapping[str, Any], spell: Spell) -> str | None:
@@ -100,14 +86,7 @@ MERGE = Command(
         fallback="keep",
         metavar="SIZE",
     ),
-    Option(
-        "weights",
-        Reals(),
-        "A factor for each adapter's update, separated by commas. Default: 1 for each.",
-        metavar="W,W,...",
-        in_catalog=False,
-        refusal="an entry merges one adapter",
-    ),
+    WEIGHTS,
     Option(
         "rounding",
         Choice(("nearest", "feedback")),
@@ -158,7 +137,7 @@ MERGE = Command(
     VERBOSE,
     QUIET,
     rules=(
-        Check(("weights", "adapters"), _as_many_weights),
+        AS_MANY_WEIGHTS,
         Check(("quantized", "dtype", "scales", "lift", "min_survival"), _copied_codes),
         Check(("base_values", "original", "data", "samples"), _measured_base),
         Check(("rounding", "data", "dtype", "adapters", "weights"), _fed_back),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from mapconv.options.kinds import Choice, File, Flag, Folder, Real, Source, Text, Whole
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mapconv.options.kinds import Choice, File, Flag, Folder, Real, Reals, Source, Text, Whole
 from mapconv.options.records import Group, Option
-from mapconv.options.rules import Excludes, Requires
+from mapconv.options.rules import Check, Excludes, Requires, Spell
 
 #: Files smaller than this are nobody's wish: a number without a unit was meant in megabytes or gigabytes.
 LEAST_SHARD = 10_000
@@ -23,6 +27,12 @@ BASE = Option(
 OUT = Option("out", Folder(), "Folder to write.", short="-o", metavar="OUT", in_catalog=False)
 
 RANK = Option("rank", Whole(), "Rank of the result. Default: the source's own.", metavar="N")
+RANK_AT_MOST = Option(
+    "rank_at_most",
+    Whole(),
+    "Give every module rank N, for servers that take one: cut those above it, pad those below with zeros.",
+    metavar="N",
+)
 TOLERANCE = Option(
     "tolerance",
     Real(above=0, below=1),
@@ -41,7 +51,13 @@ LORA_COMPATIBLE = Option(
 )
 #: What the result's factors are solved for.
 REFIT = Group(
-    (RANK, TOLERANCE, MAX_RANK, DIRECTION, LORA_COMPATIBLE),
+    (
+        RANK.but(help="Rank of the result, such as to resize a LoRA. Default: the source's own."),
+        TOLERANCE,
+        MAX_RANK,
+        DIRECTION,
+        LORA_COMPATIBLE,
+    ),
     (
         Excludes("rank", "tolerance"),
         Requires("max_rank", "tolerance"),
@@ -133,3 +149,29 @@ VERBOSE = Option(
 #: What every command that works for a while has at the end of its help page.
 TALK = Group((JSON, FORCE, VERBOSE, QUIET), (Excludes("verbose", "quiet"),))
 MESSAGE = Option("message", Text(), "Title of the commit.", fallback="Upload with mapconv", short="-m", metavar="TEXT")
+
+
+def _as_many_weights(given: Mapping[str, Any], spell: Spell) -> str | None:
+    weights = given.get("weights")
+    if weights is None:
+        return None
+    adapters = given["adapters"]
+    named = adapters if isinstance(adapters, list | tuple) else [adapters]
+    if len(weights) == len(named):
+        return None
+    text = f"{spell('weights', ...)} has {len(weights)} number{'s' * (len(weights) > 1)} for {len(named)} adapters"
+    # `--weights 0.5 0.5`: all numbers but the first were taken for adapters.
+    numbers = [str(name) for name in named if re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", str(name))]
+    together = ",".join([*(f"{weight:g}" for weight in weights), *numbers])
+    return f"{text}: separate them with commas ({spell('weights', together)})" if numbers else text
+
+
+WEIGHTS = Option(
+    "weights",
+    Reals(),
+    "A factor for each adapter's update, separated by commas. Default: 1 for each.",
+    metavar="W,W,...",
+    in_catalog=False,
+    refusal="an entry merges one adapter",
+)
+AS_MANY_WEIGHTS = Check(("weights", "adapters"), _as_many_weights)

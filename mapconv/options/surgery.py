@@ -1,11 +1,16 @@
-"""The options and rules of the commands that take weights apart and put them together: extract."""
+"""The options and rules of the commands that take weights apart and put them together: extract, combine."""
 
 from __future__ import annotations
 
-from mapconv.options.kinds import Names, Source
+from collections.abc import Mapping
+from typing import Any
+
+from mapconv.options.kinds import Choice, Names, Share, Source, Text, Whole
 from mapconv.options.records import Command, Option
-from mapconv.options.rules import Excludes, Requires
+from mapconv.options.rules import Check, Excludes, Requires, Spell
 from mapconv.options.shared import (
+    ALLOW_PICKLE,
+    AS_MANY_WEIGHTS,
     BASE,
     DATA,
     DEVICE,
@@ -21,6 +26,7 @@ from mapconv.options.shared import (
     STATISTICS,
     TALK,
     TOLERANCE,
+    WEIGHTS,
 )
 
 #: What is right for most finetunes: PEFT's own default is 8, and published LoRAs mostly have 16 to 64.
@@ -64,5 +70,56 @@ EXTRACT = Command(
         Requires("max_rank", "tolerance"),
         Excludes("lora_compatible", ("direction", "dora"), "a DoRA direction is not a plain LoRA"),
         *(Requires(name, "data") for name in ("samples", "sequence_length", "statistics")),
+    ),
+)
+
+
+def _density(given: Mapping[str, Any], spell: Spell) -> str | None:
+    method = given.get("method", "sum")
+    if "density" in given and method == "sum":
+        return f"{spell('density', ...)} requires {spell('method', 'ties')}, dare or dare-ties"
+    if "density" not in given and method != "sum":
+        return f"{spell('method', method)} requires {spell('density', ...)}, such as {spell('density', 0.5)}"
+    if "seed" in given and not method.startswith("dare"):
+        return f"{spell('seed', ...)} requires {spell('method', 'dare')} or dare-ties"
+    return None
+
+
+COMBINE = Command(
+    "combine",
+    Option("adapters", Source(), metavar="ADAPTER", positional=True, many=True, required=True, in_catalog=False),
+    BASE,
+    OUT.but(help="Folder to write. Default: the first ADAPTER's name with -combined."),
+    WEIGHTS,
+    Option(
+        "method",
+        Choice(("sum", "ties", "dare", "dare-ties")),
+        "sum: add the updates up. ties, dare: mix them element by element, as these papers do.",
+        default="sum",
+    ),
+    Option("density", Share(), "Share of elements that ties and dare keep of each update.", metavar="D"),
+    Option("seed", Whole(0), "Random seed of dare.", fallback=0, metavar="N"),
+    Option(
+        "whole",
+        Text(),
+        "Heads and other whole tensors that disagree: first, mean, or the adapter whose tensors count.",
+        metavar="NAME",
+    ),
+    RANK.but(help="Rank of the result. Default: all of a sum of LoRAs, which is exact; else the ranks together."),
+    TOLERANCE,
+    MAX_RANK,
+    DIRECTION.but(help="low-rank: Δ = BA. dora: the wanted row norms are kept, and BA gives the direction."),
+    LORA_COMPATIBLE,
+    DTYPE.but(help="Dtype of the stored factors; auto takes the first adapter's."),
+    DEVICE,
+    ALLOW_PICKLE,
+    DRY_RUN,
+    TALK,
+    rules=(
+        AS_MANY_WEIGHTS,
+        Check(("method", "density", "seed"), _density),
+        Excludes("rank", "tolerance"),
+        Requires("max_rank", "tolerance"),
+        Excludes("lora_compatible", ("direction", "dora"), "a DoRA direction is not a plain LoRA"),
     ),
 )

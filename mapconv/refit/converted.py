@@ -13,6 +13,7 @@ from mapconv.algebra.moments import InputRoot
 from mapconv.algebra.norms import product_norm
 from mapconv.errors import CheckpointError
 from mapconv.placement.weights import PlacedModule
+from mapconv.refit.products import padded
 from mapconv.refit.solving import ModuleRefit, Wanted
 from mapconv.refit.targets.base import Target
 
@@ -22,13 +23,22 @@ class Converted:
     """One module in MAP form, as it is written.
 
     A (k, in) and B (out, k) are the factors of D = (b/a)·Δ; ``magnitude`` (out,) is what stock PEFT needs to compute
-    the module as a DoRA, or None where the gain is 1 and the direction is low-rank.
+    the module as a DoRA, or None where the gain is 1 and the direction is low-rank. ``bias`` (out,) takes the place of
+    the layer's own; None leaves that as it is.
     """
 
     scalars: MapModule
     A: torch.Tensor
     B: torch.Tensor
     magnitude: torch.Tensor | None
+    bias: torch.Tensor | None = None
+
+    def with_rank(self, rank: int) -> Converted:
+        """The same with factors that zeros bring up to a rank."""
+        if len(self.A) >= rank:
+            return self
+        A, B = padded(self.A, self.B, rank)
+        return replace(self, A=A, B=B, scalars=replace(self.scalars, rank=rank))
 
     def without_factors(self) -> Converted:
         """The numbers alone."""

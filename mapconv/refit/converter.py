@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -31,12 +32,16 @@ from mapconv.algebra.norms import (
 )
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.placement.factors import FactorLoader, Factors
+from mapconv.placement.tuned import TunedWeights
 from mapconv.placement.weights import PlacedModule, read_weight
 from mapconv.refit.converted import Converted, converted_module, finite_base, refitted_module
 from mapconv.refit.norms import BaseNorms
 from mapconv.refit.plan import UpgradePlan
+from mapconv.refit.products import approximate_product
 from mapconv.refit.solving import Wanted, rounded
 from mapconv.refit.targets.adapted import target_of
+from mapconv.refit.targets.base import DenseTarget
+from mapconv.refit.targets.tuned import tuned_target
 from mapconv.runtime.devices import resolve_device
 
 #: Before its first step a DoRA's magnitudes are the base's row norms, but for float32 rounding in sums over a row.
@@ -49,11 +54,13 @@ class Converter:
     def __init__(self, reader: TensorReader, plan: UpgradePlan, norms: BaseNorms) -> None:
         self._reader, self._plan, self._options, self._norms = reader, plan, plan.options, norms
         self._device = resolve_device(plan.options.device)
-        self._factors = FactorLoader(reader)
+        self._factors, self._tuned = FactorLoader(reader), TunedWeights(plan.placed.modules, reader)
         self._local = threading.local()
 
     def convert_all(self, items: Sequence[PlacedModule], root: InputRoot | None = None) -> list[Converted]:
         """Modules in MAP form, their factors read together; refits weigh errors by ``root``, as ``convert`` does."""
+        if any(item.module.method is not None for item in items):
+            return [self._refit_tuned(item, root) for item in items]
         if any(self._plan.kind_of(item) == "refit" for item in items):
             return [self.convert(item, root) for item in items]
         pairs = zip(items, self._factors.load_all(items), strict=True)
@@ -62,12 +69,26 @@ class Converter:
     def convert(self, placed: PlacedModule, root: InputRoot | None = None) -> Converted:
         """One module in MAP form; a refit weighs errors by ``root``, the root of its inputs' second moment."""
         if self._plan.kind_of(placed) == "refit":
-            return self._refit(placed, root)
+            return self._ranked(self._refit(placed, root))
         return self._keep(placed, self._factors.load(placed))
 
     def _keep(self, placed: PlacedModule, factors: Factors) -> Converted:
-        kept = self._keep_lora if self._plan.kind_of(placed) == "keep-lora" else self._keep_dora
-        return kept(placed, factors)
+        ways = {"keep-lora": self._keep_lora, "keep-dora": self._keep_dora, "resize": self._resize}
+        return self._ranked(ways[self._plan.kind_of(placed)](placed, factors))
+
+    def _ranked(self, converted: Converted) -> Converted:
+        at_most = self._options.rank_at_most
+        return converted if at_most is None else converted.with_rank(at_most)
+
+    def _resize(self, placed: PlacedModule, factors: Factors) -> Converted:
+        """The best approximation of s·BA, which stays a plain LoRA: no weight is read, and no matrix formed."""
+        wanted = self._wanted(placed)
+        made = approximate_product(factors.B.double() * placed.scaling, factors.A, wanted)
+        A, B = made.A, made.B
+        base = finite_base(self._norms[placed.weight], placed)
+        converted = converted_module(placed, "low-rank", 1.0, base, product_norm(B, A), made.error, A, B, None)
+        rank = min(wanted.rank, *placed.weight.shape)
+        return converted if wanted.tolerance is not None else converted.with_rank(rank)
 
     def _keep_lora(self, placed: PlacedModule, factors: Factors) -> Converted:
         """W0 + s·BA is MAP already: α = ‖W0‖, β = ‖s·BA‖ (``mapconv.algebra`` section 2)."""
@@ -120,6 +141,16 @@ class Converter:
             return self._keep_base(placed, increment, target, found)
         return refitted_module(placed, target, self._wanted(placed), found, root)
 
+    def _refit_tuned(self, placed: PlacedModule, root: InputRoot | None) -> Converted:
+        """The closest MAP weight to what another method than LoRA merges to."""
+        base = self._base_matrix(placed)
+        found = finite_base(matrix_fingerprint(base), placed)
+        target, bias = tuned_target(placed, base, self._tuned)
+        if self._device.type != "cpu":
+            target = DenseTarget(target.S.to(self._device), target.base.to(self._device))
+        result = refitted_module(placed, target, self._wanted(placed), found, root)
+        return result if bias is None else replace(result, bias=bias)
+
     def _keep_base(
         self, placed: PlacedModule, factors: ProductIncrement, target: AdaptedWeight, base: Fingerprint
     ) -> Converted:
@@ -133,13 +164,21 @@ class Converter:
         options = self._options
         return Wanted(
             placed.module.path,
-            options.rank or placed.effective_rank,
+            options.rank_of(placed),
             options.tolerance,
             options.max_rank,
-            # PEFT has no DoRA for a stack of experts, so theirs is the closest plain LoRA.
-            1.0 if options.lora_compatible or placed.experts > 1 else None,
+            # PEFT has no DoRA for a stack of experts, so theirs is the closest plain LoRA; and an update whose rank is
+            # low needs no other gain to be exact.
+            1.0 if options.lora_compatible or placed.experts > 1 or self._is_low_rank(placed) else None,
             options.stored_dtype(placed),
         )
+
+    def _is_low_rank(self, placed: PlacedModule) -> bool:
+        """Whether another method than LoRA makes an update whose rank is that of the result."""
+        options, module = self._options, placed.module
+        if module.method is None or module.is_dense or options.tolerance is not None:
+            return False
+        return placed.rank <= (options.rank or placed.rank)
 
     def _stored(self, factor: torch.Tensor, placed: PlacedModule) -> torch.Tensor:
         return rounded(factor, self._options.stored_dtype(placed), placed.module.path)

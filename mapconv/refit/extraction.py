@@ -12,23 +12,20 @@ from dataclasses import dataclass, replace
 import torch
 
 from mapconv.adapter import Direction
-from mapconv.algebra.dora import merge_rows_
 from mapconv.algebra.fingerprint import Fingerprint
 from mapconv.algebra.moments import InputRoot, Statistics
 from mapconv.algebra.norms import row_blocks
-from mapconv.algebra.pencil import DensePencil
 from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader, block_elements, row_ranges
 from mapconv.errors import CheckpointError
 from mapconv.placement.finetunes import Finetune, MatrixPair, WholePair
 from mapconv.placement.matrices import MatrixRows
 from mapconv.placement.weights import PlacedModule
-from mapconv.refit.converted import Converted, converted_module, refitted_module
+from mapconv.refit.converted import Converted, refitted_module
 from mapconv.refit.plan import Dtype
-from mapconv.refit.solving import ModuleRefit, Wanted
-from mapconv.refit.targets.difference import BLOCK_ELEMENTS, Difference
-
-#: A direction that is solved for an ε of its own meets the wanted one after a few corrections.
-_CORRECTIONS = 4
+from mapconv.refit.rows_direction import directed_module
+from mapconv.refit.solving import Wanted
+from mapconv.refit.targets.base import BLOCK_ELEMENTS
+from mapconv.refit.targets.difference import Difference
 
 
 @dataclass(frozen=True)
@@ -116,10 +113,10 @@ class Extractor:
         tolerance = options.tolerance
         if tolerance is not None:
             tolerance = (tolerance**2 * (1 - floor**2) + floor**2) ** 0.5
-        gain = 1.0 if options.lora_compatible or options.direction == "dora" else None
+        gain = 1.0 if options.lora_compatible else None
         wanted = Wanted(pair.path, options.rank, tolerance, options.max_rank, gain, options.stored_dtype(pair))
         if options.direction == "dora":
-            converted = _as_dora(placed, target, wanted, root)
+            converted = directed_module(placed, target, wanted, target.base, root)
         else:
             solved = target if options.device.type == "cpu" else target.dense(options.device)
             converted = refitted_module(placed, solved, wanted, target.base, root)
@@ -132,51 +129,6 @@ class Extractor:
         held = pair.base.nbytes + pair.tuned.nbytes + 16 * BLOCK_ELEMENTS
         dense = self._options.statistics is not None or self._options.device.type != "cpu"
         return held + (16 * pair.base.numel if dense else 0)
-
-
-def _as_dora(placed: PlacedModule, target: Difference, wanted: Wanted, root: InputRoot | None) -> Converted:
-    """T's own row norms as the magnitude; only the rows' directions are approximated.
-
-    T's rows may be scaled before: with d_i = ⟨T_i, W_i⟩/‖T_i‖² they come as close to W's as their directions allow,
-    and what is left is approximated by BA.
-    """
-    n, m = target.shape
-    change, tuned = torch.empty(n, m), torch.empty(n, dtype=torch.float64)
-    for start, stop in row_blocks(n, m, BLOCK_ELEMENTS):
-        S, W = target.rows(start, stop, torch.float64)
-        T = S + W
-        squares = T.square().sum(1)
-        tuned[start:stop] = squares.sqrt()
-        scales = torch.where(squares > 0, (T * W).sum(1) / squares, 1.0)
-        # A row that turned to the other side has no scale that helps.
-        change[start:stop] = T * torch.where(scales > 0, scales, 1.0)[:, None] - W
-    problem, norm = DensePencil(change), target.squared_norms()[0] ** 0.5
-    seen = None if root is None else DensePencil(root.multiply(change))
-    asked = wanted
-    for _ in range(_CORRECTIONS):
-        solved = ModuleRefit(problem, asked, root, seen).solve()
-        error, size = _dora_error(target, solved.A, solved.B, tuned)
-        epsilon = error / norm if norm else 0.0
-        full = solved.A.shape[0] >= min(wanted.max_rank, n, m)
-        if wanted.tolerance is None or epsilon <= wanted.tolerance or full or root is not None:
-            break
-        reached = solved.error or wanted.tolerance
-        asked = Wanted(**{**vars(wanted), "tolerance": 0.98 * reached * wanted.tolerance / epsilon})
-    return converted_module(
-        placed, "dora", 1.0, target.base, size, epsilon, solved.A, solved.B, tuned, solved.output_error
-    )
-
-
-def _dora_error(target: Difference, A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor) -> tuple[float, float]:
-    """(‖T − T'‖, ‖T' − W0‖) for T' as PEFT computes it from factors and magnitudes as stored."""
-    error = size = 0.0
-    for start, stop in row_blocks(*target.shape, BLOCK_ELEMENTS):
-        S, W = target.rows(start, stop, torch.float64)
-        stored = magnitude[start:stop].float().double()
-        got = merge_rows_(W.clone(), A.double(), B[start:stop].double(), magnitude=stored)
-        error += float((W + S - got).square().sum())
-        size += float((got - W).square().sum())
-    return error**0.5, size**0.5
 
 
 def _compare(pair: MatrixPair, readers: tuple[TensorReader, TensorReader]) -> tuple[bool, tuple[float, ...]]:

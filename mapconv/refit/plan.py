@@ -28,8 +28,12 @@ from mapconv.runtime.threads import worker_count
 #: What the factors may be stored in; ``auto`` is the source's own.
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 #: ``keep-lora``: its own factors, of which the scalars follow from norms. ``keep-dora``: DoRA's own factors and
-#: magnitudes. ``refit``: the closest MAP weight. The first two are exact.
-Kind = Literal["keep-lora", "keep-dora", "refit"]
+#: magnitudes. ``resize``: a LoRA cut to a rank or an error, by its factors alone. ``refit``: the closest MAP weight.
+#: The first two are exact.
+Kind = Literal["keep-lora", "keep-dora", "resize", "refit"]
+
+#: Kinds that need no more of their base than its norm, and those that are solved for.
+_LIGHT, _SOLVED = ("keep-lora", "resize"), ("resize", "refit")
 
 #: Products with the whole weight that a refit takes, and columns that it has besides the rank; for the estimate alone.
 _PRODUCTS, _MORE_COLUMNS = 24, 8
@@ -52,6 +56,12 @@ class ConvertOptions:
     dtype: Dtype = "float32"
     device: str = "auto"
     statistics: Statistics | None = None
+    #: Every module gets this rank: those above it are cut, and those below it padded with zeros.
+    rank_at_most: int | None = None
+
+    def rank_of(self, placed: PlacedModule) -> int:
+        """The rank that a refit of this module solves for."""
+        return self.rank or min(placed.effective_rank, self.rank_at_most or placed.effective_rank)
 
     def stored_dtype(self, placed: PlacedModule) -> torch.dtype:
         """The dtype that this module's factors are written in."""
@@ -115,17 +125,17 @@ class UpgradePlan:
     @property
     def is_exact(self) -> bool:
         """Whether nothing is refitted, so that neither data nor training has anything to improve."""
-        return all(job.kind != "refit" for job in self.jobs)
+        return not any(job.kind in _SOLVED for job in self.jobs)
 
     @property
     def light(self) -> list[PlacedModule]:
         """Modules that need no more of their base weight than the norm."""
-        return [job.placed for job in self.jobs if job.kind == "keep-lora"]
+        return [job.placed for job in self.jobs if job.kind in _LIGHT]
 
     @property
     def reading(self) -> list[PlacedModule]:
         """Modules whose base weight is read: for its values, or for an initialization that is undone."""
-        return [job.placed for job in self.jobs if job.kind != "keep-lora" or job.placed.initialization]
+        return [job.placed for job in self.jobs if job.kind not in _LIGHT or job.placed.initialization]
 
     @property
     def nbytes(self) -> int:
@@ -141,7 +151,7 @@ class UpgradePlan:
     def summary(self, data: Dataset | None, *, estimate: bool) -> PlanSummary:
         """The plan in numbers; ``data`` is what the model runs on, None where it does not."""
         sequences, tokens = (0, 0) if data is None else (len(data), data.tokens)
-        refitted = sum(job.kind == "refit" for job in self.jobs)
+        refitted = sum(job.kind in _SOLVED for job in self.jobs)
         return PlanSummary(
             modules=len(self.jobs),
             exact=len(self.jobs) - refitted,
@@ -177,17 +187,21 @@ def plan_upgrade(placed: PlacedAdapter, options: ConvertOptions) -> UpgradePlan:
 def _job(placed: PlacedModule, options: ConvertOptions) -> Job:
     kind = _kind(placed, options)
     height, width = placed.weight.shape
-    rank = min(placed.effective_rank if kind != "refit" else options.rank or placed.effective_rank, height, width)
+    rank = min(options.rank_of(placed) if kind in _SOLVED else placed.effective_rank, height, width)
+    rank = options.rank_at_most or rank
     stored = (height + width) * rank * options.stored_dtype(placed).itemsize
-    if kind == "keep-lora":
+    if kind in _LIGHT:
         # No more of the base than its norm, a block at a time; an initialization that is undone reads all of it.
         working = 4 * placed.weight.numel if placed.initialization else 16 * BLOCK_ELEMENTS
         return Job(placed, kind, rank, stored, working, 4 * rank * (height + width) + 2 * placed.weight.numel)
     # W0 in float32, and with data W0·P as well.
     working = (4 if options.statistics is None else 8) * placed.weight.numel
+    if placed.module.method is not None:
+        working *= 4  # T − W0 as well, and the matrices that PEFT merges it through
     if kind == "refit":
         most = rank if options.tolerance is None else options.max_rank
-        if not is_randomized(placed.weight.shape, most, placed.effective_rank):
+        known = placed.effective_rank if placed.module.method is None else 0
+        if not is_randomized(placed.weight.shape, most, known):
             working += dense_bytes(placed.weight.shape)  # its Gram matrices
     columns = rank if options.tolerance is None or kind != "refit" else 2 * rank
     products = 2 if kind == "keep-dora" else _PRODUCTS
@@ -202,6 +216,8 @@ def _kind(placed: PlacedModule, options: ConvertOptions) -> Kind:
             f"{module.path} has an update of full rank ({module.rank}), and so no rank of its own for the result: give "
             "--rank or --tolerance."
         )
+    if module.method is not None:
+        return "refit"
     if module.magnitude is not None:
         if options.direction == "dora" and not (module.rescaling.is_peft and module.delta is None):
             raise UnsupportedError(
@@ -210,8 +226,10 @@ def _kind(placed: PlacedModule, options: ConvertOptions) -> Kind:
                 f"{module.rescaling.norm} weight): leave --direction dora out, to have it refitted."
             )
         return "keep-dora" if options.direction == "dora" else "refit"
-    kept = options.tolerance is None and (options.rank is None or options.rank >= placed.effective_rank)
-    return "keep-lora" if kept else "refit"
+    if options.tolerance is None and options.rank_of(placed) >= placed.effective_rank:
+        return "keep-lora"
+    # What its inputs weigh is the whole weight's error.
+    return "resize" if options.statistics is None and module.delta is None else "refit"
 
 
 def _operations_a_second(columns: int = 24, size: int = 1024) -> float:

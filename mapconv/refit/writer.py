@@ -141,7 +141,7 @@ def _expected(plan: UpgradePlan) -> list[TensorSpec]:
     simple = all(
         job.kind == "keep-lora" and job.placed.experts == 1 and job.placed.module.bias is None for job in plan.jobs
     )
-    if not simple or placed.adapter.others or placed.adapter.additions:
+    if not simple or placed.adapter.others or placed.adapter.additions or options.rank_at_most is not None:
         return []
     specs = []
     for item in placed.modules:

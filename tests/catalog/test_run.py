@@ -204,3 +204,17 @@ def test_calibration_of_an_entry(base, dora, tmp_path):
     errors = [module["error"] for module in config["modules"]]
     assert ledger(tmp_path / "out")["poems"]["worst_error"] == pytest.approx(max(errors))
     assert convert(catalog, tmp_path / "out").converted == 0
+
+
+def test_an_entry_may_be_a_finetune_to_extract(base, lora, tmp_path):
+    mapconv.merge(lora, tmp_path / "tuned", base=base)
+    entry = {"source": str(tmp_path / "tuned"), "base": str(base), "extract": {"rank": 4}, "verify": True}
+    (tmp_path / "catalog.jsonl").write_text(json.dumps(entry) + "\n")
+    result = mapconv.convert_catalog(tmp_path / "catalog.jsonl", tmp_path / "out")
+    assert (result.done, result.converted) == (1, 1), result.failures
+    line = json.loads((tmp_path / "out" / "ledger.jsonl").read_text().splitlines()[-1])
+    assert line["method"] == "full finetune"
+    assert line["worst_error"] < 1e-5
+    assert line["kl"] < 1e-9
+    again = mapconv.convert_catalog(tmp_path / "catalog.jsonl", tmp_path / "out")
+    assert (again.done, again.converted) == (1, 0)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import Trainer, TrainingArguments
 
 import mapconv
 from mapconv.errors import PlacementError
@@ -148,31 +147,6 @@ def test_no_more_is_saved_for_backward_than_by_lora(base, dtype):
     assert ours <= peft + 14 * 8 * (2 * 4 * 4 + 8)
     assert ours < dora
     assert saved_bytes(get_map_model(load_base(base, dtype), MapConfig(rank=4, direction="dora")).train()) < dora
-
-
-def test_trainer(base, tmp_path):
-    """With gradient checkpointing; its own checkpoint resumes, and the adapter is saved from the trained model."""
-    model = get_map_model(load_base(base), MapConfig(rank=4))
-    tokens = prompts()
-    data = [{"input_ids": row, "labels": row} for row in tokens]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "trainer"), max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2,
-        logging_steps=1, report_to=[], use_cpu=True, gradient_checkpointing=True, save_steps=3,
-        gradient_checkpointing_kwargs={"use_reentrant": False}, disable_tqdm=True,
-    )  # fmt: skip
-    trainer = Trainer(model=model, args=arguments, train_dataset=data)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
-    live = log_probabilities(model.eval())
-    save_adapter(model, tmp_path / "map")
-    assert close(log_probabilities(load_adapted(base, tmp_path / "map")), live)
-    mapconv.merge(tmp_path / "map", tmp_path / "merged")
-    # The trainer's own checkpoint resumes on a model that was wrapped alike.
-    again = get_map_model(load_base(base), MapConfig(rank=4))
-    resumed = Trainer(model=again, args=arguments, train_dataset=data)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-3"))
-    assert close(log_probabilities(again.eval()), live)
 
 
 def test_a_configuration_takes_pefts_names():

@@ -14,8 +14,12 @@ from mapconv.refit.plan import ConvertOptions, plan_upgrade
     [
         ("lora", {}, "keep-lora"),
         ("lora", {"rank": 4}, "keep-lora"),
-        ("lora", {"rank": 3}, "refit"),
-        ("lora", {"tolerance": 0.1}, "refit"),
+        ("lora", {"rank": 3}, "resize"),
+        ("lora", {"tolerance": 0.1}, "resize"),
+        ("lora", {"rank": 3, "statistics": "full"}, "refit"),
+        ("lora", {"rank_at_most": 3}, "resize"),
+        ("lora", {"rank_at_most": 9}, "keep-lora"),
+        ("dora", {"rank_at_most": 3}, "refit"),
         ("lora", {"direction": "dora"}, "keep-lora"),
         ("dora", {}, "refit"),
         ("dora", {"rank": 16}, "refit"),
@@ -26,8 +30,8 @@ def test_every_module_has_one_kind(method, options, kind, lora, dora):
     placed = place_adapter({"lora": lora, "dora": dora}[method], None)
     plan = plan_upgrade(placed, ConvertOptions(**options))
     assert {job.kind for job in plan.jobs} == {kind}
-    assert plan.is_exact == (kind != "refit")
-    assert len(plan.light) == (14 if kind == "keep-lora" else 0)
+    assert plan.is_exact == (kind not in ("refit", "resize"))
+    assert len(plan.light) == (14 if kind in ("keep-lora", "resize") else 0)
     assert len(plan.reading) == 14 - len(plan.light)
 
 

@@ -8,6 +8,7 @@ never formed. ``refit.converted.refitted_module`` turns any of them into a conve
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -15,6 +16,9 @@ import torch
 from mapconv.algebra.moments import InputRoot
 from mapconv.algebra.norms import row_blocks
 from mapconv.algebra.pencil import DensePencil, Pencil
+
+#: Elements of T − W0 and of W0 that a ``RowsTarget`` forms at a time.
+BLOCK_ELEMENTS = 1 << 19
 
 
 class Target(Pencil, Protocol):
@@ -49,5 +53,60 @@ class DenseTarget(DensePencil):
         norms = torch.empty(self.shape[0], dtype=torch.float64, device=self.device)
         for start, stop in row_blocks(*self.shape):
             rows = torch.addmm(self.base[start:stop].double(), B[start:stop].double(), A.double())
+            norms[start:stop] = torch.linalg.vector_norm(rows, dim=1)
+        return norms
+
+
+class RowsTarget:
+    """A target that is given by its rows, formed anew for each product: nothing but thin blocks is held.
+
+    A source of T derives from it and gives ``rows`` and ``squared_norms``.
+
+    Args:
+        shape: (n, m).
+        directions: (m, j), see ``Pencil``.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, shape: tuple[int, int], directions: torch.Tensor | None = None) -> None:
+        self.shape, self.directions = shape, directions
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows start … stop of (T − W0, W0); the caller may overwrite the first."""
+        raise NotImplementedError
+
+    def blocks(self) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+        """(start, stop, T − W0, W0) of all rows in float32."""
+        for start, stop in row_blocks(*self.shape, BLOCK_ELEMENTS):
+            yield start, stop, *self.rows(start, stop, torch.float32)
+
+    def products(self, V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        SV, WV = (torch.empty(self.shape[0], V.shape[1]) for _ in range(2))
+        for start, stop, S, W in self.blocks():
+            torch.mm(S, V, out=SV[start:stop])
+            torch.mm(W, V, out=WV[start:stop])
+        return SV, WV
+
+    def transposed_product(self, Q: torch.Tensor, t: float) -> torch.Tensor:
+        product = torch.zeros(self.shape[1], Q.shape[1])
+        for start, stop, S, W in self.blocks():
+            product.addmm_((S if t == 0 else S.sub_(W, alpha=t)).T, Q[start:stop])
+        return product
+
+    def seen_through(self, root: InputRoot) -> DensePencil:
+        return self.dense(self.device).seen_through(root)
+
+    def dense(self, device: torch.device) -> DenseTarget:
+        """The same, held in float32 on a device."""
+        S, W = torch.empty(self.shape, device=device), torch.empty(self.shape, device=device)
+        for start, stop, change, weight in self.blocks():
+            S[start:stop], W[start:stop] = change, weight
+        return DenseTarget(S, W, self.directions)
+
+    def approximation_row_norms(self, B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        norms, wide_A = torch.empty(self.shape[0], dtype=torch.float64), A.double()
+        for start, stop in row_blocks(*self.shape, BLOCK_ELEMENTS):
+            rows = self.rows(start, stop, torch.float64)[1].addmm(B[start:stop].double(), wide_A)
             norms[start:stop] = torch.linalg.vector_norm(rows, dim=1)
         return norms

@@ -1,0 +1,76 @@
+"""``mapconv combine``."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from mapconv.cli.options import Chosen, command
+from mapconv.cli.output import EPSILON, explain, notes, print_json, print_table, show
+from mapconv.cli.startup import starting
+from mapconv.hub.reference import shown
+from mapconv.options.surgery import COMBINE
+from mapconv.wording import counted, fixed, size, small, spread
+
+if TYPE_CHECKING:
+    from mapconv.adapter import MapModule
+    from mapconv.commands.combine import CombineResult
+
+
+@command(COMBINE, "Make one adapter of several.")
+def combine(chosen: Chosen) -> None:
+    """Combine several adapters (ADAPTER) of one base: W0 + Σ w·(T − W0), with T the weight that each makes alone.
+
+    A sum of LoRAs is exact: their ranks add up, and what depends on the rest is left out. With --rank or --tolerance
+    the result is the optimum of the sum. DoRA and MAP adapters count with what they do by themselves; two DoRAs on one
+    weight add up too, where merging one after the other would depend on their order.
+    """
+    with starting(chosen["adapters"], chosen["base"], quiet=chosen["quiet"]):
+        from mapconv.commands.combine import combine
+
+    result = combine(**chosen.arguments)
+    if chosen["as_json"]:
+        print_json(result.to_dict())
+    else:
+        _report(result)
+    notes(result.notes)
+
+
+def _report(result: CombineResult) -> None:
+    terms = " + ".join(f"{w:g} × {shown(source)}" for w, source in zip(result.weights, result.sources, strict=True))
+    show(f"{terms} ({result.method})")
+    show(f"  on {shown(result.base)} → {result.out} (MAP)")
+    carried = f", {counted(result.carried, 'whole tensor')} carried" if result.carried else ""
+    if result.dry_run:
+        show(f"  would combine {counted(result.weights_combined, 'weight')}{carried} (about {size(result.nbytes)})")
+        return
+    show()
+    explain(EPSILON)
+    groups: dict[str, list[MapModule]] = defaultdict(list)
+    for module in result.modules:
+        groups[module.path.rpartition(".")[2]].append(module)
+    print_table(
+        ["target", "modules", "rank", "α/‖W0‖", "ε worst", "ε median"],
+        [_row(name, modules) for name, modules in groups.items()],
+    )
+    show()
+    errors = [module.error or 0.0 for module in result.modules]
+    show(
+        f"  {counted(len(errors), 'module')}{carried}, {result.parameters:,} parameters, {size(result.nbytes)}, "
+        f"{result.seconds:.1f} s; ε worst {small(max(errors))}, median {small(statistics.median(errors))}"
+    )
+    also = "a plain LoRA" if result.plain_lora else "a DoRA"
+    show(f"  stock PEFT loads it as {also} adapter: PeftModel.from_pretrained(base, {str(result.out)!r})")
+
+
+def _row(name: str, modules: list[MapModule]) -> list[str]:
+    errors = [module.error or 0.0 for module in modules]
+    return [
+        name,
+        str(len(modules)),
+        spread([module.rank for module in modules], str),
+        spread([module.base_gain for module in modules], fixed),
+        small(max(errors)),
+        small(statistics.median(errors)),
+    ]

@@ -1,0 +1,261 @@
+"""Make one adapter of several: place them on their base, combine weight by weight, write the result whole or not."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mapconv.adapter import Direction, MapModule
+from mapconv.algebra.mixing import Method
+from mapconv.checkpoint.filenames import ADAPTER_FILES
+from mapconv.checkpoint.reader import TensorReader
+from mapconv.checkpoint.staging import check_output, staged_folder
+from mapconv.checkpoint.unchanged import signatures_of, unchanged
+from mapconv.commands.outputs import output_beside
+from mapconv.errors import UnsupportedError
+from mapconv.formats.mapdir import needs_magnitude
+from mapconv.hub.locate import locate_adapter
+from mapconv.metadata.provenance import source_record
+from mapconv.options.shared import MAX_RANK
+from mapconv.options.surgery import COMBINE
+from mapconv.placement.adapters import PlacedAdapter, place_apart
+from mapconv.placement.union import Shared, combined_adapter, shared_weights, whole_tensors
+from mapconv.refit.combination import CombineOptions, Combiner, in_stacks
+from mapconv.refit.directory import MapDirectory, measured
+from mapconv.refit.norms import BaseNorms
+from mapconv.refit.plan import Dtype
+from mapconv.refit.targets.sums import needs_base
+from mapconv.refit.whole import Wholes, settle_whole
+from mapconv.runtime.devices import resolve_device
+from mapconv.runtime.progress import progress_bar
+from mapconv.runtime.threads import in_order, worker_count
+from mapconv.wording import counted
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CombineResult:
+    """What a combination wrote, or with ``dry_run`` what it would write (then without modules).
+
+    ``exact`` says that the result is the sum itself, but for the rounding of its factors' dtype.
+    """
+
+    out: Path
+    sources: tuple[Path, ...]
+    weights: tuple[float, ...]
+    base: Path
+    method: str
+    modules: tuple[MapModule, ...]
+    weights_combined: int
+    carried: int
+    exact: bool
+    parameters: int
+    nbytes: int
+    seconds: float
+    dry_run: bool
+    plain_lora: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def worst_error(self) -> float:
+        return max((module.error or 0.0 for module in self.modules), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        table = {field.name: getattr(self, field.name) for field in fields(self)}
+        table |= {name: str(getattr(self, name)) for name in ("out", "base")}
+        table["sources"] = [str(source) for source in self.sources]
+        table["modules"] = [module.to_dict() for module in self.modules]
+        return table | {"worst_error": self.worst_error}
+
+
+@COMBINE.checks
+def combine(
+    adapters: Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    base: str | Path | None = None,
+    weights: Sequence[float] | None = None,
+    method: Method = "sum",
+    density: float | None = None,
+    seed: int | None = None,
+    whole: str | None = None,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    max_rank: int | None = None,
+    direction: Direction = "low-rank",
+    lora_compatible: bool = False,
+    dtype: Dtype = "float32",
+    device: str = "auto",
+    allow_pickle: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    quiet: bool = True,
+) -> CombineResult:
+    """Make one MAP adapter of several adapters of one base: T = W0 + Σ w_i·(T_i − W0).
+
+    T_i is the weight that adapter i makes by itself. Of two DoRAs on one weight this is the sum of what each does
+    alone, where PEFT merges one after the other, so that its result depends on their order.
+
+    Args:
+        adapters: LoRA, DoRA and MAP adapters: folders or Hub references.
+        out: the folder to write; None: ``<first>-combined`` beside the first one.
+        base: the base model; None takes it from the first adapter's configuration.
+        weights: a factor for each adapter's change, negative ones included; None: 1 for each.
+        method: ``sum``; ``ties`` and ``dare-ties`` average the changes that have the sign of their sum, element by
+            element, after dropping the smallest of each (``ties``) or some at random; ``dare`` adds up what is left
+            after dropping at random.
+        density: the share of elements that ``ties`` and ``dare`` keep of each change.
+        seed: of the random choice (0).
+        whole: heads and other tensors that adapters bring whole and that disagree: ``first``, ``mean`` (by weights), or
+            the name of the adapter whose tensors count; None refuses them.
+        rank: rank of the result; None: of a sum of LoRAs all of it, which is exact; else the ranks together.
+        tolerance: instead of ``rank``: the smallest rank of each module whose ε is at most this, up to ``max_rank``.
+        direction: ``low-rank``: Δ = BA. ``dora``: keep T's row norms, and approximate the rows' directions.
+        lora_compatible: keep a = 1, so that the result is a plain LoRA adapter as well.
+        dtype: of the stored factors: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the first adapter's own.
+        device: ``auto``, ``cpu`` or ``cuda``: where refits run.
+        allow_pickle: read weights from ``.bin`` files.
+        force: replace ``out``, and accept a base that a MAP adapter was not made for.
+        dry_run: plan and check, write nothing.
+        quiet: no progress bar.
+
+    Raises:
+        MapconvError: of the kind that fits; ``out`` then does not exist.
+        ValueError: an option out of its range, or options that cannot be used together.
+    """
+    started = time.perf_counter()
+    names = [str(adapter) for adapter in adapters]
+    out = output_beside(adapters[0], "combined") if out is None else Path(out)
+    sources = [locate_adapter(source, allow_pickle=allow_pickle) for source in adapters]
+    signatures = signatures_of(sources, ADAPTER_FILES)
+    placed = place_apart(sources, base, allow_pickle=allow_pickle)
+    options = CombineOptions(
+        tuple(weights or [1.0] * len(sources)),
+        method,
+        1.0 if density is None else density,
+        seed or 0,
+        rank,
+        tolerance,
+        max_rank or MAX_RANK.fallback,
+        direction,
+        lora_compatible,
+        dtype,
+        resolve_device(device),
+    )
+    for item, name in zip(placed, names, strict=True):
+        _require_factors(item, name)
+    shared = shared_weights(placed)
+    wholes = settle_whole(whole_tensors(placed), names, options.weights, whole)
+    combined = combined_adapter(placed, shared, wholes.carried)
+    nbytes = sum(sum(item.item.weight.shape) * options.wanted(item).rank * 4 for item in shared) + wholes.nbytes
+    target = combined.target
+    check_output(out, force=force, inputs=[*sources, target.folder], nbytes=nbytes)
+    modules: tuple[MapModule, ...] = ()
+    parameters, norms = 0, BaseNorms(target.checkpoint)
+    if not dry_run:
+        signatures |= target.checkpoint.signatures
+        with staged_folder(out, force=force) as staging, unchanged(signatures):
+            modules = _write(combined, placed, shared, wholes, options, names, norms, staging, force=force, quiet=quiet)
+            parameters, nbytes = measured(staging, modules)
+    thin = method == "sum" and options.keeps_all and direction == "low-rank"
+    notes = dict.fromkeys(note for item in placed for note in (*item.adapter.notes, *item.target.notes))
+    return CombineResult(
+        out=out,
+        sources=tuple(sources),
+        weights=options.weights,
+        base=target.folder,
+        method=method,
+        modules=modules,
+        weights_combined=len(shared),
+        carried=wholes.count,
+        exact=thin and not any(needs_base(part) for item in shared for _, part in item.parts),
+        parameters=parameters,
+        nbytes=nbytes,
+        seconds=time.perf_counter() - started,
+        dry_run=dry_run,
+        plain_lora=not needs_magnitude(modules),
+        notes=(*_other_bases(placed), *notes, *wholes.notes, *norms.notes),
+    )
+
+
+def _write(
+    combined: PlacedAdapter,
+    placed: Sequence[PlacedAdapter],
+    shared: Sequence[Shared],
+    wholes: Wholes,
+    options: CombineOptions,
+    names: Sequence[str],
+    norms: BaseNorms,
+    staging: Path,
+    *,
+    force: bool,
+    quiet: bool,
+) -> tuple[MapModule, ...]:
+    """Combine every weight into ``staging``; returns the modules' scalars."""
+    records = [source_record(item.adapter) for item in placed]
+    source = combined.target.checkpoint.source
+    directory = MapDirectory(combined, staging, sources=records)
+    # Where one module's gain may differ from 1, stock PEFT takes all modules for DoRAs.
+    gains = options.method != "sum" or options.direction == "dora"
+    gains = gains or any(needs_base(part) for item in shared for _, part in item.parts)
+    with_magnitude = gains and not (options.lora_compatible and options.direction == "low-rank")
+    total = sum(item.item.weight.nbytes for item in shared)
+    try:
+        with (
+            torch.inference_mode(),
+            TensorReader(source) as reader,
+            progress_bar(total, "combining", quiet=quiet) as advance,
+        ):
+            norms.load([item.item.weight for item in shared], reader)
+            combiner = Combiner(reader, norms, options, names, with_magnitude=with_magnitude, force=force)
+            workers = worker_count(max(combiner.work(item) for item in shared))
+
+            def run(stack: Sequence[Shared]):
+                with torch.inference_mode():
+                    return combiner.combine(stack)
+
+            stacks = list(in_stacks(shared))
+            for stack, results in zip(stacks, in_order(run, stacks, workers), strict=True):
+                for item, result in zip(stack, results, strict=True):
+                    directory.add(item.item, result)
+                    advance(item.item.weight.nbytes)
+                    log.info("%s: ε %.3g", item.item.module.path, result.scalars.error or 0.0)
+            for name, spec, blocks in wholes.made(reader, shared, options.weights):
+                directory.carry(name, spec, blocks)
+        asked = asdict(options) | {"device": str(options.device), "weights": list(options.weights)}
+        return directory.finish(asked, None)
+    finally:
+        directory.close()
+
+
+def _require_factors(placed: PlacedAdapter, name: str) -> None:
+    """Refuse an adapter whose effect is not its factors' and PEFT's own: it has to be refitted first.
+
+    Raises:
+        UnsupportedError: with the way to do that.
+    """
+    odd = [m for m in placed.adapter.modules if m.delta is not None or (m.magnitude and not m.rescaling.is_peft)]
+    if odd or placed.adapter.additions:
+        what = odd[0].path if odd else next(iter(placed.adapter.additions))
+        raise UnsupportedError(
+            f"{name} changes {what} in a way that factors do not hold: make a MAP adapter of it with `mapconv upgrade "
+            "--rank N` first, and combine that."
+        )
+
+
+def _other_bases(placed: Sequence[PlacedAdapter]) -> list[str]:
+    """LoRAs do not say which weights they were trained on, so their owner is told what their configurations name."""
+    named = {item.adapter.base for item in placed if item.adapter.base}
+    if len(named) < 2:
+        return []
+    shown = ", ".join(sorted(named))
+    return [
+        f"the adapters' configurations name {counted(len(named), 'base')}, and their sum is only right on one: {shown}"
+    ]
