@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mapconv.spelling import PEFT_DORA, Rescaling, Spelling
+from mapconv.spelling import PEFT_DORA, AuthorsScalars, Rescaling, Spelling, TunerMethod
 from mapconv.untrusted.patterns import PatternTable
 
 Direction = Literal["low-rank", "dora"]
@@ -66,6 +66,9 @@ class Module:
 
     ``A`` is (rank, in) and ``B`` is (out, rank): for convolutions both carry the kernel's dimensions, for embeddings
     ``in`` counts the vocabulary, and for a stack of E experts ``A`` is (E·rank, in) and ``B`` is (out, rank·E).
+    A layer of another ``method`` has tensors of its ``own`` instead, by their key within the layer. Its ``rank`` is
+    that of the update at most (0: the weight's own), and its factors are no bytes of a file: they have the dtype and,
+    once the module is placed, the dimensions of those that a conversion writes.
     A module with a ``spelling`` has the file's own key as its path until it is placed.
 
     Where the file holds the update in another way than by two factors, ``delta`` is it, (out, in), and the factors are
@@ -81,6 +84,8 @@ class Module:
     magnitude: TensorRef | None = None
     bias: TensorRef | None = None
     embedding: bool = False
+    method: TunerMethod | None = None
+    own: tuple[tuple[str, TensorRef], ...] = ()
     spelling: Spelling | None = None
     delta: TensorRef | None = None
     rescaling: Rescaling = PEFT_DORA
@@ -93,6 +98,8 @@ class Module:
 
     @property
     def tensors(self) -> tuple[TensorRef, ...]:
+        if self.method is not None:
+            return tuple(ref for _, ref in self.own)
         update = (self.lora_A, self.lora_B) if self.delta is None else (self.delta,)
         refs = (ref for ref in (*update, self.magnitude, self.bias) if ref is not None)
         # What is computed counts as what it is stored in.
@@ -101,12 +108,12 @@ class Module:
     @property
     def is_dense(self) -> bool:
         """Whether the update is of any rank, so that two factors of it save nothing."""
-        return self.delta is not None and self.rank >= min(self.weight_shape)
+        return (self.delta is not None or self.method is not None) and self.rank >= min(self.weight_shape)
 
     @property
     def has_factors(self) -> bool:
         """Whether the adapter changes this weight at all, see ``without_factors``."""
-        return self.rank > 0
+        return self.rank > 0 or self.method is not None
 
     @classmethod
     def without_factors(cls, path: str, shape: tuple[int, int], like: TensorRef) -> Module:
@@ -208,16 +215,6 @@ class MapModule:
 
 
 @dataclass(frozen=True)
-class AuthorsScalars:
-    """α and β of one module as MAP's authors store them: absolute, over norms that are at least ``eps``."""
-
-    path: str
-    alpha: float
-    beta: float
-    eps: float
-
-
-@dataclass(frozen=True)
 class LoraSettings:
     """The part of a configuration that decides what the tensors mean, and the base that they were made for.
 
@@ -264,7 +261,8 @@ class Adapter:
     """
 
     path: Path
-    method: Literal["LoRA", "DoRA", "MAP", "LoMAP", "full finetune"]
+    #: LoRA, DoRA, MAP, "full finetune", or the name of another method.
+    method: str
     config: dict[str, Any]
     settings: LoraSettings
     modules: tuple[Module, ...]
@@ -297,4 +295,6 @@ class Adapter:
     @property
     def tensors(self) -> tuple[TensorRef, ...]:
         factors = (ref for module in self.modules for ref in module.tensors)
-        return (*factors, *self.others.values(), *(item.tensor for item in self.additions))
+        methods = {module.method: None for module in self.modules if module.method is not None}
+        shared = (ref for method in methods for ref in method.shared.values())
+        return (*factors, *shared, *self.others.values(), *(item.tensor for item in self.additions))

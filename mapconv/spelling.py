@@ -1,9 +1,11 @@
-"""What the files of another dialect leave to be told: which module a key names, and what a DoRA's magnitudes are of."""
+"""What a file's tensors leave to be told: which module a key names, what a DoRA's magnitudes are of, which method's."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 #: What a DoRA has a magnitude for each of, and what its magnitudes are divided by.
 Axis = Literal["out", "in"]
@@ -41,3 +43,29 @@ class Rescaling:
 
 
 PEFT_DORA = Rescaling()
+
+
+@dataclass(frozen=True, eq=False)
+class TunerMethod:
+    """A method of PEFT's besides LoRA (``formats.methods``), with what all layers of one adapter share.
+
+    ``name`` is the method's own, such as LoHa; ``config`` the adapter's, in ``file``; ``shared`` where the tensors lie
+    that belong to no one layer (VeRA's projections, a vector bank), by the key that PEFT saves them under.
+    ``changes_bias``: a merge changes the biases of the adapted layers as well.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    file: Path
+    shared: Mapping[str, Any]
+    changes_bias: bool = False
+
+
+@dataclass(frozen=True)
+class AuthorsScalars:
+    """α and β of one module as MAP's authors store them: absolute, over norms that are at least ``eps``."""
+
+    path: str
+    alpha: float
+    beta: float
+    eps: float

@@ -79,10 +79,11 @@ LAYERS = [
     {"options", "adapter", "jsonfile", "algebra"},
     {"checkpoint", "data", "runtime"},
     {"formats", "hub"},
+    {"tuners"},
     {"placement"},
     {"metadata", "merging"},
     {"refit", "fidelity", "catalog"},
-    {"nn", "reporting", "publishing"},
+    {"nn", "reporting", "publishing", "exporting"},
     {"training"},
     {"commands"},
     {"", "__main__", "cli"},  # "" is mapconv/__init__.py, the public door

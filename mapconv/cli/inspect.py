@@ -64,4 +64,4 @@ def inspect(chosen: Chosen) -> None:
 
 
 def _list(values) -> str:
-    return ", ".join(str(value) for value in values)
+    return ", ".join(str(value) for value in values) or "-"

@@ -85,8 +85,9 @@ def inspect(
     else:
         placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=True, dora=dora)
         adapter, fits = placed.adapter, placed.target.folder
-        # The base's own names say more than underscores do.
-        modules = [item.module for item in placed.modules] if adapter.is_spelled else adapter.modules
+        # The base's own names say more than underscores do, and its shapes more than another method's tensors.
+        told = adapter.is_spelled or any(module.method is not None for module in adapter.modules)
+        modules = [item.module for item in placed.modules] if told else adapter.modules
         found = dict(storages(placed.target.checkpoint))
         notes = _base_notes(adapter, str(base), found)
     groups: dict[str, list[Module]] = defaultdict(list)
@@ -135,9 +136,10 @@ def _group(name: str, modules: list[Module]) -> TargetGroup:
         module_type=name,
         count=len(modules),
         layers=_ranges(sorted({module.layer for module in modules if module.layer is not None})),
-        ranks=tuple(sorted({module.rank for module in modules})),
-        scalings=tuple(sorted({module.scaling for module in modules})),
-        shapes=tuple(sorted({module.weight_shape for module in modules})),
+        ranks=tuple(sorted({module.rank for module in modules if module.rank})),
+        scalings=tuple(sorted({module.scaling for module in modules if module.method is None})),
+        # A method's own tensors do not say what weight they are for, until they are placed.
+        shapes=tuple(sorted({module.weight_shape for module in modules if module.weight_shape != (0, 0)})),
         parameters=sum(ref.numel for module in modules for ref in module.tensors),
     )
 
@@ -164,9 +166,13 @@ def _dora(adapter: Adapter) -> str | None:
 
 
 def _forecast(adapter: Adapter) -> str:
+    if not adapter.modules:
+        return "nothing: it replaces whole tensors, and can be merged"
     dense = sum(module.is_dense for module in adapter.modules)
     if dense:
         return f"the closest MAP weight at --rank or --tolerance: {counted(dense, 'update')} of full rank"
+    if adapter.modules[0].method is not None:
+        return "exact: α and β follow from norms, and factors from the update, which is of low rank"
     if adapter.method == "LoRA":
         return "exact: α and β follow from norms, the factors are kept"
     if adapter.method == "LoMAP":

@@ -120,6 +120,11 @@ def upgrade(
     )
     if placed.adapter.method == "MAP":
         raise UnsupportedError(f"{source} is a MAP adapter already: upgrade the adapter that it was made from.")
+    if not placed.modules:
+        raise UnsupportedError(
+            f"{source} ({placed.adapter.method}) replaces whole tensors and no more, which MAP has no "
+            "form for: merge it."
+        )
     plan = plan_upgrade(placed, options)
     log.info("placed %d modules of %s on %s", len(plan.jobs), source, placed.target.folder)
     nbytes = plan.nbytes

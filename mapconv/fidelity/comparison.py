@@ -79,8 +79,9 @@ class Comparison:
         self.is_causal = is_causal(base)
         if result_base is not None:
             self._merged = self._base_with(result_base, result, "result", dtype)
-        elif self._is_adapter and source.adapter.settings.layer_replication:
-            # A second adapter would repeat the layers again: it takes a base of its own.
+        elif self._is_adapter and (source.adapter.settings.layer_replication or not _is_low_rank(source)):
+            # A second adapter would repeat the layers again, and one of another method cannot be a second one: the
+            # result takes a base of its own.
             self._merged = self._base_with(source, result, "result", dtype)
         elif self._is_adapter:
             self._merged = attach_with_peft(self._model, result, "result")
@@ -123,11 +124,11 @@ class Comparison:
 
     def module_errors(self) -> Iterator[ModuleError]:
         """Every adapted weight, as PEFT's own code merges it."""
-        from peft.tuners.lora import LoraLayer
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
-        layers = [item for item in self._model.named_modules() if isinstance(item[1], LoraLayer)]
+        layers = [item for item in self._model.named_modules() if _adapts_weight(item[1], BaseTunerLayer)]
         if not layers:
-            raise AdapterError("stock PEFT finds no LoRA layer in the source.")
+            raise AdapterError("stock PEFT finds no adapted weight in the source.")
         results = dict(self._merged.named_modules())
         for name, layer in layers:
             path = name.removeprefix(KEY_PREFIX).replace(".base_layer", "")
@@ -147,6 +148,18 @@ class Comparison:
             yield ModuleError(path, difference / change if change else difference)
 
 
+def _is_low_rank(source: PlacedAdapter) -> bool:
+    """Whether the source is a LoRA or a DoRA, of PEFT's own type for both."""
+    return bool(source.modules) and all(item.module.method is None for item in source.modules)
+
+
+def _adapts_weight(module: Any, kind: type) -> bool:
+    """Whether PEFT made this layer around another whose weight, and not some rows of it, the adapter changes."""
+    if not isinstance(module, kind) or getattr(module, "token_indices", None):
+        return False
+    return hasattr(module.get_base_layer(), getattr(module, "parameter_name", "weight"))
+
+
 def run_model(model: Any, tokens: torch.Tensor) -> torch.Tensor | None:
     output = model(**model_inputs(model, tokens))
     logits = getattr(output, "logits", None)
@@ -155,7 +168,7 @@ def run_model(model: Any, tokens: torch.Tensor) -> torch.Tensor | None:
 
 def merged_by_peft(layer: Any, parameter: str, adapter: str, base: torch.Tensor) -> torch.Tensor:
     """The layer's weight with one adapter merged by PEFT's own code; the layer is left as it was."""
-    if adapter not in layer.lora_A and adapter not in layer.lora_embedding_A:
+    if adapter not in layer._get_available_adapters():
         return base
     weight = getattr(layer.get_base_layer(), parameter)
     layer.merge(adapter_names=[adapter])

@@ -8,7 +8,7 @@ from mapconv.adapter import Adapter
 from mapconv.checkpoint.filenames import MODEL_CONFIG
 from mapconv.checkpoint.sidecars import check_folder
 from mapconv.errors import AdapterError
-from mapconv.formats import gguf, lomap, mapdir, mlx, peft
+from mapconv.formats import gguf, lomap, mapdir, mlx, peft, peft_methods
 from mapconv.formats.base import CONFIG_FILE, Dialect, Found
 from mapconv.formats.foreign import FOREIGN
 from mapconv.formats.image import IMAGE_FILES
@@ -17,6 +17,7 @@ from mapconv.formats.image import IMAGE_FILES
 DIALECTS: tuple[Dialect, ...] = (
     mapdir.MapDirectory(),
     lomap.LomapDirectory(),
+    peft_methods.PeftMethodDirectory(),
     peft.PeftDirectory(),
     mlx.MlxAdapter(),
     gguf.GgufLora(),

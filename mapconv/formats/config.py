@@ -12,6 +12,7 @@ from typing import Any
 
 from mapconv.adapter import LoraSettings
 from mapconv.errors import AdapterError, UnsupportedError
+from mapconv.formats.methods import NO_FIXED_WEIGHT
 from mapconv.jsonfile import read_object
 from mapconv.untrusted.patterns import PatternTable
 from mapconv.untrusted.schema import shown
@@ -44,6 +45,12 @@ REFUSED = {
     "use_bdlora": "its factors are block-diagonal, in a special layout",
     "monteclora_config": "MonteCLoRA samples its weights at run time, so it is not a fixed weight",
     "velora_config": "VeLoRA adds projections that compress activations in the backward pass, which have no merge",
+}
+#: Fields of other methods that are refused unless empty, each with the reason.
+REFUSED_OF_METHODS = {
+    "sample_at_inference": "PVeRA then samples its weights at run time, so it is not a fixed weight",
+    "target_parameters": "of PEFT's methods, LoRA alone adapts parameters that are no layer of their own",
+    "layer_replication": "mapconv repeats layers for LoRA and DoRA alone",
 }
 #: Initialisations that leave the base weight as it is, so that the saved factors are the whole adapter.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -80,8 +87,12 @@ def parse_settings(config: Mapping[str, Any], path: Path) -> LoraSettings:
     method = field.text("peft_type")
     if method is None:
         raise AdapterError(f"{path} has no peft_type: expected LORA.")
+    if method.upper() in NO_FIXED_WEIGHT:
+        raise UnsupportedError(
+            f"{path}: peft_type is {shown(method)}, which has no merge: {NO_FIXED_WEIGHT[method.upper()]}."
+        )
     if method.upper() != "LORA":
-        raise UnsupportedError(f"{path}: peft_type is {shown(method)}, and mapconv converts LoRA and DoRA (LORA).")
+        raise UnsupportedError(f"{path}: peft_type is {shown(method)}, a method that is unknown to mapconv.")
     _refuse_features(config, field)
     for name in ("task_type", "peft_version"):
         field.text(name)
@@ -97,6 +108,40 @@ def parse_settings(config: Mapping[str, Any], path: Path) -> LoraSettings:
         target_parameters=field.names("target_parameters"),
         token_rows=field.token_rows("trainable_token_indices"),
         layer_replication=field.ranges("layer_replication"),
+        base=field.text("base_model_name_or_path") or None,
+        revision=field.text("revision") or None,
+    )
+
+
+def parse_shared_settings(config: Mapping[str, Any], path: Path) -> LoraSettings:
+    """The settings that methods besides LoRA have as well; what is a method's own, PEFT reads (``mapconv.tuners``).
+
+    Raises:
+        UnsupportedError: a feature that mapconv refuses. AdapterError: a field of the wrong type.
+    """
+    field = _Fields(config, path)
+    for name, reason in (REFUSED | REFUSED_OF_METHODS).items():
+        if not _is_empty(config.get(name)):
+            raise UnsupportedError(f"{path}: {name}={shown(config[name])}: {reason}.")
+    for name in ("task_type", "peft_version"):
+        field.text(name)
+    rows = field.token_rows("trainable_token_indices")
+    if config.get("token_indices") is not None:  # a method of its own
+        targets = config.get("target_modules")
+        named = [targets] if isinstance(targets, str) else list(field.names("target_modules"))
+        rows = dict.fromkeys(named or [""], field.token_rows("token_indices")[""])
+    return LoraSettings(
+        rank=1,
+        alpha=1.0,
+        use_rslora=False,
+        use_dora=False,
+        rank_pattern=PatternTable({}, ""),
+        alpha_pattern=PatternTable({}, ""),
+        initialization=None,
+        modules_to_save=field.names("modules_to_save"),
+        target_parameters=(),
+        token_rows=rows,
+        layer_replication=(),
         base=field.text("base_model_name_or_path") or None,
         revision=field.text("revision") or None,
     )

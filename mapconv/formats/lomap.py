@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mapconv.adapter import Adapter, AuthorsScalars, TensorRef
+from mapconv.adapter import Adapter, TensorRef
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.formats.base import CONFIG_FILE, Found
 from mapconv.formats.config import parse_settings
-from mapconv.formats.peft import KEY_PREFIX, sort_tensors, weight_refs
+from mapconv.formats.peft import KEY_PREFIX, read_weights, sort_tensors
+from mapconv.spelling import AuthorsScalars
 from mapconv.untrusted.schema import NUMBER, shown
 
 _SCALAR = re.compile(r"(?P<path>.+)\.(?:lora_)?map_(?P<which>alpha|beta)(?:\.[^.]+)?")
@@ -49,7 +50,7 @@ class LomapDirectory:
         eps = _eps(config, place)
         plain = {name: value for name, value in config.items() if name.removeprefix("lora_") not in _FIELDS}
         settings = parse_settings(plain, place)
-        refs = weight_refs(path, allow_pickle=allow_pickle)
+        refs = read_weights(path, allow_pickle=allow_pickle)
         found_scalars, rest = _apart(refs)
         if not uses_map(config):
             raise AdapterError(

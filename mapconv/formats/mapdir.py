@@ -158,6 +158,18 @@ def peft_config(
     )
 
 
+def lora_settings_of(config: Mapping[str, Any], *, own_biases: bool) -> dict[str, Any]:
+    """What remains of another method's configuration in that of its conversion to factors.
+
+    ``own_biases`` are written for adapted layers, in the place of the base's.
+    """
+    kept = ("task_type", "auto_mapping", "modules_to_save", "trainable_token_indices")
+    bias = config.get("bias") or "none"
+    if bias != "all" and (own_biases or str(bias).endswith("_only")):
+        bias = "lora_only"
+    return {name: config[name] for name in kept if name in config} | {"bias": bias}
+
+
 def peft_factors(module: Module, A: torch.Tensor, B: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     """Keys and tensors of one module's factors, from matrices back to the shapes that PEFT gives its layer."""
     shapes = factor_shapes(module, A.shape[0], *B.shape)

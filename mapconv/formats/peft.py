@@ -28,11 +28,11 @@ _FACTOR = re.compile(
 )
 #: What Tinker's exports call modules otherwise than transformers does.
 _TINKER_NAMES = {"model.unembed_tokens": "lm_head"}
-_TOKEN_ROWS = re.compile(r"(?P<path>.+)\.token_adapter\.trainable_tokens_delta")
+_TOKEN_ROWS = re.compile(r"(?P<path>.+?)(\.token_adapter)?\.trainable_tokens_delta")
 #: The adapter's name behind PEFT's wrappers of whole tensors, in files of other writers.
 _ADAPTER_NAME = r"(\.modules_to_save|\.trainable_tokens_delta)\.(?:{names})(?=\.|$)"
-#: PEFT's wrappers of a base layer; without them, the key is the parameter's name.
-_WRAPPED_BASE = re.compile(r"(\.token_adapter)?\.base_layer(?=\.)")
+#: PEFT's wrappers of a base layer, and of one that replaces it; without them, the key is the parameter's name.
+_WRAPPED_BASE = re.compile(r"(\.token_adapter)?\.(base_layer|ln_tuning_layers)(?=\.)")
 
 
 class PeftDirectory:
@@ -67,7 +67,7 @@ def read_tensors(
     Raises:
         AdapterError: no weights, or a missing, misshapen or doubled tensor.
     """
-    return sort_tensors(weight_refs(folder, allow_pickle=allow_pickle), settings)
+    return sort_tensors(read_weights(folder, allow_pickle=allow_pickle), settings)
 
 
 def sort_tensors(
@@ -77,7 +77,7 @@ def sort_tensors(
     parts: dict[str, dict[str, TensorRef]] = defaultdict(dict)
     others: list[TensorRef] = []
     names = {"default"}
-    prefix = KEY_PREFIX * max(1, min(_wrappings(ref.name) for ref in tensors))
+    prefix = key_prefix(tensors)
     for ref in tensors:
         if ref.dtype not in _FLOATS:
             raise AdapterError(f"{ref.file}: {ref.name} has dtype {ref.dtype}, expected one of {', '.join(_FLOATS)}.")
@@ -97,17 +97,15 @@ def sort_tensors(
     if not parts:
         raise AdapterError(f"{tensors[0].file} holds no LoRA factors, only {tensors[0].name} and the like.")
     modules = tuple(_module(path, parts[path], settings) for path in sorted(parts, key=natural_order))
-    whole, saved, notes = _whole_tensors(others, settings, names, prefix)
-    if len(prefix) > len(KEY_PREFIX):
-        notes += (f"its keys have PEFT's prefix {prefix.count(KEY_PREFIX)} times ({prefix}…), and are read without it",)
+    whole, saved, notes = whole_tensors(others, settings, names, prefix)
     return modules, whole, saved, notes
 
 
-def _wrappings(key: str) -> int:
-    """How often PEFT wrapped the model: a model that was a PeftModel already has the prefix once more."""
-    found = _PREFIXES.match(key)
-    assert found is not None  # no prefix at all is a match too
-    return found.end() // len(KEY_PREFIX)
+def key_prefix(tensors: Sequence[TensorRef]) -> str:
+    """What the keys of a model's tensors start with: a model that was a PeftModel already has the prefix once more."""
+    found = [_PREFIXES.match(ref.name) for ref in tensors]
+    wrappings = min(match.end() // len(KEY_PREFIX) for match in found if match is not None)
+    return KEY_PREFIX * max(1, wrappings)
 
 
 def natural_order(path: str) -> tuple[tuple[int, str], ...]:
@@ -122,11 +120,11 @@ def weights_name(folder: Path) -> str:
     return PICKLE_FILE if pickled else WEIGHTS_FILE
 
 
-def weight_refs(folder: Path, *, allow_pickle: bool) -> tuple[TensorRef, ...]:
-    """The tensors of the adapter's weights file, which has some.
+def read_weights(folder: Path, *, allow_pickle: bool) -> tuple[TensorRef, ...]:
+    """The tensors of a folder's weights file, at least one.
 
     Raises:
-        AdapterError: it is absent, empty or broken. UnsupportedError: a pickle that is not allowed.
+        AdapterError: none, or a pickle that is not allowed.
     """
     weights = folder / weights_name(folder)
     if weights.name == PICKLE_FILE:
@@ -183,7 +181,7 @@ def _check_shape(ref: TensorRef | None, shape: tuple[int, ...]) -> None:
         raise AdapterError(f"{ref.file}: {ref.name} has shape {list(ref.shape)}, expected {list(shape)}.")
 
 
-def _whole_tensors(
+def whole_tensors(
     refs: Sequence[TensorRef], settings: LoraSettings, adapter_names: set[str], prefix: str
 ) -> tuple[tuple[WholeTensor, ...], dict[str, TensorRef], tuple[str, ...]]:
     """Whole tensors by the parameter that they replace, all of ``refs`` by PEFT's own key, and notes for the user."""
@@ -211,6 +209,10 @@ def _whole_tensors(
         module = parameter.rpartition(".")[0]
         own_copy = any(f".{saved}." in f".{module}." for saved in settings.modules_to_save)
         found[parameter] = WholeTensor(parameter, ref, in_place=not own_copy)
+    if len(prefix) > len(KEY_PREFIX):
+        notes.append(
+            f"its keys have PEFT's prefix {prefix.count(KEY_PREFIX)} times ({prefix}…), and are read without it"
+        )
     whole = tuple(found[key] for key in sorted(found, key=natural_order))
     return whole, {_saved_key(key, named): ref for key, ref in named.items()}, tuple(notes)
 

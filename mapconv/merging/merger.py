@@ -6,7 +6,7 @@ Each thread that runs jobs has its own scratch memory, which is all the memory t
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +21,15 @@ from mapconv.checkpoint.codecs.base import EncodedTensor
 from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader, block_elements, row_ranges
 from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.errors import AdapterError, CheckpointError, MapconvError, OutputError
+from mapconv.merging.biases import bias_update
 from mapconv.merging.codes import encode
 from mapconv.merging.plan import ConvertJob, CopyJob, LowRankUpdate, MergeJob
 from mapconv.merging.rounding import Feedback
 from mapconv.merging.survival import Gauge, Survival, total
-from mapconv.merging.updates import Buffers, Update
+from mapconv.merging.updates import Buffers, Update, WholeUpdate
 from mapconv.placement.factors import FactorLoader
-from mapconv.placement.weights import WeightView, read_rows, stored_blocks
+from mapconv.placement.tuned import TunedWeights
+from mapconv.placement.weights import PlacedModule, WeightView, read_rows, stored_blocks
 
 #: ‖Δ‖ comes from a Gram matrix of the stored factors, whose rounding its conditioning can enlarge.
 DIRECTION_TOLERANCE = 1e-6
@@ -90,12 +92,19 @@ class Merger:
     """
 
     WORKING_BYTES = Buffers.NBYTES
+    #: For each element of a weight that another method than LoRA adapts: base, result, and PEFT's own work.
+    TUNED_BYTES = 6 * 4
 
     def __init__(
-        self, reader: TensorReader, files: Mapping[str, FixedFile | NoFile], *, recompute: bool = False
+        self,
+        reader: TensorReader,
+        files: Mapping[str, FixedFile | NoFile],
+        modules: Sequence[PlacedModule],  # those of all adapters of the plan
+        *,
+        recompute: bool = False,
     ) -> None:
         self._reader, self._files, self._recompute = reader, files, recompute
-        self._factors = FactorLoader(reader)
+        self._factors, self._tuned = FactorLoader(reader), TunedWeights(modules, reader)
         self._local = threading.local()
 
     def run(self, job: CopyJob | ConvertJob | MergeJob, feedback: Feedback | None = None) -> MergedTensor | None:
@@ -129,11 +138,11 @@ class Merger:
             feedback = None
         elements = height * width if job.codes else BLOCK_ELEMENTS if feedback is None else feedback.elements(job)
         buffers = self._buffers(max(width, elements))
-        bias = self._bias(job)
+        bias = bias_update(job, self._factors, self._tuned, self._reader)
         base: dict[tuple, Fingerprint] = {}
         survival, saturated = Survival(), 0
         for index in range(matrices):
-            updates = [self._prepare(item, buffers) for item in job.updates if item.piece.index == index]
+            updates = [self._update(item, buffers) for item in job.updates if item.piece.index == index]
             known_norm = updates[0].known_norm if len(updates) == 1 and not job.rows and bias is None else None
             gauge = Gauge(height * width, known_norm)
             for start, stop in row_blocks(height, width, elements):
@@ -177,6 +186,13 @@ class Merger:
             self._files[str(place.file)].write(data.contiguous(), place.start + first)
         out.copy_(encoded.values)
         return encoded.saturated
+
+    def _update(self, item: LowRankUpdate, buffers: Buffers) -> Update | WholeUpdate:
+        """An update, ready to be applied."""
+        if item.placed.module.method is None:
+            return self._prepare(item, buffers)
+        weight, _ = self._tuned.read_and_merge(item.placed)
+        return WholeUpdate(item.piece, item.placed.identity, weight[item.piece.start : item.piece.stop], item.weight)
 
     def _prepare(self, item: LowRankUpdate, buffers: Buffers) -> Update:
         """Load an update's factors, bring in its gains, and cut out the rows that this tensor holds."""
@@ -258,12 +274,6 @@ class Merger:
             values = self._reader.read(item.tensor).float()
             sources, targets = zip(*inside, strict=True)
             rows[list(targets)] = values[list(sources)]
-
-    def _bias(self, job: MergeJob) -> torch.Tensor | None:
-        """What the adapters' own biases add to this bias vector."""
-        if not job.biases:
-            return None
-        return sum((item.scaling * self._factors.vector(item.tensor) for item in job.biases), start=torch.zeros(()))
 
     def _buffers(self, elements: int) -> Buffers:
         if not hasattr(self._local, "buffers"):

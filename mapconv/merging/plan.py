@@ -19,7 +19,7 @@ from mapconv.checkpoint.index import Checkpoint
 from mapconv.checkpoint.writer import COPY_CHUNK, TensorSpec, lay_out
 from mapconv.errors import UnsupportedError
 from mapconv.placement.adapters import FLOAT_DTYPES, PlacedAdapter
-from mapconv.placement.target_model import BiasUpdate, TargetModel
+from mapconv.placement.target_model import BiasUpdate, MergedBias, TargetModel
 from mapconv.placement.weights import Piece, PlacedModule, grid
 
 #: Bytes of tensors in one file of a model that comes from GGUF.
@@ -80,13 +80,20 @@ class MergeJob(TensorJob):
 
     updates: tuple[LowRankUpdate, ...] = ()
     rows: tuple[WholeTensor, ...] = ()
-    biases: tuple[BiasUpdate, ...] = ()
+    biases: tuple[BiasUpdate | MergedBias, ...] = ()
     codes: tuple[TensorRef, ...] = ()
 
     @property
     def name(self) -> str:
         """The tensor's name, which is not that of its codes."""
         return self.source.name if self.codes else self.target.name
+
+    @property
+    def tuned_elements(self) -> int:
+        """Elements of the largest weight that it takes whole, because another method than LoRA adapts it; mostly 0."""
+        placed = [item.placed for item in self.updates]
+        placed += [item.placed for item in self.biases if isinstance(item, MergedBias)]
+        return max((item.weight.numel for item in placed if item.module.method is not None), default=0)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -106,11 +113,15 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Everything that a merge is going to write. Target paths are relative to the output folder."""
+    """Everything that a merge is going to write. Target paths are relative to the output folder.
+
+    ``modules`` are those of all adapters, in the model's order.
+    """
 
     target: TargetModel
     files: tuple[OutputFile, ...]
     jobs: tuple[CopyJob | ConvertJob | MergeJob, ...]
+    modules: tuple[PlacedModule, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -168,17 +179,19 @@ def plan_merge(
     for name, weight in target.encoded.items():
         places = tuple(outputs[ref.name] for ref in rewritten(weight.encoding))
         jobs.append(MergeJob(weight, places[0], tuple(updates[name]), target.rows.get(name, ()), codes=places))
-    return MergePlan(target, tuple(files), tuple(_split_copies(jobs)))
+    modules = tuple(item for adapter in adapters for item in adapter.modules)
+    return MergePlan(target, tuple(files), tuple(_split_copies(jobs)), modules)
 
 
 def _refuse_weight(adapter: PlacedAdapter, weight: float) -> None:
     """A weight scales updates; what an adapter replaces as a whole (heads, rows, biases) has no part to scale."""
     whole = [item.tensor for item in adapter.adapter.whole]
     whole += [item.module.bias for item in adapter.modules if item.module.bias is not None]
+    whole += [item.bias for item in adapter.modules if item.bias is not None and item.changes_bias]
     whole += [item.tensor for item in adapter.adapter.additions]
     if weight != 1.0 and whole:
         raise UnsupportedError(
-            f"{adapter.adapter.path} contains {whole[0].name}, which is not a low-rank update and cannot be scaled by "
+            f"{adapter.adapter.path} changes {whole[0].name}, which is no update of a weight and cannot be scaled by "
             f"--weights ({weight:g}): give this adapter the weight 1."
         )
 

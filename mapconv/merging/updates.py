@@ -115,3 +115,32 @@ class Update:
             assert self.column_scales is not None  # one of the two is there
             gains = (b * self.column_scales[start:stop, None]).float()
         rows.copy_((a - b + gains) * rows + gains * change)
+
+
+@dataclass
+class WholeUpdate:
+    """A weight that is there whole, to be put in the place of the base's rows, or to go ``weight`` of the way there."""
+
+    piece: Piece
+    identity: tuple
+    rows: torch.Tensor
+    weight: float = 1.0
+    base: Fingerprint = field(default_factory=Fingerprint)
+    known_norm: float | None = None
+
+    def apply(self, rows: torch.Tensor, raw: torch.Tensor, start: int, stop: int, buffers: Buffers) -> None:
+        """As ``Update.apply``."""
+        first, last = self.piece.stored_rows
+        low, high = max(start, first), min(stop, last)
+        if low >= high:
+            return
+        rows, raw = rows[low - start : high - start], raw[low - start : high - start]
+        wanted = self.rows[low - first : high - first]
+        if self.piece.transposed:
+            offset = self.piece.offset
+            rows, raw = (part[:, offset : offset + len(self.rows)] for part in (rows, raw))
+            wanted = self.rows[:, low:high].T
+        if self.weight == 1.0:
+            rows.copy_(wanted)
+        else:
+            rows.add_(wanted - raw.float(), alpha=self.weight)

@@ -37,7 +37,7 @@ def write_weights(
     """
     total = sum(job.nbytes for job in plan.jobs)
     with TensorReader() as reader, _output_files(plan, staging) as files, BackgroundFlush() as flush:
-        merger, merged = Merger(reader, files, recompute=recompute), {}
+        merger, merged = Merger(reader, files, plan.modules, recompute=recompute), {}
         with progress_bar(total, "merging", quiet=quiet) as advance:
             for jobs, feedback in [(plan.jobs, None)] if groups is None else groups:
                 workers = worker_count(max([_working_bytes(job, feedback) for job in jobs], default=1))
@@ -57,6 +57,8 @@ def _working_bytes(job: CopyJob | ConvertJob | MergeJob, feedback: Feedback | No
     if isinstance(job, MergeJob) and job.codes:
         # A matrix as it is read, wanted and written, its levels, and what is measured.
         return 48 * job.source.numel // job.grid[0]
+    if isinstance(job, MergeJob) and job.tuned_elements:
+        return Merger.WORKING_BYTES + Merger.TUNED_BYTES * job.tuned_elements
     return Merger.WORKING_BYTES if feedback is None else feedback.WORKING_BYTES
 
 

@@ -20,6 +20,7 @@ from mapconv.placement.skeleton import knows_type, names_class, typed_model_conf
 from mapconv.placement.starting_point import resolve_target
 from mapconv.placement.stored_model import stored_target
 from mapconv.placement.target_model import Placed, TargetModel, plain_target, vocabulary_sizes
+from mapconv.placement.tuned import check_tuned
 from mapconv.placement.weights import Piece, PlacedModule, WeightView
 from mapconv.runtime.collector import collector_paused
 from mapconv.spelling import Rescaling
@@ -151,7 +152,9 @@ def _place_adapters(
     adapters = [in_own_order(adapter, config) for adapter in adapters]
     target, placed = _place(adapters, checkpoint, config)
     _refuse_other_dtypes(placed)
-    _refuse_shared_dora(placed)
+    _refuse_shared(placed)
+    for _, modules in placed:
+        check_tuned(modules)
     return tuple(
         PlacedAdapter(adapter, target, _with_scalars(adapter, modules, checkpoint)) for adapter, modules in placed
     )
@@ -180,6 +183,8 @@ def _is_plain(adapter: Adapter, config: Mapping[str, Any]) -> bool:
     # A causal language model has the same names in its file as in the model, whichever transformers wrote it; composite
     # models and others need not, and stock PEFT goes by the model's.
     if not all(name.endswith("ForCausalLM") for name in config.get("architectures") or []):
+        return False
+    if any(module.method is not None for module in adapter.modules):
         return False
     settings = adapter.settings
     special = settings.initialization or settings.layer_replication or settings.target_parameters or adapter.whole
@@ -241,7 +246,7 @@ def _refuse_other_dtypes(placed: Sequence[tuple[Adapter, Sequence[PlacedModule]]
             )
 
 
-def _refuse_shared_dora(placed: Sequence[tuple[Adapter, Sequence[PlacedModule]]]) -> None:
+def _refuse_shared(placed: Sequence[tuple[Adapter, Sequence[PlacedModule]]]) -> None:
     """A DoRA rescales the whole weight, so that its merge does not add to another adapter's."""
     owners: dict[tuple, tuple[Adapter, PlacedModule]] = {}
     for adapter, modules in placed:
@@ -249,10 +254,12 @@ def _refuse_shared_dora(placed: Sequence[tuple[Adapter, Sequence[PlacedModule]]]
             key = (item.parameter, item.expert)
             other, own = owners.setdefault(key, (adapter, item))
             if other is not adapter and (_rescales(adapter, item) or _rescales(other, own)):
+                changing = adapter if _rescales(adapter, item) else other
                 raise UnsupportedError(
-                    f"{adapter.path} and {other.path} both adapt {item.module.path}, and one of them is a DoRA: it "
-                    "rescales the whole weight, so merging one after the other is not what running both computes. "
-                    "Merge one of them alone, or convert both with `mapconv upgrade --lora-compatible` first."
+                    f"{adapter.path} and {other.path} both adapt {item.module.path}, and {changing.path} "
+                    f"({changing.method}) changes the weight as a whole: merging one after the other is not what "
+                    "running both computes. Merge one of them alone, or convert both with `mapconv upgrade "
+                    "--lora-compatible` first."
                 )
 
 
@@ -260,6 +267,6 @@ def _rescales(adapter: Adapter, item: PlacedModule) -> bool:
     if adapter.authors_scalars:
         return True
     if adapter.method != "MAP":
-        return item.module.magnitude is not None
+        return item.module.magnitude is not None or item.module.method is not None
     scalars = next(s for s in adapter.map_modules if (s.path, s.expert) == item.key)
     return scalars.direction == "dora" or scalars.base_gain != 1.0

@@ -24,6 +24,9 @@ def on_weight(
     Raises:
         PlacementError: another shape, or another rank than the configuration says.
     """
+    if module.method is not None:
+        # Whether its tensors fit the weight, PEFT says (``placement.tuned``): their shapes are the method's own.
+        return PlacedModule(replace(module, path=live_path or module.path), weight, parameter, module.rank, 1.0)
     if weight.shape != module.weight_shape:
         raise PlacementError(
             f"{module.path}: {weight.name} is {list(weight.shape)} (out, in), the adapter fits "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from mapconv.adapter import Adapter, AuthorsScalars, MapModule, Module
+from mapconv.adapter import Adapter, MapModule, Module
 from mapconv.algebra.fingerprint import Fingerprint
 from mapconv.algebra.norms import product_norm
 from mapconv.checkpoint.index import Checkpoint
@@ -14,6 +14,7 @@ from mapconv.errors import CheckpointError
 from mapconv.placement.factors import FactorLoader
 from mapconv.placement.weights import PlacedModule, weight_fingerprint
 from mapconv.runtime.threads import in_order, worker_count
+from mapconv.spelling import AuthorsScalars
 
 
 def with_gains(adapter: Adapter, modules: tuple[PlacedModule, ...], checkpoint: Checkpoint) -> tuple[PlacedModule, ...]:

@@ -82,7 +82,7 @@ def require_all_targets(config: Mapping[str, Any], placed: Container[str], paths
     is_target = _target_rule(config)
     if is_target is None:
         return
-    missing = [f"{path}: no lora_A and lora_B in the file" for path in paths if is_target(path) and path not in placed]
+    missing = [f"{path}: no tensors in the file" for path in paths if is_target(path) and path not in placed]
     if missing:
         raise PlacementError(
             f"the configuration's target_modules name {counted(len(missing), 'module')} that the adapter file "

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from mapconv.adapter import Adapter, Module, TensorRef
-from mapconv.errors import PlacementError
+from mapconv.errors import PlacementError, UnsupportedError
 from mapconv.placement.agreement import attention_refusal, on_stack, on_weight, require_bijection
 from mapconv.placement.by_name import best_renaming, misfit_report, nearest, require_all_targets, tensor_name
 from mapconv.placement.weights import Piece, PlacedModule, WeightView
@@ -49,6 +49,11 @@ class ShapePlacement:
         found: list[tuple[Module, str, list[Form]]] = []
         misfits: list[str] = []
         for module in self.adapter.modules:
+            if module.method is not None:
+                raise UnsupportedError(
+                    f"{self.adapter.path} is of the method {module.method.name}, which needs the model's class to be "
+                    "placed: give a base with the config.json of a transformers model."
+                )
             fits = self._fits(module)
             if len(fits) == 1:
                 found.append((module, *fits[0]))

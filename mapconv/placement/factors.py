@@ -14,7 +14,7 @@ from mapconv.algebra.increments import Increment, ProductIncrement, RowIncrement
 from mapconv.algebra.initializations import initial_factors
 from mapconv.algebra.norms import all_finite
 from mapconv.checkpoint.reader import TensorReader
-from mapconv.errors import AdapterError
+from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.placement.weights import PlacedModule, read_weight
 
 #: A stack of experts is read once for all its weights: the files interleave two or three such stacks.
@@ -45,6 +45,11 @@ class FactorLoader:
             AdapterError: a tensor that holds NaN or infinity.
         """
         module = placed.module
+        if module.method is not None:
+            raise UnsupportedError(
+                f"{module.method.file.parent} is of the method {module.method.name}, which has no factors for this "
+                "to work on: convert it with `mapconv upgrade` first."
+            )
         A, B = self._pair(module) if placed.experts == 1 else self._of_stack(placed)
         if placed.initialization is not None:
             base = read_weight(placed.weight, self._reader, torch.empty(placed.weight.numel))
@@ -95,7 +100,8 @@ class FactorLoader:
         """Whether the factors are two tensors of the file as they are, and nothing else."""
         module = item.module
         stored = module.lora_A.stored == (module.lora_A,) and module.lora_B.stored == (module.lora_B,)
-        return item.experts == 1 and item.initialization is None and module.magnitude is None and stored
+        own = module.magnitude is not None or module.method is not None
+        return item.experts == 1 and item.initialization is None and not own and stored
 
     def vector(self, ref: TensorRef) -> torch.Tensor:
         return self._finite(ref).reshape(-1)

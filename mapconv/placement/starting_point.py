@@ -17,7 +17,7 @@ from mapconv.placement.regions import StoredParameters
 from mapconv.placement.replication import replicate_config, replicated_checkpoint
 from mapconv.placement.resizing import SIZE_FIELDS, resized_model
 from mapconv.placement.skeleton import LiveModel, typed_model_config
-from mapconv.placement.target_model import BiasUpdate, Placed, TargetModel, common_dtype, files_with
+from mapconv.placement.target_model import BiasUpdate, MergedBias, Placed, TargetModel, common_dtype, files_with
 from mapconv.placement.weights import PlacedModule
 from mapconv.wording import counted
 
@@ -45,7 +45,7 @@ class _Resolution:
         self.tensors = dict(self.checkpoint.tensors)
         self.dtypes: dict[str, str] = {}
         self.rows: dict[str, list[WholeTensor]] = defaultdict(list)
-        self.biases: dict[str, list[BiasUpdate]] = defaultdict(list)
+        self.biases: dict[str, list[BiasUpdate | MergedBias]] = defaultdict(list)
         self.notes: list[str] = []
         self._stored_state: tuple | None = None
         self.base_config = base_config
@@ -249,6 +249,8 @@ class _Resolution:
     def _collect_biases(self, placed: Sequence[Sequence[PlacedModule]]) -> None:
         stored = self._stored()
         for item in (item for items in placed for item in items):
+            if item.changes_bias and item.bias is not None:
+                self.biases[item.bias.name].append(MergedBias(item))
             bias = item.module.bias
             if bias is None:
                 continue

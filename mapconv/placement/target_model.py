@@ -29,6 +29,13 @@ class BiasUpdate:
 
 
 @dataclass(frozen=True)
+class MergedBias:
+    """What the merge of a layer of another method than LoRA makes of the layer's bias."""
+
+    placed: PlacedModule
+
+
+@dataclass(frozen=True)
 class TargetModel:
     """What the merged checkpoint starts from.
 
@@ -48,7 +55,7 @@ class TargetModel:
     lifted: tuple[str, ...] = ()
     dtypes: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, tuple[WholeTensor, ...]] = field(default_factory=dict)
-    biases: Mapping[str, tuple[BiasUpdate, ...]] = field(default_factory=dict)
+    biases: Mapping[str, tuple[BiasUpdate | MergedBias, ...]] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     source_config: dict[str, Any] | None = None
     class_name: str | None = None

@@ -76,7 +76,8 @@ class PlacedModule:
     """An adapted weight: its factors, the base weight they land on, and its scalars where the adapter is a MAP adapter.
 
     ``expert`` counts the weights of a stacked parameter, whose factors lie side by side in the module's tensors.
-    ``parameter`` is the name in the live model.
+    ``parameter`` is the name in the live model. ``bias`` is the layer's own, where another method than LoRA may change
+    it.
     """
 
     module: Module
@@ -88,6 +89,7 @@ class PlacedModule:
     experts: int = 1
     initialization: str | None = None
     scalars: MapModule | None = None
+    bias: TensorRef | None = None
 
     @property
     def key(self) -> tuple[str, int | None]:
@@ -98,6 +100,11 @@ class PlacedModule:
     def identity(self) -> tuple[str, str, int | None]:
         """What tells it from those of every adapter."""
         return str(self.module.lora_A.file), *self.key
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether the layer is of another method than LoRA whose merge changes its bias as well."""
+        return self.module.method is not None and self.module.method.changes_bias
 
     @property
     def effective_rank(self) -> int:

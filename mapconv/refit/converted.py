@@ -23,13 +23,15 @@ class Converted:
     """One module in MAP form, as it is written.
 
     A (k, in) and B (out, k) are the factors of D = (b/a)·Δ; ``magnitude`` (out,) is what stock PEFT needs to compute
-    the module as a DoRA, or None where the gain is 1 and the direction is low-rank.
+    the module as a DoRA, or None where the gain is 1 and the direction is low-rank. ``bias`` (out,) takes the place of
+    the layer's own; None leaves that as it is.
     """
 
     scalars: MapModule
     A: torch.Tensor
     B: torch.Tensor
     magnitude: torch.Tensor | None
+    bias: torch.Tensor | None = None
 
     def with_rank(self, rank: int) -> Converted:
         """The same with factors that zeros bring up to a rank."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -31,6 +32,7 @@ from mapconv.algebra.norms import (
 )
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.placement.factors import FactorLoader, Factors
+from mapconv.placement.tuned import TunedWeights
 from mapconv.placement.weights import PlacedModule, read_weight
 from mapconv.refit.converted import Converted, converted_module, finite_base, refitted_module
 from mapconv.refit.norms import BaseNorms
@@ -38,6 +40,8 @@ from mapconv.refit.plan import UpgradePlan
 from mapconv.refit.products import approximate_product
 from mapconv.refit.solving import Wanted, rounded
 from mapconv.refit.targets.adapted import target_of
+from mapconv.refit.targets.base import DenseTarget
+from mapconv.refit.targets.tuned import tuned_target
 from mapconv.runtime.devices import resolve_device
 
 #: Before its first step a DoRA's magnitudes are the base's row norms, but for float32 rounding in sums over a row.
@@ -50,11 +54,13 @@ class Converter:
     def __init__(self, reader: TensorReader, plan: UpgradePlan, norms: BaseNorms) -> None:
         self._reader, self._plan, self._options, self._norms = reader, plan, plan.options, norms
         self._device = resolve_device(plan.options.device)
-        self._factors = FactorLoader(reader)
+        self._factors, self._tuned = FactorLoader(reader), TunedWeights(plan.placed.modules, reader)
         self._local = threading.local()
 
     def convert_all(self, items: Sequence[PlacedModule], root: InputRoot | None = None) -> list[Converted]:
         """Modules in MAP form, their factors read together; refits weigh errors by ``root``, as ``convert`` does."""
+        if any(item.module.method is not None for item in items):
+            return [self._refit_tuned(item, root) for item in items]
         if any(self._plan.kind_of(item) == "refit" for item in items):
             return [self.convert(item, root) for item in items]
         pairs = zip(items, self._factors.load_all(items), strict=True)
@@ -162,6 +168,16 @@ class Converter:
             return self._keep_base(placed, increment, target, found)
         return refitted_module(placed, target, self._wanted(placed), found, root)
 
+    def _refit_tuned(self, placed: PlacedModule, root: InputRoot | None) -> Converted:
+        """The closest MAP weight to what another method than LoRA merges to."""
+        base = self._base_matrix(placed)
+        found = finite_base(matrix_fingerprint(base), placed)
+        target, bias = tuned_target(placed, base, self._tuned)
+        if self._device.type != "cpu":
+            target = DenseTarget(target.S.to(self._device), target.base.to(self._device))
+        result = refitted_module(placed, target, self._wanted(placed), found, root)
+        return result if bias is None else replace(result, bias=bias)
+
     def _keep_base(
         self, placed: PlacedModule, factors: ProductIncrement, target: AdaptedWeight, base: Fingerprint
     ) -> Converted:
@@ -178,10 +194,18 @@ class Converter:
             options.rank_of(placed),
             options.tolerance,
             options.max_rank,
-            # PEFT has no DoRA for a stack of experts, so theirs is the closest plain LoRA.
-            1.0 if options.lora_compatible or placed.experts > 1 else None,
+            # PEFT has no DoRA for a stack of experts, so theirs is the closest plain LoRA; and an update whose rank is
+            # low needs no other gain to be exact.
+            1.0 if options.lora_compatible or placed.experts > 1 or self._is_low_rank(placed) else None,
             options.stored_dtype(placed),
         )
+
+    def _is_low_rank(self, placed: PlacedModule) -> bool:
+        """Whether another method than LoRA makes an update whose rank is that of the result."""
+        options, module = self._options, placed.module
+        if module.method is None or module.is_dense or options.tolerance is not None:
+            return False
+        return placed.rank <= (options.rank or placed.rank)
 
     def _stored(self, factor: torch.Tensor, placed: PlacedModule) -> torch.Tensor:
         return rounded(factor, self._options.stored_dtype(placed), placed.module.path)

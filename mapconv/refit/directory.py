@@ -18,6 +18,7 @@ from mapconv.checkpoint.writer import SpooledFile, TensorSpec
 from mapconv.errors import AdapterError
 from mapconv.formats.mapdir import (
     MAP_CONFIG_FILE,
+    lora_settings_of,
     map_modules,
     needs_magnitude,
     peft_config,
@@ -31,6 +32,7 @@ from mapconv.jsonfile import read_object
 from mapconv.metadata.card import CARD_FILE, local_card
 from mapconv.metadata.provenance import base_name, base_revision, map_config
 from mapconv.placement.adapters import PlacedAdapter
+from mapconv.placement.target_model import BiasUpdate
 from mapconv.placement.weights import PlacedModule
 from mapconv.refit.converted import Converted
 
@@ -56,6 +58,7 @@ class MapDirectory:
         self._spool = SpooledFile(staging / WEIGHTS_FILE, expected)
         self._stack: list[Converted] = []
         self._converted: dict[tuple[str, int | None], tuple[MapModule, torch.Tensor | None]] = {}
+        self._has_own_biases = False
 
     def add(self, item: PlacedModule, result: Converted) -> None:
         """Write a module's factors; the experts of a stack come one after another."""
@@ -64,6 +67,9 @@ class MapDirectory:
             for name, tensor in peft_factors(item.module, *_side_by_side(self._stack)):
                 self._spool.append(name, tensor)
             self._stack.clear()
+        if result.bias is not None:
+            self._has_own_biases = True
+            self._spool.append(f"{KEY_PREFIX}{item.module.path}.base_layer.bias", result.bias)
         self._converted[item.key] = result.scalars, result.magnitude
 
     def carry(self, name: str, spec: TensorSpec, blocks: Iterable[torch.Tensor]) -> None:
@@ -90,7 +96,10 @@ class MapDirectory:
         names = {item.module.path: item.parameter if item.experts > 1 else item.module.path for item in placed.modules}
         own_paths = {module.path for module in placed.adapter.modules}
         respelled = any(item.module.path not in own_paths for item in placed.modules)
-        config = peft_config(placed.adapter.config, modules, names, base=base_name(placed), respelled=respelled)
+        source = placed.adapter.config
+        if any(item.module.method is not None for item in placed.modules):
+            source, respelled = lora_settings_of(source, own_biases=self._has_own_biases), True
+        config = peft_config(source, modules, names, base=base_name(placed), respelled=respelled)
         config["revision"] = base_revision(placed)
         self._describe(config, map_config(placed, options, modules, data=data, sources=self._sources) | more, modules)
         return modules
@@ -116,9 +125,13 @@ class MapDirectory:
                 if item.module.bias is not None:
                     bias = reader.read(item.module.bias).float() * item.scaling
                     self._spool.append(f"{KEY_PREFIX}{item.module.path}.lora_B.bias", bias)
+            merged = {f"{item.parameter.removesuffix('weight')}bias" for item in placed.modules if item.changes_bias}
+            kept = {item.tensor.name for item in placed.adapter.whole if item.parameter not in merged}
             for name, ref in placed.adapter.others.items():
-                blocks = reader.blocks(ref)
-                self._spool.append_blocks(TensorSpec(name, reader.dtype_of(ref), ref.shape), blocks)
+                # A bias that the merge changes as well is written with it.
+                if not self._has_own_biases or ref.name in kept:
+                    blocks = reader.blocks(ref)
+                    self._spool.append_blocks(TensorSpec(name, reader.dtype_of(ref), ref.shape), blocks)
             if placed.adapter.additions:
                 self._keep_additions(reader)
 
@@ -130,6 +143,7 @@ class MapDirectory:
         for name in sorted({*changed, *target.biases}):
             value = reader.read(target.tensors[name]).float()
             for item in target.biases.get(name, ()):
+                assert isinstance(item, BiasUpdate)  # no dialect that adds to vectors brings another method's layers
                 value = value + item.scaling * reader.read(item.tensor).float().view(value.shape)
             path, _, leaf = name.rpartition(".")
             self._spool.append(f"{KEY_PREFIX}{path}{'.base_layer' * (path in adapted)}.{leaf}", value)

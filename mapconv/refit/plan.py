@@ -197,9 +197,12 @@ def _job(placed: PlacedModule, options: ConvertOptions) -> Job:
         return Job(placed, kind, rank, stored, working, 4 * rank * (height + width) + 2 * placed.weight.numel)
     # W0 in float32, and with data W0·P as well.
     working = (4 if options.statistics is None else 8) * placed.weight.numel
+    if placed.module.method is not None:
+        working *= 4  # T − W0 as well, and the matrices that PEFT merges it through
     if kind == "refit":
         most = rank if options.tolerance is None else options.max_rank
-        if not is_randomized(placed.weight.shape, most, placed.effective_rank):
+        known = placed.effective_rank if placed.module.method is None else 0
+        if not is_randomized(placed.weight.shape, most, known):
             working += dense_bytes(placed.weight.shape)  # its Gram matrices
     columns = rank if options.tolerance is None or kind != "refit" else 2 * rank
     products = _PRODUCTS if kind == "refit" else 2
@@ -214,6 +217,8 @@ def _kind(placed: PlacedModule, options: ConvertOptions) -> Kind:
             f"{module.path} has an update of full rank ({module.rank}), and so no rank of its own for the result: give "
             "--rank or --tolerance."
         )
+    if module.method is not None:
+        return "refit"
     if module.magnitude is not None:
         if options.direction == "dora" and not (module.rescaling.is_peft and module.delta is None):
             raise UnsupportedError(

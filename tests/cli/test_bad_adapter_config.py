@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mapconv.formats.methods import METHODS
 from tests.cli.refusals import assert_refused, nothing_written
 from tests.files import edit_json
 
@@ -20,9 +21,17 @@ def refuse(run, own_lora, tmp_path):
     return check
 
 
-@pytest.mark.parametrize("method", ["IA3", "LOHA", "LOKR", "VERA", "PREFIX_TUNING", "ADALORA", "OFT"])
-def test_another_method(method, refuse):
-    refuse({"peft_type": method}, method, "LoRA and DoRA")
+@pytest.mark.parametrize("method", ["IA3", "LOHA", "LOKR", "VERA", "OFT"])
+def test_another_method_than_the_tensors_are_of(method, refuse):
+    refuse({"peft_type": method}, METHODS[method].name, "nothing says which layers it adapts")
+
+
+def test_an_incomplete_layer_of_another_method(refuse):
+    refuse({"peft_type": "ADALORA"}, "AdaLoRA layer", "incomplete")
+
+
+def test_a_method_without_a_merge(refuse):
+    refuse({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING", "has no merge")
 
 
 def test_no_method(refuse):

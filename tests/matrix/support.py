@@ -10,9 +10,11 @@ from pathlib import Path
 
 from mapconv.checkpoint.gguf.families import FAMILIES
 from mapconv.checkpoint.gguf.types import BLOCK_TYPES
-from mapconv.formats.config import CHANGED_BASE, REFUSED
+from mapconv.formats.config import CHANGED_BASE, REFUSED, REFUSED_OF_METHODS
+from mapconv.formats.methods import METHODS, NO_FIXED_WEIGHT, WHOLE_METHODS
 from tests.checkpoint.codecs.encoders import STORAGES
 
+from .methods import CASES as METHOD_CASES
 from .options import OPTIONS, Option, combinations
 from .tiny import Tiny
 
@@ -74,6 +76,7 @@ def support_table() -> str:
         own = [(tiny, option) for tiny, option in cases if option.name.startswith(starts)]
         cells = [_cell([(t, o) for t, o in own if kind in _kinds(t, o)]) for kind in KINDS]
         lines.append(f"| {feature} | {' | '.join(cells)} |")
+    lines += _methods()
     lines += ["", f"Quantized bases, read by rows as float32 ({len(STORAGES)} variants are tested, each merged and "]
     lines[-1] += "compared bit for bit with the same values stored plain):"
     lines += ["", "| `quant_method` | storages |", "|---|---|"]
@@ -82,13 +85,45 @@ def support_table() -> str:
     lines += ["", "Refused by name, before anything is written:", "", "| | why |", "|---|---|"]
     lines += [f"| `{name}` | {reason} |" for name, reason in REFUSED.items()]
     lines += [f"| `init_lora_weights: {name}` | it {reason} |" for name, reason in CHANGED_BASE.items()]
+    lines += [f"| `{name}` (other methods) | {reason} |" for name, reason in REFUSED_OF_METHODS.items()]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in NO_FIXED_WEIGHT.items():
+        reasons.setdefault(reason, []).append(f"`{name}`")
+    lines += [f"| {', '.join(names)} | {reason} |" for reason, names in reasons.items()]
     lines += [
         "| convolutions with groups > 1 | PEFT refuses to merge them as well |",
-        "| other `peft_type`s (IA3, LoHa, LoKr, VeRA, …) | they are neither LoRA nor DoRA |",
         "| bases in other storages (HQQ, AQLM, torchao, other GGUF types, Marlin layouts, …) | give the 16-bit model |",
         "| several DoRAs on one weight | each rescales the whole weight, so their merges do not add |",
     ]
     return "\n".join(lines)
+
+
+def _methods() -> list[str]:
+    """PEFT's other methods by what becomes of them, with the layers that each is tested on."""
+    kinds: dict[str, list[str]] = {}
+    for case in METHOD_CASES:
+        found = kinds.setdefault(case.method, [])
+        if case.kind not in found:
+            found.append(case.kind)
+    low = [_method(name, kinds) for name, facts in METHODS.items() if facts.rank is not None]
+    full = [_method(name, kinds) for name, facts in METHODS.items() if facts.rank is None]
+    whole = list(WHOLE_METHODS.values())
+    return [
+        "",
+        f"PEFT's other methods, merged to what stock PEFT merges them to, on Linear layers and on those named "
+        f"({len(METHOD_CASES)} combinations are tested):",
+        "",
+        "| `upgrade` | methods |",
+        "|---|---|",
+        f"| exact: the update is of low rank | {', '.join(low)} |",
+        f"| the closest MAP weight, with its ε | {', '.join(full)} |",
+        f"| nothing to convert: whole tensors | {', '.join(whole)} |",
+    ]
+
+
+def _method(name: str, kinds: dict[str, list[str]]) -> str:
+    further = [kind for kind in kinds[name] if kind != "Linear"]
+    return METHODS[name].name + (f" ({', '.join(further)})" if further else "")
 
 
 def with_support(text: str) -> str:

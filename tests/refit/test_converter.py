@@ -34,7 +34,7 @@ def test_exact_scalings_are_known(scaling):
 def test_working_bytes_count_what_the_refit_takes(options, dense):
     """Three float64 Gram matrices of a 2048 × 2048 weight alone are six times what its float32 values take."""
     weight = SimpleNamespace(shape=(2048, 2048), numel=2048 * 2048)
-    module = SimpleNamespace(magnitude=object(), is_dense=False, delta=None, rescaling=PEFT_DORA)
+    module = SimpleNamespace(magnitude=object(), is_dense=False, delta=None, rescaling=PEFT_DORA, method=None)
     placed = SimpleNamespace(weight=weight, effective_rank=16, initialization=None, module=module)
     taken = plan_upgrade(SimpleNamespace(modules=(placed,)), ConvertOptions(**options)).jobs[0].working_bytes
     assert taken > 6 * 4 * weight.numel if dense else taken == 4 * weight.numel

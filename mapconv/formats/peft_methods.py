@@ -1,0 +1,100 @@
+"""PEFT directories of methods besides LoRA: which layers they adapt, with the tensors of each."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mapconv.adapter import Adapter, Module, TensorRef
+from mapconv.errors import AdapterError
+from mapconv.formats.base import CONFIG_FILE, Found
+from mapconv.formats.config import parse_shared_settings
+from mapconv.formats.methods import METHODS, WHOLE_METHODS, MethodFacts
+from mapconv.formats.peft import key_prefix, natural_order, read_weights, whole_tensors
+from mapconv.spelling import TunerMethod
+
+#: Of a tensor that belongs to no one layer: ``base_model.vera_A``.
+_SHARED = re.compile(r"base_model\.(?!model\.)")
+
+
+class PeftMethodDirectory:
+    """The dialect that PEFT's ``save_pretrained`` writes for a method whose merge is a fixed weight."""
+
+    def recognise(self, found: Found) -> bool:
+        method = (found.config or {}).get("peft_type")
+        return isinstance(method, str) and method.upper() in (METHODS.keys() | WHOLE_METHODS.keys())
+
+    def read(self, found: Found, *, allow_pickle: bool = False) -> Adapter:
+        path, config = found.path, found.config or {}
+        kind = str(config["peft_type"]).upper()
+        settings = parse_shared_settings(config, path / CONFIG_FILE)
+        tensors = read_weights(path, allow_pickle=allow_pickle)
+        shared = {ref.name: ref for ref in tensors if _SHARED.match(ref.name)}
+        others = [ref for ref in tensors if ref.name not in shared]
+        prefix, facts = key_prefix(others or tensors), METHODS.get(kind)
+        modules: tuple[Module, ...] = ()
+        if facts is not None:
+            method = TunerMethod(facts.name, config, path / CONFIG_FILE, shared, facts.changes_bias)
+            modules, others = _modules(others, prefix, facts, method)
+            if not modules:
+                raise AdapterError(
+                    f"{tensors[0].file} holds no tensor of a {facts.name} layer, so that nothing says which layers it "
+                    "adapts: save it with them (Uni-LoRA: save_indices=True)."
+                )
+        whole, saved, notes = whole_tensors(others, settings, {"default"}, prefix)
+        return Adapter(
+            path=path,
+            method=WHOLE_METHODS[kind] if facts is None else facts.name,
+            config=config,
+            settings=settings,
+            modules=modules,
+            whole=whole,
+            others=saved,
+            base=settings.base,
+            revision=settings.revision,
+            notes=notes,
+        )
+
+
+def _modules(
+    tensors: list[TensorRef], prefix: str, facts: MethodFacts, method: TunerMethod
+) -> tuple[tuple[Module, ...], list[TensorRef]]:
+    """The adapted layers, and the tensors that belong to none."""
+    key = re.compile(rf"(?P<path>.+?)\.(?P<part>{re.escape(facts.prefix)}.+)")
+    parts: dict[str, dict[str, TensorRef]] = defaultdict(dict)
+    others = []
+    for ref in tensors:
+        match = key.fullmatch(ref.name.removeprefix(prefix))
+        if match is None:
+            others.append(ref)
+        else:
+            parts[match["path"]][match["part"]] = ref
+    modules = (
+        _module(path, method, parts[path], _rank(parts[path], facts, method.config))
+        for path in sorted(parts, key=natural_order)
+    )
+    return tuple(modules), others
+
+
+def _module(path: str, method: TunerMethod, own: Mapping[str, TensorRef], rank: int) -> Module:
+    """A layer that is not yet placed: its factors, no bytes of a file, have no dimensions before."""
+    like = next((ref for ref in own.values() if ref.dtype in ("F32", "F16", "BF16")), next(iter(own.values())))
+    none = replace(like, name=f"{path}.lora_A.weight", shape=(0, 0), start=0)
+    return Module(path, rank, 1.0, none, none, method=method, own=tuple(own.items()))
+
+
+def _rank(own: Mapping[str, TensorRef], facts: MethodFacts, config: Mapping[str, Any]) -> int:
+    """The rank that a module's update has at most, or 0 where that is the weight's own."""
+    if facts.rank is None:
+        return 0
+    try:
+        rank = facts.rank({name: ref.shape for name, ref in own.items()}, config)
+    except (KeyError, IndexError, ValueError):
+        ref = next(iter(own.values()))
+        raise AdapterError(
+            f"{ref.file}: the tensors beside {ref.name} are not those of a {facts.name} layer: it is incomplete."
+        ) from None
+    return rank if type(rank) is int and rank > 0 else 0

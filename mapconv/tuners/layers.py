@@ -1,0 +1,243 @@
+"""One base weight at a time inside the layer that stock PEFT builds for a method, merged by the method's own code.
+
+A layer is injected into a skeleton that holds it at its place and nothing else. Where layers share tensors or depend on
+each other, the skeleton holds all of them, around weights that take no memory.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, Literal
+
+import torch
+
+from mapconv.adapter import Module, TensorRef
+from mapconv.algebra.norms import all_finite
+from mapconv.checkpoint.reader import TensorReader
+from mapconv.errors import AdapterError, UnsupportedError
+from mapconv.formats.methods import METHODS
+from mapconv.runtime.models import quiet_libraries, translated
+from mapconv.tuners.config import tuner_config
+
+LayerKind = Literal["linear", "transposed", "conv", "embedding"]
+_ADAPTER = "default"
+_PREFIX = "base_model.model."
+#: PEFT and the warnings filter that silences it have state of the process.
+_BUILDING = Lock()
+_CONVOLUTIONS = {3: torch.nn.Conv1d, 4: torch.nn.Conv2d, 5: torch.nn.Conv3d}
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a layer goes: an adapted module, and its weight's kind and shape as the layer holds it."""
+
+    module: Module
+    kind: LayerKind
+    shape: tuple[int, ...]
+    has_bias: bool
+
+    @property
+    def path(self) -> str:
+        return self.module.path
+
+
+class TunerLayers:
+    """The layers of one adapter; safe to call from several threads.
+
+    Args:
+        reader: what the adapter's tensors are read with.
+        sites: every adapted layer, in the model's own order.
+    """
+
+    def __init__(self, reader: TensorReader, sites: Sequence[Site]) -> None:
+        method = sites[0].module.method
+        assert method is not None  # only layers of another method than LoRA come here
+        self._reader, self._method = reader, method
+        self._sites = {site.path: site for site in sites}
+        self._facts = METHODS[str(method.config["peft_type"]).upper()]
+        self._together: dict[str, torch.nn.Module] | None = None
+
+    @torch.no_grad()
+    def merged(
+        self, path: str, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight and the bias of a layer, merged by PEFT.
+
+        Args:
+            path: of the module.
+            weight: float32, as the layer holds it (``Site.shape``); it may be overwritten.
+            bias: (out,) float32, or None.
+
+        Raises:
+            AdapterError: the layer cannot be built from the adapter's tensors and configuration.
+        """
+        site = self._sites[path]
+        with self._explained(path):
+            layer = self._layer(site, weight, bias)
+            layer.merge(adapter_names=[_ADAPTER])
+            base = layer.get_base_layer()
+            merged, merged_bias = base.weight.detach(), getattr(base, "bias", None)
+            if self._together is not None:
+                _hold(base, _weightless(site.shape), None)
+        if merged_bias is not None and not site.has_bias and merged_bias.any():
+            raise UnsupportedError(
+                f"{self._method.file.parent}: {self._method.name} gives {path} a bias, but the base has none, so that "
+                "no merged model of its class can hold it."
+            )
+        if not all_finite(merged):
+            raise AdapterError(
+                f"{self._method.file.parent}: the merged weight of {path} holds NaN or infinity: the training run "
+                "diverged, or this is not the base that it ran on."
+            )
+        return merged, None if merged_bias is None else merged_bias.detach()
+
+    def check(self) -> None:
+        """Build every layer without memory or values, to hold names and shapes of the file against PEFT's.
+
+        Layers that PEFT derives from the base's values are checked when they are merged.
+        """
+        if self._facts.reads_base:
+            return
+        for sites in [self._sites.values()] if self._facts.together else [[site] for site in self._sites.values()]:
+            paths = [site.path for site in sites]
+            with self._explained(paths[0]):
+                model = self._injected({site.path: _base_layer(site) for site in sites}, without_values=True)
+                self._require_all(model, [ref for site in sites for ref in _keyed(site)])
+
+    def _layer(self, site: Site, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        """The layer with the adapter's tensors, around a weight."""
+        with _BUILDING:
+            if not self._facts.together or self._facts.reads_base:
+                base = _hold(_base_layer(site), weight, bias)
+                return self._built({site.path: base}, [site])[site.path]
+            if self._together is None:
+                bases = {other.path: _base_layer(other) for other in self._sites.values()}
+                self._together = self._built(bases, self._sites.values())
+            layer: Any = self._together[site.path]
+        _hold(layer.get_base_layer(), weight, bias)
+        return layer
+
+    def _built(self, bases: Mapping[str, torch.nn.Module], sites: Iterable[Site]) -> dict[str, Any]:
+        """The layers around ``bases``, with every tensor of the adapter in its place."""
+        from peft import set_peft_model_state_dict
+
+        model = self._injected(bases)
+        expected = self._require_all(model, [entry for site in sites for entry in _keyed(site)])
+        # A layer's copy of a tensor that all share is the same object in memory: one of them is enough.
+        own = [entry for site in sites for entry in _keyed(site) if self._shared_key(entry[0]) not in expected]
+        shared = [(key, ref) for key, ref in self._method.shared.items() if key in expected]
+        tensors = {key: self._read(ref) for key, ref in (*own, *shared)}
+        with quiet_libraries():
+            set_peft_model_state_dict(model, tensors, adapter_name=_ADAPTER)
+            if self._facts.together and self._facts.reads_base:
+                # A part of the layer comes from its weight and from shared tensors, which are those of the file now.
+                self._make_again(model, bases)
+                set_peft_model_state_dict(model, tensors, adapter_name=_ADAPTER)
+        modules = dict(model.base_model.model.named_modules())
+        return {path: modules[path] for path in bases}
+
+    @staticmethod
+    def _shared_key(key: str) -> str:
+        return f"base_model.{key.rpartition('.')[2]}"
+
+    @staticmethod
+    def _make_again(model: Any, paths: Iterable[str]) -> None:
+        """Let PEFT derive anew what it derives when it makes a layer."""
+        tuner = model.base_model
+        for path in paths:
+            parent = tuner.model.get_submodule(path.rpartition(".")[0])
+            layer, name = tuner.model.get_submodule(path), path.rpartition(".")[2]
+            tuner._create_and_replace(tuner.peft_config[_ADAPTER], _ADAPTER, layer, name, parent, current_key=path)
+
+    def _injected(self, bases: Mapping[str, torch.nn.Module], *, without_values: bool = False) -> Any:
+        """A PeftModel of a skeleton that holds ``bases`` at their paths."""
+        from peft import PeftModel
+
+        root = torch.nn.Module()
+        for path, base in bases.items():
+            parent = root
+            *parents, name = path.split(".")
+            for part in parents:
+                if part not in parent._modules:
+                    parent.add_module(part, torch.nn.Module())
+                child = parent._modules[part]
+                assert child is not None
+                parent = child
+            parent.add_module(name, base)
+        config = tuner_config(self._method, [self._sites[path].module for path in bases])
+        with quiet_libraries(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return PeftModel(root, config, adapter_name=_ADAPTER, low_cpu_mem_usage=without_values).eval()
+
+    def _require_all(self, model: Any, given: Sequence[tuple[str, TensorRef]]) -> Mapping[str, Any]:
+        """Hold the tensors of layers against what PEFT would save of them; returns PEFT's."""
+        from peft import get_peft_model_state_dict
+
+        with quiet_libraries():
+            expected = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
+        if self._facts.together and self._facts.reads_base and not self._method.shared:
+            raise UnsupportedError(
+                f"{self._method.file}: this {self._method.name} adapter lacks what PEFT derived from all base weights "
+                "at once: save it with save_projection=True."
+            )
+        file, tensors = self._method.file.parent, dict(given) | dict(self._method.shared)
+        own = [key for key, _ in given]
+        for key in expected.keys() - tensors.keys():
+            raise AdapterError(f"{file}: {key} is missing: the adapter is incomplete.")
+        for key in (key for key in own if key not in expected):
+            raise AdapterError(f"{file}: {tensors[key].name} is no tensor of a {self._method.name} layer of PEFT's.")
+        for key, value in expected.items():
+            if tuple(value.shape) != tensors[key].shape:
+                raise AdapterError(
+                    f"{tensors[key].file}: {tensors[key].name} is {list(tensors[key].shape)}, expected "
+                    f"{list(value.shape)} on this base, by {self._method.file.name}."
+                )
+        return expected
+
+    def _read(self, ref: TensorRef) -> torch.Tensor:
+        tensor = self._reader.read(ref)
+        if tensor.is_floating_point() and not all_finite(tensor):
+            raise AdapterError(f"{ref.file}: tensor {ref.name} holds NaN or infinity: the training run diverged.")
+        return tensor
+
+    def _explained(self, path: str):
+        return translated(f"{self._method.name} layer {path} of {self._method.file.parent}", AdapterError)
+
+
+def _keyed(site: Site) -> list[tuple[str, TensorRef]]:
+    """A layer's tensors by the key that PEFT gives them in a model that calls the module ``site.path``."""
+    return [(f"{_PREFIX}{site.path}.{name}", ref) for name, ref in site.module.own]
+
+
+def _base_layer(site: Site) -> torch.nn.Module:
+    """The layer that PEFT wraps, with a weight and a bias that take no memory."""
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        if site.kind == "linear":
+            layer: torch.nn.Module = torch.nn.Linear(site.shape[1], site.shape[0], bias=site.has_bias)
+        elif site.kind == "transposed":
+            layer = Conv1D(site.shape[1], site.shape[0])
+        elif site.kind == "embedding":
+            layer = torch.nn.Embedding(*site.shape)
+        else:
+            out, inputs, *kernel = site.shape
+            layer = _CONVOLUTIONS[len(site.shape)](inputs, out, tuple(kernel), bias=site.has_bias)
+    bias = _weightless(layer.bias.shape) if isinstance(getattr(layer, "bias", None), torch.Tensor) else None
+    return _hold(layer, _weightless(site.shape), bias)
+
+
+def _hold(layer: torch.nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.nn.Module:
+    """Put values into a base layer."""
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def _weightless(shape: Sequence[int]) -> torch.Tensor:
+    """Zeros of any shape in the memory of one."""
+    return torch.zeros(()).expand(tuple(shape))
