@@ -151,7 +151,7 @@ def verify(
         )
     log.info("ran both on %d positions", total.result.positions)
     served = None
-    if own is not None and rows_run:
+    if own is not None and source is not None and rows_run:
         other = place_adapter(against, own.target.folder, allow_pickle=allow_pickle)
         served = measure_served(source, other, result, rows_run, device=place, dtype=dtype, quiet=quiet)
     with torch.inference_mode():

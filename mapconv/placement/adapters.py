@@ -91,7 +91,9 @@ def place_apart(
         found = [_place([adapter], checkpoint, config) for adapter in adapters]
         for _, placed in found:
             _refuse_other_dtypes(placed)
-        return tuple(PlacedAdapter(own, target, _with_scalars(own, items)) for target, ((own, items),) in found)
+        return tuple(
+            PlacedAdapter(own, target, _with_scalars(own, items, checkpoint)) for target, ((own, items),) in found
+        )
 
 
 def place_described(adapter: Adapter, checkpoint: Checkpoint, config: Mapping[str, Any]) -> PlacedAdapter:
