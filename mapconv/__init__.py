@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mapconv.commands.calibrate import calibrate
     from mapconv.commands.catalog import convert_catalog
     from mapconv.commands.combine import combine
+    from mapconv.commands.export import export
     from mapconv.commands.extract import extract
     from mapconv.commands.inspect import inspect
     from mapconv.commands.merge import merge
@@ -40,8 +41,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MapConfig", "MapconvError", "__version__", "calibrate", "combine", "convert_catalog", "detach", "disabled",
-    "extract", "get_map_model", "inspect", "load_adapter", "map_layers", "merge", "print_trainable_parameters",
-    "push", "rebase", "report", "save_adapter", "set_adapter", "statistics", "upgrade", "verify",
+    "export", "extract", "get_map_model", "inspect", "load_adapter", "map_layers", "merge",
+    "print_trainable_parameters", "push", "rebase", "report", "save_adapter", "set_adapter", "statistics", "upgrade",
+    "verify",
 ]  # fmt: skip
 
 _HOMES = {
@@ -52,6 +54,7 @@ _HOMES = {
     "convert_catalog": "mapconv.commands.catalog",
     "detach": "mapconv.nn.attaching",
     "disabled": "mapconv.nn.attaching",
+    "export": "mapconv.commands.export",
     "extract": "mapconv.commands.extract",
     "get_map_model": "mapconv.nn.training",
     "inspect": "mapconv.commands.inspect",

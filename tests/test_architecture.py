@@ -83,7 +83,7 @@ LAYERS = [
     {"placement"},
     {"metadata", "merging"},
     {"refit", "fidelity", "catalog"},
-    {"nn", "reporting", "publishing"},
+    {"nn", "reporting", "publishing", "exporting"},
     {"training"},
     {"commands"},
     {"", "__main__", "cli"},  # "" is mapconv/__init__.py, the public door

@@ -81,11 +81,7 @@ class GramPencil:
         """The spectrum at the t of least error for ``rank``, or at a given ``t``."""
         if t is not None or self._any_t_serves(rank):
             return self.at(t or 0.0)
-        best = self._descend(self.at(start), lambda spectrum: rank)
-        if self._has_valleys(rank):
-            other = self._descend(self.at(self._scan(rank, start)), lambda spectrum: rank)
-            best = min(best, other, key=lambda spectrum: float(spectrum.squared_errors[rank]))
-        return self._zero_if_exact(best, rank)
+        return self._zero_if_exact(self._best(self.at(start), rank), rank)
 
     def least_rank(
         self, allowed: float, max_rank: int, *, t: float | None = None, start: float = 0.0
@@ -100,13 +96,16 @@ class GramPencil:
             return _first_below(spectrum.squared_errors, allowed, max_rank), spectrum
         best = self._descend(self.at(start), wanted, allowed)
         rank = _first_below(best.squared_errors, allowed, max_rank)
-        best = self._zero_if_exact(best, rank)
-        rank = _first_below(best.squared_errors, allowed, max_rank)
-        while rank > 1 and self._has_valleys(rank - 1):
-            smaller = self.solve(rank - 1, start=start)
-            if float(smaller.squared_errors[rank - 1]) > allowed:
+        # The way there ended at the first t that serves: the best one for this rank may serve a lower one too, and the
+        # best for that again.
+        best = self._zero_if_exact(self._best(best, rank), rank)
+        while rank > 1 and float(best.squared_errors[rank]) <= allowed:
+            lower = _first_below(best.squared_errors, allowed, rank)
+            lower = lower if lower < rank else rank - 1
+            smaller = self._zero_if_exact(self._best(best, lower), lower)
+            if float(smaller.squared_errors[lower]) > allowed:
                 break
-            rank, best = rank - 1, smaller
+            rank, best = lower, smaller
         return rank, best
 
     def at(self, t: float) -> Spectrum:
@@ -153,6 +152,14 @@ class GramPencil:
             for t in tried
         ]  # fmt: skip
         return tried[errors.index(min(errors))]
+
+    def _best(self, here: Spectrum, rank: int) -> Spectrum:
+        """The spectrum of least error for ``rank``, found from ``here``."""
+        best = self._descend(here, lambda spectrum: rank)
+        if self._has_valleys(rank):
+            other = self._descend(self.at(self._scan(rank, here.t)), lambda spectrum: rank)
+            best = min(best, other, key=lambda spectrum: float(spectrum.squared_errors[rank]))
+        return best
 
     def _descend(self, here: Spectrum, wanted, allowed: float | None = None) -> Spectrum:
         """Newton steps for the rank that ``wanted`` reads off a spectrum, as long as they have something to gain."""

@@ -19,7 +19,7 @@ from mapconv.version import __version__
 #: In the order of a user's day, which is the order of the help page.
 COMMANDS = (
     "inspect", "upgrade", "rebase", "extract", "combine", "statistics", "calibrate", "verify", "report", "merge",
-    "push", "catalog", "demo", "env",
+    "export", "push", "catalog", "demo", "env",
 )  # fmt: skip
 
 

@@ -68,35 +68,31 @@ def write_map_directory(
     """Convert every module into ``staging``; returns their scalars."""
     directory = MapDirectory(plan.placed, staging, _expected(plan))
     try:
-        _convert(plan, norms, sample, directory, quiet=quiet)
+        for item, result in converted_modules(plan, norms, sample, quiet=quiet):
+            directory.add(item, result)
         return directory.finish(asdict(plan.options), None if sample is None else sample.record)
     finally:
         directory.close()
 
 
-def _convert(
-    plan: UpgradePlan,
-    norms: BaseNorms,
-    sample: Sample | None,
-    directory: MapDirectory,
-    *,
-    quiet: bool,
-) -> None:
-    """Convert every module, and write its factors."""
+def converted_modules(
+    plan: UpgradePlan, norms: BaseNorms, sample: Sample | None = None, *, label: str = "upgrading", quiet: bool
+) -> Iterator[tuple[PlacedModule, Converted]]:
+    """Convert every module, in the plan's order; ``label`` is what the progress bar says."""
     placed, tokens = plan.placed, 0 if sample is None else sample.sequences.tokens
     # A module takes its refit and its share of the passes that find its inputs.
     costs = {job.placed.key: job.work + 2 * tokens * job.placed.weight.numel for job in plan.jobs}
     source = placed.target.checkpoint.source
     light, needed = ([item.weight for item in items] for items in (plan.light, plan.reading))
     prefetch(source, [piece.tensor for w in (*needed, *norms.missing(light)) for piece in w.pieces], quiet=quiet)
-    with TensorReader(source) as reader, work_bar(costs.values(), "upgrading", unit="module", quiet=quiet) as advance:
+    with TensorReader(source) as reader, work_bar(costs.values(), label, unit="module", quiet=quiet) as advance:
         norms.load(light, reader)
         converter = Converter(reader, plan, norms)
         for modules, roots in _groups(plan, sample, quiet=quiet):
             jobs = [(batch, roots.get(batch[0].module.path)) for batch in _batches(modules, plan)]
             results = in_order(lambda job: converter.convert_all(*job), jobs, plan.workers)
             for item, result in zip(modules, chain.from_iterable(results), strict=True):
-                directory.add(item, result)
+                yield item, result
                 advance(costs[item.key])
                 log.info("%s: %s, rank %d, ε %.3g", *_told(item, plan, result))
 

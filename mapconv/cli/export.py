@@ -1,0 +1,77 @@
+"""``mapconv export``."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from mapconv.cli.options import Chosen, command
+from mapconv.cli.output import EPSILON, explain, notes, print_json, print_table, show
+from mapconv.cli.startup import starting
+from mapconv.hub.reference import shown
+from mapconv.options.exporting import EXPORT
+from mapconv.wording import counted, size, small, spread
+
+if TYPE_CHECKING:
+    from mapconv.commands.export import ExportedModule, ExportResult
+
+
+@command(EXPORT, "Write an adapter for another program.")
+def export(chosen: Chosen) -> None:
+    """Write ADAPTER, in any dialect that mapconv reads, in the form of another program.
+
+    What the format holds is exact; what it cannot hold (a DoRA in a plain LoRA, two ranks where one is allowed) is
+    refitted or padded, with the relative error ε measured. Heads, embeddings, biases and experts that it does not take
+    are refused by name, or merged into a copy of the base with --fold-into.
+    """
+    with starting([chosen["source"]], chosen["base"], quiet=chosen["quiet"]):
+        from mapconv.commands.export import export
+
+    result = export(**chosen.arguments)
+    if chosen["as_json"]:
+        print_json(result.to_dict())
+    elif chosen["check"]:
+        _verdict(result)
+    else:
+        _report(result)
+    notes(result.notes)
+    if result.faults:
+        sys.exit(1)
+
+
+def _verdict(result: ExportResult) -> None:
+    what = f"{shown(result.source)} ({result.method}, {result.format})"
+    if not result.faults:
+        show(f"{what}: {result.server} loads it as it is")
+        return
+    show(f"{what}: {result.server} would not load it, or would compute something else:", "yellow")
+    for fault in result.faults:
+        show(f"  - {fault}")
+    show(f"  write one that it loads: mapconv export {shown(result.source)} --for {result.server} -o OUT")
+
+
+def _report(result: ExportResult) -> None:
+    reader = f" for {result.server}" if result.server else ""
+    show(f"{shown(result.source)} ({result.method}) → {result.out} ({result.format}{reader})")
+    show()
+    errors = [module.error for module in result.modules]
+    if any(errors):
+        explain(EPSILON)
+    groups: dict[str, list[ExportedModule]] = defaultdict(list)
+    for module in result.modules:
+        groups[module.path.rpartition(".")[2]].append(module)
+    print_table(["target", "modules", "rank", "ε worst", "ε median"], [_row(*group) for group in groups.items()])
+    show()
+    rank = f"rank {result.rank}" if result.rank else "each at its own rank"
+    exact = "exact" if not any(errors) else f"ε worst {small(max(errors))}, median {small(statistics.median(errors))}"
+    show(f"  {counted(len(errors), 'module')}, {rank}, {size(result.nbytes)}, {result.seconds:.1f} s; {exact}")
+    if result.fold_into is not None:
+        show(f"  merged into the base {result.fold_into}: {', '.join(result.folded)}")
+
+
+def _row(name: str, modules: list[ExportedModule]) -> list[str]:
+    errors = [module.error for module in modules]
+    ranks = spread([module.rank for module in modules], str)
+    return [name, str(len(modules)), ranks, small(max(errors)), small(statistics.median(errors))]

@@ -1,0 +1,264 @@
+"""Write an adapter for another program, whole or not at all; or only say whether a server loads it as it is."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mapconv.adapter import Adapter
+from mapconv.checkpoint.filenames import ADAPTER_FILES
+from mapconv.checkpoint.unchanged import signatures_of, unchanged
+from mapconv.commands.folding import Folding
+from mapconv.errors import UnsupportedError
+from mapconv.exporting.formats import FORMATS
+from mapconv.exporting.limits import Limits
+from mapconv.exporting.output import check_place, staged, write
+from mapconv.exporting.servers import BY_NAME, Server, faults
+from mapconv.formats import read_adapter
+from mapconv.formats.base import Found
+from mapconv.formats.peft import PeftDirectory
+from mapconv.hub.locate import locate_adapter, open_base
+from mapconv.metadata.provenance import base_name
+from mapconv.options.exporting import EXPORT
+from mapconv.options.shared import MAX_RANK
+from mapconv.placement.adapters import PlacedAdapter, place_adapter, place_described
+from mapconv.placement.bases import plain_base
+from mapconv.placement.skeleton import typed_model_config
+from mapconv.refit.plan import ConvertOptions, Dtype, plan_upgrade
+from mapconv.untrusted.schema import shown
+from mapconv.wording import counted
+
+FormatName = Literal["peft", "mlx", "gguf"]
+ServerName = Literal["vllm", "sglang", "tensorrt-llm", "llama.cpp", "ollama", "comfyui", "lorax"]
+_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class ExportedModule:
+    """One module of the result: ε is 0 where its factors are the source's own."""
+
+    path: str
+    expert: int | None
+    rank: int
+    error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self).copy()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """What an export wrote; with ``check`` nothing, and ``faults`` say why the server would not load the source.
+
+    ``rank`` is that of every module, or None where they differ. ``folded`` names what went into the base that
+    ``fold_into`` holds.
+    """
+
+    out: Path | None
+    source: Path
+    base: Path | None
+    method: str
+    format: str
+    server: str | None
+    modules: tuple[ExportedModule, ...]
+    rank: int | None
+    nbytes: int
+    seconds: float
+    faults: tuple[str, ...] = ()
+    folded: tuple[str, ...] = ()
+    fold_into: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def worst_error(self) -> float:
+        return max((module.error for module in self.modules), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        table = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
+        table["modules"] = [module.to_dict() for module in self.modules]
+        return table | {"worst_error": self.worst_error}
+
+
+@EXPORT.checks
+def export(
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    to: FormatName | None = None,
+    server: ServerName | None = None,
+    base: str | Path | None = None,
+    check: bool = False,
+    fold_into: str | Path | None = None,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    max_rank: int | None = None,
+    dtype: Dtype = "float32",
+    device: str = "auto",
+    allow_pickle: bool = False,
+    force: bool = False,
+    quiet: bool = True,
+) -> ExportResult:
+    """Write an adapter in the format, and within the limits, of another program.
+
+    Args:
+        source: the adapter's folder or file, in any dialect, or a Hub reference.
+        out: the folder or the file to write; it appears whole or not at all. None only with ``check``.
+        to: the format; None: the one that ``server`` reads.
+        server: keep to what this server loads; what it cannot hold is refitted, with ε measured, or refused by name.
+        base: the base model's folder or Hub id; None takes it from the adapter's configuration.
+        check: only say whether the server would load the source as it is; nothing is written.
+        fold_into: merge what the format cannot hold into the base, and write that model here.
+        rank: rank of the result; None keeps each module's own.
+        tolerance: instead of ``rank``: the smallest rank of each module whose ε is at most this, up to
+            ``max_rank`` (256).
+        dtype: of the stored factors: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the source's own.
+        device: ``auto``, ``cpu`` or ``cuda``: where refits run.
+        allow_pickle: read weights from a ``.bin`` file (with torch's weights-only loader).
+        force: replace ``out`` and ``fold_into``.
+        quiet: no progress bar.
+
+    Raises:
+        MapconvError: of the kind that fits; ``out`` then does not exist.
+        ValueError: an option out of its range, or options that cannot be used together.
+    """
+    started = time.perf_counter()
+    source = locate_adapter(source, allow_pickle=allow_pickle)
+    row = None if server is None else BY_NAME[server]
+    if check:
+        assert row is not None  # the options' rules see to it
+        return _checked(source, row, allow_pickle=allow_pickle, started=started)
+    assert out is not None
+    out, limits = Path(out), Limits(FORMATS[_format_for(to, row)], row)
+    signatures = signatures_of([source], ADAPTER_FILES)
+    method, placed = _place(source, base, allow_pickle=allow_pickle, lean=fold_into is None)
+    _require_model(placed, row)
+    left_over = limits.left_over(placed)
+    folding = None if fold_into is None or not left_over else Folding(placed, limits, Path(fold_into))
+    if left_over and folding is None:
+        raise UnsupportedError(_cannot_hold(source, limits, left_over))
+    kept = limits.without(placed)
+    plan = plan_upgrade(kept, _options(limits, rank, tolerance, max_rank, dtype, device))
+    check_place(out, limits, [source, placed.target.folder], nbytes=2 * plan.nbytes, force=force)
+    base_now, notes = base_name(placed), [*placed.adapter.notes]
+    if folding is not None:
+        folding.check(out, force=force)
+        base_now = str(Path(fold_into or "").resolve())
+    elif fold_into is not None:
+        notes.append(f"{limits.reader} holds all of the adapter: nothing is left to fold, and no base is written")
+    signatures |= placed.target.checkpoint.signatures
+    with staged(out, limits, force=force) as target, unchanged(signatures):
+        modules, one_rank = write(plan, limits, base_now, target, quiet=quiet)
+        nbytes = sum(path.stat().st_size for path in ([target] if target.is_file() else target.iterdir()))
+        if folding is not None:
+            notes += folding.write(force=force, quiet=quiet)
+    return ExportResult(
+        out=out,
+        source=source,
+        base=placed.target.folder,
+        method=method,
+        format=limits.format.name,
+        server=server,
+        modules=tuple(
+            ExportedModule(module.path, module.placed.expert, module.rank, module.scalars.measured_error)
+            for module in modules
+        ),
+        rank=one_rank,
+        nbytes=nbytes,
+        seconds=time.perf_counter() - started,
+        folded=tuple(left_over),
+        fold_into=None if folding is None else Path(fold_into or ""),
+        notes=(*notes, *_server_notes(row, max(module.rank for module in modules))),
+    )
+
+
+def _checked(source: Path, server: Server, *, allow_pickle: bool, started: float) -> ExportResult:
+    """Whether the server would load the adapter as it is."""
+    adapter = read_adapter(source, allow_pickle=allow_pickle)
+    found = faults(adapter if adapter.method != "MAP" else _as_peft(source, allow_pickle=allow_pickle), server)
+    ranks = {module.rank for module in adapter.modules}
+    return ExportResult(
+        out=None,
+        source=source,
+        base=None,
+        method=adapter.method,
+        format=adapter.dialect,
+        server=server.name,
+        modules=tuple(ExportedModule(module.path, None, module.rank, 0.0) for module in adapter.modules),
+        rank=max(ranks) if len(ranks) == 1 else None,
+        nbytes=adapter.nbytes,
+        seconds=time.perf_counter() - started,
+        faults=tuple(found),
+        notes=tuple(_server_notes(server, max(ranks))),
+    )
+
+
+def _as_peft(source: Path, *, allow_pickle: bool) -> Adapter:
+    """A MAP directory as the PEFT folder that it is as well: a LoRA, or a DoRA of the same function."""
+    return PeftDirectory().read(Found(source), allow_pickle=allow_pickle)
+
+
+def _place(source: Path, base: str | Path | None, *, allow_pickle: bool, lean: bool) -> tuple[str, PlacedAdapter]:
+    """(method, the adapter on its base); a MAP adapter as the LoRA or DoRA that stock PEFT takes it for."""
+    adapter = read_adapter(source, allow_pickle=allow_pickle)
+    if adapter.method != "MAP":
+        return adapter.method, place_adapter(source, base, allow_pickle=allow_pickle, lean=lean)
+    adapter = _as_peft(source, allow_pickle=allow_pickle)
+    checkpoint, config = plain_base(open_base(base, adapter.base, adapter.revision, source, lean=lean))
+    return "MAP", place_described(adapter, checkpoint, config)
+
+
+def _format_for(to: FormatName | None, server: Server | None) -> str:
+    if to is None:
+        assert server is not None  # the options' rules see to it
+        return server.formats[0]
+    if server is not None and to not in server.formats:
+        raise UnsupportedError(
+            f"{server.title} does not read {FORMATS[to].title}: give --to {' or '.join(server.formats)}, or leave --to "
+            "out."
+        )
+    return to
+
+
+def _options(
+    limits: Limits, rank: int | None, tolerance: float | None, max_rank: int | None, dtype: Dtype, device: str
+) -> ConvertOptions:
+    """DoRA's own factors where they may be kept; else the closest update, a plain LoRA's where it must be one."""
+    free = rank is None and tolerance is None
+    return ConvertOptions(
+        rank,
+        tolerance,
+        max_rank or MAX_RANK.fallback,
+        "dora" if limits.dora and free else "low-rank",
+        not limits.dora,
+        dtype,
+        device,
+    )
+
+
+def _require_model(placed: PlacedAdapter, server: Server | None) -> None:
+    """Refuse a base that the server takes no adapters for."""
+    if server is None or server.architectures is None:
+        return
+    kind = typed_model_config(placed.target.folder).get("model_type")
+    if kind not in server.architectures:
+        raise UnsupportedError(
+            f"{placed.target.folder} is a model of the type {shown(kind)}, and {server.title} takes adapters for "
+            f"{' and '.join(server.architectures)} alone: merge it with `mapconv merge`."
+        )
+
+
+def _cannot_hold(source: Path, limits: Limits, names: list[str]) -> str:
+    some = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return (
+        f"{source} has {counted(len(names), 'part')} that {limits.reader} does not take ({some}): pass --fold-into "
+        "BASE_OUT to have them merged into a copy of the base."
+    )
+
+
+def _server_notes(server: Server | None, rank: int) -> list[str]:
+    """What the server has to be told."""
+    if server is None or server.usual_rank is None or rank <= server.usual_rank:
+        return []
+    return [f"start {server.title} with {server.rank_option.format(rank=server.started_with(rank))}"]

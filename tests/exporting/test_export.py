@@ -1,0 +1,293 @@
+"""``mapconv export``: what is written is read by the libraries that it is for, and computes what the source does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mapconv
+from mapconv.exporting.ggufnames import ARCHITECTURES, gguf_name
+from tests.cli.refusals import assert_refused, nothing_written
+from tests.files import edit_json
+from tests.models import load_adapted, load_base, log_probabilities, merged_by_peft, save_adapter
+
+QUERY = "model.layers.0.self_attn.q_proj"
+
+
+def config_of(folder: Path) -> dict:
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def assert_same_weights(base: Path, out: Path, source: Path) -> None:
+    """Stock PEFT merges both to the same weights, in float64."""
+    wanted, got = merged_by_peft(base, source), merged_by_peft(base, out)
+    assert wanted.keys() == got.keys()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(got[name], weight, rtol=0, atol=2e-6 * float(weight.abs().max()))
+
+
+@pytest.fixture(scope="module")
+def uneven(models: Path, base: Path) -> Path:
+    """A LoRA with all that servers read differently: rsLoRA, patterns, a regular expression."""
+    return save_adapter(
+        base,
+        models / "uneven",
+        use_rslora=True,
+        rank_pattern={"v_proj": 7},
+        alpha_pattern={"down_proj": 3.0},
+        target_modules=r".*\.(q_proj|v_proj|down_proj)",
+    )
+
+
+def test_a_lora_for_vllm_is_the_same_function_in_the_form_that_servers_read(run, base, uneven, tmp_path):
+    assert run("export", uneven, "--for", "vllm", "--check").status == 1
+    result = run("export", uneven, "--to", "peft", "--for", "vllm", "-o", tmp_path / "out")
+    assert result.status == 0, result.err
+    assert "rank 7" in result.out
+    config = config_of(tmp_path / "out")
+    assert (config["r"], config["lora_alpha"]) == (7, 7)
+    assert not any(config[name] for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"))
+    assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
+    shapes = {tuple(tensor.shape) for name, tensor in load_file(tmp_path / "out/adapter_model.safetensors").items()}
+    assert {shape[0] for shape in shapes if shape[1] in (32, 48)} == {7}
+    assert_same_weights(base, tmp_path / "out", uneven)
+    assert run("export", tmp_path / "out", "--for", "vllm", "--check").status == 0
+
+
+def test_modules_of_some_layers_alone_are_named_in_full(base, models, tmp_path):
+    source = save_adapter(base, models / "some-layers", layers_to_transform=[1])
+    mapconv.export(source, tmp_path / "out", server="vllm")
+    assert all(name.startswith("model.layers.1.") for name in config_of(tmp_path / "out")["target_modules"])
+    assert_same_weights(base, tmp_path / "out", source)
+
+
+def test_a_dora_becomes_the_closest_plain_lora(run, base, dora, tmp_path):
+    result = run("export", dora, "--for", "vllm", "-o", tmp_path / "out", "--json")
+    report = json.loads(result.out)
+    assert 0 < report["worst_error"] < 1
+    assert not any("magnitude" in name for name in load_file(tmp_path / "out/adapter_model.safetensors"))
+    assert config_of(tmp_path / "out")["use_dora"] is False
+    W, T, got = merged_by_peft(base, tmp_path / "out"), merged_by_peft(base, dora), load_base(base).state_dict()
+    errors = {item["path"]: item["error"] for item in report["modules"]}
+    for path, error in errors.items():
+        name = f"{path}.weight"
+        off = (W[name] - T[name]).norm() / (T[name] - got[name].double()).norm()
+        assert float(off) == pytest.approx(error, rel=1e-4)
+    # It is the optimum: the same solver as `upgrade --lora-compatible`, whose tests compare it with float64.
+    upgraded = mapconv.upgrade(dora, tmp_path / "map", base=base, lora_compatible=True)
+    assert report["worst_error"] == pytest.approx(upgraded.worst_error, rel=1e-6)
+
+
+def test_a_map_adapter_is_exported_as_the_function_that_it_is(base, lora, dora, tmp_path):
+    mapconv.upgrade(lora, tmp_path / "plain", base=base)
+    result = mapconv.export(tmp_path / "plain", tmp_path / "out", server="vllm")
+    assert (result.method, result.worst_error) == ("MAP", 0.0)
+    assert_same_weights(base, tmp_path / "out", lora)
+    mapconv.upgrade(dora, tmp_path / "gained", base=base, rank=8)
+    exact = mapconv.export(tmp_path / "gained", tmp_path / "stock", to="peft")
+    assert exact.worst_error == 0
+    assert_same_weights(base, tmp_path / "stock", tmp_path / "gained")
+    assert mapconv.export(tmp_path / "gained", tmp_path / "again", server="vllm").worst_error > 0
+
+
+def test_a_server_that_computes_dora_gets_it(base, dora, tmp_path):
+    assert mapconv.export(dora, tmp_path / "out", server="tensorrt-llm").worst_error == 0
+    assert_same_weights(base, tmp_path / "out", dora)
+
+
+def test_what_a_server_does_not_take_is_refused_by_name_or_folded(run, base, models, tmp_path):
+    source = save_adapter(base, models / "with-head", modules_to_save=["lm_head"], bias="none")
+    head = "base_model.model.lm_head.weight"
+    tensors = load_file(source / "adapter_model.safetensors")
+    save_file(tensors | {head: tensors[head] + 1}, source / "adapter_model.safetensors", {"format": "pt"})
+    with nothing_written(tmp_path):
+        assert_refused(run("export", source, "--for", "vllm", "-o", tmp_path / "out"), "lm_head.weight", "--fold-into")
+    folded = run("export", source, "--for", "vllm", "-o", tmp_path / "out", "--fold-into", tmp_path / "folded")
+    assert folded.status == 0, folded.err
+    assert "lm_head.weight" in folded.out
+    assert config_of(tmp_path / "out")["base_model_name_or_path"] == str(tmp_path / "folded")
+    torch.testing.assert_close(
+        log_probabilities(load_adapted(tmp_path / "folded", tmp_path / "out")),
+        log_probabilities(load_adapted(base, source)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"use_rslora": True}, "use_rslora is not read"),
+        ({"rank_pattern": {"v_proj": 4}}, "rank_pattern in its configuration is not read"),
+        ({"use_dora": True}, None),
+    ],
+)
+def test_check_says_why(run, own_lora, own_dora, changes, fault):
+    source = own_dora if "use_dora" in changes else own_lora
+    edit_json(source / "adapter_config.json", **changes)
+    result = run("export", source, "--for", "sglang", "--check")
+    assert result.status == 1
+    assert (fault or "DoRA is not supported") in result.out
+
+
+def test_a_rank_that_needs_an_option_or_is_too_large(run, base, models, tmp_path):
+    wide = save_adapter(base, models / "wide", r=20, lora_alpha=20)
+    result = run("export", wide, "--for", "vllm", "-o", tmp_path / "out")
+    assert "start vLLM with --max-lora-rank 32" in result.err
+    wider = save_adapter(base, models / "wider", r=70, lora_alpha=70, target_modules=["down_proj"])
+    assert_refused(run("export", wider, "--for", "tensorrt-llm", "-o", tmp_path / "trt"), "takes 64 at most", "--rank")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--to", "peft"), ("--for", "vllm"), ("--check", "--to", "peft"), ("--for", "vllm", "--check", "-o", "x")],
+)
+def test_usage(run, lora, arguments):
+    assert run("export", lora, *arguments).status == 2
+
+
+def test_outputs(run, lora, base, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "lora.gguf").touch()
+    with nothing_written(tmp_path):
+        assert_refused(run("export", lora, "--for", "vllm", "-o", tmp_path / "there"), "--force")
+        assert_refused(run("export", lora, "--to", "gguf", "-o", tmp_path / "lora.gguf"), "--force")
+        assert_refused(run("export", lora, "--to", "gguf", "-o", tmp_path / "lora.bin"), ".gguf")
+        assert_refused(
+            run("export", lora, "--to", "mlx", "--for", "vllm", "-o", tmp_path / "x"), "does not read MLX-LM"
+        )
+    assert run("export", lora, "--to", "gguf", "-o", tmp_path / "lora.gguf", "--force").status == 0
+
+
+def gguf_update(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    return tensors[f"{name}.lora_b"].double() @ tensors[f"{name}.lora_a"].double()
+
+
+def read_gguf(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    gguf = pytest.importorskip("gguf")
+    reader = gguf.GGUFReader(path)
+    return (
+        {name: field.contents() for name, field in reader.fields.items()},
+        {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors},
+    )
+
+
+def as_converted(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of q or k as llama.cpp's converter of models stores them (``LlamaModel.permute``)."""
+    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("source", ["lora", "uneven"])
+def test_gguf_changes_the_converted_base_as_the_source_changes_its_own(source, base, tmp_path, request):
+    adapter = request.getfixturevalue(source)
+    mapconv.export(adapter, tmp_path / "out.gguf", server="llama.cpp")
+    fields, tensors = read_gguf(tmp_path / "out.gguf")
+    assert (fields["general.type"], fields["adapter.type"]) == ("adapter", "lora")
+    assert fields["general.architecture"] == "llama"
+    # The reader divides alpha by each tensor's own rank, and takes 0 for a scale of 1.
+    assert fields["adapter.lora.alpha"] == (4.0 if source == "lora" else 0.0)
+    W, T = load_base(base).state_dict(), merged_by_peft(base, adapter)
+    config = json.loads((base / "config.json").read_text())
+    changed = 0
+    for name, weight in T.items():
+        path = gguf_name(name.removesuffix(".weight"), config)
+        if path is None or f"{path}.lora_a" not in tensors:
+            torch.testing.assert_close(weight, W[name].double())
+            continue
+        wanted = weight - W[name].double()
+        if "q_proj" in name or "k_proj" in name:
+            wanted = as_converted(wanted, 4 if "q_proj" in name else 2)
+        torch.testing.assert_close(gguf_update(tensors, path), wanted, rtol=0, atol=1e-6)
+        changed += 1
+    assert 2 * changed == len(tensors)
+
+
+def test_gguf_of_embeddings_is_read_by_tokens(base, models, tmp_path):
+    source = save_adapter(base, models / "embedded", target_modules=["embed_tokens", "q_proj"])
+    mapconv.export(source, tmp_path / "out.gguf", to="gguf")
+    _, tensors = read_gguf(tmp_path / "out.gguf")
+    A, B = tensors["token_embd.weight.lora_a"], tensors["token_embd.weight.lora_b"]
+    name = "model.embed_tokens.weight"
+    wanted = merged_by_peft(base, source)[name] - load_base(base).state_dict()[name].double()
+    torch.testing.assert_close(A.double() @ B.double().T, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gguf_in_half_precision(dtype, base, lora, tmp_path):
+    result = mapconv.export(lora, tmp_path / "out.gguf", to="gguf", dtype=dtype)
+    assert 0 < result.worst_error < 0.01
+    gguf = pytest.importorskip("gguf")
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    assert kinds == {"F16" if dtype == "float16" else "BF16"}
+
+
+def test_gguf_names_are_those_of_its_own_table():
+    gguf = pytest.importorskip("gguf")
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    own = [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ]
+    for kind, (architecture, _) in ARCHITECTURES.items():
+        table = gguf.get_tensor_name_map(numbers[architecture], 3)
+        for path in [*(f"model.layers.2.{name}" for name in own), "model.embed_tokens", "lm_head"]:
+            mapped = table.get_name(path)
+            if mapped is not None:
+                assert gguf_name(path, {"model_type": kind}) == f"{mapped}.weight", (kind, path)
+    assert gguf_name("lm_head", {"model_type": "llama", "tie_word_embeddings": True}) is None
+
+
+def test_a_number_of_heads_that_the_rows_do_not_have(run, lora, own_base, tmp_path):
+    edit_json(own_base / "config.json", num_attention_heads=5)
+    with nothing_written(tmp_path / "base"):
+        result = run("export", lora, "--to", "gguf", "-o", tmp_path / "x.gguf", "--base", own_base)
+    assert_refused(result, "config.json says 5 attention heads")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+@pytest.mark.parametrize("source", ["lora", "dora", "uneven"])
+def test_mlx_holds_lora_and_dora_exactly(source, base, tmp_path, request):
+    adapter = request.getfixturevalue(source)
+    # The scaling goes into the factors: a power of two loses nothing there, another one float32's rounding.
+    assert mapconv.export(adapter, tmp_path / "out", to="mlx").worst_error < (1e-7 if source == "uneven" else 1e-30)
+    config = config_of(tmp_path / "out")
+    assert (config["num_layers"], config["fine_tune_type"]) == (2, "dora" if source == "dora" else "lora")
+    assert config["lora_parameters"]["scale"] == 1
+    tensors, W, T = (
+        load_file(tmp_path / "out/adapters.safetensors"),
+        load_base(base).state_dict(),
+        merged_by_peft(base, adapter),
+    )
+    for name in {key.rpartition(".")[0] for key in tensors}:
+        merged = W[f"{name}.weight"].double()
+        merged += (tensors[f"{name}.lora_a"].double() @ tensors[f"{name}.lora_b"].double()).T
+        if source == "dora":
+            merged *= (tensors[f"{name}.m"].double() / merged.norm(dim=1))[:, None]
+        torch.testing.assert_close(merged, T[f"{name}.weight"], rtol=0, atol=2e-6)
+    assert {tensors[f"{name}.lora_a"].shape[1] for name in {k.rpartition(".")[0] for k in tensors}} == {
+        config["lora_parameters"]["rank"]
+    }
+
+
+@pytest.mark.parametrize("source", ["dora", "uneven"])
+def test_mlx_lm_loads_it_and_fuses_to_the_same_weights(source, base, tmp_path, request):
+    mx, utils = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm.tuner.utils")
+    from mlx_lm.utils import load_model
+
+    adapter = request.getfixturevalue(source)
+    mapconv.export(adapter, tmp_path / "out", to="mlx")
+    model, _ = load_model(base)
+    utils.load_adapters(model, str(tmp_path / "out"))
+    T, fused = merged_by_peft(base, adapter), 0
+    for path, module in model.named_modules():
+        if hasattr(module, "fuse"):
+            weight = torch.tensor(module.fuse().weight.astype(mx.float32).tolist())
+            torch.testing.assert_close(weight.double(), T[f"{path}.weight"], rtol=0, atol=5e-6)
+            fused += 1
+    assert fused == {"dora": 14, "uneven": 6}[source]
