@@ -91,7 +91,7 @@ def pickled(tiny: Tiny, folder: Path, base: Path) -> None:
     (folder / WEIGHTS).unlink()
 
 
-def with_scalars_of_map_s_authors(tiny: Tiny, folder: Path, base: Path) -> None:
+def map_authors(tiny: Tiny, folder: Path, base: Path) -> None:
     """As the authors' fork of PEFT writes it: at α = ‖W0‖ and β = s‖BA‖ their formula is the LoRA that it was."""
     weights, config = tiny.build().state_dict(), read_config(folder)
     tensors = load_file(folder / WEIGHTS)

@@ -259,12 +259,7 @@ OPTIONS: tuple[Option, ...] = (
         only=("llama", "gpt2"),
         extra={"allow_pickle": True},
     ),
-    Option(
-        "map-authors",
-        plain,
-        rewrite=dialects.with_scalars_of_map_s_authors,
-        only=("llama", "bert-classifier", "t5", "vit"),
-    ),
+    Option("map-authors", plain, rewrite=dialects.map_authors, only=("llama", "bert-classifier", "t5", "vit")),
     Option(
         "v4-names",
         with_settings(use_dora=True),
