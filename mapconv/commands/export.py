@@ -252,7 +252,7 @@ def _options(
         tolerance,
         max_rank or MAX_RANK.fallback,
         "dora" if limits.dora and own and rank is None and tolerance is None else "low-rank",
-        not limits.dora,
+        not (limits.dora and doras),
         dtype,
         device,
     )

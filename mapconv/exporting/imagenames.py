@@ -34,7 +34,7 @@ def diffusers_names(placed: PlacedAdapter) -> dict[Key, str]:
 
 
 def kohya_names(placed: PlacedAdapter) -> dict[Key, str]:
-    """``lora_unet_down_blocks_0…``: diffusers' names for Stable Diffusion 1, Flux's authors' for Flux, else the base's."""
+    """``lora_unet_…``: diffusers' names for Stable Diffusion 1, the authors' for Flux, else the base's own."""
     return _named(placed, _kohya(placed))
 
 

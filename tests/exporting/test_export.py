@@ -94,6 +94,11 @@ def test_a_map_adapter_is_exported_as_the_function_that_it_is(base, lora, dora, 
     assert mapconv.export(tmp_path / "gained", tmp_path / "again", server="vllm").worst_error > 0
 
 
+def test_a_lora_of_a_lower_rank_stays_a_lora(lora, tmp_path):
+    assert mapconv.export(lora, tmp_path / "out", to="peft", rank=2).worst_error > 0
+    assert (config_of(tmp_path / "out")["r"], config_of(tmp_path / "out")["use_dora"]) == (2, False)
+
+
 def test_a_server_that_computes_dora_gets_it(base, dora, tmp_path):
     assert mapconv.export(dora, tmp_path / "out", server="tensorrt-llm").worst_error == 0
     assert_same_weights(base, tmp_path / "out", dora)
@@ -202,6 +207,16 @@ def test_gguf_changes_the_converted_base_as_the_source_changes_its_own(source, b
         torch.testing.assert_close(gguf_update(tensors, path), wanted, rtol=0, atol=1e-6)
         changed += 1
     assert 2 * changed == len(tensors)
+
+
+@pytest.mark.parametrize(("to", "file"), [("peft", "out"), ("mlx", "out"), ("gguf", "out.gguf")])
+def test_a_map_adapter_comes_back_from_every_format(to, file, base, lora, tmp_path):
+    mapconv.upgrade(lora, tmp_path / "map", base=base)
+    mapconv.export(tmp_path / "map", tmp_path / file, to=to, base=base)
+    mapconv.merge(tmp_path / file, tmp_path / "merged", base=base)
+    got, wanted = load_file(tmp_path / "merged" / "model.safetensors"), merged_by_peft(base, lora)
+    for name, weight in wanted.items():
+        torch.testing.assert_close(got[name].double(), weight, rtol=0, atol=2e-6)
 
 
 def test_gguf_of_embeddings_is_read_by_tokens(base, models, tmp_path):

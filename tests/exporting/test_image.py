@@ -104,7 +104,8 @@ def test_a_dora_is_kept_by_diffusers_and_refitted_for_the_others(bases, tmp_path
         tensors[key] = norms.view(-1, *(1 for _ in weight.shape[1:]))
     save_file(tensors, tmp_path / "dora.safetensors")
     arguments = {"base": base.path, "dora_axis": "out"}
-    assert mapconv.export(tmp_path / "dora.safetensors", tmp_path / "out", to="diffusers", **arguments).worst_error == 0
+    kept = mapconv.export(tmp_path / "dora.safetensors", tmp_path / "out", to="diffusers", **arguments)
+    assert kept.worst_error < 1e-7  # float32's rounding of the scaling, 2/3
     refitted = mapconv.export(tmp_path / "dora.safetensors", tmp_path / "k.safetensors", to="kohya", **arguments)
     assert 0 < refitted.worst_error < 1
     assert not any("dora" in name for name in load_file(tmp_path / "k.safetensors"))
