@@ -117,7 +117,7 @@ def _row(name: str, modules: list[MapModule], *, with_data: bool) -> list[str]:
 def advice_for(result: UpgradeResult, chosen: Mapping[str, Any]) -> str | None:
     """What else the user may try where ε is large: only options that can be added to those that were chosen."""
     tolerance = chosen["tolerance"]
-    exact = [] if chosen["lora_compatible"] else ["--direction dora is exact"]
+    exact = [] if chosen["lora_compatible"] or result.method != "DoRA" else ["--direction dora is exact"]
     if tolerance is not None:
         return _advice_on_tolerance(result.modules, tolerance, chosen["max_rank"] or MAX_RANK.fallback, exact)
     worst = max((_felt_error(module) for module in result.modules), default=0.0)

@@ -111,6 +111,12 @@ def test_weights_are_compared_with_those_of_a_source_of_another_method(made, tmp
     assert max(item.error for item in errors) <= 1e-5
 
 
+def test_there_is_no_dora_to_keep(made, tmp_path):
+    base, adapter, _ = made(the("HRA"))
+    with pytest.raises(UnsupportedError, match="leave --direction dora out"):
+        mapconv.upgrade(adapter, tmp_path / "map", base=base, direction="dora")
+
+
 def _without(tensors, config):
     del tensors[next(key for key in tensors if "hada_w2_b" in key)]
 
