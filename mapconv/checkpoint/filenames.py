@@ -32,6 +32,7 @@ def weights_files(stem: str) -> tuple[str, str]:
 WEIGHT_FILES = (
     "model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors", "adapter_model.bin",
     "pytorch_model.bin", "pytorch_model-*-of-*.bin", "diffusion_pytorch_model*.safetensors",
+    "adapters.safetensors", "pytorch_lora_weights.safetensors",
 )  # fmt: skip
 INDEX_FILES = (*(weights_files(stem)[1] for stem in STEMS), "pytorch_model.bin.index.json")
 #: Each tells what a folder is, whatever its weights are called.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mapconv.cli.options import Chosen, command
 from mapconv.cli.output import EPSILON, explain, notes, print_json, print_table, show
 from mapconv.cli.startup import starting
+from mapconv.cli.upgrade import LARGE_ERROR
 from mapconv.hub.reference import shown
 from mapconv.options.exporting import EXPORT
 from mapconv.wording import counted, size, small, spread
@@ -67,6 +68,8 @@ def _report(result: ExportResult) -> None:
     rank = f"rank {result.rank}" if result.rank else "each at its own rank"
     exact = "exact" if not any(errors) else f"ε worst {small(max(errors))}, median {small(statistics.median(errors))}"
     show(f"  {counted(len(errors), 'module')}, {rank}, {size(result.nbytes)}, {result.seconds:.1f} s; {exact}")
+    if max(errors) > LARGE_ERROR and result.method != "LoRA":
+        show("  advice: a higher --rank, or --tolerance EPS, brings it closer to the source")
     if result.fold_into is not None:
         show(f"  merged into the base {result.fold_into}: {', '.join(result.folded)}")
 

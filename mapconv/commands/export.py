@@ -27,10 +27,11 @@ from mapconv.placement.adapters import PlacedAdapter, place_adapter, place_descr
 from mapconv.placement.bases import plain_base
 from mapconv.placement.skeleton import typed_model_config
 from mapconv.refit.plan import ConvertOptions, Dtype, plan_upgrade
+from mapconv.spelling import Axis, Norm, Rescaling
 from mapconv.untrusted.schema import shown
 from mapconv.wording import counted
 
-FormatName = Literal["peft", "mlx", "gguf"]
+FormatName = Literal["peft", "diffusers", "kohya", "comfyui", "mlx", "gguf"]
 ServerName = Literal["vllm", "sglang", "tensorrt-llm", "llama.cpp", "ollama", "comfyui", "lorax"]
 _SHOWN = 6
 
@@ -96,6 +97,8 @@ def export(
     max_rank: int | None = None,
     dtype: Dtype = "float32",
     device: str = "auto",
+    dora_axis: Axis | None = None,
+    dora_norm: Norm = "merged",
     allow_pickle: bool = False,
     force: bool = False,
     quiet: bool = True,
@@ -115,6 +118,8 @@ def export(
             ``max_rank`` (256).
         dtype: of the stored factors: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the source's own.
         device: ``auto``, ``cpu`` or ``cuda``: where refits run.
+        dora_axis: of a DoRA whose file does not say so: whether its magnitudes are those of outputs or of inputs.
+        dora_norm: what they are divided by: the norm of the ``merged`` weight, or of the ``base``'s.
         allow_pickle: read weights from a ``.bin`` file (with torch's weights-only loader).
         force: replace ``out`` and ``fold_into``.
         quiet: no progress bar.
@@ -132,14 +137,21 @@ def export(
     assert out is not None
     out, limits = Path(out), Limits(FORMATS[_format_for(to, row)], row)
     signatures = signatures_of([source], ADAPTER_FILES)
-    method, placed = _place(source, base, allow_pickle=allow_pickle, lean=fold_into is None)
+    method, placed = _place(
+        source, base, Rescaling(dora_axis, dora_norm), allow_pickle=allow_pickle, lean=fold_into is None
+    )
     _require_model(placed, row)
     left_over = limits.left_over(placed)
     folding = None if fold_into is None or not left_over else Folding(placed, limits, Path(fold_into))
+    kept = limits.without(placed)
+    if not kept.modules:
+        raise UnsupportedError(
+            f"{limits.format.title} has no names for the modules of {placed.target.folder}, or does not take their "
+            f"kind ({left_over[0]} and the like): choose another --to, or merge the adapter with `mapconv merge`."
+        )
     if left_over and folding is None:
         raise UnsupportedError(_cannot_hold(source, limits, left_over))
-    kept = limits.without(placed)
-    plan = plan_upgrade(kept, _options(limits, rank, tolerance, max_rank, dtype, device))
+    plan = plan_upgrade(kept, _options(kept, limits, rank, tolerance, max_rank, dtype, device))
     check_place(out, limits, [source, placed.target.folder], nbytes=2 * plan.nbytes, force=force)
     base_now, notes = base_name(placed), [*placed.adapter.notes]
     if folding is not None:
@@ -199,11 +211,13 @@ def _as_peft(source: Path, *, allow_pickle: bool) -> Adapter:
     return PeftDirectory().read(Found(source), allow_pickle=allow_pickle)
 
 
-def _place(source: Path, base: str | Path | None, *, allow_pickle: bool, lean: bool) -> tuple[str, PlacedAdapter]:
+def _place(
+    source: Path, base: str | Path | None, dora: Rescaling, *, allow_pickle: bool, lean: bool
+) -> tuple[str, PlacedAdapter]:
     """(method, the adapter on its base); a MAP adapter as the LoRA or DoRA that stock PEFT takes it for."""
     adapter = read_adapter(source, allow_pickle=allow_pickle)
     if adapter.method != "MAP":
-        return adapter.method, place_adapter(source, base, allow_pickle=allow_pickle, lean=lean)
+        return adapter.method, place_adapter(source, base, allow_pickle=allow_pickle, lean=lean, dora=dora)
     adapter = _as_peft(source, allow_pickle=allow_pickle)
     checkpoint, config = plain_base(open_base(base, adapter.base, adapter.revision, source, lean=lean))
     return "MAP", place_described(adapter, checkpoint, config)
@@ -222,16 +236,23 @@ def _format_for(to: FormatName | None, server: Server | None) -> str:
 
 
 def _options(
-    limits: Limits, rank: int | None, tolerance: float | None, max_rank: int | None, dtype: Dtype, device: str
+    kept: PlacedAdapter,
+    limits: Limits,
+    rank: int | None,
+    tolerance: float | None,
+    max_rank: int | None,
+    dtype: Dtype,
+    device: str,
 ) -> ConvertOptions:
     """DoRA's own factors where they may be kept; else the closest update, a plain LoRA's where it must be one."""
-    free = rank is None and tolerance is None
+    doras = [item.module for item in kept.modules if item.module.magnitude is not None]
+    own = all(module.rescaling.is_peft and module.delta is None for module in doras)
     return ConvertOptions(
         rank,
         tolerance,
         max_rank or MAX_RANK.fallback,
-        "dora" if limits.dora and free else "low-rank",
-        not limits.dora,
+        "dora" if limits.dora and own and rank is None and tolerance is None else "low-rank",
+        not (limits.dora and doras),
         dtype,
         device,
     )

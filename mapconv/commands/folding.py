@@ -27,7 +27,8 @@ class Folding:
     """
 
     def __init__(self, placed: PlacedAdapter, limits: Limits, folder: Path) -> None:
-        self._rest = replace(placed, modules=tuple(item for item in placed.modules if not limits.holds(placed, item)))
+        held = limits.held(placed)
+        self._rest = replace(placed, modules=tuple(item for item in placed.modules if item.key not in held))
         self._folder = folder
         self._plan: MergePlan = plan_merge([self._rest])
         if self._plan.target.checkpoint.is_file:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mapconv.exporting.gguf import gguf_place, write_gguf
+from mapconv.exporting.gguf import gguf_names, write_gguf
+from mapconv.exporting.image import write_comfyui, write_diffusers, write_kohya
+from mapconv.exporting.imagenames import comfyui_names, diffusers_names, kohya_names
 from mapconv.exporting.mlx import write_mlx
 from mapconv.exporting.peft import write_peft
 from mapconv.exporting.plain import Export
 from mapconv.placement.adapters import PlacedAdapter
-from mapconv.placement.weights import PlacedModule
+
+#: What tells a module from the others of its adapter.
+Key = tuple[str, int | None]
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Format:
         dora_embeddings: whether it holds PEFT's DoRA of embeddings.
         convolutions: whether it holds factors of convolutions.
         stacks: whether it holds the factors of a stack of experts.
-        place: the name of a module's weight there, or None where it has none; without it every module has one.
+        names: what the format calls each module that it has a name for; without it every module has one.
     """
 
     name: str
@@ -44,7 +48,7 @@ class Format:
     dora_embeddings: bool = False
     convolutions: bool = False
     stacks: bool = False
-    place: Callable[[PlacedAdapter, PlacedModule], str | None] | None = None
+    names: Callable[[PlacedAdapter], Mapping[Key, str]] | None = None
 
 
 _PEFT = Format(
@@ -59,6 +63,9 @@ _PEFT = Format(
     stacks=True,
 )
 _MLX = Format("mlx", "MLX-LM", write_mlx, dora=True, one_rank=True, embeddings=True)
-_GGUF = Format("gguf", "GGUF", write_gguf, suffix=".gguf", embeddings=True, place=gguf_place)
+_GGUF = Format("gguf", "GGUF", write_gguf, suffix=".gguf", embeddings=True, names=gguf_names)
+_DIFFUSERS = Format("diffusers", "diffusers", write_diffusers, dora=True, convolutions=True, names=diffusers_names)
+_KOHYA = Format("kohya", "kohya's sd-scripts", write_kohya, ".safetensors", convolutions=True, names=kohya_names)
+_COMFYUI = Format("comfyui", "ComfyUI", write_comfyui, ".safetensors", convolutions=True, names=comfyui_names)
 
-FORMATS = {item.name: item for item in (_PEFT, _MLX, _GGUF)}
+FORMATS = {item.name: item for item in (_PEFT, _DIFFUSERS, _KOHYA, _COMFYUI, _MLX, _GGUF)}

@@ -19,7 +19,6 @@ from mapconv.checkpoint.model_config import read_model_config
 from mapconv.exporting.ggufnames import ARCHITECTURES, gguf_name, heads_of, interleaved
 from mapconv.exporting.plain import Export, PlainModule
 from mapconv.placement.adapters import PlacedAdapter
-from mapconv.placement.weights import PlacedModule
 
 _ALIGNMENT = 32
 _UINT32, _FLOAT32, _STRING = 4, 6, 8
@@ -41,9 +40,11 @@ class _Factor:
         return self.shape[0] * self.shape[1] * dtype.itemsize
 
 
-def gguf_place(placed: PlacedAdapter, item: PlacedModule) -> str | None:
-    """What llama.cpp calls the module's weight; None where it has none."""
-    return gguf_name(item.module.path, _config(placed))
+def gguf_names(placed: PlacedAdapter) -> dict[tuple[str, int | None], str]:
+    """What llama.cpp calls each module's weight, where it has one."""
+    config = _config(placed)
+    names = {item.key: gguf_name(item.module.path, config) for item in placed.modules}
+    return {key: name for key, name in names.items() if name is not None}
 
 
 def write_gguf(export: Export, out: Path) -> None:
@@ -51,7 +52,8 @@ def write_gguf(export: Export, out: Path) -> None:
     config = _config(export.placed)
     architecture, _ = ARCHITECTURES[str(config["model_type"])]
     dtype = export.reader.read(export.modules[0].A).dtype
-    factors = [factor for module in export.modules for factor in _factors(module, str(gguf_name(module.path, config)))]
+    names = gguf_names(export.placed)
+    factors = [factor for module in export.modules for factor in _factors(module, names[module.placed.key])]
     ranks = {module.rank for module in export.modules}
     # One alpha serves one rank alone; with 0 the reader takes the factors as they are.
     alpha = float(ranks.pop()) if len(ranks) == 1 else 0.0

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from mapconv.checkpoint.gguf.families import FAMILIES
 from mapconv.errors import CheckpointError
 from mapconv.untrusted.schema import shown
 
-#: transformers' model type → (llama.cpp's architecture, whether the rows of q and k are interleaved).
-ARCHITECTURES = {
-    "llama": ("llama", True),
+#: transformers' model type → (llama.cpp's architecture, whether the rows of q and k are interleaved): those that
+#: mapconv reads the models of, and further ones with the same names.
+ARCHITECTURES = {family.model_type: (name, family.interleaved) for name, family in FAMILIES.items()} | {
     "mistral": ("llama", True),
     "mixtral": ("llama", True),
     "smollm3": ("smollm3", True),
@@ -26,12 +27,6 @@ ARCHITECTURES = {
     "arcee": ("arcee", True),
     "olmo": ("olmo", True),
     "olmo2": ("olmo2", False),
-    "qwen2": ("qwen2", False),
-    "qwen3": ("qwen3", False),
-    "gemma": ("gemma", False),
-    "gemma2": ("gemma2", False),
-    "gemma3_text": ("gemma3", False),
-    "phi3": ("phi3", False),
     "starcoder2": ("starcoder2", False),
     "stablelm": ("stablelm", False),
     "cohere": ("command-r", False),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mapconv.adapter import WholeTensor
-from mapconv.exporting.formats import Format
+from mapconv.exporting.formats import Format, Key
 from mapconv.exporting.servers import Server
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.weights import PlacedModule
@@ -32,10 +32,14 @@ class Limits:
     def one_rank(self) -> bool:
         return self.format.one_rank or (self.server is not None and not self.server.patterns)
 
-    def holds(self, placed: PlacedAdapter, item: PlacedModule) -> bool:
-        """Whether a module's factors can be written at all."""
-        if self.format.place is not None and self.format.place(placed, item) is None:
-            return False
+    def held(self, placed: PlacedAdapter) -> frozenset[Key]:
+        """The modules whose factors can be written."""
+        names = None if self.format.names is None else self.format.names(placed)
+        return frozenset(
+            item.key for item in placed.modules if self._holds(item) and (names is None or item.key in names)
+        )
+
+    def _holds(self, item: PlacedModule) -> bool:
         if item.module.embedding:
             is_dora = self.dora and item.module.magnitude is not None
             return self._both("embeddings") and (self.format.dora_embeddings or not is_dora)
@@ -55,10 +59,11 @@ class Limits:
 
     def without(self, placed: PlacedAdapter) -> PlacedAdapter:
         """The adapter without the parts that are left over; of whole tensors either all can be written, or none are."""
+        held = self.held(placed)
         kept = tuple(
             replace(item, module=replace(item.module, bias=item.module.bias if self._holds_biases else None))
             for item in placed.modules
-            if self.holds(placed, item)
+            if item.key in held
         )
         if all(map(self.holds_whole, placed.adapter.whole)):
             return replace(placed, modules=kept)
@@ -67,8 +72,9 @@ class Limits:
         return replace(placed, adapter=adapter, modules=kept)
 
     def _left_over(self, placed: PlacedAdapter) -> Iterator[str]:
+        held = self.held(placed)
         for item in placed.modules:
-            if not self.holds(placed, item):
+            if item.key not in held:
                 yield item.module.path
             elif item.module.bias is not None and not self._holds_biases:
                 yield f"{item.module.path}.lora_B.bias"

@@ -12,6 +12,8 @@ from mapconv.options.shared import (
     ALLOW_PICKLE,
     BASE,
     DEVICE,
+    DORA_AXIS,
+    DORA_NORM,
     DTYPE,
     MAX_RANK,
     OUT,
@@ -21,7 +23,7 @@ from mapconv.options.shared import (
     TOLERANCE,
 )
 
-FORMATS = ("peft", "mlx", "gguf")
+FORMATS = ("peft", "diffusers", "kohya", "comfyui", "mlx", "gguf")
 SERVER_NAMES = ("vllm", "sglang", "tensorrt-llm", "llama.cpp", "ollama", "comfyui", "lorax")
 
 
@@ -71,6 +73,8 @@ EXPORT = Command(
     MAX_RANK,
     DTYPE,
     DEVICE,
+    DORA_AXIS,
+    DORA_NORM,
     ALLOW_PICKLE,
     TALK,
     rules=(

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mapconv
-from mapconv.exporting.ggufnames import ARCHITECTURES, gguf_name
 from tests.cli.refusals import assert_refused, nothing_written
 from tests.files import edit_json
 from tests.models import load_adapted, load_base, log_probabilities, merged_by_peft, save_adapter
@@ -28,19 +27,6 @@ def assert_same_weights(base: Path, out: Path, source: Path) -> None:
     assert wanted.keys() == got.keys()
     for name, weight in wanted.items():
         torch.testing.assert_close(got[name], weight, rtol=0, atol=2e-6 * float(weight.abs().max()))
-
-
-@pytest.fixture(scope="module")
-def uneven(models: Path, base: Path) -> Path:
-    """A LoRA with all that servers read differently: rsLoRA, patterns, a regular expression."""
-    return save_adapter(
-        base,
-        models / "uneven",
-        use_rslora=True,
-        rank_pattern={"v_proj": 7},
-        alpha_pattern={"down_proj": 3.0},
-        target_modules=r".*\.(q_proj|v_proj|down_proj)",
-    )
 
 
 def test_a_lora_for_vllm_is_the_same_function_in_the_form_that_servers_read(run, base, uneven, tmp_path):
@@ -92,6 +78,11 @@ def test_a_map_adapter_is_exported_as_the_function_that_it_is(base, lora, dora, 
     assert exact.worst_error == 0
     assert_same_weights(base, tmp_path / "stock", tmp_path / "gained")
     assert mapconv.export(tmp_path / "gained", tmp_path / "again", server="vllm").worst_error > 0
+
+
+def test_a_lora_of_a_lower_rank_stays_a_lora(lora, tmp_path):
+    assert mapconv.export(lora, tmp_path / "out", to="peft", rank=2).worst_error > 0
+    assert (config_of(tmp_path / "out")["r"], config_of(tmp_path / "out")["use_dora"]) == (2, False)
 
 
 def test_a_server_that_computes_dora_gets_it(base, dora, tmp_path):
@@ -161,94 +152,14 @@ def test_outputs(run, lora, base, tmp_path):
     assert run("export", lora, "--to", "gguf", "-o", tmp_path / "lora.gguf", "--force").status == 0
 
 
-def gguf_update(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    return tensors[f"{name}.lora_b"].double() @ tensors[f"{name}.lora_a"].double()
-
-
-def read_gguf(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    gguf = pytest.importorskip("gguf")
-    reader = gguf.GGUFReader(path)
-    return (
-        {name: field.contents() for name, field in reader.fields.items()},
-        {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors},
-    )
-
-
-def as_converted(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of q or k as llama.cpp's converter of models stores them (``LlamaModel.permute``)."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
-
-
-@pytest.mark.parametrize("source", ["lora", "uneven"])
-def test_gguf_changes_the_converted_base_as_the_source_changes_its_own(source, base, tmp_path, request):
-    adapter = request.getfixturevalue(source)
-    mapconv.export(adapter, tmp_path / "out.gguf", server="llama.cpp")
-    fields, tensors = read_gguf(tmp_path / "out.gguf")
-    assert (fields["general.type"], fields["adapter.type"]) == ("adapter", "lora")
-    assert fields["general.architecture"] == "llama"
-    # The reader divides alpha by each tensor's own rank, and takes 0 for a scale of 1.
-    assert fields["adapter.lora.alpha"] == (4.0 if source == "lora" else 0.0)
-    W, T = load_base(base).state_dict(), merged_by_peft(base, adapter)
-    config = json.loads((base / "config.json").read_text())
-    changed = 0
-    for name, weight in T.items():
-        path = gguf_name(name.removesuffix(".weight"), config)
-        if path is None or f"{path}.lora_a" not in tensors:
-            torch.testing.assert_close(weight, W[name].double())
-            continue
-        wanted = weight - W[name].double()
-        if "q_proj" in name or "k_proj" in name:
-            wanted = as_converted(wanted, 4 if "q_proj" in name else 2)
-        torch.testing.assert_close(gguf_update(tensors, path), wanted, rtol=0, atol=1e-6)
-        changed += 1
-    assert 2 * changed == len(tensors)
-
-
-def test_gguf_of_embeddings_is_read_by_tokens(base, models, tmp_path):
-    source = save_adapter(base, models / "embedded", target_modules=["embed_tokens", "q_proj"])
-    mapconv.export(source, tmp_path / "out.gguf", to="gguf")
-    _, tensors = read_gguf(tmp_path / "out.gguf")
-    A, B = tensors["token_embd.weight.lora_a"], tensors["token_embd.weight.lora_b"]
-    name = "model.embed_tokens.weight"
-    wanted = merged_by_peft(base, source)[name] - load_base(base).state_dict()[name].double()
-    torch.testing.assert_close(A.double() @ B.double().T, wanted, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_gguf_in_half_precision(dtype, base, lora, tmp_path):
-    result = mapconv.export(lora, tmp_path / "out.gguf", to="gguf", dtype=dtype)
-    assert 0 < result.worst_error < 0.01
-    gguf = pytest.importorskip("gguf")
-    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
-    assert kinds == {"F16" if dtype == "float16" else "BF16"}
-
-
-def test_gguf_names_are_those_of_its_own_table():
-    gguf = pytest.importorskip("gguf")
-    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    own = [
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-    ]
-    for kind, (architecture, _) in ARCHITECTURES.items():
-        table = gguf.get_tensor_name_map(numbers[architecture], 3)
-        for path in [*(f"model.layers.2.{name}" for name in own), "model.embed_tokens", "lm_head"]:
-            mapped = table.get_name(path)
-            if mapped is not None:
-                assert gguf_name(path, {"model_type": kind}) == f"{mapped}.weight", (kind, path)
-    assert gguf_name("lm_head", {"model_type": "llama", "tie_word_embeddings": True}) is None
-
-
-def test_a_number_of_heads_that_the_rows_do_not_have(run, lora, own_base, tmp_path):
-    edit_json(own_base / "config.json", num_attention_heads=5)
-    with nothing_written(tmp_path / "base"):
-        result = run("export", lora, "--to", "gguf", "-o", tmp_path / "x.gguf", "--base", own_base)
-    assert_refused(result, "config.json says 5 attention heads")
-    assert not (tmp_path / "x.gguf").exists()
+@pytest.mark.parametrize(("to", "file"), [("peft", "out"), ("mlx", "out"), ("gguf", "out.gguf")])
+def test_a_map_adapter_comes_back_from_every_format(to, file, base, lora, tmp_path):
+    mapconv.upgrade(lora, tmp_path / "map", base=base)
+    mapconv.export(tmp_path / "map", tmp_path / file, to=to, base=base)
+    mapconv.merge(tmp_path / file, tmp_path / "merged", base=base)
+    got, wanted = load_file(tmp_path / "merged" / "model.safetensors"), merged_by_peft(base, lora)
+    for name, weight in wanted.items():
+        torch.testing.assert_close(got[name].double(), weight, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("source", ["lora", "dora", "uneven"])

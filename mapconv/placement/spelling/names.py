@@ -60,6 +60,15 @@ class SpelledNames:
                 found.setdefault(_prefixed(location, part.prefix), part.prefix + path)
         return [Reading(path, location) for location, path in found.items()]
 
+    def spelled(self) -> dict[Location, tuple[Component, list[str]]]:
+        """The model of each module of the base and its names there, the base's own first."""
+        found: dict[Location, tuple[Component, list[str]]] = {}
+        for part, table in self._exact.items():
+            for path, locations in table.items():
+                for location in locations:
+                    found.setdefault(_prefixed(location, part.prefix), (part, []))[1].append(path)
+        return found
+
     def _parts(self, spelling: Spelling) -> list[Component]:
         return [part for part in self._exact if not part.roles or set(part.roles) & set(spelling.components)]
 
