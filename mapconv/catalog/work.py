@@ -70,17 +70,17 @@ def _convert(job: Job, table: dict[str, Any]) -> None:
     if "rebase" in stages:
         table["stage"] = "rebase"
         result = mapconv.rebase(job.source, job.output, base=job.base, force=True, **stages["rebase"])
-        base, apart = result.onto, {"against_base": result.base}
+        base, modules, apart = result.onto, result.modules, {"against_base": result.base}
         if result.served is not None:
             table["kl"] = result.served.rebased.kl
     elif "extract" in stages:
         table["stage"] = "extract"
+        assert job.base is not None  # the catalog file's rules ask for it
         result = mapconv.extract(job.source, job.output, base=job.base, force=True, **stages["extract"])
-        base = result.base
+        base, modules = result.base, result.scalars
     else:
         result = mapconv.upgrade(job.source, job.output, base=job.base, force=True, **stages["upgrade"])
-        base = result.base
-    modules = result.scalars if "extract" in stages else result.modules
+        base, modules = result.base, result.modules
     if "calibrate" in stages:
         table["stage"] = "calibrate"
         trained = mapconv.calibrate(

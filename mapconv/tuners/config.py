@@ -36,11 +36,11 @@ def tuner_config(method: TunerMethod, modules: Sequence[Module]) -> Any:
     Raises:
         UnsupportedError: a field that the installed PEFT does not know, or a size that no tensor of the file has.
     """
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     kind = str(method.config["peft_type"]).upper()
-    known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)])}
     largest = max(_ANY_SIZE, *(ref.numel for module in modules for _, ref in module.own))
     values: dict[str, Any] = {}
     for name, value in method.config.items():
@@ -69,7 +69,8 @@ def tuner_config(method: TunerMethod, modules: Sequence[Module]) -> Any:
     if "progressbar" in known:
         values["progressbar"] = False
     feedforward = values.pop("feedforward_modules", None)
-    config = PeftConfig.from_peft_type(peft_type=kind, **values, inference_mode=True)
+    # The class of one method, whose fields PEFT does not tell from its name.
+    config: Any = PeftConfig.from_peft_type(peft_type=kind, **values, inference_mode=True)
     config.target_modules = set(paths)
     if feedforward is not None:
         config.feedforward_modules = feedforward

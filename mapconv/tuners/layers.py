@@ -222,11 +222,12 @@ def _base_layer(site: Site) -> torch.nn.Module:
         elif site.kind == "transposed":
             layer = Conv1D(site.shape[1], site.shape[0])
         elif site.kind == "embedding":
-            layer = torch.nn.Embedding(*site.shape)
+            layer = torch.nn.Embedding(site.shape[0], site.shape[1])
         else:
             out, inputs, *kernel = site.shape
             layer = _CONVOLUTIONS[len(site.shape)](inputs, out, tuple(kernel), bias=site.has_bias)
-    bias = _weightless(layer.bias.shape) if isinstance(getattr(layer, "bias", None), torch.Tensor) else None
+    held = getattr(layer, "bias", None)
+    bias = _weightless(held.shape) if isinstance(held, torch.Tensor) else None
     return _hold(layer, _weightless(site.shape), bias)
 
 

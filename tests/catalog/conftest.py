@@ -121,7 +121,7 @@ def poison(adapter: Path, kind: str) -> None:
     elif kind == "no base":
         config.write_text(json.dumps(table | {"base_model_name_or_path": "/nowhere/model"}))
     elif kind == "method":
-        config.write_text(json.dumps(table | {"peft_type": "VERA"}))
+        config.write_text(json.dumps(table | {"peft_type": "POLY"}))
     elif kind == "pickle":
         torch.save(tensors, adapter / "adapter_model.bin")
         weights.unlink()
@@ -147,7 +147,7 @@ POISONS = {
     "no weights": ("AdapterError", "no adapter_model.safetensors"),
     "shape": ("PlacementError", "do not fit this base"),
     "no base": ("CheckpointError", "/nowhere/model"),
-    "method": ("UnsupportedError", "VERA"),
+    "method": ("UnsupportedError", "POLY"),
     "pickle": ("UnsupportedError", "pickle"),
     "json": ("AdapterError", "not JSON"),
     "empty": ("CheckpointError", "empty"),

@@ -104,7 +104,7 @@ def test_a_disk_that_fills_in_the_midst_of_a_tensor_or_of_the_ledger(adapters, t
 
     stops = 0
     for _ in range(20):
-        left[0] = 4000
+        left[0] = 2500
         with monkeypatch.context() as patch:
             for name in honest:
                 patch.setattr(os, name, limited(name))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, VeraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import mapconv
@@ -69,24 +69,6 @@ def test_lora_options_without_a_fixed_merge(option, workshop: Workshop, tmp_path
         targets = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]}
         LoraConfig(**targets, **arguments).save_pretrained(adapter)
     assert_refused(adapter, base, tmp_path, name, reason)
-
-
-@pytest.mark.parametrize(
-    ("config", "name"),
-    [
-        (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3"),
-        (LoHaConfig(target_modules=["q_proj"]), "LoHa"),
-        (LoKrConfig(target_modules=["q_proj"]), "LoKr"),
-        (VeraConfig(target_modules=["q_proj"]), "VeRA"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_other_methods_are_named(config, name, workshop: Workshop, tmp_path):
-    base = workshop.bases.folder("llama", "default")
-    model = get_peft_model(load_base(LLAMA, base), config)
-    randomise(model, seed=1)
-    model.save_pretrained(tmp_path / "adapter")
-    assert_refused(tmp_path / "adapter", base, tmp_path, name, "LoRA")
 
 
 def test_x_lora_is_named(workshop: Workshop, tmp_path):

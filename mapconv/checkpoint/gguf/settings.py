@@ -33,7 +33,7 @@ class Settings:
         value = self.find(key)
         if value is None and default is not None:
             return default
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
             raise CheckpointError(
                 f"{self.file.path} has {self.architecture}.{key} {self._shown(value)}, expected a number: give the "
                 "16-bit or 32-bit model with --base."

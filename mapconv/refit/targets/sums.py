@@ -71,7 +71,7 @@ def weighted_sum(effects: Sequence[Effect], weights: Sequence[float]) -> Effect:
     """Σ w_i·(T_i − W0), with the factors side by side: B (n, Σr), A (Σr, m)."""
     excesses = [w * item.excess for item, w in zip(effects, weights, strict=True) if item.excess is not None]
     B = torch.cat([w * item.B for item, w in zip(effects, weights, strict=True)], dim=1)
-    return Effect(sum(excesses) if excesses else None, B, torch.cat([item.A for item in effects]))
+    return Effect(torch.stack(excesses).sum(0) if excesses else None, B, torch.cat([item.A for item in effects]))
 
 
 class SumTarget(RowsTarget):
