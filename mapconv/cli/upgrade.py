@@ -124,7 +124,8 @@ def advice_for(result: UpgradeResult, chosen: Mapping[str, Any]) -> str | None:
     if worst <= LARGE_ERROR:
         return None
     if result.method == "LoRA":
-        return "ε is large because --rank is below the source's own rank: without --rank the result is exact"
+        option = "--rank" if chosen["rank"] else "--rank-at-most"
+        return f"ε is large because {option} is below the source's own rank: without {option} the result is exact"
     ways = [] if chosen["data"] is not None else ["--data FILE fits layer outputs instead of weights"]
     if chosen["rank"] is None:
         ways += [*exact, "--tolerance 0.1 chooses ranks"]

@@ -13,7 +13,8 @@ from mapconv.checkpoint.gguf.header import is_gguf
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.checkpoint.sidecars import brings_tokenizer, copy_model_files, copy_pipeline_files, write_model_config
 from mapconv.checkpoint.staging import write_file
-from mapconv.errors import DataError, DependencyError
+from mapconv.errors import CheckpointError, DataError, DependencyError
+from mapconv.jsonfile import read_object
 from mapconv.merging.plan import MergePlan
 from mapconv.runtime.models import load_tokenizer
 
@@ -80,6 +81,6 @@ def _write_index(plan: MergePlan, model: Checkpoint, prefix: str, target: Path) 
 def _parts_without_weights(checkpoint: Checkpoint) -> list[Path]:
     """A pipeline's schedulers and tokenizers: the folders that its list names and that hold no model."""
     models = {model.folder for model in checkpoint.models}
-    listed = json.loads((checkpoint.folder / PIPELINE_FILE).read_bytes())
+    listed = read_object(checkpoint.folder / PIPELINE_FILE, CheckpointError)
     folders = (checkpoint.folder / name for name in listed if name == os.path.basename(name))
     return sorted(folder for folder in folders if folder.is_dir() and folder not in models)
