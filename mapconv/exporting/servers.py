@@ -1,4 +1,4 @@
-"""What each server takes of an adapter: one row for each server and range of its versions.
+"""What each server takes of an adapter: one row for each server.
 
 A rule is what the server's own reader does, in the file that the comment names. What a server would load and then
 compute wrongly (a field that it does not read) counts as refused.
@@ -20,7 +20,7 @@ class Server:
     Args:
         name: as ``--for`` has it.
         title: as it is written.
-        versions: which of its versions were read.
+        as_of: the month of the sources that were read; empty where they bore no date.
         formats: what it loads, the first by default.
         largest_rank: of any module; None: no limit.
         usual_rank: what it takes unless it is started with ``rank_option``.
@@ -37,7 +37,7 @@ class Server:
 
     name: str
     title: str
-    versions: str
+    as_of: str
     formats: tuple[str, ...]
     largest_rank: int | None = None
     usual_rank: int | None = None
@@ -61,7 +61,7 @@ SERVERS = (
     Server(
         "vllm",
         "vLLM",
-        "0.10 to 0.11",
+        "",
         ("peft",),
         largest_rank=512,
         usual_rank=16,
@@ -71,12 +71,12 @@ SERVERS = (
         embeddings=True,
     ),
     # python/sglang/srt/lora/lora.py (scaling), lora_config.py, lora_manager.py (admission).
-    Server("sglang", "SGLang", "0.5", ("peft",)),
+    Server("sglang", "SGLang", "", ("peft",)),
     # tensorrt_llm/lora_manager.py.
     Server(
         "tensorrt-llm",
         "TensorRT-LLM",
-        "1.0",
+        "",
         ("peft",),
         largest_rank=64,
         rslora=True,
@@ -84,7 +84,7 @@ SERVERS = (
         saved_modules=("lm_head", "embed_tokens"),
     ),
     # src/llama-adapter.cpp, convert_lora_to_gguf.py.
-    Server("llama.cpp", "llama.cpp", "2025", ("gguf",), patterns=True, embeddings=True),
+    Server("llama.cpp", "llama.cpp", "", ("gguf",), patterns=True, embeddings=True),
     # llm/llama: one adapter a model, read by llama.cpp; server/create.go.
     Server("ollama", "Ollama", "2026-08", ("gguf",), patterns=True, architectures=("llama", "gemma2")),
     # server/lorax_server/adapters/lora.py.
