@@ -21,10 +21,13 @@ from mapconv.wording import counted
 
 @dataclass(frozen=True)
 class FeedbackRun:
-    """The passes over the data, and what is to be said and recorded of it."""
+    """The passes over the data, and what is to be said and recorded of it.
+
+    ``notes`` is complete once a merge has gone through ``groups``: only then is it known what no input reached.
+    """
 
     groups: Callable[[MergePlan], Iterator[Group]]
-    notes: tuple[str, ...]
+    notes: list[str]
     record: dict[str, Any]
 
 
@@ -59,11 +62,24 @@ def feedback_run(
         waiting = {id(job): job for job in plan.jobs if isinstance(job, MergeJob)}
         yield [job for job in plan.jobs if not isinstance(job, MergeJob)], None
         device = resolve_device("auto")
+        unseen: list[str] = []
         for modules, roots in input_roots(placed, sample.sequences, statistics="full", device=device, quiet=quiet):
-            yield _of_modules(waiting, [item.module.path for item in modules]), Feedback(roots)
+            jobs, feedback = _of_modules(waiting, [item.module.path for item in modules]), Feedback(roots)
+            unseen += [job.target.name for job in jobs if not feedback.covers(job)]
+            yield jobs, feedback
+        unseen += [job.target.name for job in waiting.values()]
         yield list(waiting.values()), None
+        if unseen and (note := _unseen(unseen)) not in notes:
+            notes.append(note)
 
-    return FeedbackRun(groups, tuple(notes), sample.record)
+    return FeedbackRun(groups, notes, sample.record)
+
+
+def _unseen(names: Sequence[str]) -> str:
+    return (
+        f"{counted(len(names), 'merged tensor')} (first: {names[0]}) had no inputs to weigh errors by, as embeddings, "
+        "stacked experts and layers that the data never reached have none: rounded to nearest"
+    )
 
 
 def _of_modules(waiting: dict[int, MergeJob], paths: Sequence[str]) -> list[MergeJob]:

@@ -166,7 +166,6 @@ def merge(
     if rounding == "feedback" and data is not None:
         sizes = {"samples": samples or SAMPLES.fallback, "length": SEQUENCE_LENGTH.fallback}
         run = feedback_run(plan, placed[0], Path(data), **sizes, quiet=quiet)
-        notes += run.notes
     recompute = (scales or SCALES.fallback) == "recompute"
     if min_survival is not None:
         groups = None if run is None else run.groups(plan)
@@ -188,7 +187,7 @@ def merge(
         if not force:
             _check_base(placed, merged)
         notes += write_companions(plan, sources[0], staging, dtype, copied=in_codes)
-        notes += _advice(merged, rounding) + _saturation(merged)
+        notes += [*([] if run is None else run.notes), *_advice(merged, rounding), *_saturation(merged)]
         record = merge_record(placed, weights) | {"survival": survival_record(merged)}
         record["rounding"] = {"method": rounding, "data": None if run is None else run.record}
         if plan.target.encoded:

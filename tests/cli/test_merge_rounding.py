@@ -62,6 +62,8 @@ def test_embeddings_are_rounded_to_nearest(half_base, text, tmp_path):
     left, right = read_tensors(fed.out), read_tensors(plain.out)
     differing = {name for name in left if not torch.equal(left[name], right[name])}
     assert differing == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)}
+    (said,) = [note for note in fed.notes if "rounded to nearest" in note]
+    assert "1 merged tensor (first: model.embed_tokens.weight)" in said
 
 
 @pytest.mark.parametrize(
