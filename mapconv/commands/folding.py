@@ -38,8 +38,12 @@ class Folding:
 
     def check(self, adapter_out: Path, *, force: bool) -> None:
         """Refuse a place that is taken, or that is the adapter's."""
-        if self._folder.resolve() == adapter_out.resolve():
-            raise OutputError(f"{self._folder} is the output of the adapter as well: give the base another folder.")
+        own, other = self._folder.resolve(), adapter_out.resolve()
+        if own.is_relative_to(other) or other.is_relative_to(own):
+            raise OutputError(
+                f"{self._folder} and the adapter's output {adapter_out} lie in one another: give "
+                "the base a folder apart."
+            )
         inputs = [self._rest.adapter.path, self._plan.target.folder]
         check_output(self._folder, force=force, inputs=inputs, nbytes=self._plan.nbytes)
 

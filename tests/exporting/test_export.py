@@ -97,6 +97,9 @@ def test_what_a_server_does_not_take_is_refused_by_name_or_folded(run, base, mod
     save_file(tensors | {head: tensors[head] + 1}, source / "adapter_model.safetensors", {"format": "pt"})
     with nothing_written(tmp_path):
         assert_refused(run("export", source, "--for", "vllm", "-o", tmp_path / "out"), "lm_head.weight", "--fold-into")
+        for inside in (tmp_path / "out" / "base", tmp_path):
+            result = run("export", source, "--for", "vllm", "-o", tmp_path / "out", "--fold-into", inside)
+            assert_refused(result, "a folder apart")
     folded = run("export", source, "--for", "vllm", "-o", tmp_path / "out", "--fold-into", tmp_path / "folded")
     assert folded.status == 0, folded.err
     assert "lm_head.weight" in folded.out
