@@ -20,8 +20,9 @@ from mapconv.nn.bases import base_fingerprint, is_grouped, kind_of, matrix_shape
 from mapconv.nn.checkpoints import serve_trainers
 from mapconv.nn.updates import DoraUpdate, Update
 
-#: The least ‖BA‖ that β is divided by where training starts at B = 0: with Adam it is reached after some ten steps, so
-#: that the first of them are those of a LoRA, with gradients of one size. Values from 0.03 to 1 serve as well.
+#: The least ‖BA‖ that β is divided by where training starts at B = 0: the first steps are then those of a LoRA, with
+#: gradients of the size that the later ones have. It is between 0.03 and 1, where a floor was found to do for what the
+#: authors do by clipping; the value itself has not been tuned.
 EPS = 0.1
 #: β at the start as a share of ‖W0‖: near what a LoRA's update has at the end of a short training (a median of 6.6 %
 #: on MiniLM, 0.5 to 2.3 % in the upper layers of a language model).
