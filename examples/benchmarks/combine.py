@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from llama_shape import LINEARS, write_adapter, write_model
+from measure import mapconv, python
 
 _BOUND = """
 import sys
@@ -56,15 +56,6 @@ def write_adapters(folder: Path, base: Path, layers: int, count: int) -> list[Pa
     return made
 
 
-def measured(command: list[str]) -> tuple[float, float]:
-    """(CPU seconds, peak MB) of a command that finds no norms in the cache."""
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"MAPCONV_CACHE": "off"})
-    _, status, usage = os.wait4(run.pid, 0)
-    if status:
-        raise SystemExit(f"{command} failed")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -75,13 +66,13 @@ def main() -> None:
     base = write_model(arguments.folder / f"base-{arguments.layers}", arguments.layers)
     adapters = write_adapters(arguments.folder, base, arguments.layers, arguments.adapters)
     names, out = [str(adapter) for adapter in adapters], arguments.folder / "combined"
-    bound, peak = measured([sys.executable, "-c", _BOUND, str(base), *names])
-    print(f"reading them and the base's norms: {bound:.1f} s of CPU, {peak:.0f} MB", flush=True)
-    command = [sys.executable, "-m", "mapconv", "combine", *names, "--base", str(base), "-o", str(out), "--force", "-q"]
+    os.environ["MAPCONV_CACHE"] = "off"  # no run finds the norms that another has left
+    bound = python(_BOUND, base, *names)
+    print(f"reading them and the base's norms: {bound.cpu:.1f} s of CPU, {bound.megabytes:.0f} MB", flush=True)
     for options in (["--rank", str(arguments.rank)], []):
-        seconds, peak = measured([*command, *options])
-        shown = " ".join(options) or "(exact)"
-        print(f"mapconv combine {shown}: {seconds:.1f} s of CPU ({seconds / bound:.1f} ×), {peak:.0f} MB", flush=True)
+        run = mapconv("combine", *names, "--base", base, "-o", out, "--force", "-q", *options)
+        shown, ratio = " ".join(options) or "(exact)", run.cpu / bound.cpu
+        print(f"mapconv combine {shown}: {run.cpu:.1f} s of CPU ({ratio:.1f} ×), {run.megabytes:.0f} MB", flush=True)
     config = json.loads((adapters[0] / "adapter_config.json").read_text())
     scaling, worst = config["lora_alpha"] / config["r"], 0.0
     made = load_file(out / "adapter_model.safetensors")

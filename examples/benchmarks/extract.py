@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from llama_shape import LINEARS, write_model
+from measure import mapconv
 
 
 def write_finetune(folder: Path, base: Path, *, share: float = 0.01, directions: int = 64) -> Path:
@@ -54,15 +53,6 @@ def tensor(folder: Path, name: str) -> torch.Tensor:
         return file.get_tensor(name)
 
 
-def measured(command: list[str]) -> tuple[float, float]:
-    """(CPU seconds, peak MB) of a command."""
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(run.pid, 0)
-    if status:
-        raise SystemExit(f"{command} failed")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -74,9 +64,8 @@ def main() -> None:
     tuned = write_finetune(arguments.folder / f"tuned-{arguments.layers}", base)
     out = arguments.folder / "extracted"
     for options in ([], ["--lora-compatible"]):
-        command = [sys.executable, "-m", "mapconv", "extract", str(tuned), "--base", str(base), "-o", str(out)]
-        seconds, peak = measured([*command, "--rank", str(arguments.rank), "--force", "-q", *options])
-        print(f"mapconv extract {' '.join(options)}: {seconds:.1f} s of CPU, {peak:.0f} MB", flush=True)
+        run = mapconv("extract", tuned, "--base", base, "-o", out, "--rank", arguments.rank, "--force", "-q", *options)
+        print(f"mapconv extract {' '.join(options)}: {run.cpu:.1f} s of CPU, {run.megabytes:.0f} MB", flush=True)
     modules = {m["path"]: m for m in json.loads((out / "map_config.json").read_text())["modules"]}
     started, worst = time.process_time(), 0.0
     for layer in range(arguments.svd_layers):
@@ -85,7 +74,7 @@ def main() -> None:
             change = tensor(tuned, f"{path}.weight").float() - tensor(base, f"{path}.weight").float()
             torch.linalg.svd(change, full_matrices=False)
     peer = (time.process_time() - started) * arguments.layers / arguments.svd_layers
-    print(f"float32 SVDs of all weights: {peer:.0f} s of CPU ({peer / seconds:.0f} ×), scaled up", flush=True)
+    print(f"float32 SVDs of all weights: {peer:.0f} s of CPU ({peer / run.cpu:.0f} ×), scaled up", flush=True)
     for name in ("self_attn.q_proj", "self_attn.k_proj"):
         path = f"model.layers.0.{name}"
         change = tensor(tuned, f"{path}.weight").double() - tensor(base, f"{path}.weight").double()

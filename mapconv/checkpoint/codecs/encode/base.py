@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
 
@@ -199,7 +199,7 @@ class WrittenBytes:
         key = (owner, name)
         if key not in self._kept:
             self._kept[key] = make()
-        return self._kept[key]  # type: ignore[return-value]
+        return cast(T, self._kept[key])  # made by this owner under this name
 
 
 def pack_bits(codes: torch.Tensor, bits: int, nbytes: int) -> torch.Tensor:
