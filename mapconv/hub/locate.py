@@ -88,7 +88,7 @@ def locate_base(base: str | Path | None, recorded: str | None, revision: str | N
 
 
 def open_base(
-    base: str | Path | None,
+    base: str | Path | HubReference | None,
     recorded: str | None,
     revision: str | None,
     adapter: Path,
@@ -136,13 +136,15 @@ def _opened(reference: HubReference, hint: str, *, lean: bool, root: Path | None
 
 
 def find_base(
-    base: str | Path | None, recorded: str | None, revision: str | None, adapter: Path
+    base: str | Path | HubReference | None, recorded: str | None, revision: str | None, adapter: Path
 ) -> Path | HubReference:
     """Where the base model is, on this machine or on the Hub; arguments as of ``locate_base``.
 
     Raises:
         CheckpointError: neither names a model that can be had.
     """
+    if isinstance(base, HubReference):
+        return base
     if base is not None and str(base) == ORIGINAL and not is_folder(ORIGINAL):
         base = original_of_base(None, recorded, revision, adapter)
     name = str(base) if base is not None else recorded

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ def ranged_checkpoint(
     """
     pinned = origin_of(snapshot)
     assert pinned is not None  # a snapshot lies in the client's cache
-    folder = _own_folder(_lean_folder(pinned, root))
+    folder = own_folder(_lean_folder(pinned, root))
     # A repository of GGUF files alone has nothing small, and so no snapshot.
     for path in snapshot.rglob("*") if snapshot.is_dir() else ():
         if path.is_file() and path.suffix not in _WEIGHTS:
@@ -146,8 +147,11 @@ class RangedSource:
 
     def drop(self, spans: Iterable[FileSpan]) -> None:
         """Give back the room of these ranges, on a file system that can (``checkpoint.sparse.can_punch``)."""
+        by_file: dict[Path, list[Span]] = defaultdict(list)
         for file, start, stop in spans:
-            self._files[file].drop([(start, stop)])
+            by_file[file].append((start, stop))
+        for file, found in by_file.items():
+            self._files[file].drop(found)
 
     def keep_only(self, spans: Iterable[FileSpan]) -> None:
         """Give back the room of all but the headers and these ranges."""
@@ -220,7 +224,7 @@ def _parts(start: int, stop: int) -> Iterator[Span]:
         yield first, min(first + _REQUEST_BYTES, stop)
 
 
-def _own_folder(folder: Path) -> Path:
+def own_folder(folder: Path, advice: str = "set HF_ASSETS_CACHE to a folder of your own") -> Path:
     """Make the folder for this user alone: who can write in it could put other weights in the place of the model's.
 
     Raises:
@@ -229,7 +233,7 @@ def _own_folder(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     owner = folder.stat().st_uid
     if folder.is_symlink() or owner != os.getuid():
-        raise HubError(f"{folder} belongs to another user: set HF_ASSETS_CACHE to a folder of your own.")
+        raise HubError(f"{folder} belongs to another user: {advice}.")
     folder.chmod(0o700)
     return folder
 

@@ -12,6 +12,7 @@ from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import AdapterError, CheckpointError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter
 from mapconv.hub.locate import open_base
+from mapconv.hub.reference import HubReference
 from mapconv.placement.authors_scalars import with_gains
 from mapconv.placement.bases import plain_base
 from mapconv.placement.by_name import linear_paths, place, require_all_targets
@@ -60,7 +61,7 @@ def place_adapter(
 
 def place_adapters(
     sources: Sequence[Path],
-    base: str | Path | None,
+    base: str | Path | HubReference | None,
     *,
     allow_pickle: bool = False,
     lean: bool = False,
