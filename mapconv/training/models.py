@@ -97,7 +97,7 @@ class CalibrationModels:
         updates = updates_of(self._model, MAP).values()
         if hold_gain:
             for update in updates:
-                update.relative_alpha.requires_grad_(False)
+                update.hold_gain()
         self._sized = [(scalar, 1.0) for update in updates for scalar in update.scalars if scalar.requires_grad]
         if train == "all":
             self._sized += [(factor, _size(factor, update)) for update in updates for factor in update.factors]
@@ -192,4 +192,4 @@ class CalibrationModels:
 def _size(factor: torch.Tensor, update: Update) -> float:
     """A factor's root mean square entry over β/‖W0‖, of which a value near zero says nothing."""
     size = float(factor.detach().double().square().mean().sqrt()) or 1.0
-    return size / max(abs(float(update.relative_beta.detach())), _SMALLEST_SHARE)
+    return size / max(float(update.relative_beta.detach().abs().mean()), _SMALLEST_SHARE)
