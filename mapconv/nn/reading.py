@@ -66,6 +66,7 @@ class UpdateReader:
         with values_of(layer, live) if scalars is None or check_base else nullcontext() as weight:
             norm, projection = self._base_facts(module, None, weight, live)
         if module.path in self._authors:
+            assert projection is not None  # the weight was measured: there is no record
             found = Fingerprint(norm**2, projection)
             scalars = as_map(module, self._authors[module.path], found, product_norm(B, A))
         update = self._dora(module, scalars, norm, A, B) if module.magnitude else self._low_rank(scalars, norm, A, B)

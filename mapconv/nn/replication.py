@@ -52,7 +52,7 @@ def replicate(model: nn.Module, ranges: Ranges) -> Replicated:
         copies.append(_clone(layers[layer]))
         for module in copies[-1].modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = number  # pyright: ignore[reportAttributeAccessIssue]
+                vars(module)["layer_idx"] = number
     setattr(parent, leaf, copies)
     for name in table:
         setattr(config, name, longer[name])

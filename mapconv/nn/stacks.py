@@ -163,9 +163,7 @@ class MapParameterLayer(MapLayer):
         # Autocast would round W', where a float32 layer is only rounded as it is used.
         with torch.autocast(self.update(self.active).A.device.type, enabled=False), self.target.weights() as weights:
             merged = self._stored(self.update(self.active).merged(weights, weights.dtype))
-        inner, place = self.base_layer, self.name
-        while isinstance(inner, MapParameterLayer):
-            inner, place = inner.base_layer, f"base_layer.{place}"
+        place = ".".join([*["base_layer"] * (len(wrapped_names(self)) - 1), self.name])
         return functional_call(self.base_layer, {place: merged}, arguments, settings, tie_weights=False)
 
     def merged_weight(self, update: Update, dtype: torch.dtype) -> torch.Tensor:

@@ -13,6 +13,7 @@ from mapconv.data import IGNORED, Objective
 from mapconv.errors import UnsupportedError
 from mapconv.nn import detach, load_adapter, set_adapter
 from mapconv.nn.attaching import updates_of
+from mapconv.nn.stacks import StackUpdate
 from mapconv.nn.updates import Update
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.running import load_base
@@ -110,6 +111,11 @@ class CalibrationModels:
     @property
     def trained(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter, _ in self._sized]
+
+    @property
+    def has_stacks(self) -> bool:
+        """Whether the adapter has stacked parameters, beside which no α is trained."""
+        return any(isinstance(update, StackUpdate) for update in updates_of(self._model, MAP).values())
 
     @property
     def stores_float32(self) -> bool:
