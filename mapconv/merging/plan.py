@@ -191,8 +191,8 @@ def _refuse_weight(adapter: PlacedAdapter, weight: float) -> None:
     whole += [item.tensor for item in adapter.adapter.additions]
     if weight != 1.0 and whole:
         raise UnsupportedError(
-            f"{adapter.adapter.path} changes {whole[0].name}, which is no update of a weight and cannot be scaled by "
-            f"--weights ({weight:g}): give this adapter the weight 1."
+            f"{adapter.adapter.path} changes {whole[0].name}, which is not an update of a weight and cannot be scaled "
+            f"by --weights ({weight:g}): give this adapter the weight 1."
         )
 
 

@@ -50,8 +50,8 @@ class UpdateReader:
         """One weight's update, in float32 on the CPU."""
         if module.magnitude is not None and not module.rescaling.is_peft:
             raise UnsupportedError(
-                f"{module.path} is a DoRA of a kind that PEFT has not (rescaled by {module.rescaling}): upgrade the "
-                "adapter, and load the result."
+                f"{module.path} is a DoRA of a kind that PEFT does not have (rescaled by {module.rescaling}): upgrade "
+                "the adapter, and load the result."
             )
         A, B = self._factor(module.lora_A), self._factor(module.lora_B)
         scalars = self._scalars.get((module.path, None))

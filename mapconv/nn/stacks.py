@@ -161,8 +161,8 @@ class MapParameterLayer(MapLayer):
         if self.active is None or self.is_merged:
             return self.base_layer(*arguments, **settings)
         # Autocast would round W', where a float32 layer is only rounded as it is used.
-        with torch.autocast(self.update(self.active).A.device.type, enabled=False), self.target.weights() as weights:
-            merged = self._stored(self.update(self.active).merged(weights, weights.dtype))
+        with torch.autocast(self.target.values.device.type, enabled=False):
+            merged = self.merged_weight(self.update(self.active), self.target.values.dtype)
         place = ".".join([*["base_layer"] * (len(wrapped_names(self)) - 1), self.name])
         return functional_call(self.base_layer, {place: merged}, arguments, settings, tie_weights=False)
 

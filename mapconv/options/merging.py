@@ -116,7 +116,7 @@ MERGE = Command(
     Option(
         "base_values",
         Choice(("original", "stored", "measured")),
-        "Of a quantized base: merge into its stored values, the original model, or what --data is likelier under.",
+        "For a quantized base: merge into its stored values, the original model, or whichever makes --data likelier.",
     ),
     Option(
         "original",

@@ -110,7 +110,7 @@ DEVICE = Option(
 DORA_AXIS = Option(
     "dora_axis",
     Choice(("out", "in")),
-    "Of a DoRA whose file does not say so: whether its magnitudes are those of outputs or of inputs.",
+    "For a DoRA whose file does not say: whether its magnitudes belong to outputs or to inputs.",
 )
 DORA_NORM = Option(
     "dora_norm",
