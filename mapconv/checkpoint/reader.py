@@ -67,6 +67,12 @@ class TensorReader:
                 self._descriptors[file] = os.open(file, os.O_RDONLY)
             return self._descriptors[file]
 
+    def opened(self, file: Path, start: int, stop: int) -> int:
+        """The descriptor of a file whose bytes [start, stop) are on the disk."""
+        if self._source is not None:
+            self._source.require(file, start, stop)
+        return self.descriptor(file)
+
     def read(self, ref: TensorRef) -> torch.Tensor:
         """The whole tensor, in its own dtype and shape; one that is stored in codes, in float32."""
         return self.read_range(ref, 0, ref.numel, torch.empty(_buffer_bytes(ref), dtype=torch.uint8)).view(ref.shape)
@@ -126,9 +132,7 @@ class TensorReader:
     def _read_into(self, target: torch.Tensor, ref: TensorRef, start: int) -> None:
         """Fill ``target`` (uint8) with the tensor's bytes from ``start`` on."""
         view, offset = target.numpy().data, ref.start + start
-        if self._source is not None:
-            self._source.require(ref.file, offset, offset + len(view))
-        descriptor = self.descriptor(ref.file)
+        descriptor = self.opened(ref.file, offset, offset + len(view))
         while view:
             count = os.preadv(descriptor, [view], offset)
             if count == 0:

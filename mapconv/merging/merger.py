@@ -110,7 +110,7 @@ class Merger:
     def run(self, job: CopyJob | ConvertJob | MergeJob, feedback: Feedback | None = None) -> MergedTensor | None:
         """Do one job; with ``feedback``, values are rounded with the layer's inputs in view."""
         if isinstance(job, CopyJob):
-            descriptor = self._reader.descriptor(job.source)
+            descriptor = self._reader.opened(job.source, job.source_offset, job.source_offset + job.nbytes)
             self._files[str(job.target)].copy_from(descriptor, job.source_offset, job.target_offset, job.nbytes)
             return None
         if isinstance(job, ConvertJob):
