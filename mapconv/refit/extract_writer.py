@@ -28,6 +28,9 @@ from mapconv.runtime.threads import in_order, worker_count
 
 log = logging.getLogger(__name__)
 
+#: Bytes that all workers together may take: both models' weights are held, beside what libraries take on their own.
+MEMORY = 128 << 20
+
 _DTYPES = {stored: name for name, stored in FLOAT_DTYPES.items()}
 
 
@@ -70,7 +73,7 @@ def write_extraction(
     """Refit every matrix into ``staging``; returns the modules in the order of ``placed``."""
     # The class's own spelling of a path is what a module goes by from here on.
     pairs = dict(zip((item.key for item in placed.modules), matrices, strict=True))
-    workers = worker_count(max(extractor.work(pair) for pair in matrices))
+    workers = worker_count(max(extractor.work(pair) for pair in matrices), MEMORY)
     results: dict[Any, Extracted] = {}
     sources: list[dict[str, Any]] = []
     directory = MapDirectory(placed, staging, sources=sources)

@@ -14,7 +14,7 @@ import torch
 from mapconv.adapter import Direction
 from mapconv.algebra.fingerprint import Fingerprint
 from mapconv.algebra.moments import InputRoot, Statistics
-from mapconv.algebra.norms import row_blocks
+from mapconv.algebra.norms import all_finite, row_blocks
 from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader, block_elements, row_ranges
 from mapconv.errors import CheckpointError
 from mapconv.placement.finetunes import Finetune, MatrixPair, WholePair
@@ -159,10 +159,13 @@ def _equal(base: torch.Tensor, tuned: torch.Tensor, dtype: str) -> bool:
 
 def _differs(pair: WholePair, readers: tuple[TensorReader, TensorReader]) -> bool:
     differs = pair.base is None
+    # A tensor that differs is read to its end all the same, for NaN that would otherwise be carried over. Values that
+    # are equal to the base's are none.
     for T, W in _block_pairs(pair, readers):
-        if T.is_floating_point() and not bool(torch.isfinite(T).all()):
+        if W is not None and torch.equal(W, T):
+            continue
+        if T.is_floating_point() and not all_finite(T):
             raise CheckpointError(f"{pair.tuned.file}: {pair.tuned.name} holds NaN or infinity.")
-        # A tensor that differs is read to its end all the same, for NaN that would otherwise be carried over.
         differs = differs or (W is not None and not _equal(W, T, pair.tuned.dtype))
     return differs
 
