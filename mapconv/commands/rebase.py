@@ -139,7 +139,7 @@ def rebase(
     options = RebaseOptions(rank, tolerance, max_rank or MAX_RANK.fallback, free_gain, dtype, pad_ranks)
     nbytes = options.stored_bytes(served)
     refitting.check_output(trained.target, served.target, nbytes=nbytes, force=force)
-    notes = [*trained.adapter.notes, *_other_base(trained, base)]
+    notes = [*trained.adapter.notes, *served.adapter.notes, *_other_base(trained, base)]
     modules: tuple[MapModule, ...] = ()
     parameters, numbers, changed, calibration, plan = 0, None, True, None, None
     text = None if data is None else Path(data)
