@@ -107,8 +107,13 @@ class Module:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the update is of any rank, so that two factors of it save nothing."""
-        return (self.delta is not None or self.method is not None) and self.rank >= min(self.weight_shape)
+        """Whether the update is of any rank, so that two factors of it save nothing.
+
+        What is not known before the module is placed, a rank that the weight's own shape bounds, counts as low.
+        """
+        if self.delta is None and self.method is None:
+            return False
+        return self.rank == 0 or 0 < min(self.weight_shape) <= self.rank
 
     @property
     def has_factors(self) -> bool:
