@@ -107,13 +107,8 @@ class Module:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the update is of any rank, so that two factors of it save nothing.
-
-        What is not known before the module is placed, a rank that the weight's own shape bounds, counts as low.
-        """
-        if self.delta is None and self.method is None:
-            return False
-        return self.rank == 0 or 0 < min(self.weight_shape) <= self.rank
+        """Whether the update is of any rank, so that two factors of it save nothing; what is not known yet is not."""
+        return (self.delta or self.method) is not None and (self.rank == 0 or 0 < min(self.weight_shape) <= self.rank)
 
     @property
     def has_factors(self) -> bool:
