@@ -60,12 +60,12 @@ def on_stack(module: Module, adapter: Adapter, parameter: str, weights: Sequence
             f"{module.path}: init_lora_weights={settings.initialization!r} on a stack of experts has no defined base: "
             "export the adapter as plain LoRA first."
         )
-    rank = settings.rank_of(parameter)
+    rank = settings.rank_of(parameter) if module.has_factors else 0
     if module.rank != rank * experts:
         raise PlacementError(
             f"{module.path}: {module.rank} rows of lora_A for {experts} experts of {parameter}, expected {rank} each"
         )
-    scaling = settings.scaling_of(parameter)
+    scaling = settings.scaling_of(parameter) if module.has_factors else module.scaling
     for expert, weight in enumerate(weights):
         if weight.shape != module.weight_shape:
             raise PlacementError(
