@@ -150,6 +150,15 @@ VERBOSE = Option(
 TALK = Group((JSON, FORCE, VERBOSE, QUIET), (Excludes("verbose", "quiet"),))
 MESSAGE = Option("message", Text(), "Title of the commit.", fallback="Upload with mapconv", short="-m", metavar="TEXT")
 
+PRIVATE = Option("private", Flag(), "Create the repository private; refused if it exists and is public.", default=False)
+REVISION = Option("revision", Text(), "Branch to commit to, created if needed.", fallback="main", metavar="BRANCH")
+LICENSE = Option(
+    "license", Text(), "Licence for the card. Default: what the source's or the base's card says.", metavar="ID"
+)
+BASE_ID = Option(
+    "base_id", Text(), "The base model's name on the Hub, if the result was made from a folder.", metavar="HUB_ID"
+)
+
 
 def _as_many_weights(given: Mapping[str, Any], spell: Spell) -> str | None:
     weights = given.get("weights")
