@@ -74,6 +74,7 @@ class Module:
     Where the file holds the update in another way than by two factors, ``delta`` is it, (out, in), and the factors are
     computed ones that make the same. ``rescaling`` says what a ``magnitude`` means. ``interleaved``: the rows are those
     of q or k in another order, (half, 2) in each head for (2, half), and the base says how many heads there are.
+    ``map_scalars``, of a layer of another ``method``, are the α and β over its update, W' = α·W0/‖W0‖ + β·Δ/‖Δ‖.
     """
 
     path: str
@@ -90,6 +91,7 @@ class Module:
     delta: TensorRef | None = None
     rescaling: Rescaling = PEFT_DORA
     interleaved: str | None = None
+    map_scalars: tuple[float, float] | None = None
 
     @property
     def weight_shape(self) -> tuple[int, int]:

@@ -13,11 +13,12 @@ from mapconv.formats.base import CONFIG_FILE, Dialect, Found
 from mapconv.formats.foreign import FOREIGN
 from mapconv.formats.image import IMAGE_FILES
 
-#: In order of recognition: a MAP directory and MAP's authors' one are PEFT directories as well.
+#: In order of recognition: a MAP directory and MAP's authors' one are PEFT directories as well, and MAP on another
+#: method has scalars of the names that the authors' have.
 DIALECTS: tuple[Dialect, ...] = (
     mapdir.MapDirectory(),
-    lomap.LomapDirectory(),
     peft_methods.PeftMethodDirectory(),
+    lomap.LomapDirectory(),
     peft.PeftDirectory(),
     mlx.MlxAdapter(),
     gguf.GgufLora(),
