@@ -114,6 +114,18 @@ class TensorReader:
         self._read_into(target, ref, start * dtype.itemsize)
         return target.view(dtype)
 
+    def read_block(self, ref: TensorRef, start: int, rows: torch.Tensor, memory: memoryview) -> None:
+        """Fill ``rows`` (p, m), a part of ``memory`` in the dtype of ``dtype_of``, with its rows from ``start`` on.
+
+        ``read_range`` for a caller that has the same views for many blocks.
+        """
+        if isinstance(ref, EncodedTensor):
+            decoded = rows.view(-1, ref.shape[-1])
+            first = start * rows.shape[1] // ref.shape[-1]
+            ref.encoding.rows(self, first, first + len(decoded), decoded)
+        else:
+            self._fill(memory, ref, start * rows.shape[1] * rows.itemsize)
+
     def read_bytes(self, ref: TensorRef, start: int, stop: int) -> torch.Tensor:
         """Bytes ``start`` to ``stop`` of a stored tensor, (stop − start,) uint8."""
         target = torch.empty(stop - start, dtype=torch.uint8)
@@ -130,8 +142,11 @@ class TensorReader:
         return parts[name]
 
     def _read_into(self, target: torch.Tensor, ref: TensorRef, start: int) -> None:
-        """Fill ``target`` (uint8) with the tensor's bytes from ``start`` on."""
-        view, offset = target.numpy().data, ref.start + start
+        self._fill(target.numpy().data, ref, start)
+
+    def _fill(self, view: memoryview, ref: TensorRef, start: int) -> None:
+        """Fill ``view`` with the tensor's bytes from ``start`` on."""
+        offset = ref.start + start
         descriptor = self.opened(ref.file, offset, offset + len(view))
         while view:
             count = os.preadv(descriptor, [view], offset)

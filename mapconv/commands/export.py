@@ -144,6 +144,10 @@ def export(
     left_over = limits.left_over(placed)
     folding = None if fold_into is None or not left_over else Folding(placed, limits, Path(fold_into))
     kept = limits.without(placed)
+    if not placed.modules:
+        raise UnsupportedError(
+            f"{source} ({method}) replaces whole tensors alone, and nothing exports those: merge it."
+        )
     if not kept.modules:
         raise UnsupportedError(
             f"{limits.format.title} has no names for the modules of {placed.target.folder}, or does not take their "
@@ -202,7 +206,7 @@ def _checked(source: Path, server: Server, *, allow_pickle: bool, started: float
         nbytes=adapter.nbytes,
         seconds=time.perf_counter() - started,
         faults=tuple(found),
-        notes=tuple(_server_notes(server, max(ranks))),
+        notes=tuple(_server_notes(server, max(ranks, default=0))),
     )
 
 
