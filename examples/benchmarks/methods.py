@@ -81,7 +81,8 @@ def difference(base: Path, ours: Path, theirs: Path) -> float:
         safe_open(ours / "model.safetensors", "pt") as one,
         safe_open(theirs / "model.safetensors", "pt") as two,
     ):
-        for name in two.keys():
+        names = two.keys()
+        for name in names:
             wanted = two.get_tensor(name).double()
             update = float((wanted - before.get_tensor(name).double()).norm())
             if update:
