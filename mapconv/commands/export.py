@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -160,11 +161,17 @@ def export(
     elif fold_into is not None:
         notes.append(f"{limits.reader} holds all of the adapter: nothing is left to fold, and no base is written")
     signatures |= placed.target.checkpoint.signatures
-    with staged(out, limits, force=force) as target, unchanged(signatures):
+    with ExitStack() as stack:
+        place = staged(out, limits, force=force)
+        if folding is None:
+            target = stack.enter_context(place)
+        else:
+            folder, target = stack.enter_context(folding.staged(place, force=force))
+        stack.enter_context(unchanged(signatures))
         modules, one_rank = write(plan, limits, base_now, target, quiet=quiet)
         nbytes = sum(path.stat().st_size for path in ([target] if target.is_file() else target.iterdir()))
         if folding is not None:
-            notes += folding.write(force=force, quiet=quiet)
+            notes += folding.write(folder, quiet=quiet)
     return ExportResult(
         out=out,
         source=source,
