@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from typing import Any, Literal
+from typing import Any
 
-from mapconv.adapter import Adapter, LoraSettings, Module, TensorRef
+from mapconv.adapter import Adapter, Module, TensorRef
 from mapconv.checkpoint.derived import TransposedTensor, derived
 from mapconv.errors import AdapterError, UnsupportedError
-from mapconv.formats.base import CONFIG_FILE, Found
+from mapconv.formats.base import CONFIG_FILE, Found, adapter_of
 from mapconv.untrusted.schema import shown
 
 _PART = re.compile(r"(?P<path>.+)\.(?P<part>lora_a|lora_b|m)")
@@ -50,20 +50,8 @@ class MlxAdapter:
         if not parts:
             raise AdapterError(f"{header.path} holds no tensors.")
         modules = tuple(_module(path, tensors, scale, dora=kind == "dora") for path, tensors in parts.items())
-        method: Literal["LoRA", "DoRA"] = "DoRA" if kind == "dora" else "LoRA"
         base = config.get("model")
-        return Adapter(
-            path=found.path,
-            method=method,
-            config={"task_type": "CAUSAL_LM", "target_modules": [module.path for module in modules]},
-            settings=LoraSettings.of_modules(dora=kind == "dora"),
-            modules=modules,
-            whole=(),
-            others={},
-            base=base if isinstance(base, str) and base else None,
-            revision=None,
-            dialect="MLX-LM",
-        )
+        return adapter_of(found.path, modules, "MLX-LM", base=base if isinstance(base, str) and base else None)
 
 
 def _scale(config: dict[str, Any], place: object) -> float:
