@@ -144,6 +144,11 @@ def export(
     _require_model(placed, row)
     left_over = limits.left_over(placed)
     folding = None if fold_into is None or not left_over else Folding(placed, limits, Path(fold_into))
+    if not placed.modules:
+        raise UnsupportedError(
+            f"{source} ({method}) brings whole tensors and no factors, which is no adapter to another program: merge "
+            "it with `mapconv merge`."
+        )
     kept = limits.without(placed)
     if not kept.modules:
         raise UnsupportedError(

@@ -13,6 +13,7 @@ from mapconv.checkpoint.headers import read_tensor_file
 from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.formats.base import CONFIG_FILE, WEIGHTS_FILE, Found
 from mapconv.formats.config import parse_settings
+from mapconv.formats.experts import unstacked
 from mapconv.formats.pickle import PICKLE_FILE, read_pickle, some_tensors
 from mapconv.wording import counted
 
@@ -93,7 +94,8 @@ def _sorted(
         parts[path][part] = ref
     if not parts:
         raise AdapterError(f"{tensors[0].file} holds no LoRA factors, only {tensors[0].name} and the like.")
-    modules = tuple(_module(path, parts[path], settings) for path in sorted(parts, key=natural_order))
+    single = unstacked(parts, "lora_A", "lora_B")
+    modules = tuple(_module(path, single[path], settings) for path in sorted(single, key=natural_order))
     whole, saved, notes = whole_tensors(others, settings, names, prefix)
     return modules, whole, saved, notes
 
