@@ -142,9 +142,7 @@ def main() -> None:
         _report(command, median(ours), start_up, median(other), "reading" if command == "upgrade" else "cp")
     if options.diffusers:
         theirs = median([_fresh(out, lambda: python(DIFFUSERS, base, lora, out)) for _ in range(options.runs)])
-        print(
-            f"diffusers: load, fuse, save   {theirs.seconds:6.2f} s, {theirs.cpu:6.2f} CPU s, {theirs.megabytes:6.0f} MB"
-        )
+        print(f"diffusers: load, fuse, save {theirs.seconds:.2f} s, {theirs.cpu:.2f} CPU s, {theirs.megabytes:.0f} MB")
 
 
 def _fresh(out: Path, command) -> Run:

@@ -8,7 +8,6 @@ What torchtune writes for PEFT is a PEFT folder.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from dataclasses import replace
@@ -95,7 +94,7 @@ def _settings(found: Found) -> tuple[float, str | None]:
     place = (found.path if found.path.is_dir() else found.path.parent) / CONFIG_FILE
     config = read_config(place) if place.is_file() else {}
     alpha, base = config.get("lora_alpha"), config.get("base_model_name_or_path")
-    if not NUMBER.holds(alpha) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not NUMBER.holds(alpha):
         raise AdapterError(
             f"{found.path} is an adapter of torchtune without its scaling: {place} gives lora_alpha as {shown(alpha)}, "
             "expected a number (the one in the recipe's configuration)."
