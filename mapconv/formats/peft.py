@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from mapconv.adapter import Adapter, LoraSettings, Module, TensorRef, WholeTensor
@@ -133,7 +133,7 @@ def read_weights(folder: Path, *, allow_pickle: bool) -> tuple[TensorRef, ...]:
     return some_tensors(read_tensor_file(weights))
 
 
-def _module(path: str, parts: dict[str, TensorRef], settings: LoraSettings) -> Module:
+def _module(path: str, parts: Mapping[str, TensorRef], settings: LoraSettings) -> Module:
     known = next(iter(parts.values()))
     embedding = any(part.startswith("lora_embedding") for part in parts)
     name_A, name_B = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
