@@ -107,8 +107,8 @@ class Module:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the update is of any rank, so that two factors of it save nothing."""
-        return (self.delta is not None or self.method is not None) and self.rank >= min(self.weight_shape)
+        """Whether the update is of any rank, so that two factors of it save nothing; what is not known yet is not."""
+        return (self.delta or self.method) is not None and (self.rank == 0 or 0 < min(self.weight_shape) <= self.rank)
 
     @property
     def has_factors(self) -> bool:

@@ -82,10 +82,11 @@ class DataError(MapconvError):
 class HubError(MapconvError):
     """The Hub cannot be reached or refuses, or a push would send what must stay here.
 
-    ``transient``: the same call may succeed a moment later.
+    ``transient``: the same call may succeed a moment later. ``status``: of the Hub's answer, where there was one.
     """
 
     transient = False
+    status: int | None = None
 
 
 class FidelityError(MapconvError):

@@ -20,6 +20,9 @@ and further for as long as the best is at an edge, by the loss on a validation p
 then train at that rate, and the test part is read once for each, at the last step. The seed decides the adapter's and
 the head's initialisation and the training examples.
 
+Each run also records how far it moved the weights, ‖W' − W0‖/‖W0‖ (quartiles over the weights, every tenth part of the
+steps), and in MAP form β/‖W0‖, which says the same; OUT/movement-TASK.png shows the reported seeds' (with matplotlib).
+
 Sizes are chosen for an hour of one core for everything (about 30 runs a task, 50 to 65 s each), with OMP_NUM_THREADS=1.
 Seconds are the process's CPU time, the median over the steps, so that a pause or a busy machine counts for little.
 """
@@ -32,10 +35,12 @@ import math
 import statistics
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from claim_norms import movements, plot, quartiles, shares
 from claim_table import best_learning_rate, markdown, next_learning_rate
 from claim_tasks import PythonDocs, Sentiment
 from torch import nn
@@ -72,7 +77,7 @@ OURS: dict[str, dict[str, Any]] = {
 METHODS = ("base", "LoRA", "DoRA", *OURS)
 
 
-def train(task: Any, method: str, learning_rate: float, seed: int) -> tuple[nn.Module, dict[str, float]]:
+def train(task: Any, method: str, learning_rate: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     """Train one adapter (or, for the base, its head alone); returns the model, and what the training took."""
     torch.manual_seed(seed)  # of PEFT's initialisation
     model = attach(method, task.model(seed), task.targets, seed).eval()  # eval: no dropout
@@ -81,15 +86,15 @@ def train(task: Any, method: str, learning_rate: float, seed: int) -> tuple[nn.M
     adapter = [parameter for parameter in adapter if all(parameter is not other for other in head)]
     groups = [{"params": adapter, "lr": learning_rate}, {"params": head, "lr": HEAD_LEARNING_RATE}]
     groups = [group for group in groups if group["params"]]
-    figures = {"parameters": sum(parameter.numel() for parameter in adapter), "seconds": 0.0}
+    figures: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in adapter), "seconds": 0.0}
     if not groups:
         return model, figures
     for parameter in head:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, task.steps))
-    seconds = []
-    for batch in task.batches(seed):
+    seconds, moved, shared = [], [], []
+    for step, batch in enumerate(task.batches(seed), 1):
         started = time.process_time()
         loss = task.loss(model, batch)
         loss.backward()
@@ -97,7 +102,10 @@ def train(task: Any, method: str, learning_rate: float, seed: int) -> tuple[nn.M
         optimizer.zero_grad()
         schedule.step()
         seconds.append(time.process_time() - started)
-    return model, figures | {"seconds": statistics.median(seconds)}
+        if adapter and (step % max(1, task.steps // 10) == 0 or step in (1, task.steps)):
+            moved.append((step, quartiles(movements(model))))
+            shared += [(step, quartiles(values))] if (values := shares(model)) else []
+    return model, figures | {"seconds": statistics.median(seconds), "movement": moved, "share": shared}
 
 
 def factor(step: int, steps: int) -> float:
@@ -110,6 +118,7 @@ class Runs:
 
     def __init__(self, path: Path):
         self._path = path
+        self.folder = path.parent
 
     def rows(self) -> list[dict[str, Any]]:
         """Read anew each time: processes with other tasks or methods may write to the same file."""
@@ -138,6 +147,8 @@ def compare(task: Any, runs: Runs, methods: tuple[str, ...], seeds: tuple[int, .
             tuned[method] = tune(task, runs, method)
     for seed in seeds:
         tested += [runs.get(task, method, tuned.get(method, 0.0), seed, "test") for method in methods]
+    if find_spec("matplotlib"):
+        plot(task.name, tested, runs.folder / f"movement-{task.name}.png")
     return markdown(task.name, tested, tuned, methods)
 
 

@@ -61,15 +61,13 @@ def write_texts(out: Path) -> None:
         (out / f"{name}.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
 
 
-def train(base: Path, text: str, out: Path, steps: int, learning_rate: float) -> None:
+def train(
+    model: torch.nn.Module, blocks: torch.Tensor, steps: int, learning_rate: float, batch_size: int = BATCH
+) -> None:
+    """Train what asks for gradients, on ``batch_size`` of the blocks a step."""
     torch.manual_seed(0)
-    model = load_model(base, dtype="float32", device="cpu")
-    config = LoraConfig(r=16, lora_alpha=32, use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, config)
     model.train()
-    tokens = torch.tensor(load_tokenizer(base)(text, verbose=False)["input_ids"])
-    blocks = tokens[: len(tokens) // SEQUENCE * SEQUENCE].view(-1, SEQUENCE)
-    order = torch.randperm(len(blocks)).repeat(1 + steps * BATCH // len(blocks))
+    order = torch.randperm(len(blocks)).repeat(1 + steps * batch_size // len(blocks))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -77,7 +75,7 @@ def train(base: Path, text: str, out: Path, steps: int, learning_rate: float) ->
     )
     started = time.perf_counter()
     for step in range(steps):
-        batch = blocks[order[step * BATCH : (step + 1) * BATCH]]
+        batch = blocks[order[step * batch_size : (step + 1) * batch_size]]
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         optimizer.step()
@@ -86,7 +84,12 @@ def train(base: Path, text: str, out: Path, steps: int, learning_rate: float) ->
         if step % 10 == 9 or step == 0:
             seconds = (time.perf_counter() - started) / (step + 1)
             print(f"step {step + 1}/{steps}: loss {loss.item():.4f}, {seconds:.1f} s a step", flush=True)
-    model.save_pretrained(out)
+
+
+def blocks_of(base: Path, text: str, length: int = SEQUENCE) -> torch.Tensor:
+    """The text's tokens, (blocks, length)."""
+    tokens = torch.tensor(load_tokenizer(base)(text, verbose=False)["input_ids"])
+    return tokens[: len(tokens) // length * length].view(-1, length)
 
 
 def main() -> None:
@@ -101,7 +104,11 @@ def main() -> None:
     if not (base / "config.json").exists():
         write_base_model(base)
     text = (arguments.out / "train.txt").read_text(encoding="utf-8")
-    train(base, text, arguments.out / "dora", arguments.steps, arguments.learning_rate)
+    torch.manual_seed(0)
+    config = LoraConfig(r=16, lora_alpha=32, use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(load_model(base, dtype="float32", device="cpu"), config)
+    train(model, blocks_of(base, text), arguments.steps, arguments.learning_rate)
+    model.save_pretrained(arguments.out / "dora")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,11 @@ class InputRoot:
         if self.factor.ndim == 1:
             return rows * self.factor
         # Strip by strip of columns, each from its rows on or below the diagonal: half the products of a full matrix.
-        strips = range(0, len(self.factor), _STRIP)
-        return torch.cat([rows[:, start:] @ self.factor[start:, start : start + _STRIP] for start in strips], dim=1)
+        product = torch.empty_like(rows)
+        for start in range(0, len(self.factor), _STRIP):
+            stop = start + _STRIP
+            torch.mm(rows[:, start:], self.factor[start:, start:stop], out=product[:, start:stop])
+        return product
 
     def divide(self, rows: torch.Tensor) -> torch.Tensor:
         """rows·P⁻¹ for rows (p, m)."""

@@ -12,6 +12,7 @@ directions that no input showed near the weights' own difference; for x̃ = x it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -30,15 +31,21 @@ class RegressionInputs:
     cross: torch.Tensor | None
     tokens: int
 
-    def pencil(self, T: torch.Tensor, W: torch.Tensor, *, gains: bool) -> DensePencil:
-        """M as the pencil E(t) = M(1) − t·W·P, for T and W (n, m) float32; the gain is 1 + t.
+    def pencil(self, change: torch.Tensor, W: torch.Tensor, *, gains: bool) -> DensePencil:
+        """M as the pencil E(t) = M(1) − t·W·P, for T − W and W (n, m) float32; the gain is 1 + t.
 
         Without ``gains`` t = 0 alone will be looked at, and W·P is left out.
         """
         if self.cross is None:
-            return DensePencil(self.root.multiply(T - W), self.root.multiply(W) if gains else None)
+            return DensePencil(self.root.multiply(change), self.root.multiply(W) if gains else None)
         seen = self.root.multiply(W)
-        return DensePencil(self.root.divide_transposed(T @ self.cross).sub_(seen), seen if gains else None)
+        return DensePencil(torch.mm(change + W, self._reached).sub_(seen), seen if gains else None)
+
+    @cached_property
+    def _reached(self) -> torch.Tensor:
+        """S·P⁻ᵀ, which layers with the same inputs share."""
+        assert self.cross is not None  # asked for by ``pencil``
+        return self.root.divide_transposed(self.cross)
 
 
 class PairedMoment:

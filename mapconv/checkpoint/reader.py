@@ -67,6 +67,12 @@ class TensorReader:
                 self._descriptors[file] = os.open(file, os.O_RDONLY)
             return self._descriptors[file]
 
+    def opened(self, file: Path, start: int, stop: int) -> int:
+        """The descriptor of a file whose bytes [start, stop) are on the disk."""
+        if self._source is not None:
+            self._source.require(file, start, stop)
+        return self.descriptor(file)
+
     def read(self, ref: TensorRef) -> torch.Tensor:
         """The whole tensor, in its own dtype and shape; one that is stored in codes, in float32."""
         return self.read_range(ref, 0, ref.numel, torch.empty(_buffer_bytes(ref), dtype=torch.uint8)).view(ref.shape)
@@ -108,6 +114,18 @@ class TensorReader:
         self._read_into(target, ref, start * dtype.itemsize)
         return target.view(dtype)
 
+    def read_block(self, ref: TensorRef, start: int, rows: torch.Tensor, memory: memoryview) -> None:
+        """Fill ``rows`` (p, m), a part of ``memory`` in the dtype of ``dtype_of``, with its rows from ``start`` on.
+
+        ``read_range`` for a caller that has the same views for many blocks.
+        """
+        if isinstance(ref, EncodedTensor):
+            decoded = rows.view(-1, ref.shape[-1])
+            first = start * rows.shape[1] // ref.shape[-1]
+            ref.encoding.rows(self, first, first + len(decoded), decoded)
+        else:
+            self._fill(memory, ref, start * rows.shape[1] * rows.itemsize)
+
     def read_bytes(self, ref: TensorRef, start: int, stop: int) -> torch.Tensor:
         """Bytes ``start`` to ``stop`` of a stored tensor, (stop − start,) uint8."""
         target = torch.empty(stop - start, dtype=torch.uint8)
@@ -124,11 +142,12 @@ class TensorReader:
         return parts[name]
 
     def _read_into(self, target: torch.Tensor, ref: TensorRef, start: int) -> None:
-        """Fill ``target`` (uint8) with the tensor's bytes from ``start`` on."""
-        view, offset = target.numpy().data, ref.start + start
-        if self._source is not None:
-            self._source.require(ref.file, offset, offset + len(view))
-        descriptor = self.descriptor(ref.file)
+        self._fill(target.numpy().data, ref, start)
+
+    def _fill(self, view: memoryview, ref: TensorRef, start: int) -> None:
+        """Fill ``view`` with the tensor's bytes from ``start`` on."""
+        offset = ref.start + start
+        descriptor = self.opened(ref.file, offset, offset + len(view))
         while view:
             count = os.preadv(descriptor, [view], offset)
             if count == 0:

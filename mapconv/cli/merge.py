@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import notes, print_json, show
+from mapconv.cli.output import notes, print_json, say, show
 from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import MERGE
 from mapconv.wording import counted, rough_percent, size
 
 if TYPE_CHECKING:
-    from mapconv.commands.merge import MergeResult
+    from mapconv.commands.merge_outcome import MergeResult, PushedModel
 
 
 @command(MERGE, "Merge an adapter into its base weights.")
@@ -22,32 +23,58 @@ def merge(chosen: Chosen) -> None:
     Several adapters merge together: their updates add up, and a weight adapted by a DoRA cannot be adapted by another.
 
     The merged model loads with from_pretrained. Weights are computed in float32 and rounded once.
+
+    With --push-to the merged model goes to the Hub without ever being whole on this disk. A base on the Hub is read
+    from there. All becomes visible with one commit in the end; after an interruption, the same command goes on.
     """
     with starting(chosen["adapters"], chosen["base"], whole_base=True, quiet=chosen["quiet"]):
         from mapconv.commands.merge import merge
 
-    result, dry_run = merge(**chosen.arguments), chosen["dry_run"]
+    try:
+        result = merge(**chosen.arguments)
+    except KeyboardInterrupt:
+        if chosen["push_to"] is None:
+            raise
+        say("mapconv: error: interrupted: nothing is published yet, run the same command again to go on.")
+        sys.exit(130)
     if chosen["as_json"]:
         print_json(result.to_dict())
     else:
-        verb = "would write" if dry_run else "wrote"
         show(f"{' + '.join(map(str, chosen['adapters']))} ({result.method}) + {shown(result.base)}")
-        show(
-            f"  {verb} {result.out}: {counted(result.tensors, 'tensor')} in "
-            f"{counted(len(result.files), 'file')}, {size(result.nbytes)}"
-        )
-        if result.merged:
-            _show_rounding(result, dry_run=dry_run)
+        if result.pushed is None:
+            _show_folder(result)
         else:
-            show("  tensors are replaced, and none is updated")
+            _show_pushed(result, result.pushed)
+        if result.merged:
+            _show_survival(result)
     notes(result.notes)
 
 
-def _show_rounding(result: MergeResult, *, dry_run: bool) -> None:
-    """What rounding to the base's dtype leaves of the update."""
+def _show_folder(result: MergeResult) -> None:
+    verb = "would write" if result.dry_run else "wrote"
+    show(f"  {verb} {result.out}: {_content(result)}")
+
+
+def _show_pushed(result: MergeResult, pushed: PushedModel) -> None:
+    if result.dry_run:
+        show(f"  would publish {pushed.repo_id}: {_content(result)}, with {', '.join(pushed.others)}")
+        show(f"  license {pushed.license or 'none: give one with --license'}")
+        return
+    show(f"  {'published' if pushed.changed else 'nothing new for'} {pushed.repo_id}: {_content(result)}")
+    if pushed.taken_over:
+        show(f"  {counted(len(pushed.taken_over), 'file')} of them stayed on the Hub, where the base has the same")
+    show(f"  {pushed.url}")
+    show(f"  commit {pushed.commit}")
+
+
+def _content(result: MergeResult) -> str:
+    return f"{counted(result.tensors, 'tensor')} in {counted(len(result.files), 'file')}, {size(result.nbytes)}"
+
+
+def _show_survival(result: MergeResult) -> None:
     worst = max(result.merged, key=lambda item: item.rounding_error)
-    verb, changes = ("would be merged", "would change") if dry_run else ("merged", "changes")
-    verb_of_values = "would change" if dry_run else "changed"
+    verb, changes = ("would be merged", "would change") if result.dry_run else ("merged", "changes")
+    verb_of_values = "would change" if result.dry_run else "changed"
     show(f"  {counted(len(result.merged), 'tensor')} {verb} in {result.seconds:.1f} s")
     most = rough_percent(worst.rounding_error)
     show(f"  {worst.dtype} rounding {changes} up to {most} of an update (worst: {worst.tensor})")

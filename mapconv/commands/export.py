@@ -149,12 +149,11 @@ def export(
     placed = laid.placed
     left_over = limits.left_over(placed)
     folding = None if fold_into is None or not left_over else Folding(placed, limits, Path(fold_into))
+    kept = limits.without(placed)
     if not placed.modules:
         raise UnsupportedError(
-            f"{source} ({method}) brings whole tensors and no factors, which is no adapter to another program: merge "
-            "it with `mapconv merge`."
+            f"{source} ({method}) replaces whole tensors alone, and nothing exports those: merge it."
         )
-    kept = limits.without(placed)
     if not kept.modules:
         raise UnsupportedError(
             f"{limits.format.title} has no names for the modules of {placed.target.folder}, or does not take their "
@@ -219,7 +218,7 @@ def _checked(source: Path, server: Server, *, allow_pickle: bool, started: float
         nbytes=adapter.nbytes,
         seconds=time.perf_counter() - started,
         faults=tuple(found),
-        notes=tuple(server_notes(server, max(ranks))),
+        notes=tuple(server_notes(server, max(ranks, default=0))),
     )
 
 

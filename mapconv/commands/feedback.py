@@ -48,8 +48,8 @@ def feedback_run(
         )
     if plan.target.checkpoint.is_file or plan.target.checkpoint.models:
         raise UnsupportedError(
-            f"{plan.target.folder} is no model that reads text, so nothing is known of its layers' inputs: leave out "
-            "--rounding feedback."
+            f"{plan.target.folder} is not a model that reads text, so nothing is known of its layers' inputs: leave "
+            "out --rounding feedback."
         )
     sample = read_data(data, placed.target, samples=samples, length=length)
     notes, found = list(sample.sequences.notes), len(sample.sequences)

@@ -3,82 +3,41 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
 
-from mapconv.adapter import ITEM_SIZES
-from mapconv.algebra.fingerprint import Fingerprint
-from mapconv.checkpoint.codecs import storages
-from mapconv.checkpoint.filenames import ADAPTER_FILES, MERGE_RECORD
-from mapconv.checkpoint.index import Checkpoint
+from mapconv.checkpoint.filenames import MERGE_RECORD
 from mapconv.checkpoint.staging import check_output, check_output_file, staged_file, staged_folder, write_file
-from mapconv.checkpoint.unchanged import signatures_of, unchanged
+from mapconv.checkpoint.unchanged import unchanged
 from mapconv.commands.base_values import MEASURED_SAMPLES, BaseValues, choose_base
 from mapconv.commands.feedback import feedback_run
-from mapconv.errors import BaseMismatchError
+from mapconv.commands.merge_outcome import MergeResult, advice, below, check_base, lifted_note, saturation
+from mapconv.commands.merge_preparation import MergeWish, Quantized, Rounding, Scales, prepare
+from mapconv.commands.merge_to_hub import merge_to_hub
 from mapconv.hub.locate import locate_adapter
-from mapconv.hub.reference import shown
 from mapconv.merging.companions import write_companions
-from mapconv.merging.merger import MergedTensor, survival_record
-from mapconv.merging.plan import plan_merge
-from mapconv.merging.survival import DAMAGED, Survival, total
 from mapconv.merging.writer import write_weights
-from mapconv.metadata.provenance import merge_record
-from mapconv.options.merging import MERGE, SCALES
-from mapconv.options.shared import SAMPLES, SEQUENCE_LENGTH
-from mapconv.placement.adapters import PlacedAdapter, place_adapters
-from mapconv.placement.base_check import base_fault
-from mapconv.placement.kept_codes import keep_codes
-from mapconv.placement.selection import module_rule
+from mapconv.options.merging import MERGE
+from mapconv.options.shared import MESSAGE, SAMPLES, SEQUENCE_LENGTH
+from mapconv.publishing.upload import Destination
 from mapconv.refit.plan import Dtype
 from mapconv.spelling import Axis, Norm, Rescaling
-from mapconv.wording import counted
-
-log = logging.getLogger(__name__)
-#: What becomes of weights that the base stores in codes.
-Quantized = Literal["dequantize", "copy", "keep"]
-Scales = Literal["keep", "recompute"]
-Rounding = Literal["nearest", "feedback"]
-
-
-@dataclass(frozen=True)
-class MergeResult:
-    """What a merge wrote, or with ``dry_run`` what it would write."""
-
-    out: Path
-    base: Path
-    method: str
-    files: tuple[str, ...]
-    tensors: int
-    nbytes: int
-    merged: tuple[MergedTensor, ...]
-    seconds: float
-    dry_run: bool
-    notes: tuple[str, ...] = ()
-
-    @property
-    def survival(self) -> Survival:
-        """What of the update survives in all changed tensors together."""
-        return total(item.survival for item in self.merged)
-
-    def to_dict(self) -> dict[str, Any]:
-        table = asdict(self) | {"out": str(self.out), "base": str(self.base)}
-        table["merged"] = [item.to_dict() for item in self.merged]
-        table["survival"] = self.survival.to_dict()
-        return table
 
 
 @MERGE.checks
 def merge(
     adapters: str | Path | Sequence[str | Path],
-    out: str | Path,
+    out: str | Path | None = None,
     *,
+    push_to: str | None = None,
+    work_dir: str | Path | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    license: str | None = None,
+    base_id: str | None = None,
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
     dtype: Dtype = "auto",
@@ -101,10 +60,17 @@ def merge(
 ) -> MergeResult:
     """Merge a MAP directory or a LoRA or DoRA adapter, or several, into the base model and write it to ``out``.
 
+    With ``push_to`` in place of ``out``, the merged model goes to the Hub file by file: this disk has at most two of
+    its weights files at a time, and a base on the Hub is read from there. One commit in the end has all of it.
+
     Args:
         adapters: the adapter's folder or Hub reference (``owner/name[@revision][:subfolder]``), or several: updates of
             LoRA and MAP adapters on one weight add up.
         out: the folder to write; it appears whole or not at all.
+        push_to: ``owner/name`` on the Hub, created if it does not exist.
+        work_dir: a folder with room for two weights files, in which the same call goes on after an interruption; None:
+            the assets cache of the Hub's client.
+        private, revision, message, license, base_id: as of ``push``, with ``push_to``.
         base: the base model's folder or Hub id; None takes it from the first adapter's configuration.
         weights: a factor for each adapter's update; None: 1 for each.
         dtype: ``auto`` (each tensor keeps its own), ``float32``, ``bfloat16`` or ``float16``.
@@ -130,7 +96,8 @@ def merge(
         quiet: no progress bar.
 
     Raises:
-        MapconvError: of the kind that fits; ``out`` then does not exist.
+        MapconvError: of the kind that fits; ``out`` then does not exist, and nothing is visible on the Hub but for a
+            repository that was just created.
         ValueError: an option out of its range, another number of weights than of adapters,
             or a dtype for weights that are copied in codes.
     """
@@ -138,144 +105,63 @@ def merge(
     assert not isinstance(max_shard_size, str)  # the option has made bytes of it
     named = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     sources = [locate_adapter(adapter, allow_pickle=allow_pickle) for adapter in named]
-    signatures = signatures_of(sources, ADAPTER_FILES)
+    dora = Rescaling(dora_axis, dora_norm)
+    wish = MergeWish(sources, weights, dtype, max_shard_size, quantized, scales, lift, dora, allow_pickle)
+    if push_to is not None:
+        to = Destination(push_to, private, revision, False, message or MESSAGE.fallback)
+        place = None if work_dir is None else Path(work_dir)
+        place_of = {"work_dir": place, "license_": license, "base_id": base_id}
+        return merge_to_hub(wish, base, to, **place_of, force=force, dry_run=dry_run, quiet=quiet)
+    assert out is not None  # one of the two, by the rules
     out = Path(out)
     choice = None
     if base_values is not None:
         measured = {"original": original, "data": data, "samples": samples or MEASURED_SAMPLES}
         choice = choose_base(sources[0], base, base_values, **measured, allow_pickle=allow_pickle, quiet=quiet)
         base = choice.base
-    placed = place_adapters(sources, base, allow_pickle=allow_pickle, dora=Rescaling(dora_axis, dora_norm))
-    in_codes = quantized != "dequantize"
-    shapes = {"weights": weights, "dtype": dtype, "max_shard_size": max_shard_size}
-    as_placed = placed
-    if in_codes:
-        rule = None if lift is None else module_rule(lift, "--lift")
-        placed = keep_codes(as_placed, rewrite=quantized == "keep", lift=rule)
-    plan = plan_merge(placed, **shapes)
+    prepared = prepare(wish, base)
+    plan = prepared.plan
     folder = plan.target.folder
     single = plan.target.checkpoint.is_file
     if single:
         check_output_file(out, force=force, suffix=".safetensors", inputs=[*sources, folder], nbytes=plan.nbytes)
     else:
         check_output(out, force=force, inputs=[*sources, folder], nbytes=plan.nbytes)
-    notes = [*(note for item in placed for note in item.adapter.notes), *plan.target.notes]
-    notes += [] if choice is None else [choice.note]
-    notes += quantization_notes(plan.target.checkpoint, quantized)
+    notes = prepared.notes + ([] if choice is None else [choice.note])
     run = None
     if rounding == "feedback" and data is not None:
         sizes = {"samples": samples or SAMPLES.fallback, "length": SEQUENCE_LENGTH.fallback}
-        run = feedback_run(plan, placed[0], Path(data), **sizes, quiet=quiet)
-    recompute = (scales or SCALES.fallback) == "recompute"
+        run = feedback_run(plan, prepared.placed[0], Path(data), **sizes, quiet=quiet)
     if min_survival is not None:
         groups = None if run is None else run.groups(plan)
-        tried = write_weights(plan, None, groups=groups, recompute=recompute, quiet=quiet)
-        lost = _below(tried, min_survival)
+        tried = write_weights(plan, None, groups=groups, recompute=wish.recompute, quiet=quiet)
+        lost = below(tried, min_survival)
         if lost:
-            named = {*plan.target.lifted, *(name.removesuffix(".weight") for name in lost)}
-            plan = plan_merge(keep_codes(as_placed, rewrite=True, lift=named.__contains__), **shapes)
-            notes.append(_lifted_note(lost, min_survival))
-    signatures |= plan.target.checkpoint.signatures
+            prepared = prepared.lifting([name.removesuffix(".weight") for name in lost])
+            plan = prepared.plan
+            notes.append(lifted_note(lost, min_survival))
     if dry_run:
         place = TemporaryDirectory(prefix="mapconv-")
     else:
         place = staged_file(out, folder.name) if single else staged_folder(out, force=force)
-    with place as name, unchanged(signatures):
+    with place as name, unchanged(prepared.signatures):
         staging = Path(name)
         groups = None if run is None else run.groups(plan)
-        merged = write_weights(plan, None if dry_run else staging, groups=groups, recompute=recompute, quiet=quiet)
+        merged = write_weights(plan, None if dry_run else staging, groups=groups, recompute=wish.recompute, quiet=quiet)
         if not force:
-            _check_base(placed, merged)
-        notes += write_companions(plan, sources[0], staging, dtype, copied=in_codes)
-        notes += [*([] if run is None else run.notes), *_advice(merged, rounding), *_saturation(merged)]
-        record = merge_record(placed, weights) | {"survival": survival_record(merged)}
-        record["rounding"] = {"method": rounding, "data": None if run is None else run.record}
-        if plan.target.encoded:
-            kept = {"kept": len(plan.target.encoded), "scales": scales or SCALES.fallback}
-            record["quantized"] = kept | {"lifted": list(plan.target.lifted)}
+            check_base(prepared.placed, merged)
+        notes += write_companions(plan, sources[0], staging, dtype, copied=wish.in_codes)
+        notes += [*([] if run is None else run.notes), *advice(merged, rounding), *saturation(merged)]
+        record = prepared.record(merged, rounding, None if run is None else run.record)
         if choice is not None:
             record["base_values"] = choice.record
         if not single:
             write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")
     return MergeResult(
+        **prepared.facts,
         out=out,
-        base=folder,
-        method=" + ".join(item.adapter.method for item in placed),
-        files=tuple(file.name for file in plan.files),
-        tensors=sum(len(file.tensors) for file in plan.files),
-        nbytes=plan.nbytes,
         merged=merged,
         seconds=time.perf_counter() - started,
         dry_run=dry_run,
         notes=tuple(notes),
     )
-
-
-def _advice(merged: Sequence[MergedTensor], rounding: Rounding) -> list[str]:
-    """One line on what helps, where less of the update survives than a user would expect."""
-    damaged = [item for item in merged if item.survival.projection < DAMAGED]
-    if not damaged:
-        return []
-    worst = min(damaged, key=lambda item: item.survival.projection)
-    in_codes = worst.dtype not in ITEM_SIZES
-    helps = "--lift or --quantized dequantize keeps it in 16 bits" if in_codes else "--dtype float32 keeps all of it"
-    helps += "" if rounding == "feedback" else ", --rounding feedback --data FILE more of what the layers put out"
-    return [
-        f"less than {DAMAGED:g} of the update survives rounding to {worst.dtype} in {counted(len(damaged), 'tensor')} "
-        f"(least: {worst.survival.projection:.2f} in {worst.tensor}): {helps}"
-    ]
-
-
-def _below(merged: Sequence[MergedTensor], least: float) -> list[str]:
-    """The weights in codes of which less survives, from the worst on."""
-    found = [item for item in merged if item.dtype not in ITEM_SIZES and item.survival.projection < least]
-    return [item.tensor for item in sorted(found, key=lambda item: item.survival.projection)]
-
-
-def _lifted_note(lost: Sequence[str], least: float) -> str:
-    more = "" if len(lost) == 1 else f" and {len(lost) - 1} more"
-    return (
-        f"less than {least:g} of the update would survive in {lost[0]}{more}, so {counted(len(lost), 'module')} left "
-        "the codes for 16 bits"
-    )
-
-
-def _saturation(merged: Sequence[MergedTensor]) -> list[str]:
-    """How many values of merged weights lie beyond what their codes can stand for."""
-    count = sum(item.saturated for item in merged)
-    if not count:
-        return []
-    worst = max(merged, key=lambda item: item.saturated)
-    tensors = counted(sum(item.saturated > 0 for item in merged), "tensor")
-    return [
-        f"{counted(count, 'value')} of {tensors} lie beyond the largest that {worst.dtype} reaches with its scales "
-        f"(most: {worst.saturated:,} in {worst.tensor})"
-    ]
-
-
-def quantization_notes(checkpoint: Checkpoint, quantized: Quantized = "dequantize") -> list[str]:
-    """What the base is quantized as, and what becomes of that; nothing for a plain base."""
-    found = ", ".join(f"{counted(count, 'weight')} as {label}" for label, count in storages(checkpoint).items())
-    what = {
-        "dequantize": "which are written as the values that the codes stand for",
-        "copy": "which are copied as they are",
-        "keep": "which are copied as they are, or merged and written in the same storage",
-    }[quantized]
-    return [f"{shown(checkpoint.folder)} is quantized ({found}), {what}"] if found else []
-
-
-def _check_base(placed: Sequence[PlacedAdapter], merged: Sequence[MergedTensor]) -> None:
-    """Refuse a base whose weights are not those that a MAP adapter was made for: fingerprints come with the merge."""
-    found: dict[tuple, Fingerprint] = defaultdict(Fingerprint)
-    for tensor in merged:
-        for identity, part in tensor.base.items():
-            found[identity] += part
-    for item in (item for adapter in placed for item in adapter.modules):
-        if item.scalars is None:
-            continue
-        fault = base_fault(item.scalars, found[item.identity])
-        if fault is not None:
-            raise BaseMismatchError(
-                f"{item.weight.pieces[0].tensor.file}: {item.weight.name} {fault}: give that base with --base, or "
-                "accept this one with --force."
-            )

@@ -6,14 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mapconv.errors import HubError
 from mapconv.hub.client import Secret
-from mapconv.hub.reference import is_repo_id
 from mapconv.metadata.card import CARD_FILE
 from mapconv.options.commands import PUSH
 from mapconv.options.shared import MESSAGE
 from mapconv.publishing.package import Kind, Package, pack
-from mapconv.publishing.upload import Destination, send
+from mapconv.publishing.upload import Destination, check_name, send
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,7 @@ class Push:
     """A push that is packed and checked, and not yet sent: what a user confirms."""
 
     def __init__(self, path: str | Path, to: Destination, *, license: str | None, base_id: str | None) -> None:
-        if not is_repo_id(to.repo_id) or "/" not in to.repo_id:
-            raise HubError(f"{to.repo_id!r} is not a repository name: give it as owner/name.")
+        check_name(to)
         self.to = to
         self.package: Package = pack(Path(path), base_id=base_id, license_=license)
         self._card = self.package.card(to.repo_id)

@@ -5,14 +5,17 @@ A row that cannot be used is counted and named; a file with more than one such r
 
 from __future__ import annotations
 
+import codecs
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from mapconv.data.shipped import packaged_text
 from mapconv.errors import DataError, DependencyError
+from mapconv.wording import size
 
 #: ``text``: documents; ``chat``: conversations; ``labelled``: one text each with its class, for a classifier.
 Kind = Literal["text", "chat", "labelled"]
@@ -22,6 +25,9 @@ _FIELDS = {"text": {"text"}, "chat": {"messages", "tools"}, "labelled": {"input"
 #: Share of rows that may be unusable before the file as a whole is refused.
 _TOLERATED = 0.01
 _NAMED = 5
+#: Bytes of a line of JSON, and of a text that is not split into rows: what is longer was not written to be read whole.
+LONGEST_LINE = 16_000_000
+LONGEST_TEXT = 256_000_000
 
 
 @dataclass(frozen=True)
@@ -176,14 +182,50 @@ def _field_of(kind: Kind) -> str:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    empty = True
     # Split at line feeds alone: a string may hold other characters that Python calls line ends.
-    for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
-        if not line.strip():
+    for number, line in _lines(path):
+        if line is None:
+            yield number, UnusableRowError(f"it is longer than {size(LONGEST_LINE)}")
+        elif line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield number, UnusableRowError(f"it is not JSON ({error})")
+        else:
             continue
-        try:
-            yield number, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield number, UnusableRowError(f"it is not JSON ({error})")
+        empty = False
+    if empty:
+        raise _empty(path)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str | None]]:
+    """The lines of a UTF-8 file with their numbers; None for one that is longer than any row, which is not held."""
+    position = 0
+    try:
+        with path.open("rb") as file:
+            for number in itertools.count(1):
+                line = file.readline(LONGEST_LINE + 1)
+                if not line:
+                    return
+                if len(line) > LONGEST_LINE:
+                    position += len(line) + _skip_line(file, line)
+                    yield number, None
+                    continue
+                # A byte order mark is not text.
+                yield number, _decoded(path, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, position)
+                position += len(line)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _skip_line(file: BinaryIO, line: bytes) -> int:
+    """Read to the end of the line that ``line`` begins; returns how many bytes that took."""
+    skipped = 0
+    while line and not line.endswith(b"\n"):
+        line = file.readline(LONGEST_LINE)
+        skipped += len(line)
+    return skipped
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -208,14 +250,30 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _read_utf8(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is not text
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}): convert it, or give another file.") from None
+        with path.open("rb") as file:
+            content = file.read(LONGEST_TEXT + 1)
     except OSError as error:
         raise _unreadable(path, error) from None
+    if len(content) > LONGEST_TEXT:
+        raise DataError(
+            f"{path} is one text of more than {size(LONGEST_TEXT)}: give a part, or .jsonl with a document a line."
+        )
+    text = _decoded(path, content.removeprefix(codecs.BOM_UTF8), 0)
     if not text.strip():
-        raise DataError(f"{path} is empty: give a file with text.")
-    return text
+        raise _empty(path)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _decoded(path: Path, content: bytes, position: int) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = position + error.start
+        raise DataError(f"{path} is not UTF-8 text (byte {byte}): convert it, or give another file.") from None
+
+
+def _empty(path: Path) -> DataError:
+    return DataError(f"{path} is empty: give a file with text.")
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:

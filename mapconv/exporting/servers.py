@@ -114,6 +114,10 @@ def faults(adapter: Adapter, server: Server) -> Iterator[str]:
     """Why the server would refuse the adapter as it is, or compute something else with it; one phrase each."""
     if _WRITTEN.get(adapter.dialect) not in server.formats:
         yield f"it is in the form of {adapter.dialect}, and {server.title} reads {' or '.join(server.formats)}"
+    if any(module.method is not None for module in adapter.modules):
+        yield f"it is a {adapter.method} of PEFT's, and {server.title} takes LoRA alone"
+    if not adapter.modules:
+        yield f"it adapts no layer by factors, and {server.title} takes nothing else"
     ranks = {module.rank for module in adapter.modules}
     if server.largest_rank is not None and ranks and max(ranks) > server.largest_rank:
         yield f"its rank is {max(ranks)}, and {server.title} takes {server.largest_rank} at most"

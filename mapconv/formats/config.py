@@ -49,7 +49,7 @@ REFUSED = {
 #: Fields of other methods that are refused unless empty, each with the reason.
 REFUSED_OF_METHODS = {
     "sample_at_inference": "PVeRA then samples its weights at run time, so it is not a fixed weight",
-    "target_parameters": "of PEFT's methods, LoRA alone adapts parameters that are no layer of their own",
+    "target_parameters": "of PEFT's methods, only LoRA adapts parameters that are not layers of their own",
     "layer_replication": "mapconv repeats layers for LoRA and DoRA alone",
 }
 #: Initialisations that leave the base weight as it is, so that the saved factors are the whole adapter.

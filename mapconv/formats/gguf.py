@@ -83,7 +83,7 @@ def _named(file: GgufFile, family: Family, tensor: GgufTensor) -> tuple[str, str
         return _ENDS[name], match["part"], None
     if match is None or match["layer"] is None or name not in family.layer:
         raise UnsupportedError(
-            f"{file.path}: {tensor.name} is no LoRA of a layer of {family.model_class} as mapconv knows it."
+            f"{file.path}: {tensor.name} is not a LoRA of a layer of {family.model_class} as mapconv knows it."
         )
     heads = {"attn_q": HeadRows("q"), "attn_k": HeadRows("k")}.get(name) if family.interleaved else None
     return f"model.layers.{int(match['layer'])}.{family.layer[name]}", match["part"], heads

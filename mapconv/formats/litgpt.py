@@ -52,7 +52,7 @@ class LitgptAdapter:
         for ref in read_pickle(file, allow_pickle=allow_pickle, inside="model"):
             match = _KEY.fullmatch(ref.name)
             if match is None:
-                raise UnsupportedError(f"{file}: {ref.name} is no LoRA of LitGPT's as mapconv knows them.")
+                raise UnsupportedError(f"{file}: {ref.name} is not a LoRA of LitGPT as mapconv knows them.")
             parts[match["layer"], match["name"]][match["part"]] = ref
         reading = _Reading(file, settings, config)
         modules = [module for (layer, name), own in parts.items() for module in reading.modules(layer, name, own)]

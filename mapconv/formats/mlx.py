@@ -53,7 +53,7 @@ class MlxAdapter:
         for ref in header.tensors:
             match = _PART.fullmatch(ref.name)
             if match is None:
-                raise AdapterError(f"{ref.file}: {ref.name} is no part of a LoRA of MLX-LM (lora_a, lora_b or m).")
+                raise AdapterError(f"{ref.file}: {ref.name} is not a part of an MLX-LM LoRA (lora_a, lora_b or m).")
             if ref.dtype not in _FLOATS:
                 raise AdapterError(f"{ref.file}: {ref.name} has dtype {ref.dtype}, expected {', '.join(_FLOATS)}.")
             parts[match["path"]][match["part"]] = ref

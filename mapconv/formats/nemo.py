@@ -66,7 +66,7 @@ class NemoAdapter:
         for ref in read_pickle(file, allow_pickle=allow_pickle):
             match = _KEY.fullmatch(ref.name)
             if match is None or match["name"] not in (*_NAMES, _QKV, _GATE_UP):
-                raise UnsupportedError(f"{file}: {ref.name} is no LoRA of NeMo's as mapconv knows them.")
+                raise UnsupportedError(f"{file}: {ref.name} is not a LoRA of NeMo as mapconv knows them.")
             parts[int(match["layer"]), match["name"]][match["part"]] = ref
         modules = [
             module for (layer, name), own in parts.items() for module in _modules(file, layer, name, own, config)
@@ -98,7 +98,7 @@ def _split(file: Path, name: str, B: TensorRef, config: Mapping[str, Any]) -> It
     elif name == _GATE_UP:
         if "glu" not in str(config.get("activation")):
             raise UnsupportedError(
-                f"{file.parent / _CONFIG}: activation is no gated one, which mapconv has no names for."
+                f"{file.parent / _CONFIG}: activation is not a gated one, for which mapconv has no names."
             )
         half = B.shape[0] // 2
         yield "mlp.gate_proj", rows_of(B, 0, half)

@@ -57,7 +57,7 @@ class TorchtuneAdapter:
             match = _KEY.fullmatch(ref.name)
             path = None if match is None else _path(match["layer"], match["name"])
             if match is None or path is None:
-                raise UnsupportedError(f"{file}: {ref.name} is no LoRA of torchtune's as mapconv knows them.")
+                raise UnsupportedError(f"{file}: {ref.name} is not a LoRA of torchtune as mapconv knows them.")
             parts[path][match["part"]] = ref
             if match["layer"] and match["name"] in _ROWS:
                 orders[path] = _ROWS[match["name"]]

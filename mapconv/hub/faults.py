@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Literal, TypeVar
 
 from mapconv.errors import HubError, MapconvError
-from mapconv.hub.client_errors import deepest, is_transient, retry_after
+from mapconv.hub.client_errors import deepest, is_transient, retry_after, status_of
 from mapconv.hub.sentences import explain
 
 Result = TypeVar("Result")
@@ -50,7 +50,7 @@ def ask_hub(
         more = hint(error)
         sentence = explain(deepest(error), name, doing)
         failure = HubError(f"{sentence.removesuffix('.')}, {more}." if more else sentence)
-        failure.transient = is_transient(error)
+        failure.transient, failure.status = is_transient(error), status_of(deepest(error))
     raise failure
 
 

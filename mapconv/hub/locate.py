@@ -83,20 +83,28 @@ def locate_base(base: str | Path | None, recorded: str | None, revision: str | N
     Raises:
         CheckpointError: neither names a model that can be had. HubError: the Hub does not give it.
     """
-    found = _base(base, recorded, revision, adapter)
+    found = find_base(base, recorded, revision, adapter)
     return found if isinstance(found, Path) else _whole_model(found, _OR_BASE)
 
 
 def open_base(
-    base: str | Path | None, recorded: str | None, revision: str | None, adapter: Path, *, lean: bool = False
+    base: str | Path | HubReference | None,
+    recorded: str | None,
+    revision: str | None,
+    adapter: Path,
+    *,
+    lean: bool = False,
+    root: Path | None = None,
 ) -> Checkpoint:
     """The base model's headers; with ``lean`` a base on the Hub stays there, but for the bytes that are asked for.
+
+    ``root`` is the folder for these (``hub.ranges.ranged_checkpoint``).
 
     Raises:
         CheckpointError: neither names a model that can be had. HubError: the Hub does not give it.
     """
-    found = _base(base, recorded, revision, adapter)
-    return read_checkpoint(found) if isinstance(found, Path) else _opened(found, _OR_BASE, lean=lean)
+    found = find_base(base, recorded, revision, adapter)
+    return read_checkpoint(found) if isinstance(found, Path) else _opened(found, _OR_BASE, lean=lean, root=root)
 
 
 def open_model(model: str | Path, *, lean: bool = False) -> Checkpoint:
@@ -115,19 +123,28 @@ def open_model(model: str | Path, *, lean: bool = False) -> Checkpoint:
     return read_checkpoint(Path(model))
 
 
-def _opened(reference: HubReference, hint: str, *, lean: bool) -> Checkpoint:
+def _opened(reference: HubReference, hint: str, *, lean: bool, root: Path | None = None) -> Checkpoint:
     if lean:
         place, file = reference.split_file(".gguf")
         folder = snapshot(place, _SMALL_MODEL_FILES, hint)
         if not (_has_weights(folder) if file is None else (folder / file).exists()):
             try:
-                return ranged_checkpoint(place, folder, file)
+                return ranged_checkpoint(place, folder, file, root=root)
             except RangesUnsupportedError:
                 pass  # a mirror that knows no byte ranges: fetch the whole files, as a merge does
     return read_checkpoint(_whole_model(reference, hint))
 
 
-def _base(base: str | Path | None, recorded: str | None, revision: str | None, adapter: Path) -> Path | HubReference:
+def find_base(
+    base: str | Path | HubReference | None, recorded: str | None, revision: str | None, adapter: Path
+) -> Path | HubReference:
+    """Where the base model is, on this machine or on the Hub; arguments as of ``locate_base``.
+
+    Raises:
+        CheckpointError: neither names a model that can be had.
+    """
+    if isinstance(base, HubReference):
+        return base
     if base is not None and str(base) == ORIGINAL and not is_folder(ORIGINAL):
         base = original_of_base(None, recorded, revision, adapter)
     name = str(base) if base is not None else recorded
@@ -160,7 +177,7 @@ def original_of_base(base: str | Path | None, recorded: str | None, revision: st
     Raises:
         CheckpointError: the card does not say. HubError: the Hub does not give it.
     """
-    found = _base(base, recorded, revision, adapter)
+    found = find_base(base, recorded, revision, adapter)
     if isinstance(found, Path):
         return original_of(found, str(found))
     place, file = found.split_file(".gguf")

@@ -12,7 +12,7 @@ import os
 import re
 import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 
 from mapconv.checkpoint.flushing import flush_data
 from mapconv.checkpoint.headers import MAX_HEADER_BYTES
+from mapconv.checkpoint.sparse import punch_hole
 from mapconv.checkpoint.staging import replace_file
 from mapconv.errors import CheckpointError, HubError
 from mapconv.files import LARGE
@@ -32,6 +33,7 @@ from mapconv.runtime.progress import Advance
 _FIRST_BYTES = 64 << 10
 #: A server may bring less than was asked for in one answer, but not so little that a file takes for ever.
 _LEAST_ANSWER = 1 << 20
+_SHA256 = re.compile("[0-9a-f]{64}")
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
 
 Span = tuple[int, int]
@@ -58,10 +60,23 @@ class RangedFile:
         self._lock = threading.Lock()
         self._version: _Version | None = None
         self._spans: list[Span] = []
+        self._header_stop = _FIRST_BYTES
+        #: Before it is swept, a killed run may have left bytes that no record names.
+        self._swept = False
         self.read_record()
+
+    @property
+    def sha256(self) -> str | None:
+        """The hash of the whole file, where the Hub keeps it among its large ones, which it names by that."""
+        etag = self._version.etag if self._version else None
+        return etag if etag and _SHA256.fullmatch(etag) else None
 
     def read_record(self) -> None:
         """Take over what this or another process has fetched."""
+        with self._lock:
+            self._read_record()
+
+    def _read_record(self) -> None:
         try:
             record = read_object(self._record, HubError, limit=LARGE)
             version = _Version(record["size"], record["etag"])
@@ -73,19 +88,44 @@ class RangedFile:
 
     def missing(self, start: int, stop: int) -> list[Span]:
         """The holes in [start, stop)."""
-        holes = []
         with self._lock:
-            for have_start, have_stop in self._spans:
-                if have_stop <= start:
-                    continue
-                if have_start >= stop:
-                    break
-                if have_start > start:
-                    holes.append((start, have_start))
-                start = have_stop
-        if start < stop:
-            holes.append((start, stop))
-        return holes
+            return list(_without([(start, stop)], self._spans))
+
+    def drop(self, spans: Sequence[Span]) -> None:
+        """Give back the room of these ranges; they are missing from now on.
+
+        Raises:
+            OSError: the file system frees no parts of files.
+        """
+        with self._lock:
+            # First the record, lest a run that is killed in between takes the hole for data.
+            self._spans = list(_without(self._spans, _merged(spans)))
+            self._write_record()
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                for start, stop in spans:
+                    punch_hole(descriptor, start, stop)
+            finally:
+                os.close(descriptor)
+
+    def keep_only(self, spans: Iterable[Span]) -> None:
+        """Drop all but the header and ``spans``."""
+        size = self._version.size if self._version else 0
+        kept = _merged([(0, min(self._header_stop, size)), *spans])
+        with self._lock:
+            clean = self._swept and not list(_without(self._spans, kept))
+        if not clean:
+            self.drop(list(_without([(0, size)], kept)))
+            self._swept = True
+
+    def clear(self) -> None:
+        """Drop all of the file, on any file system."""
+        with self._lock:
+            self._spans = []
+            self._write_record()
+            size = self._version.size if self._version else 0
+            os.truncate(self.path, 0)
+            os.truncate(self.path, size)
 
     def open_start(self) -> None:
         """Fetch the first bytes, unless they are here."""
@@ -100,7 +140,8 @@ class RangedFile:
         size = self._version.size if self._version else 0
         if length > min(MAX_HEADER_BYTES, size):
             raise CheckpointError(f"{self.url} claims a header of {length:,} bytes: it is not a safetensors file.")
-        for hole in self.missing(0, min(8 + length, size)):
+        self._header_stop = min(8 + length, size)
+        for hole in self.missing(0, self._header_stop):
             self.fetch(*hole)
 
     def fetch(self, start: int, stop: int, advance: Advance = lambda count: None) -> None:
@@ -193,9 +234,12 @@ class RangedFile:
         """Record that [start, stop) is on the disk."""
         with self._lock:
             self._spans = _merged([*self._spans, (start, stop)])
-            assert self._version is not None  # known since the header was opened
-            table = {"size": self._version.size, "etag": self._version.etag, "have": self._spans}
-            replace_file(self._record, json.dumps(table).encode())
+            self._write_record()
+
+    def _write_record(self) -> None:
+        assert self._version is not None  # known since the header was opened
+        table = {"size": self._version.size, "etag": self._version.etag, "have": self._spans}
+        replace_file(self._record, json.dumps(table).encode())
 
     def _untrue(self, what: str, *, transient: bool = False) -> HubError:
         """The error for an answer that is not what was asked for; ``transient``: worth another attempt."""
@@ -222,3 +266,16 @@ def _merged(spans: Iterable[Span]) -> list[Span]:
         else:
             merged.append((start, stop))
     return merged
+
+
+def _without(spans: Iterable[Span], holes: Sequence[Span]) -> Iterator[Span]:
+    """What is left of ``spans``; both are sorted, and do not overlap."""
+    for start, stop in spans:
+        for hole_start, hole_stop in holes:
+            if hole_stop <= start or hole_start >= stop:
+                continue
+            if hole_start > start:
+                yield start, hole_start
+            start = hole_stop
+        if start < stop:
+            yield start, stop

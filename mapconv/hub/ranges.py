@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,27 +37,36 @@ _REQUEST_BYTES = 32 << 20
 #: A gap between two ranges is fetched along if it is this small a part of the range after it: one request less.
 _GAP = 1 / 20
 _WORKERS = 4
+#: What the cache may have of the weights themselves; no small files.
+_WEIGHTS = (".safetensors", ".gguf", ".bin")
+
+#: Bytes [start, stop) of a file.
+FileSpan = tuple[Path, int, int]
 
 
-def ranged_checkpoint(reference: HubReference, snapshot: Path, gguf: str | None = None) -> Checkpoint:
+def ranged_checkpoint(
+    reference: HubReference, snapshot: Path, gguf: str | None = None, *, root: Path | None = None
+) -> Checkpoint:
     """The headers of a model on the Hub, with a source that fetches bytes of its tensors when they are read.
 
     Args:
         reference: the model.
         snapshot: its small files in the client's cache; its name is the commit, so the two cannot differ.
         gguf: the file that holds it, where it is none of safetensors.
+        root: the folder to keep it in; None: the client's assets cache, where other commands find it again.
 
     Raises:
         RangesUnsupportedError: the server answers a range with the whole file. HubError, CheckpointError: as elsewhere.
     """
     pinned = origin_of(snapshot)
     assert pinned is not None  # a snapshot lies in the client's cache
-    folder = _own_folder(_lean_folder(pinned))
+    folder = own_folder(_lean_folder(pinned, root))
     # A repository of GGUF files alone has nothing small, and so no snapshot.
-    for path in snapshot.iterdir() if snapshot.is_dir() else ():
-        if path.is_file():
+    for path in snapshot.rglob("*") if snapshot.is_dir() else ():
+        if path.is_file() and path.suffix not in _WEIGHTS:
             # A copy: a link would leave this folder, and the cache's blob may go before it does.
-            replace_file(folder / path.name, read_bytes(path, CheckpointError, limit=LARGE))
+            content = read_bytes(path, CheckpointError, limit=LARGE, folder=snapshot)
+            replace_file(folder / path.relative_to(snapshot), content)
     source = RangedSource(pinned, folder)
     if gguf is None:
         ask_hub(source.open_headers, str(reference), "read")
@@ -131,7 +141,30 @@ class RangedSource:
         if remote is not None and remote.missing(start, stop):
             self.fetch([(file, start, stop)], quiet=True)
 
-    def fetch(self, wanted: Sequence[tuple[Path, int, int]], *, quiet: bool) -> None:
+    def sha256(self, file: Path) -> str | None:
+        """The hash of a whole file, where the Hub says it."""
+        return self._files[file].sha256
+
+    def drop(self, spans: Iterable[FileSpan]) -> None:
+        """Give back the room of these ranges, on a file system that can (``checkpoint.sparse.can_punch``)."""
+        by_file: dict[Path, list[Span]] = defaultdict(list)
+        for file, start, stop in spans:
+            by_file[file].append((start, stop))
+        for file, found in by_file.items():
+            self._files[file].drop(found)
+
+    def keep_only(self, spans: Iterable[FileSpan]) -> None:
+        """Give back the room of all but the headers and these ranges."""
+        kept = list(spans)
+        for file, remote in self._files.items():
+            remote.keep_only((start, stop) for other, start, stop in kept if other == file)
+
+    def clear(self) -> None:
+        """Give back the room of all files, on any file system."""
+        for remote in self._files.values():
+            remote.clear()
+
+    def fetch(self, wanted: Sequence[FileSpan], *, quiet: bool) -> None:
         """Fetch what is missing of ``wanted``, with a bar in bytes."""
         with self._only_one():
             requests = []
@@ -191,7 +224,7 @@ def _parts(start: int, stop: int) -> Iterator[Span]:
         yield first, min(first + _REQUEST_BYTES, stop)
 
 
-def _own_folder(folder: Path) -> Path:
+def own_folder(folder: Path, advice: str = "set HF_ASSETS_CACHE to a folder of your own") -> Path:
     """Make the folder for this user alone: who can write in it could put other weights in the place of the model's.
 
     Raises:
@@ -200,15 +233,18 @@ def _own_folder(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     owner = folder.stat().st_uid
     if folder.is_symlink() or owner != os.getuid():
-        raise HubError(f"{folder} belongs to another user: set HF_ASSETS_CACHE to a folder of your own.")
+        raise HubError(f"{folder} belongs to another user: {advice}.")
     folder.chmod(0o700)
     return folder
 
 
-def _lean_folder(pinned: HubReference) -> Path:
+def _lean_folder(pinned: HubReference, root: Path | None) -> Path:
     from huggingface_hub import cached_assets_path
 
     assert pinned.revision is not None  # a commit
     owner = "models--" + pinned.repo_id.replace("/", "--")
-    root = cached_assets_path(library_name="mapconv", namespace="ranges", subfolder=owner)
-    return root / "snapshots" / pinned.revision / (pinned.subfolder or "")
+    if root is None:
+        place = cached_assets_path(library_name="mapconv", namespace="ranges", subfolder=owner)
+    else:
+        place = root / owner
+    return place / "snapshots" / pinned.revision / (pinned.subfolder or "")

@@ -22,11 +22,12 @@ from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader, block_elements
 from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.errors import AdapterError, CheckpointError, MapconvError, OutputError
 from mapconv.merging.biases import bias_update
+from mapconv.merging.buffers import Buffers
 from mapconv.merging.codes import encode
 from mapconv.merging.plan import ConvertJob, CopyJob, LowRankUpdate, MergeJob
 from mapconv.merging.rounding import Feedback
 from mapconv.merging.survival import Gauge, Survival, total
-from mapconv.merging.updates import Buffers, Update, WholeUpdate
+from mapconv.merging.updates import Update, WholeUpdate
 from mapconv.placement.factors import FactorLoader
 from mapconv.placement.tuned import TunedWeights
 from mapconv.placement.weights import PlacedModule, WeightView, read_rows, stored_blocks
@@ -110,7 +111,7 @@ class Merger:
     def run(self, job: CopyJob | ConvertJob | MergeJob, feedback: Feedback | None = None) -> MergedTensor | None:
         """Do one job; with ``feedback``, values are rounded with the layer's inputs in view."""
         if isinstance(job, CopyJob):
-            descriptor = self._reader.descriptor(job.source)
+            descriptor = self._reader.opened(job.source, job.source_offset, job.source_offset + job.nbytes)
             self._files[str(job.target)].copy_from(descriptor, job.source_offset, job.target_offset, job.nbytes)
             return None
         if isinstance(job, ConvertJob):
@@ -137,26 +138,25 @@ class Merger:
         if feedback is not None and ((not job.codes and dtype.itemsize > 2) or not feedback.covers(job)):
             feedback = None
         elements = height * width if job.codes else BLOCK_ELEMENTS if feedback is None else feedback.elements(job)
-        buffers = self._buffers(max(width, elements))
+        buffers, stored = self._buffers(elements, width), TORCH_DTYPES[self._reader.dtype_of(source)]
         bias = bias_update(job, self._factors, self._tuned, self._reader)
         base: dict[tuple, Fingerprint] = {}
-        survival, saturated = Survival(), 0
+        survival, saturated, file = Survival(), 0, self._files[str(target.file)]
         for index in range(matrices):
             updates = [self._update(item, buffers) for item in job.updates if item.piece.index == index]
             known_norm = updates[0].known_norm if len(updates) == 1 and not job.rows and bias is None else None
             gauge = Gauge(height * width, known_norm)
             for start, stop in row_blocks(height, width, elements):
                 first = index * height + start
-                raw = self._reader.read_range(source, first * width, (first + stop - start) * width, buffers.raw)
-                raw = raw.view(stop - start, width)
-                rows = buffers.rows[: raw.numel()].view(raw.shape).copy_(raw)
+                block = buffers.block(stop - start, width, stored, dtype)
+                self._reader.read_block(source, first, block.raw, block.raw_bytes)
+                raw, rounded, rows = block.raw, block.out, block.rows.copy_(block.raw)
                 for update in updates:
                     update.apply(rows, raw, start, stop, buffers)
                 for item in job.rows:
                     self._replace_rows(item, rows, start, stop)
                 if bias is not None:
                     rows += bias[start:stop, None]
-                rounded = buffers.out.view(dtype)[: raw.numel()].view(raw.shape)
                 if job.codes:
                     saturated += self._write_codes(job, index, rows, rounded, feedback)
                 else:
@@ -164,16 +164,16 @@ class Merger:
                         rounded.copy_(rows)
                     else:
                         feedback.round(job, index, start, rows, rounded)
-                    self._files[str(target.file)].write(rounded, target.start + first * width * dtype.itemsize)
-                gauge.add(raw, rows, rounded, buffers.spare)
-            if not gauge.finite:
-                raise self._not_finite(job)
+                    file.write_bytes(block.out_bytes, target.start + first * width * dtype.itemsize)
+                if not all_finite(rounded):
+                    raise self._not_finite(job)
+                gauge.add(block.samples)
             survival += gauge.result
             for update in updates:
                 base[update.identity] = base.get(update.identity, Fingerprint()) + update.base
         paths = dict.fromkeys(item.placed.module.path for item in job.updates)
-        stored = source.encoding.label if isinstance(source, EncodedTensor) and job.codes else target.dtype
-        return MergedTensor(job.name, tuple(paths), stored, survival, base, saturated)
+        label = source.encoding.label if isinstance(source, EncodedTensor) and job.codes else target.dtype
+        return MergedTensor(job.name, tuple(paths), label, survival, base, saturated)
 
     def _write_codes(
         self, job: MergeJob, index: int, rows: torch.Tensor, out: torch.Tensor, feedback: Feedback | None
@@ -275,10 +275,10 @@ class Merger:
             sources, targets = zip(*inside, strict=True)
             rows[list(targets)] = values[list(sources)]
 
-    def _buffers(self, elements: int) -> Buffers:
+    def _buffers(self, elements: int, width: int = 1) -> Buffers:
         if not hasattr(self._local, "buffers"):
             self._local.buffers = Buffers()
-        self._local.buffers.fit(elements)
+        self._local.buffers.fit(elements, width)
         return self._local.buffers
 
 

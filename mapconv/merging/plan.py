@@ -101,6 +101,9 @@ class MergeJob(TensorJob):
         return grid(self.source.shape, stacked=any(update.piece.stacked for update in self.updates))
 
 
+Job = CopyJob | ConvertJob | MergeJob
+
+
 @dataclass(frozen=True)
 class OutputFile:
     """A safetensors file to be written: its name, its header, and its size in all."""
@@ -120,7 +123,7 @@ class MergePlan:
 
     target: TargetModel
     files: tuple[OutputFile, ...]
-    jobs: tuple[CopyJob | ConvertJob | MergeJob, ...]
+    jobs: tuple[Job, ...]
     modules: tuple[PlacedModule, ...] = ()
 
     @property
@@ -158,7 +161,7 @@ def plan_merge(
     owned = {ref.name: weight for weight in target.encoded.values() for ref in rewritten(weight.encoding)}
     outputs: dict[str, TensorRef] = {}
     files: list[OutputFile] = []
-    jobs: list[CopyJob | ConvertJob | MergeJob] = []
+    jobs: list[Job] = []
     for name, prefix, refs, metadata in _files(target, output_dtype, max_shard_size):
         # A model of a pipeline has its own names in its own files.
         specs = [TensorSpec(ref.name.removeprefix(prefix), output_dtype(ref), ref.shape) for ref in refs]
@@ -191,8 +194,8 @@ def _refuse_weight(adapter: PlacedAdapter, weight: float) -> None:
     whole += [item.tensor for item in adapter.adapter.additions]
     if weight != 1.0 and whole:
         raise UnsupportedError(
-            f"{adapter.adapter.path} changes {whole[0].name}, which is no update of a weight and cannot be scaled by "
-            f"--weights ({weight:g}): give this adapter the weight 1."
+            f"{adapter.adapter.path} changes {whole[0].name}, which is not an update of a weight and cannot be scaled "
+            f"by --weights ({weight:g}): give this adapter the weight 1."
         )
 
 
@@ -251,7 +254,7 @@ def _append_copy(jobs: list, source: TensorRef, target: TensorRef) -> None:
         jobs.append(CopyJob(source.file, source.start, target.file, target.start, source.nbytes))
 
 
-def _split_copies(jobs: Sequence[CopyJob | ConvertJob | MergeJob]) -> Iterable[CopyJob | ConvertJob | MergeJob]:
+def _split_copies(jobs: Sequence[Job]) -> Iterable[Job]:
     """Cut long copies, so that several workers share them and a progress bar moves."""
     for job in jobs:
         if not isinstance(job, CopyJob):

@@ -9,32 +9,9 @@ import torch
 from mapconv.algebra.dora import adapt_rows_
 from mapconv.algebra.fingerprint import Fingerprint, block_fingerprint
 from mapconv.algebra.increments import Increment, ProductIncrement
-from mapconv.algebra.norms import BLOCK_ELEMENTS, product_norm
+from mapconv.algebra.norms import product_norm
+from mapconv.merging.buffers import Buffers
 from mapconv.placement.weights import Piece, WeightView, block_numbers
-
-
-@dataclass
-class Buffers:
-    """One worker's scratch memory, reused for every block."""
-
-    NBYTES = BLOCK_ELEMENTS * (4 + 4 + 8 + 8 + 4)
-
-    raw: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-    rows: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    spare: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    wide: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
-    out: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-
-    def fit(self, elements: int) -> None:
-        """Make room for blocks of ``elements`` elements (a row may be wider than a block)."""
-        if self.rows.numel() < elements:
-            self.raw = torch.empty(8 * elements, dtype=torch.uint8)
-            self.rows, self.spare = torch.empty(elements), torch.empty(2 * elements)
-            self.wide = torch.empty(elements, dtype=torch.float64)
-            self.out = torch.empty(8 * elements, dtype=torch.uint8)
-
-    def widen(self, values: torch.Tensor) -> torch.Tensor:
-        return self.wide[: values.numel()].view(values.shape).copy_(values)
 
 
 @dataclass

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from mapconv.checkpoint.flushing import BackgroundFlush
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.merging.merger import MergedTensor, Merger
-from mapconv.merging.plan import ConvertJob, CopyJob, MergeJob, MergePlan
+from mapconv.merging.plan import Job, MergeJob, MergePlan
 from mapconv.merging.rounding import Feedback
 from mapconv.runtime.progress import progress_bar
 from mapconv.runtime.threads import in_order, worker_count
@@ -20,7 +21,7 @@ from mapconv.runtime.threads import in_order, worker_count
 log = logging.getLogger(__name__)
 
 #: Jobs that run together, and what is known by then of their layers' inputs.
-Group = tuple[Sequence[CopyJob | ConvertJob | MergeJob], Feedback | None]
+Group = tuple[Sequence[Job], Feedback | None]
 
 
 def write_weights(
@@ -29,19 +30,25 @@ def write_weights(
     *,
     groups: Iterable[Group] | None = None,
     recompute: bool = False,
+    done: Callable[[Job], None] = lambda job: None,
     quiet: bool,
 ) -> tuple[MergedTensor, ...]:
     """Write the plan's files into ``staging`` (None: into no files); the merged tensors in the plan's order.
 
-    ``groups`` are the plan's jobs, where they have an order of their own; ``recompute`` as of ``Merger``.
+    ``groups`` are the plan's jobs, where they have an order of their own; ``recompute`` as of ``Merger``; ``done`` is
+    called with each job, by the thread that did it.
     """
     total = sum(job.nbytes for job in plan.jobs)
-    with TensorReader() as reader, _output_files(plan, staging) as files, BackgroundFlush() as flush:
+    with (
+        TensorReader(plan.target.checkpoint.source) as reader,
+        _output_files(plan, staging) as files,
+        BackgroundFlush() as flush,
+    ):
         merger, merged = Merger(reader, files, plan.modules, recompute=recompute), {}
         with progress_bar(total, "merging", quiet=quiet) as advance:
             for jobs, feedback in [(plan.jobs, None)] if groups is None else groups:
                 workers = worker_count(max([_working_bytes(job, feedback) for job in jobs], default=1))
-                results = in_order(partial(merger.run, feedback=feedback), jobs, workers)
+                results = in_order(partial(_run, merger, feedback, done), jobs, workers)
                 for job, result in zip(jobs, results, strict=True):
                     advance(job.nbytes)
                     file = files[str(job.output)]
@@ -53,7 +60,13 @@ def write_weights(
     return tuple(merged[id(job)] for job in plan.jobs if isinstance(job, MergeJob))
 
 
-def _working_bytes(job: CopyJob | ConvertJob | MergeJob, feedback: Feedback | None) -> int:
+def _run(merger: Merger, feedback: Feedback | None, done: Callable[[Job], None], job: Job) -> MergedTensor | None:
+    result = merger.run(job, feedback)
+    done(job)
+    return result
+
+
+def _working_bytes(job: Job, feedback: Feedback | None) -> int:
     if isinstance(job, MergeJob) and job.codes:
         # A matrix as it is read, wanted and written, its levels, and what is measured.
         return 48 * job.source.numel // job.grid[0]
@@ -63,16 +76,17 @@ def _working_bytes(job: CopyJob | ConvertJob | MergeJob, feedback: Feedback | No
 
 
 @contextmanager
-def _output_files(plan: MergePlan, staging: Path | None) -> Iterator[dict[str, FixedFile | NoFile]]:
+def _output_files(plan: MergePlan, staging: Path | None) -> Iterator[Mapping[str, FixedFile | NoFile]]:
     if staging is None:
-        yield {file.name: NoFile() for file in plan.files}
+        yield defaultdict(NoFile)
         return
     files: dict[str, FixedFile] = {}
     try:
         for file in plan.files:
             (staging / file.name).parent.mkdir(exist_ok=True)
             files[file.name] = FixedFile(staging / file.name, file.header, file.nbytes)
-        yield {**files}
+        # A weight's codes may have companions in a file that is not written now.
+        yield defaultdict(NoFile, files)
     finally:
         for open_file in files.values():
             open_file.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,10 +121,12 @@ def source_record(adapter: Adapter) -> dict[str, Any]:
     return record | {"source": earlier} if isinstance(earlier, dict) else record
 
 
-def finetune_record(folder: Path, weights: Mapping[str, Fingerprint]) -> dict[str, Any]:
-    """The full finetune that a result was extracted from, known by the norms and projections of its ``weights``."""
+def finetune_record(folder: Path, weights: Iterable[tuple[tuple[str, int | None], Fingerprint]]) -> dict[str, Any]:
+    """The full finetune that a result was extracted from, known by the norms and projections of its ``weights``, each
+    with its module's path and its number in a stack of experts."""
     name, revision = recorded_name(folder)
-    lines = (f"{path} {found.norm:.9e} {found.projection:.9e}\n" for path, found in weights.items())
+    named = ((path if expert is None else f"{path}.{expert}", found) for (path, expert), found in weights)
+    lines = (f"{path} {found.norm:.9e} {found.projection:.9e}\n" for path, found in named)
     fingerprint = f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
     return {
         "name": name,

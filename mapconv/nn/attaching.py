@@ -7,7 +7,7 @@ objects back.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -20,6 +20,8 @@ from mapconv.adapter import Adapter
 from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.nn.bases import execution_device, kind_of
 from mapconv.nn.layers import LAYERS, MapLayer
+from mapconv.nn.replication import Replicated
+from mapconv.nn.stacks import MapParameterLayer, StackedParameter, wrap_parameters
 from mapconv.nn.updates import Update
 from mapconv.nn.whole import Replacement, apply_all, take_back
 
@@ -49,8 +51,8 @@ class Attached:
 class State:
     """What mapconv knows of a model: its adapters, the one that runs, and which parameters trained before.
 
-    ``methods`` are the model's own that something here stands in for, and ``hooks`` what hears of its calls; both are
-    taken off with the last adapter.
+    ``methods`` are the model's own that something here stands in for, ``hooks`` what hears of its calls, and
+    ``replicated`` the repeated layers that it runs with; all are taken off with the last adapter.
     """
 
     adapters: dict[str, Attached] = field(default_factory=dict)
@@ -58,6 +60,7 @@ class State:
     trained: list[nn.Parameter] = field(default_factory=list)
     methods: list[str] = field(default_factory=list)
     hooks: list[RemovableHandle] = field(default_factory=list)
+    replicated: Replicated | None = None
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -114,24 +117,31 @@ def adaptable(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if isinstance(module, MapLayer):
             wrapped.append(f"{path}.")
-            found[path] = module.base_layer
+            if not isinstance(module, MapParameterLayer):
+                found[path] = module.base_layer
         elif kind_of(module) is not None:
             found[path] = module
     return found
 
 
 def attach(
-    model: nn.Module, name: str, updates: Mapping[str, Update], attached: Attached, trainable: Trainable
+    model: nn.Module,
+    name: str,
+    updates: Mapping[str, Update],
+    attached: Attached,
+    trainable: Trainable,
+    parameters: Sequence[StackedParameter] = (),
 ) -> None:
-    """Put updates on the layers at their paths and run with them; the base is frozen."""
+    """Put updates on the layers at their paths, and on ``parameters``, and run with them; the base is frozen."""
     if not has_adapters(model):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
         setattr(model, _STATE, State(trained=trained))
+    wrap_parameters(model, parameters)
     for path, update in updates.items():
         layer = _wrapped(model, path)
-        layer.updates[name] = update.to(execution_device(layer.base_layer))
+        layer.updates[name] = update.to(execution_device(layer.owner, layer.parameter))
         for parameter in update.scalars:
             parameter.requires_grad_(trainable in ("scalars", "all"))
         for parameter in update.factors:
@@ -214,7 +224,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             for layer in map_layers(model).values():
                 layer.unmerge()
             set_adapter(model, None)
-        for path, layer in map_layers(model).items():
+        # Layers around parameters nest: the inner ones first.
+        for path, layer in reversed(map_layers(model).items()):
             if each in layer.updates:
                 del layer.updates[each]
             if not layer.updates:
@@ -228,6 +239,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             delattr(model, method)
         for hook in state.hooks:
             hook.remove()
+        if state.replicated is not None:
+            state.replicated.take_back()
         delattr(model, _STATE)
 
 

@@ -57,11 +57,11 @@ def matrix(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     return weight.t() if kind_of(module) in ("transposed", "embedding") else weight.flatten(1)
 
 
-def execution_device(module: nn.Module) -> torch.device:
-    """Where the layer computes, which an accelerate hook may know better than its weight."""
+def execution_device(module: nn.Module, parameter: str = "weight") -> torch.device:
+    """Where the layer computes, which an accelerate hook may know better than its parameter."""
     hook = getattr(module, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
-    return weight_of(module).device if device is None else torch.device(device)
+    return getattr(module, parameter).device if device is None else torch.device(device)
 
 
 @contextmanager
@@ -69,10 +69,21 @@ def values_of(module: nn.Module, path: str) -> Iterator[torch.Tensor]:
     """The weight with its values, as the matrix (out, in).
 
     Raises:
-        UnsupportedError: a layer on the meta device, which has none, or one whose weight is quantized.
+        UnsupportedError: as ``values_in`` does.
+    """
+    with values_in(module, "weight", path) as weight:
+        yield matrix(module, weight)
+
+
+@contextmanager
+def values_in(module: nn.Module, name: str, path: str) -> Iterator[torch.Tensor]:
+    """A parameter of a module with its values; errors call it ``path``.
+
+    Raises:
+        UnsupportedError: a parameter on the meta device, which has none, or one that is quantized.
     """
     with _brought_in(module):
-        weight = weight_of(module).detach()
+        weight = getattr(module, name).detach()
         if weight.device.type == "meta":
             raise UnsupportedError(f"{path} is on the meta device and has no values: load the model's weights first.")
         if weight.dtype.itemsize < 2 or not weight.is_floating_point():
@@ -80,7 +91,7 @@ def values_of(module: nn.Module, path: str) -> Iterator[torch.Tensor]:
                 f"{path} has dtype {weight.dtype}: adapters can only be attached to plain weights, "
                 "so load the 16- or 32-bit model."
             )
-        yield matrix(module, weight)
+        yield weight
 
 
 def _brought_in(module: nn.Module) -> Any:

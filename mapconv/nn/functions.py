@@ -1,6 +1,7 @@
 """Differentiable pieces of ``y = a·W0x + b·B(Ax)`` that save no more than LoRA does (``mapconv.algebra`` section 7).
 
-Shapes: x (…, m), W0 (n, m), A (r, m), B (n, r); the gains a and b are 0-d, in float32 or wider.
+Shapes: x (…, m), W0 (n, m), A (r, m), B (n, r); the gains a and b are 0-d, in float32 or wider. For a stack of E
+weights A is (E, r, m), B is (E, n, r), and what is 0-d otherwise is (E,).
 Double backward is refused: nothing here needs it.
 """
 
@@ -127,10 +128,10 @@ def inverse_norm(
     The two matrices are in ``dtype``, or in float64 where the columns of BA cancel.
     """
     wide_A, wide_B = A.to(dtype), B.to(dtype)
-    left, right = wide_B.t() @ wide_B, wide_A @ wide_A.t()
+    left, right = wide_B.mT @ wide_B, wide_A @ wide_A.mT
     terms = left.double() * right.double()
-    square = terms.sum()
-    if dtype is not torch.float64 and not square >= _CANCELLING * terms.abs().sum():
+    square = terms.sum((-2, -1))
+    if dtype is not torch.float64 and not (square >= _CANCELLING * terms.abs().sum((-2, -1))).all():
         return inverse_norm(A, B, torch.float64, floor)
     inverse = torch.where(square > 0, square.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
     if floor:
@@ -139,7 +140,7 @@ def inverse_norm(
 
 
 class UpdateGain(Function):
-    """b = beta·unit/max(‖BA‖, floor) as 0-d, where beta (1,) is held in units of the number ``unit``.
+    """b = beta·unit/max(‖BA‖, floor) as 0-d, where beta (1,) is held in units of ``unit``, a number (or E of them).
 
     The gradient of 1/‖BA‖ is −‖BA‖⁻³·(BᵀB·A) for A and −‖BA‖⁻³·(B·AAᵀ) for B, and 0 where the floor stands for
     the norm. One function for the whole chain: a small layer's step would feel the nodes of a longer graph.
@@ -151,14 +152,14 @@ class UpdateGain(Function):
         beta: torch.Tensor,
         A: torch.Tensor,
         B: torch.Tensor,
-        unit: float,
+        unit: float | torch.Tensor,
         dtype: torch.dtype,
         floor: float,
     ) -> torch.Tensor:
         inverse, left, right = inverse_norm(A, B, dtype, floor)
         ctx.save_for_backward(beta, A, B, left, right, inverse)
         ctx.unit, ctx.floor = unit, floor
-        return (beta.reshape(()) * (unit * inverse)).to(beta.dtype)
+        return (beta.reshape(inverse.shape) * (unit * inverse)).to(beta.dtype)
 
     @staticmethod
     @once_differentiable
@@ -168,12 +169,13 @@ class UpdateGain(Function):
         slope = grad * (ctx.unit * inverse)
         grad_A = grad_B = None
         if for_A or for_B:
-            factor = (slope * beta.reshape(()) * inverse**2).neg().to(left.dtype)
+            factor = (slope * beta.reshape(inverse.shape) * inverse**2).neg().to(left.dtype)
             if ctx.floor:
                 factor = torch.where(inverse < 1 / ctx.floor, factor, 0.0)
+            factor = factor[..., None, None]
             grad_A = ((factor * left) @ A.to(left.dtype)).to(A.dtype) if for_A else None
             grad_B = (B.to(left.dtype) @ (factor * right)).to(B.dtype) if for_B else None
-        return slope.to(beta.dtype).reshape(1) if for_beta else None, grad_A, grad_B, None, None, None
+        return slope.to(beta.dtype).reshape(beta.shape) if for_beta else None, grad_A, grad_B, None, None, None
 
 
 def gram_dtype(A: torch.Tensor) -> torch.dtype:

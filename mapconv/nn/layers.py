@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mapconv.nn.bases import kind_of
+from mapconv.algebra.dora import merge_rows_
+from mapconv.nn.bases import kind_of, matrix
 from mapconv.nn.functions import MapLinear, Scale
 from mapconv.nn.updates import DoraUpdate, Update
 
@@ -32,6 +33,15 @@ class MapLayer(nn.Module):
         self.training = base_layer.training
 
     # What other code asks the model's own layer for
+
+    @property
+    def owner(self) -> Any:
+        """The model's own module whose ``parameter`` is adapted."""
+        return self.base_layer
+
+    @property
+    def parameter(self) -> str:
+        return "weight"
 
     @property
     def weight(self) -> torch.Tensor:
@@ -88,8 +98,19 @@ class MapLayer(nn.Module):
     def unmerge(self) -> None:
         """Put the base's own weight back where an update is merged into it."""
         if self.unmerged_weight is not None:
-            self.base_layer._parameters["weight"] = self.unmerged_weight
+            self.owner._parameters[self.parameter] = self.unmerged_weight
             self.unmerged_weight = None
+
+    def merged_weight(self, update: Update, dtype: torch.dtype) -> torch.Tensor:
+        """W' as the layer stores its weight, computed in ``dtype``."""
+        base = self.base_layer
+        weight = base.weight.detach()
+        rows = matrix(base, weight).to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+        a, b = map(float, update.gains())
+        A, B, magnitude = update.A.to(dtype), update.B.to(dtype), getattr(update, "magnitude", None)
+        merge_rows_(rows, A, B, base_gain=a, update_gain=b, magnitude=magnitude)
+        stored = rows.t() if kind_of(base) in ("transposed", "embedding") else rows
+        return stored.reshape(weight.shape)
 
     # Running
 

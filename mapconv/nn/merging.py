@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mapconv.algebra.dora import merge_rows_
 from mapconv.errors import OutputError, UnsupportedError
 from mapconv.nn.attaching import map_layers, state_of
-from mapconv.nn.bases import kind_of, matrix
 from mapconv.nn.layers import MapLayer
 from mapconv.nn.updates import Update
 
@@ -30,7 +28,7 @@ def merge_adapter(model: nn.Module) -> None:
         raise UnsupportedError("no adapter is active: choose the one to merge with set_adapter.")
     layers = [layer for layer in map_layers(model).values() if layer.active is not None and not layer.is_merged]
     for layer in layers:
-        if layer.base_layer.weight.device.type == "meta":
+        if layer.owner._parameters[layer.parameter].device.type == "meta":
             raise UnsupportedError(
                 f"the weight of {layer.path} is offloaded, and cannot be merged in place: merge the files with "
                 "`mapconv merge`."
@@ -50,20 +48,12 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 
 def _merge(layer: MapLayer, update: Update) -> None:
-    base = layer.base_layer
-    weight = base.weight
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    rows = matrix(base, weight.detach()).to(dtype=wide, copy=True, memory_format=torch.contiguous_format)
-    a, b = update.gains()
-    magnitude = getattr(update, "magnitude", None)
-    merge_rows_(
-        rows, update.A.to(wide), update.B.to(wide), base_gain=float(a), update_gain=float(b), magnitude=magnitude
-    )
-    stored = rows.t() if kind_of(base) in ("transposed", "embedding") else rows
-    merged = torch.empty_like(weight).copy_(stored.reshape(weight.shape))
+    weight = layer.owner._parameters[layer.parameter]
+    merged = layer.merged_weight(update, torch.promote_types(weight.dtype, torch.float32))
+    merged = torch.empty_like(weight).copy_(merged)
     if not torch.isfinite(merged).all():
         raise OutputError(
             f"the merged weight of {layer.path} does not fit in {str(weight.dtype).removeprefix('torch.')}."
         )
     layer.unmerged_weight = weight
-    base._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
+    layer.owner._parameters[layer.parameter] = nn.Parameter(merged, requires_grad=False)

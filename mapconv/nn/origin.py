@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mapconv.adapter import MapModule
+from mapconv.adapter import Module
 from mapconv.checkpoint.reader import SAFETENSORS_DTYPES
 from mapconv.hub.reference import is_repo_id
 from mapconv.metadata.card import card_facts
@@ -16,6 +16,7 @@ from mapconv.metadata.provenance import map_record, recorded_name
 from mapconv.nn.attaching import Attached
 from mapconv.nn.bases import kind_of, matrix_shape
 from mapconv.nn.layers import MapLayer
+from mapconv.nn.stacks import MapParameterLayer
 from mapconv.nn.updates import Update
 
 _TASKS = {
@@ -44,23 +45,18 @@ def live_base(model: nn.Module, attached: Attached) -> dict[str, Any]:
 
 
 def live_record(
-    attached: Attached,
-    base: Mapping[str, Any],
-    layers: Sequence[MapLayer],
-    updates: Mapping[str, Update],
-    scalars: Sequence[MapModule],
-    *,
-    changed: bool,
+    attached: Attached, base: Mapping[str, Any], entries: Sequence[dict[str, Any]], *, changed: bool
 ) -> dict[str, Any]:
     """The content of ``map_config.json``; an adapter that was only loaded keeps the source that it came with."""
-    entries = [
-        item.to_dict() | _base_facts(layer, update)
-        for item, layer, update in zip(scalars, layers, updates.values(), strict=True)
-    ]
     earlier = attached.adapter.map_config if attached.adapter else None
     source = attached.source if changed or earlier is None else earlier.get("source")
     data = None if earlier is None else earlier.get("data")
     return map_record(entries, base=base, source=source, options=attached.options, data=data)
+
+
+def pattern_name(layer: MapLayer, module: Module) -> str:
+    """What PEFT looks a module's rank up by: its path, or a parameter's name."""
+    return layer.target.parameter if isinstance(layer, MapParameterLayer) else module.path
 
 
 def source_config(model: nn.Module, attached: Attached, layers: Sequence[MapLayer]) -> dict[str, Any]:
@@ -83,11 +79,14 @@ def is_respelled(attached: Attached, paths: Collection[str]) -> bool:
     return attached.adapter is not None and any(module.path not in paths for module in attached.adapter.modules)
 
 
-def _base_facts(layer: MapLayer, update: Update) -> dict[str, Any]:
-    weight = layer.base_layer.weight
+def base_facts(layer: MapLayer, update: Update, count: int) -> list[dict[str, Any]]:
+    """What is recorded of the base tensor, for each of an update's weights."""
+    weight = layer.owner._parameters[layer.parameter]
+    is_parameter = isinstance(layer, MapParameterLayer)
     facts = {
-        "base_tensor": f"{layer.path}.weight",
+        "base_tensor": layer.target.parameter if is_parameter else f"{layer.path}.weight",
         "base_dtype": SAFETENSORS_DTYPES[weight.dtype],
-        "base_shape": list(matrix_shape(layer.base_layer)),
+        "base_shape": list(layer.target.matrix_shape if is_parameter else matrix_shape(layer.base_layer)),
     }
-    return {**facts, **(update.origin.base_facts if update.origin else {})}
+    recorded = update.origin.base_facts if update.origin else [{}] * count
+    return [{**facts, **own} for own in recorded]

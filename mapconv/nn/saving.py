@@ -26,17 +26,18 @@ from mapconv.metadata.card import CARD_FILE, local_card
 from mapconv.nn.attaching import Attached, layers_of, named, updates_of
 from mapconv.nn.bases import kind_of, merged_row_norms, values_of
 from mapconv.nn.layers import MapLayer
-from mapconv.nn.origin import is_respelled, live_base, live_record, source_config
+from mapconv.nn.origin import base_facts, is_respelled, live_base, live_record, pattern_name, source_config
+from mapconv.nn.stacks import MapParameterLayer, StackUpdate
 from mapconv.nn.updates import DoraUpdate, Update, direction_norm
 from mapconv.refit.solving import SMALLEST_GAIN
 
 
 @dataclass(frozen=True)
 class Saved:
-    """One weight as it is written; ``magnitude`` is None where only a plain LoRA would do without."""
+    """One weight as it is written, or a stack of them; ``magnitude`` is None where only a LoRA would do without."""
 
     module: Module
-    scalars: MapModule
+    scalars: tuple[MapModule, ...]
     A: torch.Tensor
     B: torch.Tensor
     magnitude: torch.Tensor | None
@@ -95,13 +96,19 @@ def write_adapter(model: nn.Module, staging: Path, name: str, base: Mapping[str,
     attached, updates = named(model, name), updates_of(model, name)
     layers = list(layers_of(model, name).values())
     saved = [_saved(layer, updates[live]) for live, layer in zip(attached.paths, layers, strict=True)]
-    if needs_magnitude([item.scalars for item in saved]):
+    scalars = [scalars for item in saved for scalars in item.scalars]
+    if needs_magnitude(scalars):
+        _refuse_stacks(saved, scalars)
         saved = [_with_magnitude(item, layer) for item, layer in zip(saved, layers, strict=True)]
     _write_weights(staging, saved, attached)
     changed = not all(update.is_as_loaded for update in updates.values())
-    scalars = [item.scalars for item in saved]
-    record = live_record(attached, base, layers, updates, scalars, changed=changed)
-    paths = {item.path: item.path for item in scalars}
+    entries = [
+        each.to_dict() | facts
+        for item, layer, update in zip(saved, layers, updates.values(), strict=True)
+        for each, facts in zip(item.scalars, base_facts(layer, update, len(item.scalars)), strict=True)
+    ]
+    record = live_record(attached, base, entries, changed=changed)
+    paths = {item.module.path: pattern_name(layer, item.module) for item, layer in zip(saved, layers, strict=True)}
     source, respelled = source_config(model, attached, layers), is_respelled(attached, paths)
     config = peft_config(source, scalars, paths, base=base["name"], respelled=respelled)
     config["revision"] = base["revision"]
@@ -124,9 +131,11 @@ def _refuse_lost_training(model: nn.Module) -> None:
 def _saved(layer: MapLayer, update: Update) -> Saved:
     origin = update.origin
     module = origin.module if origin else _new_module(layer, update)
-    if origin is not None and origin.scalars is not None and update.is_as_loaded:
+    if origin is not None and origin.scalars and update.is_as_loaded:
         A, B = (factor.detach().cpu().to(origin.dtype) for factor in (update.A, update.B))
-        return Saved(module, origin.scalars, A, B, getattr(update, "magnitude", origin.magnitude))
+        return Saved(module, origin.scalars, *_side_by_side(A, B), getattr(update, "magnitude", origin.magnitude))
+    if isinstance(update, StackUpdate):
+        return _saved_stack(layer, update, module)
     return _saved_dora(layer, update, module) if isinstance(update, DoraUpdate) else _saved_low_rank(update, module)
 
 
@@ -139,7 +148,40 @@ def _saved_low_rank(update: Update, module: Module) -> Saved:
     b = update.exact("relative_beta") * (update.base_norm or 1.0) / length if length else 0.0
     B = _stored(B if b == a else B.double() * (b / a), module)
     length = product_norm(B, A)
-    return Saved(module, _scalars(module, update, a, a, length), A, B, None)
+    return Saved(module, (_scalars(module, update, a, a, length),), A, B, None)
+
+
+def _saved_stack(layer: MapLayer, update: StackUpdate, module: Module) -> Saved:
+    """b·BA of every weight, with β = ‖b·BA‖: α is ‖W0‖."""
+    assert isinstance(layer, MapParameterLayer)  # no other layer has such an update
+    A, B = update.A.detach().cpu().float(), update.B.detach().cpu()
+    lengths = torch.tensor([product_norm(*pair) for pair in zip(B, A, strict=True)], dtype=torch.float64)
+    betas = torch.tensor(update.betas(), dtype=torch.float64)
+    gains = torch.where(lengths > 0, betas / lengths, 0.0)
+    # A gain of 1 but for rounding is that of factors which are as they were.
+    same = (gains - 1).abs() <= 4 * torch.finfo(torch.float64).eps
+    B = _stored(torch.where(same[:, None, None], B.double(), B.double() * gains[:, None, None]), module)
+    scalars = tuple(
+        MapModule(
+            path=module.path,
+            direction=update.direction,
+            rank=update.rank,
+            alpha=norm,
+            beta=(length := product_norm(B[number], A[number])),
+            base_norm=norm,
+            base_projection=update.base_projections[number],
+            direction_norm=length,
+            error=None,
+            expert=expert,
+        )
+        for number, (expert, norm) in enumerate(zip(layer.target.experts, update.base_norms, strict=True))
+    )
+    return Saved(module, scalars, *_side_by_side(A, B), None)
+
+
+def _side_by_side(A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of a stack as matrices: A has the experts in turn, B side by side, the expert counting fastest."""
+    return (A, B) if A.dim() == 2 else (A.flatten(0, 1), B.permute(1, 2, 0).flatten(1))
 
 
 def _saved_dora(layer: MapLayer, update: DoraUpdate, module: Module) -> Saved:
@@ -156,7 +198,7 @@ def _saved_dora(layer: MapLayer, update: DoraUpdate, module: Module) -> Saved:
             magnitude = (rows * merged_row_norms(weight, A, B)).to(magnitude.dtype)
         length = direction_norm(weight, A, B, magnitude)
     A, B, magnitude = A.cpu().float(), _stored(B.cpu(), module), magnitude.cpu().float()
-    return Saved(module, _scalars(module, update, 1.0, 1.0, length), A, B, magnitude)
+    return Saved(module, (_scalars(module, update, 1.0, 1.0, length),), A, B, magnitude)
 
 
 def _scalars(module: Module, update: Update, a: float, b: float, length: float) -> MapModule:
@@ -179,7 +221,17 @@ def _with_magnitude(item: Saved, layer: MapLayer) -> Saved:
         return item
     with values_of(layer.base_layer, layer.path) as weight:
         norms = merged_row_norms(weight, item.A.to(weight.device), item.B.to(weight.device))
-    return Saved(item.module, item.scalars, item.A, item.B, (item.scalars.base_gain * norms).float().cpu())
+    return Saved(item.module, item.scalars, item.A, item.B, (item.scalars[0].base_gain * norms).float().cpu())
+
+
+def _refuse_stacks(saved: Sequence[Saved], scalars: Sequence[MapModule]) -> None:
+    stack = next((item.module.path for item in saved if item.scalars[0].expert is not None), None)
+    if stack is not None:
+        other = next(item for item in scalars if item.direction == "dora" or item.base_gain != 1.0)
+        raise OutputError(
+            f"{other.path} has a base gain of {other.base_gain:.6g}, which stock PEFT computes as a DoRA, and it has "
+            f"none for the stacked parameter {stack}: train with α frozen."
+        )
 
 
 def _write_weights(staging: Path, saved: Sequence[Saved], attached: Attached) -> None:
@@ -188,7 +240,7 @@ def _write_weights(staging: Path, saved: Sequence[Saved], attached: Attached) ->
         for item in saved:
             for key, tensor in peft_factors(item.module, item.A, item.B):
                 spool.append(key, tensor)
-        if needs_magnitude([item.scalars for item in saved]):
+        if needs_magnitude([scalars for item in saved for scalars in item.scalars]):
             for item in saved:
                 assert item.magnitude is not None  # if one needs it, _with_magnitude has given it to all
                 spool.append(*peft_magnitude(item.module, item.magnitude))

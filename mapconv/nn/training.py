@@ -15,7 +15,7 @@ from torch import nn
 from mapconv.adapter import Direction
 from mapconv.errors import PlacementError, UnsupportedError
 from mapconv.formats.peft import natural_order
-from mapconv.nn.attaching import Attached, adaptable, attach, check_model
+from mapconv.nn.attaching import Attached, adaptable, attach, check_model, has_adapters, state_of
 from mapconv.nn.bases import base_fingerprint, is_grouped, kind_of, matrix_shape, row_squares, values_of
 from mapconv.nn.checkpoints import serve_trainers
 from mapconv.nn.updates import DoraUpdate, Update
@@ -177,6 +177,10 @@ def get_map_model(model: nn.Module, config: MapConfig, *, name: str = "default")
         MapconvError: no layer matches, or one that does cannot be adapted; the model is then as it was.
     """
     check_model(model, name)
+    if has_adapters(model) and state_of(model).replicated is not None:
+        raise UnsupportedError(
+            "the model runs with the repeated layers of another adapter (layer_replication): detach it first."
+        )
     layers = _targets(model, config)
     updates = {}
     generator = torch.Generator().manual_seed(config.seed)

@@ -13,7 +13,7 @@ scalars only if the scalars are of the size of 1. They are held relative to a no
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,20 +27,19 @@ from mapconv.algebra.norms import row_blocks, squared_norm
 from mapconv.nn.bases import merged_row_norms, row_squares, values_of
 from mapconv.nn.functions import UpdateGain, gram_dtype, inverse_norm
 
-SCALARS = ("relative_alpha", "relative_beta")
-
 
 @dataclass(frozen=True)
 class Origin:
     """What an update was loaded from, so that an unchanged one is saved to the same bytes.
 
-    ``base_facts`` is what the file says of the base tensor, ``dtype`` that of the stored factors; ``magnitude`` is what
-    stock PEFT needs to compute a low-rank direction with a ≠ 1.
+    ``scalars`` are the recorded ones (none but in a MAP directory), and ``base_facts`` what the file says of the base
+    tensor, for each weight of the update: one, or the experts of a stack. ``dtype`` is that of the stored factors;
+    ``magnitude`` is what stock PEFT needs to compute a low-rank direction with a ≠ 1.
     """
 
     module: Module
-    scalars: MapModule | None
-    base_facts: Mapping[str, Any]
+    scalars: tuple[MapModule, ...]
+    base_facts: tuple[Mapping[str, Any], ...]
     dtype: torch.dtype
     magnitude: torch.Tensor | None
     digest: bytes
@@ -69,20 +68,20 @@ class Update(nn.Module):
         super().__init__()
         self.A = nn.Parameter(A, requires_grad=False)
         self.B = nn.Parameter(B, requires_grad=False)
-        self.relative_alpha = _scalar(relative_alpha, A)
-        self.relative_beta = _scalar(relative_beta, A)
+        self.relative_alpha = _scalars([relative_alpha], A)
+        self.relative_beta = _scalars([relative_beta], A)
         self.base_norm = base_norm
         self.base_projection: float | None = None
         self.detach_norm = detach_norm
         self.floor = floor
         self.origin: Origin | None = None
-        self._exact = {"relative_alpha": relative_alpha, "relative_beta": relative_beta}
+        self._exact = {"relative_alpha": [relative_alpha], "relative_beta": [relative_beta]}
         self._cache: torch.Tensor | None = None
         self._versions: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
-        return self.A.shape[0]
+        return self.A.shape[-2]
 
     @property
     def factors(self) -> list[nn.Parameter]:
@@ -92,18 +91,26 @@ class Update(nn.Module):
     def scalars(self) -> list[nn.Parameter]:
         return [self.relative_alpha, self.relative_beta]
 
+    def hold_gain(self) -> None:
+        """Keep α as it is in training."""
+        self.relative_alpha.requires_grad_(False)
+
     def gains(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(a, b) as 0-d tensors that gradients flow through; ‖BA‖ is kept while the factors are frozen."""
-        alpha, beta = self.relative_alpha.reshape(()), self.relative_beta
+        return self.relative_alpha.reshape(()), self.update_gain()
+
+    def update_gain(self) -> torch.Tensor:
+        """b = β/‖BA‖."""
+        beta = self.relative_beta
         if self._is_training():
             self._cache = None
             factors = [factor.detach() if self.detach_norm else factor for factor in self.factors]
-            return alpha, UpdateGain.apply(beta, *factors, self._unit_norm, gram_dtype(self.A), self.floor)
+            return UpdateGain.apply(beta, *factors, self._unit_norm, gram_dtype(self.A), self.floor)
         if self._is_stale():
             with _lasting():
                 self._keep(self._unit_norm * inverse_norm(self.A, self.B, floor=self.floor)[0])
         assert self._cache is not None  # or it would be stale
-        return alpha, (beta.reshape(()) * self._cache).to(beta.dtype)
+        return (beta.reshape(self._cache.shape) * self._cache).to(beta.dtype)
 
     def _keep(self, value: torch.Tensor) -> None:
         self._cache, self._versions = value, self._factor_versions()
@@ -121,7 +128,7 @@ class Update(nn.Module):
         return any(factor.requires_grad for factor in self.factors)
 
     @property
-    def _unit_norm(self) -> float:
+    def _unit_norm(self) -> Any:
         """The unit of the scalars; a weight of zeros has none, and takes 1."""
         return self.base_norm or 1.0
 
@@ -129,20 +136,27 @@ class Update(nn.Module):
 
     def exact(self, name: str) -> float:
         """A scalar in float64: as it was given where the parameter still rounds to the same value."""
-        value, given = float(getattr(self, name).detach()), self._exact[name]
-        return given if value in (given, float(torch.tensor(given, dtype=torch.float32))) else value
+        return self.all_exact(name)[0]
+
+    def all_exact(self, name: str) -> list[float]:
+        """``exact`` of every weight of the update."""
+        return [
+            given if value in (given, float(torch.tensor(given, dtype=torch.float32))) else value
+            for value, given in zip(getattr(self, name).tolist(), self._exact[name], strict=True)
+        ]
 
     def alpha(self) -> float:
-        recorded = self.origin.scalars if self.origin else None
-        if recorded is not None and self.exact("relative_alpha") == self._exact["relative_alpha"]:
-            return recorded.alpha
+        if self.origin and self.origin.scalars and self._is_as_given("relative_alpha"):
+            return self.origin.scalars[0].alpha
         return self.exact("relative_alpha") * self.base_norm
 
     def beta(self, base: nn.Module, path: str) -> float:
-        recorded = self.origin.scalars if self.origin else None
-        if recorded is not None and self.exact("relative_beta") == self._exact["relative_beta"]:
-            return recorded.beta
+        if self.origin and self.origin.scalars and self._is_as_given("relative_beta"):
+            return self.origin.scalars[0].beta
         return self.exact("relative_beta") * self._unit_norm
+
+    def _is_as_given(self, name: str) -> bool:
+        return self.all_exact(name) == self._exact[name]
 
     def digest(self) -> bytes:
         """What tells the factors from changed ones."""
@@ -153,7 +167,7 @@ class Update(nn.Module):
 
     @property
     def is_as_loaded(self) -> bool:
-        if self.origin is None or any(self.exact(name) != self._exact[name] for name in SCALARS):
+        if self.origin is None or not all(map(self._is_as_given, self._exact)):
             return False
         return self.digest() == self.origin.digest
 
@@ -216,10 +230,9 @@ class DoraUpdate(Update):
         return norms.to(self.A.device)
 
     def beta(self, base: nn.Module, path: str) -> float:
-        recorded = self.origin.scalars if self.origin else None
         gain = self.exact("relative_beta")
-        if recorded is not None and self.is_as_loaded:
-            return recorded.beta
+        if self.origin and self.origin.scalars and self.is_as_loaded:
+            return self.origin.scalars[0].beta
         with values_of(base, path) as weight:
             A, B, magnitude = (factor.detach().to(weight.device) for factor in self.factors)
             return gain * direction_norm(weight, A, B, magnitude)
@@ -246,5 +259,5 @@ def direction_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, magni
     return total**0.5
 
 
-def _scalar(value: float, like: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.tensor([value], dtype=like.dtype, device=like.device), requires_grad=False)
+def _scalars(values: Sequence[float], like: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(values, dtype=like.dtype, device=like.device), requires_grad=False)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mapconv.options.kinds import Choice, Names, Real, Size, Source
+from mapconv.options.kinds import Choice, Folder, Names, Real, Repository, Size, Source
 from mapconv.options.records import Command, Option
-from mapconv.options.rules import Check, Excludes, Spell
+from mapconv.options.rules import Check, Excludes, Requires, Spell
 from mapconv.options.shared import (
     ALLOW_PICKLE,
     AS_MANY_WEIGHTS,
     BASE,
+    BASE_ID,
     DATA,
     DORA_AXIS,
     DORA_NORM,
@@ -20,8 +21,12 @@ from mapconv.options.shared import (
     FORCE,
     JSON,
     LEAST_SHARD,
+    LICENSE,
+    MESSAGE,
     OUT,
+    PRIVATE,
     QUIET,
+    REVISION,
     SAMPLES,
     VERBOSE,
     WEIGHTS,
@@ -63,6 +68,18 @@ def _copied_codes(given: Mapping[str, Any], spell: Spell) -> str | None:
     return None
 
 
+def _one_place(given: Mapping[str, Any], spell: Spell) -> str | None:
+    if "out" in given and "push_to" in given:
+        return f"{spell('out', ...)} and {spell('push_to', ...)} cannot be used together: merge into OUT and push that"
+    if "out" not in given and "push_to" not in given:
+        return f"{spell('out', ...)} or {spell('push_to', ...)} is missing: say where the merged model goes"
+    return None
+
+
+_STAGE = "an entry is published by its stage push"
+#: What runs the base, or goes through it twice.
+_HELD = "it needs the whole model on this disk"
+_ON_HUB = ("work_dir", "private", "revision", "message", "license", "base_id")
 SCALES = Option(
     "scales",
     Choice(("keep", "recompute")),
@@ -73,7 +90,27 @@ MERGE = Command(
     "merge",
     Option("adapters", Source(), metavar="ADAPTER", positional=True, many=True, required=True, in_catalog=False),
     BASE,
-    OUT.but(required=True, help="Folder to write the merged model to."),
+    OUT.but(help="Folder to write the merged model to."),
+    Option(
+        "push_to",
+        Repository(),
+        "Instead of --out: publish on the Hub, file by file, with at most two weights files on this disk.",
+        metavar="OWNER/NAME",
+        in_catalog=False,
+        refusal=_STAGE,
+    ),
+    Option(
+        "work_dir",
+        Folder(),
+        "With --push-to: folder for these two, where the same command goes on after a kill. Default: the Hub's cache.",
+        metavar="DIR",
+        in_catalog=False,
+        refusal=_STAGE,
+    ),
+    *(
+        option.but(help=f"With --push-to: {option.help[0].lower()}{option.help[1:]}", in_catalog=False, refusal=_STAGE)
+        for option in (PRIVATE, REVISION, MESSAGE, LICENSE, BASE_ID)
+    ),
     DTYPE.but(
         kind=Choice(("auto", "float32", "bfloat16", "float16")),
         default="auto",
@@ -116,7 +153,7 @@ MERGE = Command(
     Option(
         "base_values",
         Choice(("original", "stored", "measured")),
-        "Of a quantized base: merge into its stored values, the original model, or what --data is likelier under.",
+        "For a quantized base: merge into its stored values, the original model, or whichever makes --data likelier.",
     ),
     Option(
         "original",
@@ -137,6 +174,9 @@ MERGE = Command(
     VERBOSE,
     QUIET,
     rules=(
+        Check(("out", "push_to"), _one_place),
+        *(Requires(name, "push_to") for name in _ON_HUB),
+        *(Excludes(term, "push_to", _HELD) for term in (("rounding", "feedback"), "min_survival", "base_values")),
         AS_MANY_WEIGHTS,
         Check(("quantized", "dtype", "scales", "lift", "min_survival"), _copied_codes),
         Check(("base_values", "original", "data", "samples"), _measured_base),

@@ -100,7 +100,7 @@ class Command:
         self.rules = (*(rule for part in parts if isinstance(part, Group) for rule in part.rules), *rules)
         unknown = {option for rule in self.rules for option in rule.names} - self.options.keys()
         if unknown:
-            raise ValueError(f"{name} has rules about options that it has not: {unknown}")
+            raise ValueError(f"{name} has rules about options that it does not have: {unknown}")
 
     def faults(self, values: Mapping[str, Any], spell: Spell) -> Iterator[tuple[str, str]]:
         """(option to blame, what is wrong) for each rule that these values break."""

@@ -110,7 +110,7 @@ DEVICE = Option(
 DORA_AXIS = Option(
     "dora_axis",
     Choice(("out", "in")),
-    "Of a DoRA whose file does not say so: whether its magnitudes are those of outputs or of inputs.",
+    "For a DoRA whose file does not say: whether its magnitudes belong to outputs or to inputs.",
 )
 DORA_NORM = Option(
     "dora_norm",
@@ -149,6 +149,15 @@ VERBOSE = Option(
 #: What every command that works for a while has at the end of its help page.
 TALK = Group((JSON, FORCE, VERBOSE, QUIET), (Excludes("verbose", "quiet"),))
 MESSAGE = Option("message", Text(), "Title of the commit.", fallback="Upload with mapconv", short="-m", metavar="TEXT")
+
+PRIVATE = Option("private", Flag(), "Create the repository private; refused if it exists and is public.", default=False)
+REVISION = Option("revision", Text(), "Branch to commit to, created if needed.", fallback="main", metavar="BRANCH")
+LICENSE = Option(
+    "license", Text(), "Licence for the card. Default: what the source's or the base's card says.", metavar="ID"
+)
+BASE_ID = Option(
+    "base_id", Text(), "The base model's name on the Hub, if the result was made from a folder.", metavar="HUB_ID"
+)
 
 
 def _as_many_weights(given: Mapping[str, Any], spell: Spell) -> str | None:

@@ -12,6 +12,7 @@ from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import AdapterError, CheckpointError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter
 from mapconv.hub.locate import open_base
+from mapconv.hub.reference import HubReference
 from mapconv.placement.authors_scalars import with_gains
 from mapconv.placement.bases import plain_base
 from mapconv.placement.by_name import linear_paths, place, require_all_targets
@@ -60,23 +61,26 @@ def place_adapter(
 
 def place_adapters(
     sources: Sequence[Path],
-    base: str | Path | None,
+    base: str | Path | HubReference | None,
     *,
     allow_pickle: bool = False,
     lean: bool = False,
+    root: Path | None = None,
     dora: Rescaling = AS_TRAINED,
 ) -> tuple[PlacedAdapter, ...]:
     """Read adapters and the base's headers, and place every tensor of each on one target model.
 
     ``dora`` says what the magnitudes of their DoRAs mean. With ``lean`` a base on the Hub stays there, but for the
-    bytes that are read (``mapconv.hub.ranges``).
+    bytes that are read, which lie below ``root`` (``mapconv.hub.ranges``).
 
     Raises:
         MapconvError: of the kind that fits; nothing has been computed or written.
     """
     with collector_paused():
         adapters = [read_as(source, dora, allow_pickle=allow_pickle) for source in sources]
-        return _place_adapters(adapters, sources, base, lean=lean)
+        first = adapters[0]
+        checkpoint = open_base(base, first.base, first.revision, sources[0], lean=lean, root=root)
+        return _place_adapters(adapters, checkpoint)
 
 
 def place_apart(
@@ -146,11 +150,8 @@ def read_as(source: Path, dora: Rescaling, *, allow_pickle: bool = False) -> Ada
     return replace(adapter, modules=tuple(modules))
 
 
-def _place_adapters(
-    adapters: Sequence[Adapter], sources: Sequence[Path], base: str | Path | None, *, lean: bool
-) -> tuple[PlacedAdapter, ...]:
-    first = adapters[0]
-    checkpoint, config = plain_base(open_base(base, first.base, first.revision, sources[0], lean=lean))
+def _place_adapters(adapters: Sequence[Adapter], stored: Checkpoint) -> tuple[PlacedAdapter, ...]:
+    checkpoint, config = plain_base(stored)
     adapters = [in_own_order(adapter, config) for adapter in adapters]
     target, placed = _place(adapters, checkpoint, config)
     _refuse_other_dtypes(placed)

@@ -56,16 +56,11 @@ def on_stack(module: Module, adapter: Adapter, parameter: str, weights: Sequence
     """
     settings, experts = adapter.settings, len(weights)
     if settings.initialization is not None:
-        raise UnsupportedError(
-            f"{module.path}: init_lora_weights={settings.initialization!r} on a stack of experts has no defined base: "
-            "export the adapter as plain LoRA first."
-        )
-    rank = settings.rank_of(parameter)
+        raise stack_initialization_refusal(module.path, settings.initialization)
+    rank = settings.rank_of(parameter) if module.has_factors else 0
     if module.rank != rank * experts:
-        raise PlacementError(
-            f"{module.path}: {module.rank} rows of lora_A for {experts} experts of {parameter}, expected {rank} each"
-        )
-    scaling = settings.scaling_of(parameter)
+        raise PlacementError(stack_rank_fault(module, experts, parameter, rank))
+    scaling = settings.scaling_of(parameter) if module.has_factors else module.scaling
     for expert, weight in enumerate(weights):
         if weight.shape != module.weight_shape:
             raise PlacementError(
@@ -73,6 +68,19 @@ def on_stack(module: Module, adapter: Adapter, parameter: str, weights: Sequence
                 f"{list(module.weight_shape)}"
             )
         yield PlacedModule(module, weight, parameter, rank, scaling, expert=expert, experts=experts)
+
+
+def stack_rank_fault(module: Module, experts: int, parameter: str, rank: int) -> str:
+    """What is wrong with factors of another rank than the configuration gives a stacked parameter."""
+    return f"{module.path}: {module.rank} rows of lora_A for {experts} experts of {parameter}, expected {rank} each"
+
+
+def stack_initialization_refusal(path: str, initialization: str) -> UnsupportedError:
+    """Why an initialization that changed the base cannot be undone on a stack."""
+    return UnsupportedError(
+        f"{path}: init_lora_weights={initialization!r} on a stack of experts has no defined base: "
+        "export the adapter as plain LoRA first."
+    )
 
 
 def attention_refusal(path: str) -> UnsupportedError:

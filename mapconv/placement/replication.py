@@ -21,7 +21,7 @@ _LAYER = re.compile(r"^((?:.*\.)?(?:layers|encoder\.layer|h)\.)(\d+)(\..+)$")
 
 def replicate_config(config: dict[str, Any], ranges: tuple[tuple[int, int], ...]) -> None:
     """Turn a configuration into that of the longer model, in place."""
-    order = _order(ranges)
+    order = layer_order(ranges)
     layers = config.get("num_hidden_layers") or 0
     if max(order) >= layers:
         raise PlacementError(f"layer_replication names layer {max(order)}, but the base has {layers}.")
@@ -37,7 +37,7 @@ def replicate_config(config: dict[str, Any], ranges: tuple[tuple[int, int], ...]
 def replicated_checkpoint(checkpoint: Checkpoint, ranges: tuple[tuple[int, int], ...]) -> Checkpoint:
     """The checkpoint with every layer's tensors under each number that the layer has in the longer model."""
     copies: dict[int, list[int]] = defaultdict(list)
-    for number, layer in enumerate(_order(ranges)):
+    for number, layer in enumerate(layer_order(ranges)):
         copies[layer].append(number)
 
     def expand(ref: TensorRef) -> list[TensorRef]:
@@ -52,5 +52,6 @@ def replicated_checkpoint(checkpoint: Checkpoint, ranges: tuple[tuple[int, int],
     return replace(checkpoint, files=files, tensors={ref.name: ref for file in files for ref in file.tensors})
 
 
-def _order(ranges: tuple[tuple[int, int], ...]) -> list[int]:
+def layer_order(ranges: tuple[tuple[int, int], ...]) -> list[int]:
+    """The base's layer at each place of the longer model."""
     return [layer for start, stop in ranges for layer in range(start, stop)]

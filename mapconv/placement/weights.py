@@ -7,8 +7,9 @@ its neighbours, or in pieces of its own. A ``WeightView`` says which, and everyt
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +17,8 @@ from mapconv.adapter import ITEM_SIZES, MapModule, Module, TensorRef
 from mapconv.algebra.fingerprint import Fingerprint, block_fingerprint, column_numbers, row_numbers
 from mapconv.algebra.norms import BLOCK_ELEMENTS, row_blocks
 from mapconv.checkpoint.reader import TensorReader
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,16 @@ class PlacedModule:
 
     def with_scalars(self, scalars: MapModule) -> PlacedModule:
         return replace(self, scalars=scalars)
+
+
+def in_stacks(items: Iterable[Item], experts: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """One weight at a time, but all ``experts`` of a stack together, which come one after another."""
+    stack: list[Item] = []
+    for item in items:
+        stack.append(item)
+        if len(stack) == experts(item):
+            yield stack
+            stack = []
 
 
 def grid(shape: tuple[int, ...], *, stacked: bool) -> tuple[int, int, int]:

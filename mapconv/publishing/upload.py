@@ -7,16 +7,22 @@ retry after a lost answer, compares file by file with what arrived, and makes no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from mapconv.errors import HubError
 from mapconv.hub.client import Secret, limit_waits, quiet_client
 from mapconv.hub.client_errors import never_arrived, status_of
 from mapconv.hub.faults import ATTEMPTS, always, ask_hub, with_retries
+from mapconv.hub.reference import is_repo_id
 from mapconv.metadata.card import CARD_FILE
+from mapconv.publishing.large_files import LargeFile, operations
 from mapconv.publishing.package import Outgoing, Package
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 LIBRARY = "mapconv"
 
@@ -44,17 +50,41 @@ class Sent:
     changed: bool
 
 
-def send(package: Package, to: Destination, token: Secret, *, bars: bool | None = None) -> Sent:
-    """Create the repository if need be, and commit the package.
+def check_name(to: Destination) -> None:
+    """Refuse what cannot be a repository's name.
 
     Raises:
-        HubError: what the Hub or the network refuses, in one sentence.
+        HubError: with the name.
     """
+    if not is_repo_id(to.repo_id) or "/" not in to.repo_id:
+        raise HubError(f"{to.repo_id!r} is not a repository name: give it as owner/name.")
+
+
+def hub_api(token: Secret) -> HfApi:
+    """The Hub's client, which writes with this token."""
     from huggingface_hub import HfApi
 
     from mapconv.version import __version__
 
-    api = HfApi(token=token.value(), library_name=LIBRARY, library_version=__version__)
+    return HfApi(token=token.value(), library_name=LIBRARY, library_version=__version__)
+
+
+def send(
+    package: Package,
+    to: Destination,
+    token: Secret,
+    *,
+    stored: Mapping[str, LargeFile] = MappingProxyType({}),
+    bars: bool | None = None,
+) -> Sent:
+    """Create the repository if need be, and commit the package.
+
+    ``stored`` are those of its files, by their names, that were sent before (``large_files``).
+
+    Raises:
+        HubError: what the Hub or the network refuses, in one sentence.
+    """
+    api = hub_api(token)
 
     def may_have_opened(error: Exception) -> str:
         if not to.create_pr or status_of(error) in range(400, 500) or never_arrived(error):
@@ -62,8 +92,10 @@ def send(package: Package, to: Destination, token: Secret, *, bars: bool | None 
         return f"but look at {api.endpoint}/{to.repo_id}/discussions first: the pull request may have been opened"
 
     with quiet_client(bars=bars):
-        created = ask_hub(lambda: _ensure_repository(api, to), to.repo_id, "write")
-        info, head = ask_hub(lambda: _commit_on_head(api, package, to), to.repo_id, "write", hint=may_have_opened)
+        created = ask_hub(lambda: ensure_repository(api, to), to.repo_id, "write")
+        info, head = ask_hub(
+            lambda: _commit_on_head(api, package, to, stored), to.repo_id, "write", hint=may_have_opened
+        )
     where = f"{api.endpoint}/{to.repo_id}"
     return Sent(
         url=where if to.revision is None else f"{where}/tree/{to.revision}",
@@ -75,7 +107,7 @@ def send(package: Package, to: Destination, token: Secret, *, bars: bool | None 
     )
 
 
-def _ensure_repository(api: Any, to: Destination) -> bool:
+def ensure_repository(api: Any, to: Destination) -> bool:
     """Make the repository, and the branch, unless they exist; whether the repository is new.
 
     Raises:
@@ -116,18 +148,18 @@ def _ensure_branch(api: Any, to: Destination) -> None:
         _retried(lambda: api.create_branch(to.repo_id, branch=to.revision, exist_ok=True))
 
 
-def _commit_on_head(api: Any, package: Package, to: Destination) -> tuple[Any, str]:
+def _commit_on_head(api: Any, package: Package, to: Destination, stored: Mapping[str, LargeFile]) -> tuple[Any, str]:
     """Commit, and again on the new head where somebody else's commit came in between."""
     for _ in range(1, ATTEMPTS):
         try:
-            return _commit(api, package, to)
+            return _commit(api, package, to, stored)
         except Exception as error:
             if status_of(error) != 412:
                 raise
-    return _commit(api, package, to)
+    return _commit(api, package, to, stored)
 
 
-def _commit(api: Any, package: Package, to: Destination) -> tuple[Any, str]:
+def _commit(api: Any, package: Package, to: Destination, stored: Mapping[str, LargeFile]) -> tuple[Any, str]:
     """Commit on top of the present head; returns the client's answer and that head.
 
     With a lost answer the whole call is repeated: files that arrived with it then count as unchanged. A pull request
@@ -140,13 +172,17 @@ def _commit(api: Any, package: Package, to: Destination) -> tuple[Any, str]:
     has_card = any(file.rfilename == CARD_FILE for file in there.siblings or ())
     card = package.card(to.repo_id, _remote_card(api, to.repo_id, head) if has_card else None).encode()
     files = [*package.files, Outgoing(CARD_FILE, package.folder / CARD_FILE, len(card), card)]
+    files = [file for file in files if file.name not in stored]
 
     def attempt() -> Any:
         limit_waits()
         return api.create_commit(
             to.repo_id,
             # New objects each time: the client marks those that it has committed.
-            [CommitOperationAdd(file.name, file.content or str(file.path)) for file in files],
+            [
+                *operations(api, to.repo_id, to.revision, stored),
+                *(CommitOperationAdd(file.name, file.content or str(file.path)) for file in files),
+            ],
             commit_message=to.message,
             revision=to.revision,
             create_pr=to.create_pr,

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.nn.functional import pad
 
+from mapconv.algebra.dense import dense_bytes
 from mapconv.algebra.fingerprint import matrix_fingerprint
-from mapconv.algebra.norms import product_norm, squared_norm
+from mapconv.algebra.lowrank import is_randomized
+from mapconv.algebra.norms import product_norm, row_squares, squared_norm
 from mapconv.algebra.pencil import DensePencil
 from mapconv.algebra.regression import RegressionInputs
 from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
@@ -30,6 +32,12 @@ from mapconv.refit.ranks import Spectrum, squared_singular_values
 from mapconv.refit.solving import ModuleRefit, Wanted
 from mapconv.refit.stored_statistics import StoredStatistics
 from mapconv.refit.targets.adapted import adapted_weight_
+from mapconv.refit.targets.moved import update_of
+from mapconv.runtime.threads import in_order, worker_count
+from mapconv.wording import counted
+
+#: A module, what is known of its inputs, and the statistics that hold them, to check its base by.
+_Job = tuple[PlacedModule, RegressionInputs | None, StoredStatistics | None]
 
 
 @dataclass(frozen=True)
@@ -65,13 +73,14 @@ class Rebased:
     """One module on the other base. ``changed``: ‖W − W0‖/‖W0‖ between the two bases.
 
     ``before`` is the error of the layer's outputs with the source's update put on the other base as it is, in the unit
-    of ``scalars.output_error``; None where its inputs are not known.
+    of ``scalars.output_error``; None where its inputs are not known. ``tokens`` is how many of those were seen.
     """
 
     placed: PlacedModule
     converted: Converted
     changed: float
     before: float | None
+    tokens: int | None
 
     def without_factors(self) -> Rebased:
         """The numbers alone."""
@@ -106,8 +115,7 @@ class Rebaser:
 
     def by_weights(self, modules: Sequence[PlacedModule]) -> Iterator[Rebased]:
         """Each module by its weights alone."""
-        for item in modules:
-            yield self._rebase(item, None)[0]
+        yield from self._side_by_side((item, None, None) for item in modules)
 
     def by_inputs(self, run: Run, batches: Sequence[torch.Tensor]) -> Iterator[Rebased]:
         """Every module, in the order in which the layers run; those that no input reaches come last."""
@@ -115,8 +123,8 @@ class Rebaser:
         by_path = {item.module.path: item for item in self._served.modules if item.experts == 1}
         for layer in run.run(batches):
             item = by_path[layer.path]
-            rebased, weight = self._rebase(item, layer.inputs)
-            run.fit(layer.path, weight)
+            rebased, W = self._rebase(item, layer.inputs)
+            run.fit(layer.path, _merged_(W, rebased.converted))
             del waiting[item.key]
             yield rebased
         yield from self.by_weights(list(waiting.values()))
@@ -125,59 +133,74 @@ class Rebaser:
         """Each module by the inputs that were collected of the base it was trained on; no model runs."""
         paths = (item.module.path if item.experts == 1 else None for item in modules)
         with TensorReader() as reader:
-            for item, inputs in zip(modules, stored.inputs_of(paths, reader), strict=True):
-                yield self._rebase(item, inputs, None if inputs is None else stored)[0]
+            known = zip(modules, stored.inputs_of(paths, reader), strict=True)
+            yield from self._side_by_side((item, inputs, None if inputs is None else stored) for item, inputs in known)
 
     def spectra(self, inputs: Iterable[tuple[PlacedModule, RegressionInputs | None]]) -> Iterator[Spectrum]:
         """What each rank of a module will be worth, as far as its inputs are known beforehand."""
         for item, known in inputs:
-            T, W = self._adapted(self._trained[item.key]), self._weight(item)
-            seen, whole = (T - W, T) if known is None else (known.pencil(T, W, gains=False).S, known.root.multiply(T))
+            trained = self._trained[item.key]
+            T = adapted_weight_(trained, self._factors, self._base(trained))
+            W = self._weight(item)
+            seen, whole = T - W, T
+            if known is not None:
+                seen, whole = known.pencil(seen, W, gains=False).S, known.root.multiply(T)
             yield Spectrum(
                 item.module.path, item.weight.shape, squared_singular_values(seen) / (squared_norm(whole) or 1.0)
             )
 
+    def _side_by_side(self, jobs: Iterable[_Job]) -> Iterator[Rebased]:
+        """Modules that wait for nothing of each other, on as many cores as their memory allows."""
+
+        def refit(job: _Job) -> Rebased:
+            with torch.inference_mode():  # which is a setting of each thread
+                return self._rebase(*job)[0]
+
+        largest = max((working_bytes(item, self._options.wanted(item)) for item in self._served.modules), default=0)
+        yield from in_order(refit, jobs, worker_count(largest))
+
     def _rebase(
         self, item: PlacedModule, inputs: RegressionInputs | None, stored: StoredStatistics | None = None
     ) -> tuple[Rebased, torch.Tensor]:
-        """The module, and its weight as written."""
+        """The module, and the other base's weight."""
         trained = self._trained[item.key]
         base = self._base(trained)
+        own = matrix_fingerprint(base)
         if stored is not None:
-            stored.check(item.module.path, matrix_fingerprint(base))
-        W = self._weight(item)
-        found = finite_base(matrix_fingerprint(W), item)
-        fault = None if trained.scalars is None else base_fault(trained.scalars, matrix_fingerprint(base))
+            stored.check(item.module.path, own)
+        fault = None if trained.scalars is None else base_fault(trained.scalars, own)
         if fault is not None:
             raise BaseMismatchError(f"{trained.weight.name} of --base {fault}: give the base it was made for.")
-        change = torch.linalg.vector_norm(W - base).item()
-        norm = torch.linalg.vector_norm(base).item()
-        # The source's update put on the other base as it is: T − W0 + W.
-        T = self._adapted(trained, base.clone())
-        moved = (T - base).add_(W)
+        update = update_of(trained, self._factors, base)
+        W = self._weight(item)
+        found = finite_base(matrix_fingerprint(W), item)
+        change = base.sub_(W)
+        moved = torch.linalg.vector_norm(change).item()
+        change = update.add_to_(change)
         wanted = self._options.wanted(item)
-        target = DensePencil(T - W, W if wanted.gain is None else None)
-        seen = None if inputs is None else inputs.pencil(T, W, gains=wanted.gain is None)
+        target = DensePencil(change, W if wanted.gain is None else None)
+        seen = None if inputs is None else inputs.pencil(change, W, gains=wanted.gain is None)
         root = None if inputs is None else inputs.root
         refitted = ModuleRefit(target, wanted, root, seen).solve()
         A, B = refitted.A, refitted.B
         if self._padded is not None:
             A, B = (pad(A, (0, 0, 0, self._padded - len(A))), pad(B, (0, self._padded - len(A))))
-        weight = torch.addmm(W, B.float(), A.float()) * refitted.gain
-        magnitude = None
-        if refitted.gain != 1.0:
-            magnitude = torch.linalg.vector_norm(weight.double(), dim=1)
         before = None
         if inputs is not None and seen is not None:
-            # M(1) of the moved weight: what it leaves of the outputs, measured as the refit's own error is.
-            left = seen.S - inputs.root.multiply(moved - W)
+            # M(1) of the source's update put on the other base as it is: what that leaves of the outputs, measured as
+            # the refit's own error is.
             size = seen.squared_norms()[0] ** 0.5
-            before = torch.linalg.vector_norm(left).item() / size if size else 0.0
+            left = torch.linalg.vector_norm(update.taken_from_(seen.S, inputs.root)).item()
+            before = left / size if size else 0.0
+        magnitude = None
+        if refitted.gain != 1.0:
+            magnitude = row_squares(torch.addmm(W, B.float(), A.float())).sqrt_().mul_(refitted.gain)
         converted = converted_module(
             item, "low-rank", refitted.gain, found, product_norm(B, A), refitted.error, A, B, magnitude,
             refitted.output_error,
         )  # fmt: skip
-        return Rebased(item, converted, change / norm if norm else change, before), weight
+        tokens = None if inputs is None else inputs.tokens
+        return Rebased(item, converted, moved / own.norm if own.norm else moved, before, tokens), W
 
     def _base(self, trained: PlacedModule) -> torch.Tensor:
         return read_weight(trained.weight, self._readers[0], torch.empty(trained.weight.numel))
@@ -185,6 +208,32 @@ class Rebaser:
     def _weight(self, item: PlacedModule) -> torch.Tensor:
         return read_weight(item.weight, self._readers[1], torch.empty(item.weight.numel))
 
-    def _adapted(self, trained: PlacedModule, base: torch.Tensor | None = None) -> torch.Tensor:
-        """T, in the memory of the base's weight."""
-        return adapted_weight_(trained, self._factors, self._base(trained) if base is None else base)
+
+def notes_on_inputs(results: Sequence[Rebased]) -> list[str]:
+    """What the inputs that were seen could not serve, of modules that were to be fitted to them."""
+    unseen = [item.placed.module.path for item in results if item.tokens is None]
+    few = [item for item in results if item.tokens is not None and item.tokens < item.placed.weight.shape[1]]
+    notes = []
+    if unseen:
+        named = ", ".join(unseen[:3]) + (", …" if len(unseen) > 3 else "")
+        notes.append(f"no inputs are known of {counted(len(unseen), 'module')}, refitted by the weights alone: {named}")
+    if few:
+        widest = max(few, key=lambda item: item.placed.weight.shape[1])
+        notes.append(
+            f"{widest.tokens:,} tokens are fewer than the inputs of {counted(len(few), 'module')} "
+            f"({widest.placed.weight.shape[1]:,} at most): directions that none of them showed were fitted by the "
+            "weights; more --samples help"
+        )
+    return notes
+
+
+def _merged_(W: torch.Tensor, converted: Converted) -> torch.Tensor:
+    """The weight with a refit as it is written, in the memory of W."""
+    return W.addmm_(converted.B.float(), converted.A.float()).mul_(converted.scalars.base_gain)
+
+
+def working_bytes(item: PlacedModule, wanted: Wanted) -> int:
+    """Memory of one refit: both bases' weights and what the layer's outputs see of them, P, and Gram matrices."""
+    most = wanted.rank if wanted.tolerance is None else wanted.max_rank
+    grams = 0 if is_randomized(item.weight.shape, most, 0) else dense_bytes(item.weight.shape)
+    return 4 * (4 * item.weight.numel + item.weight.shape[1] ** 2) + grams

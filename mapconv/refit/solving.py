@@ -52,13 +52,14 @@ class Refitted:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A solution, its factors as stored (on the CPU), as numbers again, and ‖·‖ of what they leave, as measured."""
+    """A solution, its factors as stored (on the CPU), as numbers again, A through P, and ‖·‖ of what they leave."""
 
     solution: Refit
     A: torch.Tensor
     B: torch.Tensor
     wide_A: torch.Tensor
     wide_B: torch.Tensor
+    seen_A: torch.Tensor
     residual: float
 
 
@@ -125,12 +126,11 @@ class ModuleRefit:
         wide_A, wide_B = (factor.to(solution.A.device, torch.float32) for factor in (A, B))
         seen_A = wide_A if self._root is None else self._root.multiply(wide_A)
         residual = residual_norm(self._problem, solution.gain - 1, gain * wide_B, seen_A, precision)
-        return _Stored(solution, A, B, wide_A, wide_B, residual)
+        return _Stored(solution, A, B, wide_A, wide_B, seen_A, residual)
 
     def _agrees(self, stored: _Stored) -> bool:
         solution = stored.solution
-        seen_A = stored.wide_A if self._root is None else self._root.multiply(stored.wide_A)
-        return agrees(self._problem, solution, solution.gain * stored.wide_B, seen_A, stored.residual)
+        return agrees(self._problem, solution, solution.gain * stored.wide_B, stored.seen_A, stored.residual)
 
     def _error(self, stored: _Stored) -> float:
         return _ratio(stored.residual, self._problem.squared_norms()[0] ** 0.5)

@@ -157,8 +157,8 @@ def attach_with_peft(model: Any, folder: Path, name: str) -> Any:
     # Stock PEFT passes by the fields of MAP's authors, and would run a LoRA.
     if folder.is_file() or "peft_type" not in config or config.get("use_map") or config.get("lora_use_map"):
         raise UnsupportedError(
-            f"{folder} is no adapter of PEFT's, which would have to run it: upgrade it without data first, and use the "
-            "result."
+            f"{folder} is not a PEFT adapter, and PEFT would have to run it: upgrade it without data first, and use "
+            "the result."
         )
     _refuse_endless_targets(model, folder)
     with quiet_libraries(), translated(f"the adapter in {folder}", CheckpointError):

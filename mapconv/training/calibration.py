@@ -146,6 +146,8 @@ def calibrate_folder(
             best_step = 0
             _write_weights(models, folder, fresh, changed=False)
             numbers, positions = _measure(models, evaluator, closed_form, fresh, processes.device)
+        if models.has_stacks:
+            notes.append("α is held as it was: stock PEFT has no DoRA for stacked parameters, so no other α")
         if best_step and not models.stores_float32:
             notes.append("training needs finer steps than the stored dtype has: the factors are written in float32")
     modules = calibrated_modules(folder, fresh, source, served.target.folder)

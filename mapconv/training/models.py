@@ -13,6 +13,7 @@ from mapconv.data import IGNORED, Objective
 from mapconv.errors import UnsupportedError
 from mapconv.nn import detach, load_adapter, set_adapter
 from mapconv.nn.attaching import updates_of
+from mapconv.nn.stacks import StackUpdate
 from mapconv.nn.updates import Update
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.running import load_base
@@ -97,7 +98,7 @@ class CalibrationModels:
         updates = updates_of(self._model, MAP).values()
         if hold_gain:
             for update in updates:
-                update.relative_alpha.requires_grad_(False)
+                update.hold_gain()
         self._sized = [(scalar, 1.0) for update in updates for scalar in update.scalars if scalar.requires_grad]
         if train == "all":
             self._sized += [(factor, _size(factor, update)) for update in updates for factor in update.factors]
@@ -110,6 +111,11 @@ class CalibrationModels:
     @property
     def trained(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter, _ in self._sized]
+
+    @property
+    def has_stacks(self) -> bool:
+        """Whether the adapter has stacked parameters, beside which no α is trained."""
+        return any(isinstance(update, StackUpdate) for update in updates_of(self._model, MAP).values())
 
     @property
     def stores_float32(self) -> bool:
@@ -192,4 +198,4 @@ class CalibrationModels:
 def _size(factor: torch.Tensor, update: Update) -> float:
     """A factor's root mean square entry over β/‖W0‖, of which a value near zero says nothing."""
     size = float(factor.detach().double().square().mean().sqrt()) or 1.0
-    return size / max(abs(float(update.relative_beta.detach())), _SMALLEST_SHARE)
+    return size / max(float(update.relative_beta.detach().abs().mean()), _SMALLEST_SHARE)

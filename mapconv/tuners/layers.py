@@ -188,7 +188,7 @@ class TunerLayers:
         for key in expected.keys() - tensors.keys():
             raise AdapterError(f"{file}: {key} is missing: the adapter is incomplete.")
         for key in (key for key in own if key not in expected):
-            raise AdapterError(f"{file}: {tensors[key].name} is no tensor of a {self._method.name} layer of PEFT's.")
+            raise AdapterError(f"{file}: {tensors[key].name} is not a tensor of PEFT's {self._method.name} layers.")
         for key, value in expected.items():
             if tuple(value.shape) != tensors[key].shape:
                 raise AdapterError(

@@ -45,7 +45,7 @@ def test_the_solution_is_that_of_dense_float64(problem, rank):
     for part in (slice(0, 150), slice(150, None)):
         moment.add(wanted[None, part], made[None, part])
     inputs = moment.inputs()
-    found = best_low_rank(inputs.pencil(T, W, gains=False), rank, shift=0.0)
+    found = best_low_rank(inputs.pencil(T - W, W, gains=False), rank, shift=0.0)
     R = found.left.double() @ inputs.root.divide(found.right.float()).double()
     C, S = moments(wanted, made)
     values, vectors = torch.linalg.eigh(C)
@@ -65,14 +65,14 @@ def test_equal_inputs_make_the_weighted_difference(problem):
     # Both sides in float32; solving with P loses what its condition number says.
     condition = float(torch.linalg.cond(inputs.root.factor.double()))
     rounding = 1e-6 * condition * float(expected.abs().max())
-    torch.testing.assert_close(inputs.pencil(T, W, gains=False).S, expected, rtol=0, atol=rounding)
+    torch.testing.assert_close(inputs.pencil(T - W, W, gains=False).S, expected, rtol=0, atol=rounding)
 
 
 def test_the_gain_is_found_where_it_is_free(problem):
     T, _, wanted, _ = problem
     moment = PairedMoment(M)
     moment.add(wanted, wanted)
-    found = best_low_rank(moment.inputs().pencil(T, T / 1.25, gains=True), 2)
+    found = best_low_rank(moment.inputs().pencil(T - T / 1.25, T / 1.25, gains=True), 2)
     assert found.shift == pytest.approx(0.25, abs=1e-3)
 
 

@@ -120,6 +120,29 @@ def test_files_that_are_refused(name, content, said, tmp_path):
     assert str(error.value).startswith(str(tmp_path / name))
 
 
+def test_a_line_longer_than_any_row_is_named_and_not_held(tmp_path, monkeypatch):
+    monkeypatch.setattr("mapconv.data.rows.LONGEST_LINE", 40)
+    lines = [json.dumps({"text": str(number)}) for number in range(120)]
+    lines[2] = json.dumps({"text": "x" * 1000})
+    path = write(tmp_path / "a.jsonl", lines)
+    rows = read_rows(path)
+    assert [(row.number, row.reason) for row in rows.bad] == [(3, "it is longer than 40 B")]
+    assert [row.content for row in rows.rows] == [str(number) for number in range(120) if number != 2]
+    path.write_bytes(path.read_bytes() + b'{"text": "\xff"}\n')
+    with pytest.raises(DataError, match=rf"byte {path.stat().st_size - 4}"):  # counted over what was left out as well
+        read_rows(path)
+
+
+def test_a_text_that_is_too_long_to_be_one_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("mapconv.data.rows.LONGEST_TEXT", 40)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + b"a\r\n" * 12)
+    assert read_rows(path).rows[0].content == "a\n" * 12
+    path.write_text("a" * 41)
+    with pytest.raises(DataError, match="one text of more than 40 B"):
+        read_rows(path)
+
+
 @pytest.mark.parametrize("name", ["absent.txt", "absent.jsonl", "absent.parquet", "."])
 def test_a_file_that_cannot_be_opened(name, tmp_path):
     with pytest.raises(DataError, match=r"cannot be read .* with --data"):

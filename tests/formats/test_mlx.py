@@ -101,5 +101,5 @@ def test_a_tensor_of_something_else(base, tmp_path):
     written(tmp_path / "mlx", base, "lora")
     file = tmp_path / "mlx" / "adapters.safetensors"
     save_file(load_file(file) | {"model.norm.weight": torch.ones(8)}, file)
-    with pytest.raises(AdapterError, match=r"model\.norm\.weight is no part of a LoRA of MLX-LM"):
+    with pytest.raises(AdapterError, match=r"model\.norm\.weight is not a part of an MLX-LM LoRA"):
         mapconv.inspect(tmp_path / "mlx")

@@ -197,7 +197,7 @@ def test_torchtune_s_names_in_safetensors(base, tmp_path):
         ("LitGPT", "model_config.yaml", {"n_head": "four"}, 'n_head is "four", expected a whole number'),
         ("NeMo", "model_config.yaml", {"tensor_model_parallel_size": 2}, "save the adapter with 1"),
         ("NeMo", "model_config.yaml", {"num_query_groups": 4}, "expected 72 rows for 4 heads in 4 groups"),
-        ("NeMo", "model_config.yaml", {"activation": "gelu"}, "no gated one"),
+        ("NeMo", "model_config.yaml", {"activation": "gelu"}, "not a gated one"),
     ],
 )
 def test_settings_that_do_not_fit(dialect, file, change, message, base, tmp_path):
@@ -227,5 +227,5 @@ def test_files_that_lack_something(dialect, base, tmp_path):
                 mapconv.inspect(tmp_path / "own", allow_pickle=True)
             state["something.else"] = torch.ones(2, 2)
             torch.save(table, file)
-            with pytest.raises(UnsupportedError, match=f"something.else is no LoRA of {dialect}'s"):
+            with pytest.raises(UnsupportedError, match=f"something.else is not a LoRA of {dialect} "):
                 mapconv.inspect(tmp_path / "own", allow_pickle=True)

@@ -148,7 +148,7 @@ def _huge(tensors, config):
     [
         (_without, "hada_w2_b is missing: the adapter is incomplete"),
         (_misshapen, r"hada_w1_a is \[15, 3\], expected \[16, 3\]"),
-        (_unknown_tensor, "hada_w9 is no tensor of a LoHa layer"),
+        (_unknown_tensor, "hada_w9 is not a tensor of PEFT's LoHa layers"),
         (_not_finite, "hada_w1_a holds NaN or infinity"),
         (_unknown_field, "use_new_thing=true is a field of LoHa that the installed PEFT does not know"),
         (_huge, "r=1,000,000,000,000 is larger than any tensor"),

@@ -9,7 +9,7 @@ import torch
 
 import mapconv
 from mapconv.algebra.norms import BLOCK_ELEMENTS
-from mapconv.merging.survival import Gauge, total
+from mapconv.merging.survival import Gauge, Samples, total
 from mapconv.publishing.package import pack
 from tests.files import read_tensors
 from tests.models import merged_by_peft
@@ -51,25 +51,30 @@ def test_in_float32_all_of_it_survives(half_base, dora, tmp_path):
     assert not any("survives" in note for note in result.notes)
 
 
-def test_a_large_matrix_is_sampled_for_its_projection_alone():
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("elements", [BLOCK_ELEMENTS, 4 * BLOCK_ELEMENTS])
+def test_a_large_matrix_is_sampled(known, elements):
     torch.manual_seed(0)
     before = (0.02 * torch.randn(2048, 2048)).bfloat16()
     B, A = 0.02 * torch.randn(2048, 4), 1e-3 * torch.randn(4, 2048)
     wanted = before.float() + B @ A
-    gauge = Gauge(before.numel(), float((B @ A).double().norm()))
-    for start in range(0, 2048, BLOCK_ELEMENTS // 2048):
-        part = slice(start, start + BLOCK_ELEMENTS // 2048)
-        gauge.add(before[part], wanted[part], wanted[part].bfloat16(), torch.empty(2 * BLOCK_ELEMENTS))
+    gauge = Gauge(before.numel(), float((B @ A).double().norm()) if known else None)
+    for start in range(0, 2048, elements // 2048):
+        part = slice(start, start + elements // 2048)
+        rows = before[part], wanted[part], wanted[part].bfloat16()
+        gauge.add(Samples(*rows, torch.empty(2 * BLOCK_ELEMENTS)))
     changed, projection, error = numbers(before, wanted, wanted.bfloat16())
-    found = gauge.result
-    assert (found.changed_share, found.error) == (changed, pytest.approx(error, rel=1e-5))
-    # Five standard errors of an eighth of the values.
-    assert found.projection == pytest.approx(projection, abs=5 * error / (before.numel() / 8) ** 0.5)
+    found, sampled = gauge.result, before.numel() / 8
+    # Five standard errors of an eighth of the values, of which ‖D‖² varies as the columns of A do.
+    assert found.projection == pytest.approx(projection, abs=5 * error / sampled**0.5)
+    assert found.changed_share == pytest.approx(changed, abs=5 * (changed * (1 - changed) / sampled) ** 0.5)
+    assert found.error == pytest.approx(error, rel=5 / (2 * sampled) ** 0.5 if known else 0.05)
+    assert found.update_square == pytest.approx(float((B @ A).double().square().sum()), rel=1e-6 if known else 0.1)
 
 
 def test_no_update_survives_whole():
     gauge = Gauge(4, None)
-    gauge.add(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2), torch.empty(8))
+    gauge.add(Samples(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2), torch.empty(8)))
     found = total([gauge.result, gauge.result])
     assert (found.values, found.changed_share, found.projection, found.error) == (8, 0.0, 1.0, 0.0)
 

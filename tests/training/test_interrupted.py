@@ -33,6 +33,7 @@ def start(command_line, tmp_path, at_every_step):
     """Run the command in a process of its own, forked with everything in memory; its stderr goes to a file."""
 
     def run(words):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
         with open(tmp_path / "stderr", "w") as sys.stderr:
             os.dup2(sys.stderr.fileno(), 2)
             sys.argv = ["mapconv", *command_line, "-o", str(tmp_path / "out"), *map(str, words)]

@@ -60,7 +60,9 @@ def _alphas(file: TensorFile) -> Scaling:
     except (ValueError, RecursionError):
         table = None
     if not isinstance(table, dict):
-        raise AdapterError(f"{file.path} has a {_METADATA} in its header that is no JSON object: save the file again.")
+        raise AdapterError(
+            f"{file.path} has a {_METADATA} in its header that is not a JSON object: save the file again."
+        )
     settings = {name: _settings(table, name, file) for name in _MODELS}
 
     def scaling(parts: KeyParts) -> float | None:

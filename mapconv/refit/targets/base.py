@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from mapconv.algebra.moments import InputRoot
+from mapconv.algebra.norms import BLOCK_ELEMENTS as NORM_ELEMENTS
 from mapconv.algebra.norms import row_blocks
 from mapconv.algebra.pencil import DensePencil, Pencil
 
@@ -76,9 +77,9 @@ class RowsTarget:
         """Rows start … stop of (T − W0, W0); the caller may overwrite the first."""
         raise NotImplementedError
 
-    def blocks(self) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
-        """(start, stop, T − W0, W0) of all rows in float32."""
-        for start, stop in row_blocks(*self.shape, BLOCK_ELEMENTS):
+    def blocks(self, elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+        """(start, stop, T − W0, W0) of all rows in float32, which are the caller's until it asks for the next."""
+        for start, stop in row_blocks(*self.shape, elements):
             yield start, stop, *self.rows(start, stop, torch.float32)
 
     def products(self, V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +107,8 @@ class RowsTarget:
 
     def approximation_row_norms(self, B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         norms, wide_A = torch.empty(self.shape[0], dtype=torch.float64), A.double()
-        for start, stop in row_blocks(*self.shape, BLOCK_ELEMENTS):
-            rows = self.rows(start, stop, torch.float64)[1].addmm(B[start:stop].double(), wide_A)
+        wide = torch.empty(max(NORM_ELEMENTS, self.shape[1]), dtype=torch.float64)
+        for start, stop, _, W in self.blocks(NORM_ELEMENTS):
+            rows = wide[: W.numel()].view(W.shape).copy_(W).addmm_(B[start:stop].double(), wide_A)
             norms[start:stop] = torch.linalg.vector_norm(rows, dim=1)
         return norms

@@ -7,15 +7,22 @@ in the difference (``mapconv.algebra.rounding``).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
 from mapconv.algebra.fingerprint import Fingerprint, block_fingerprint, column_numbers, row_numbers
 from mapconv.algebra.moments import InputRoot
+from mapconv.algebra.norms import BLOCK_ELEMENTS as WIDE_ELEMENTS
+from mapconv.algebra.norms import row_blocks
 from mapconv.algebra.rounding import SIGNIFICAND_BITS, mean_squares
 from mapconv.errors import CheckpointError
 from mapconv.placement.matrices import MatrixRows
-from mapconv.refit.targets.base import RowsTarget
+from mapconv.refit.targets.base import BLOCK_ELEMENTS, RowsTarget
+
+#: Elements that the rounding is estimated from at most: rows that are spread evenly over a larger weight, which give
+#: the sum of a million independent squares to a fraction of a percent.
+SAMPLED = 1 << 20
 
 
 class Difference(RowsTarget):
@@ -33,11 +40,11 @@ class Difference(RowsTarget):
         self._base, self._tuned = base, tuned
         left, right = row_numbers(self.shape[0]), column_numbers(self.shape[1])
         change, weight, inner = Fingerprint(), Fingerprint(), 0.0
-        for start, stop, S, W in self.blocks():
-            wide_S, wide_W = S.double(), W.double()
-            change += block_fingerprint(wide_S, left[start:stop], right)
-            weight += block_fingerprint(wide_W, left[start:stop], right)
-            inner += float(torch.dot(wide_S.view(-1), wide_W.view(-1)))
+        wide = [torch.empty(max(WIDE_ELEMENTS, self.shape[1]), dtype=torch.float64) for _ in range(2)]
+        for start, stop, S, W in self.blocks(WIDE_ELEMENTS):
+            change += block_fingerprint(S, left[start:stop], right, wide[0])
+            weight += block_fingerprint(W, left[start:stop], right, wide[1])
+            inner += float(torch.dot(*(values[: S.numel()] for values in wide)))
         self._norms = change.square, inner, weight.square
         for rows, finite in ((base, math.isfinite(weight.square)), (tuned, math.isfinite(change.square))):
             if not finite:
@@ -64,10 +71,23 @@ class Difference(RowsTarget):
         W = self._base.rows(start, stop, dtype)
         return self._tuned.rows(start, stop, dtype).sub_(W), W
 
+    def blocks(self, elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+        size = max(elements, self.shape[1])
+        one, two = torch.empty(size), torch.empty(size)
+        for start, stop in row_blocks(*self.shape, elements):
+            W = self._base.rows(start, stop, out=two)
+            yield start, stop, self._tuned.rows(start, stop, out=one).sub_(W), W
+
     def _noise(self) -> torch.Tensor:
-        noise = torch.zeros(self.shape[1], dtype=torch.float64)
-        bits, prior = SIGNIFICAND_BITS.get(self._tuned.view.dtype), self._norms[0] / (self.shape[0] * self.shape[1])
-        if bits is not None:
-            for _, _, S, W in self.blocks():
-                noise += mean_squares(W.add_(S), S, bits, prior).sum(0).double()
-        return noise
+        height, width = self.shape
+        noise = torch.zeros(width, dtype=torch.float64)
+        bits, prior = SIGNIFICAND_BITS.get(self._tuned.view.dtype), self._norms[0] / (height * width)
+        if bits is None:
+            return noise
+        blocks = list(row_blocks(height, width, WIDE_ELEMENTS))
+        step, rows = max(1, height * width // SAMPLED), 0
+        for start, stop in blocks[::step]:
+            S, W = self.rows(start, stop, torch.float32)
+            noise += mean_squares(W.add_(S), S, bits, prior).sum(0).double()
+            rows += stop - start
+        return noise * (height / rows)
