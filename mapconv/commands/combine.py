@@ -218,7 +218,15 @@ def _require_factors(placed: PlacedAdapter, name: str) -> None:
     Raises:
         UnsupportedError: with the way to do that.
     """
-    odd = [m for m in placed.adapter.modules if m.delta is not None or (m.magnitude and not m.rescaling.is_peft)]
+    if not placed.adapter.modules and not placed.adapter.additions:
+        raise UnsupportedError(
+            f"{name} ({placed.adapter.method}) brings whole tensors alone, which have no sum: merge it."
+        )
+    odd = [
+        module
+        for module in placed.adapter.modules
+        if module.method is not None or module.delta is not None or (module.magnitude and not module.rescaling.is_peft)
+    ]
     if odd or placed.adapter.additions:
         what = odd[0].path if odd else next(iter(placed.adapter.additions))
         raise UnsupportedError(

@@ -12,7 +12,7 @@ import torch
 
 from mapconv.adapter import MapModule
 from mapconv.commands.refitting import RefitResult, Refitting
-from mapconv.errors import FidelityError
+from mapconv.errors import FidelityError, UnsupportedError
 from mapconv.fidelity.served import ServedNumbers, measure_served
 from mapconv.formats.mapdir import needs_magnitude
 from mapconv.metadata.provenance import base_name, base_revision
@@ -128,6 +128,11 @@ def rebase(
     served = place_adapter(source, onto, allow_pickle=allow_pickle, lean=not runs)
     if all_linear:
         trained, served = with_changed_linears(trained, served)
+    if not trained.modules:
+        raise UnsupportedError(
+            f"{source} ({trained.adapter.method}) replaces whole tensors and no more, so there is nothing to refit: "
+            "put it on --onto as it is, or give --all-linear."
+        )
     pair_bases(trained, served)
     if calibrate:
         # Imported here: a rebase without training must not wait for what trains.
