@@ -2,9 +2,9 @@
 
     python examples/benchmarks/combine_peft.py FOLDER [--weights 0.7 0.3] [--rank 16]
 
-FOLDER holds SmolLM2 (base) with the adapters lora (rank 16) and code (rank 8, rsLoRA's scaling); ``smollm2_finetune.py``
-writes the latter. Every row is an adapter on disk: its error is ‖stored update − dense sum‖ beside the dense sum, over
-all weights and of the worst one. Times are CPU seconds of a process, start-up included.
+FOLDER holds SmolLM2 (base) with the adapters lora (rank 16) and code (rank 8, rsLoRA's scaling), which
+``smollm2_finetune.py`` writes. Every row is an adapter on disk: its error is ‖stored update − dense sum‖ beside the
+dense sum, over all weights and of the worst one. Times are CPU seconds of a process, start-up included.
 """
 
 from __future__ import annotations
