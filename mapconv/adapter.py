@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mapconv.spelling import PEFT_DORA, AuthorsScalars, Rescaling, Spelling, TunerMethod
+from mapconv.spelling import PEFT_DORA, AuthorsScalars, HeadRows, Rescaling, Spelling, TunerMethod
 from mapconv.untrusted.patterns import PatternTable
 
 Direction = Literal["low-rank", "dora"]
@@ -72,8 +72,8 @@ class Module:
     A module with a ``spelling`` has the file's own key as its path until it is placed.
 
     Where the file holds the update in another way than by two factors, ``delta`` is it, (out, in), and the factors are
-    computed ones that make the same. ``rescaling`` says what a ``magnitude`` means. ``interleaved``: the rows are those
-    of q or k in another order, (half, 2) in each head for (2, half), and the base says how many heads there are.
+    computed ones that make the same. ``rescaling`` says what a ``magnitude`` means. ``interleaved`` rows are those of
+    q or k in another order, and the base says how many heads there are.
     ``map_scalars``, of a layer of another ``method``, are the α and β over its update, W' = α·W0/‖W0‖ + β·Δ/‖Δ‖.
     """
 
@@ -90,7 +90,7 @@ class Module:
     spelling: Spelling | None = None
     delta: TensorRef | None = None
     rescaling: Rescaling = PEFT_DORA
-    interleaved: str | None = None
+    interleaved: HeadRows | None = None
     map_scalars: tuple[float, float] | None = None
 
     @property

@@ -18,7 +18,7 @@ from mapconv.formats.methods import METHODS, NO_FIXED_WEIGHT
 from mapconv.nn.bases import weight_of
 from mapconv.nn.updates import Update
 from mapconv.runtime.models import quiet_libraries
-from mapconv.tuners.layers import ADAPTER, inject
+from mapconv.tuners.injection import ADAPTER, inject
 
 #: Two float32 ways of forming one update agree to this share of it.
 _SAME = 1e-4

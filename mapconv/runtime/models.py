@@ -246,14 +246,18 @@ def quiet_libraries() -> Iterator[None]:
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    # Python forgets what every logger does wherever the level of one is set: not where it is silent already.
+    loud = level != logging.ERROR
+    if loud:
+        logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(level)
+        if loud:
+            logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
 

@@ -6,8 +6,8 @@ each other, the skeleton holds all of them, around weights that take no memory.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Literal
@@ -21,24 +21,27 @@ from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.formats.methods import METHODS
 from mapconv.runtime.models import quiet_libraries, translated
 from mapconv.tuners.config import tuner_config
+from mapconv.tuners.injection import ADAPTER, inject
 
 LayerKind = Literal["linear", "transposed", "conv", "embedding"]
-#: What PEFT calls the one adapter of each of these models.
-ADAPTER = "default"
 _PREFIX = "base_model.model."
 #: PEFT and the warnings filter that silences it have state of the process.
 _BUILDING = Lock()
+#: What is built at a time at most: bytes of the adapter's tensors, and layers.
+GROUP_BYTES, GROUP_LAYERS = 4 << 20, 32
 _CONVOLUTIONS = {3: torch.nn.Conv1d, 4: torch.nn.Conv2d, 5: torch.nn.Conv3d}
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where a layer goes: an adapted module, and its weight's kind and shape as the layer holds it."""
+    """Where a layer goes: an adapted module, and its weight's kind and shape as the layer holds it; where that lies on
+    disk, which is the order in which layers are merged."""
 
     module: Module
     kind: LayerKind
     shape: tuple[int, ...]
     has_bias: bool
+    position: tuple[str, int]
 
     @property
     def path(self) -> str:
@@ -60,6 +63,9 @@ class TunerLayers:
         self._sites = {site.path: site for site in sites}
         self._facts = METHODS[str(method.config["peft_type"]).upper()]
         self._together: dict[str, torch.nn.Module] | None = None
+        self._groups: dict[str, list[Site]] | None = None
+        #: Layers that are built, and not merged yet.
+        self._waiting: dict[str, Any] = {}
 
     @torch.no_grad()
     def merged(
@@ -106,24 +112,55 @@ class TunerLayers:
         """
         if self._facts.reads_base:
             return
-        for sites in [self._sites.values()] if self._facts.together else [[site] for site in self._sites.values()]:
-            paths = [site.path for site in sites]
-            with self._explained(paths[0]):
-                model = self._injected({site.path: _base_layer(site) for site in sites}, without_values=True)
-                self._require_all(model, [ref for site in sites for ref in _keyed(site)])
+        for sites in [[*self._sites.values()]] if self._facts.together else self._alike():
+            try:
+                self._check(sites)
+            except AdapterError:
+                for site in sites if not self._facts.together else []:
+                    self._check([site])  # which names the layer
+                raise
+
+    def _check(self, sites: Sequence[Site]) -> None:
+        with self._explained(sites[0].path):
+            model = self._injected({site.path: _base_layer(site) for site in sites}, without_values=True)
+            self._require_all(model, [ref for site in sites for ref in _keyed(site)])
+
+    def _alike(self) -> list[list[Site]]:
+        """The layers in groups that one configuration serves: an allocator's rank is one field of it."""
+        groups: dict[int, list[Site]] = defaultdict(list)
+        for site in sorted(self._sites.values(), key=lambda site: site.position):
+            groups[site.module.rank].append(site)
+        return list(groups.values())
 
     def _layer(self, site: Site, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
         """The layer with the adapter's tensors, around a weight."""
         with _BUILDING:
-            if not self._facts.together or self._facts.reads_base:
+            if self._facts.reads_base:
                 base = _hold(_base_layer(site), weight, bias)
                 return self._built({site.path: base}, [site])[site.path]
-            if self._together is None:
-                bases = {other.path: _base_layer(other) for other in self._sites.values()}
-                self._together = self._built(bases, self._sites.values())
-            layer: Any = self._together[site.path]
+            if not self._facts.together:
+                if site.path not in self._waiting:
+                    self._waiting |= self._built_around_nothing(self._next(site))
+                layer: Any = self._waiting.pop(site.path)
+            else:
+                if self._together is None:
+                    self._together = self._built_around_nothing([*self._sites.values()])
+                layer = self._together[site.path]
         _hold(layer.get_base_layer(), weight, bias)
         return layer
+
+    def _next(self, site: Site) -> list[Site]:
+        """A layer, and those after it that are built with it, because PEFT takes as long for one as for several."""
+        if self._groups is None:
+            self._groups = {other.path: group for alike in self._alike() for group in _chunks(alike) for other in group}
+        # A layer that is merged again is built alone.
+        group = self._groups.pop(site.path, [site])
+        for other in group:
+            self._groups.pop(other.path, None)
+        return group
+
+    def _built_around_nothing(self, sites: Sequence[Site]) -> dict[str, Any]:
+        return self._built({site.path: _base_layer(site) for site in sites}, sites)
 
     def _built(self, bases: Mapping[str, torch.nn.Module], sites: Iterable[Site]) -> dict[str, Any]:
         """The layers around ``bases``, with every tensor of the adapter in its place."""
@@ -204,24 +241,19 @@ def _in_map_form(merged: torch.Tensor, base: torch.Tensor, alpha: float, beta: f
     return base.mul_(alpha / base_norm if base_norm else 1.0).add_(delta, alpha=beta / length if length else 0.0)
 
 
-def inject(bases: Mapping[str, torch.nn.Module], config: Any, *, without_values: bool = False) -> Any:
-    """A PeftModel around base layers, in a skeleton that holds them at their paths and nothing else."""
-    from peft import PeftModel
-
-    root = torch.nn.Module()
-    for path, base in bases.items():
-        parent = root
-        *parents, name = path.split(".")
-        for part in parents:
-            if part not in parent._modules:
-                parent.add_module(part, torch.nn.Module())
-            child = parent._modules[part]
-            assert child is not None
-            parent = child
-        parent.add_module(name, base)
-    with quiet_libraries(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return PeftModel(root, config, adapter_name=ADAPTER, low_cpu_mem_usage=without_values).eval()
+def _chunks(sites: Sequence[Site]) -> Iterator[list[Site]]:
+    """Neighbours whose tensors take ``GROUP_BYTES`` together, and one that takes more by itself."""
+    group: list[Site] = []
+    nbytes = 0
+    for site in sites:
+        own = sum(ref.nbytes for _, ref in site.module.own)
+        if group and (nbytes + own > GROUP_BYTES or len(group) == GROUP_LAYERS):
+            yield group
+            group, nbytes = [], 0
+        group.append(site)
+        nbytes += own
+    if group:
+        yield group
 
 
 def _keyed(site: Site) -> list[tuple[str, TensorRef]]:
