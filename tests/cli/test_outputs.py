@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from mapconv.checkpoint.staging import hidden_sibling
+from mapconv.checkpoint.exchange import hidden_sibling
 from tests.cli.refusals import assert_refused, nothing_written
 from tests.conftest import Run
 from tests.files import copy, read_tensors
