@@ -12,7 +12,7 @@ import torch
 
 from mapconv.adapter import MapModule
 from mapconv.commands.refitting import RefitResult, Refitting
-from mapconv.errors import FidelityError
+from mapconv.errors import FidelityError, UnsupportedError
 from mapconv.fidelity.served import ServedNumbers, measure_served
 from mapconv.formats.mapdir import needs_magnitude
 from mapconv.metadata.provenance import base_name, base_revision
@@ -121,13 +121,18 @@ def rebase(
     """
     started = time.perf_counter()
     wanted, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
-    refitting = Refitting.of(source, out, "rebased", allow_pickle=allow_pickle)
+    refitting = Refitting.of([source], out, "rebased", allow_pickle=allow_pickle)
     source = refitting.source
     runs = (statistics != "none" and statistics_from is None) or data is not None
     trained = place_adapter(source, base, allow_pickle=allow_pickle, lean=not runs)
     served = place_adapter(source, onto, allow_pickle=allow_pickle, lean=not runs)
     if all_linear:
         trained, served = with_changed_linears(trained, served)
+    if not trained.modules:
+        raise UnsupportedError(
+            f"{source} ({trained.adapter.method}) replaces whole tensors and no more, so there is nothing to refit: "
+            "put it on --onto as it is, or give --all-linear."
+        )
     pair_bases(trained, served)
     if calibrate:
         # Imported here: a rebase without training must not wait for what trains.
@@ -137,8 +142,8 @@ def rebase(
     spread = (all_linear or spread_rank) and tolerance is None
     rank = mean_rank(trained) if spread and rank is None else rank
     options = RebaseOptions(rank, tolerance, max_rank or MAX_RANK.fallback, free_gain, dtype, pad_ranks)
-    nbytes = options.stored_bytes(served)
-    refitting.check_output(trained.target, served.target, nbytes=nbytes, force=force)
+    nbytes, models = options.stored_bytes(served), (trained.target.checkpoint, served.target.checkpoint)
+    refitting.check_output(*models, nbytes=nbytes, force=force)
     notes = [*trained.adapter.notes, *served.adapter.notes, *_other_base(trained, base)]
     modules: tuple[MapModule, ...] = ()
     parameters, numbers, changed, calibration, plan = 0, None, True, None, None
@@ -146,11 +151,11 @@ def rebase(
     collected = None if statistics_from is None else Path(statistics_from)
     if dry_run:
         looked_at = planned_text(trained, statistics, text, wanted, length, collected)
-        models = 0 if collected or statistics == "none" else {"running": 2, "source": 1}[statistics]
-        plan = plan_rebase(trained, served, options, looked_at, spread=spread, models=models, steps=calibrate)
+        run = 0 if collected or statistics == "none" else {"running": 2, "source": 1}[statistics]
+        plan = plan_rebase(trained, served, options, looked_at, spread=spread, models=run, steps=calibrate)
     else:
         place = resolve_device(device)
-        with refitting.staged(trained.target, served.target, force=force) as staging:
+        with refitting.staged(*models, force=force) as staging:
             refits, evidence = gather(
                 trained, served, statistics, text, wanted, length, seed, place, collected=collected, quiet=quiet
             )

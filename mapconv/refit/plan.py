@@ -33,6 +33,11 @@ Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 #: error, by its factors alone. ``refit``: the closest MAP weight. What is kept is exact.
 Kind = Literal["keep-lora", "keep-dora", "keep-map", "resize", "refit"]
 
+#: Why every module of a result with experts is a plain LoRA.
+NO_DORA_OF_STACKS = (
+    "every weight keeps a gain of 1, so that the result is a plain LoRA: PEFT has no DoRA for a stack of experts, and "
+    "this has some"
+)
 #: Kinds that need no more of their base than its norm, and those that are solved for.
 _LIGHT, _SOLVED = ("keep-lora", "resize"), ("resize", "refit")
 
