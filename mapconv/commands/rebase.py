@@ -146,15 +146,15 @@ def rebase(
     options = RebaseOptions(rank, tolerance, max_rank or MAX_RANK.fallback, free_gain, dtype, pad_ranks)
     nbytes, models = options.stored_bytes(served), (trained.target.checkpoint, served.target.checkpoint)
     refitting.check_output(*models, nbytes=nbytes, force=force)
-    notes = [*trained.adapter.notes, *_other_base(trained, base)]
+    notes = [*trained.adapter.notes, *served.adapter.notes, *_other_base(trained, base)]
     modules: tuple[MapModule, ...] = ()
     parameters, numbers, changed, calibration, plan = 0, None, True, None, None
     text = None if data is None else Path(data)
     collected = None if statistics_from is None else Path(statistics_from)
     if dry_run:
         looked_at = planned_text(trained, statistics, text, wanted, length, collected)
-        models = 0 if collected or statistics == "none" else {"running": 2, "source": 1}[statistics]
-        plan = plan_rebase(trained, served, options, looked_at, spread=spread, models=models, steps=calibrate)
+        run = 0 if collected or statistics == "none" else {"running": 2, "source": 1}[statistics]
+        plan = plan_rebase(trained, served, options, looked_at, spread=spread, models=run, steps=calibrate)
     else:
         place = resolve_device(device)
         with refitting.staged(*models, force=force) as staging:

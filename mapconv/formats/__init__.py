@@ -15,14 +15,15 @@ from mapconv.formats.image import IMAGE_FILES
 
 #: Of files that are an adapter, or the weights of one.
 _SINGLE_FILES = (".safetensors", ".gguf", ".pt", ".lora", ".nemo")
-#: In order of recognition: a MAP directory and MAP's authors' one are PEFT directories as well.
+#: In order of recognition: a MAP directory and MAP's authors' one are PEFT directories as well, and MAP on another
+#: method has scalars of the names that the authors' have.
 DIALECTS: tuple[Dialect, ...] = (
     mapdir.MapDirectory(),
     torchtune.TorchtuneAdapter(),
     litgpt.LitgptAdapter(),
     nemo.NemoAdapter(),
-    lomap.LomapDirectory(),
     peft_methods.PeftMethodDirectory(),
+    lomap.LomapDirectory(),
     peft.PeftDirectory(),
     mlx.MlxAdapter(),
     gguf.GgufLora(),

@@ -160,6 +160,11 @@ def attach_with_peft(model: Any, folder: Path, name: str) -> Any:
             f"{folder} is not a PEFT adapter, and PEFT would have to run it: upgrade it without data first, and use "
             "the result."
         )
+    if str(config["peft_type"]).upper().startswith("MAP_"):
+        raise UnsupportedError(
+            f"{folder} is MAP on another method, with scalars that no release of PEFT knows: upgrade or merge "
+            "it first, and use the result."
+        )
     _refuse_endless_targets(model, folder)
     with quiet_libraries(), translated(f"the adapter in {folder}", CheckpointError):
         from peft import PeftModel

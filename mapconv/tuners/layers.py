@@ -6,7 +6,6 @@ each other, the skeleton holds all of them, around weights that take no memory.
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.formats.methods import METHODS
 from mapconv.runtime.models import quiet_libraries, translated
 from mapconv.tuners.config import tuner_config
+from mapconv.tuners.injection import ADAPTER, inject
 
 LayerKind = Literal["linear", "transposed", "conv", "embedding"]
-_ADAPTER = "default"
 _PREFIX = "base_model.model."
 #: PEFT and the warnings filter that silences it have state of the process.
 _BUILDING = Lock()
@@ -83,9 +82,11 @@ class TunerLayers:
             AdapterError: the layer cannot be built from the adapter's tensors and configuration.
         """
         site = self._sites[path]
+        scalars = site.module.map_scalars
+        base_weight = None if scalars is None else weight.clone()
         with self._explained(path):
             layer = self._layer(site, weight, bias)
-            layer.merge(adapter_names=[_ADAPTER])
+            layer.merge(adapter_names=[ADAPTER])
             base = layer.get_base_layer()
             merged, merged_bias = base.weight.detach(), getattr(base, "bias", None)
             if self._together is not None:
@@ -95,6 +96,8 @@ class TunerLayers:
                 f"{self._method.file.parent}: {self._method.name} gives {path} a bias, but the base has none, so that "
                 "no merged model of its class can hold it."
             )
+        if scalars is not None and base_weight is not None:
+            merged = _in_map_form(merged, base_weight, *scalars)
         if not all_finite(merged):
             raise AdapterError(
                 f"{self._method.file.parent}: the merged weight of {path} holds NaN or infinity: the training run "
@@ -170,11 +173,11 @@ class TunerLayers:
         shared = [(key, ref) for key, ref in self._method.shared.items() if key in expected]
         tensors = {key: self._read(ref) for key, ref in (*own, *shared)}
         with quiet_libraries():
-            set_peft_model_state_dict(model, tensors, adapter_name=_ADAPTER)
+            set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
             if self._facts.together and self._facts.reads_base:
                 # A part of the layer comes from its weight and from shared tensors, which are those of the file now.
                 self._make_again(model, bases)
-                set_peft_model_state_dict(model, tensors, adapter_name=_ADAPTER)
+                set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
         modules = dict(model.base_model.model.named_modules())
         return {path: modules[path] for path in bases}
 
@@ -189,34 +192,19 @@ class TunerLayers:
         for path in paths:
             parent = tuner.model.get_submodule(path.rpartition(".")[0])
             layer, name = tuner.model.get_submodule(path), path.rpartition(".")[2]
-            tuner._create_and_replace(tuner.peft_config[_ADAPTER], _ADAPTER, layer, name, parent, current_key=path)
+            tuner._create_and_replace(tuner.peft_config[ADAPTER], ADAPTER, layer, name, parent, current_key=path)
 
     def _injected(self, bases: Mapping[str, torch.nn.Module], *, without_values: bool = False) -> Any:
         """A PeftModel of a skeleton that holds ``bases`` at their paths."""
-        from peft import PeftModel
-
-        root = torch.nn.Module()
-        for path, base in bases.items():
-            parent = root
-            *parents, name = path.split(".")
-            for part in parents:
-                if part not in parent._modules:
-                    parent.add_module(part, torch.nn.Module())
-                child = parent._modules[part]
-                assert child is not None
-                parent = child
-            parent.add_module(name, base)
         config = tuner_config(self._method, [self._sites[path].module for path in bases])
-        with quiet_libraries(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return PeftModel(root, config, adapter_name=_ADAPTER, low_cpu_mem_usage=without_values).eval()
+        return inject(bases, config, without_values=without_values)
 
     def _require_all(self, model: Any, given: Sequence[tuple[str, TensorRef]]) -> Mapping[str, Any]:
         """Hold the tensors of layers against what PEFT would save of them; returns PEFT's."""
         from peft import get_peft_model_state_dict
 
         with quiet_libraries():
-            expected = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
+            expected = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
         if self._facts.together and self._facts.reads_base and not self._method.shared:
             raise UnsupportedError(
                 f"{self._method.file}: this {self._method.name} adapter lacks what PEFT derived from all base weights "
@@ -244,6 +232,13 @@ class TunerLayers:
 
     def _explained(self, path: str):
         return translated(f"{self._method.name} layer {path} of {self._method.file.parent}", AdapterError)
+
+
+def _in_map_form(merged: torch.Tensor, base: torch.Tensor, alpha: float, beta: float) -> torch.Tensor:
+    """α·W0/‖W0‖ + β·Δ/‖Δ‖ with Δ = ``merged`` − W0; a norm of 0 has no direction."""
+    delta = merged - base
+    base_norm, length = float(base.double().norm()), float(delta.double().norm())
+    return base.mul_(alpha / base_norm if base_norm else 1.0).add_(delta, alpha=beta / length if length else 0.0)
 
 
 def _chunks(sites: Sequence[Site]) -> Iterator[list[Site]]:
