@@ -120,9 +120,9 @@ def test_there_is_no_dora_to_keep(made, tmp_path):
 
 def test_what_needs_factors_says_how_to_get_them(made, tmp_path):
     base, adapter, _ = made(the("HRA"))
-    with pytest.raises(UnsupportedError, match="HRA, which has no factors .*`mapconv upgrade`"):
+    with pytest.raises(UnsupportedError, match=r"HRA, which has no factors .*`mapconv upgrade`"):
         mapconv.rebase(adapter, tmp_path / "out", base=base, onto=base, statistics="none")
-    with pytest.raises(UnsupportedError, match="HRA, which has no factors .*`mapconv upgrade`"):
+    with pytest.raises(UnsupportedError, match=r"HRA, which has no factors .*`mapconv upgrade`"):
         mapconv.load_adapter(the("HRA").tiny.load(base), adapter)
     mapconv.upgrade(adapter, tmp_path / "map", base=base)
     (tmp_path / "text.txt").write_text("some text")
