@@ -6,6 +6,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 #: The package measured is the one in this checkout, installed or not.
@@ -33,13 +34,13 @@ class Run:
     cpu: float = 0.0
 
 
-def run(*command: object) -> Run:
-    """Run a command to its end; a failure stops the benchmark.
+def run(*command: object, environment: Mapping[str, str] | None = None) -> Run:
+    """Run a command to its end; a failure stops the benchmark. ``environment``: None is our own, without the Hub.
 
     A small process in between starts it: the kernel counts what a process was before its exec as its own peak, and a
     benchmark that has just made a model is large.
     """
-    environment = os.environ | {"PYTHONPATH": ROOT, "HF_HUB_OFFLINE": "1"}
+    environment = environment or os.environ | {"PYTHONPATH": ROOT, "HF_HUB_OFFLINE": "1"}
     words = [sys.executable, "-S", "-c", _STARTER, *map(str, command)]
     finished = subprocess.run(words, stdout=subprocess.PIPE, text=True, env=environment)
     output, _, figures = finished.stdout.rstrip("\n").rpartition("\n")

@@ -77,7 +77,7 @@ def _convert(job: Job, table: dict[str, Any]) -> None:
         table["stage"] = "extract"
         assert job.base is not None  # the catalog file's rules ask for it
         result = mapconv.extract(job.source, job.output, base=job.base, force=True, **stages["extract"])
-        base, modules = result.base, result.scalars
+        base, modules = result.base, result.modules
     else:
         result = mapconv.upgrade(job.source, job.output, base=job.base, force=True, **stages["upgrade"])
         base, modules = result.base, result.modules

@@ -52,13 +52,13 @@ def _report(result: ExtractResult) -> None:
     explain(EPSILON, _FLOOR)
     groups: dict[str, list[ExtractedModule]] = defaultdict(list)
     for module in result.modules:
-        groups[module.scalars.path.rpartition(".")[2]].append(module)
-    with_data = any(module.scalars.output_error is not None for module in result.modules)
+        groups[module.path.rpartition(".")[2]].append(module)
+    with_data = any(module.output_error is not None for module in result.modules)
     head = ["target", "modules", "rank", "α/‖W0‖", "change", "ε worst", "ε median", "rounding"]
     rows = [_row(name, modules, with_data=with_data) for name, modules in groups.items()]
     print_table(head + (["of outputs: worst"] if with_data else []), rows)
     show()
-    errors = [module.scalars.error or 0.0 for module in result.modules]
+    errors = [module.error or 0.0 for module in result.modules]
     _counts(result, "")
     show(
         f"  {result.parameters:,} parameters, {size(result.nbytes)}, {result.seconds:.1f} s; ε worst "
@@ -76,13 +76,13 @@ def _counts(result: ExtractResult, mood: str) -> None:
 
 
 def _row(name: str, modules: list[ExtractedModule], *, with_data: bool) -> list[str]:
-    errors = [module.scalars.error or 0.0 for module in modules]
-    seen = [module.scalars.output_error for module in modules if module.scalars.output_error is not None]
+    errors = [module.error or 0.0 for module in modules]
+    seen = [module.output_error for module in modules if module.output_error is not None]
     return [
         name,
         str(len(modules)),
-        spread([module.scalars.rank for module in modules], str),
-        spread([module.scalars.base_gain for module in modules], fixed),
+        spread([module.rank for module in modules], str),
+        spread([module.base_gain for module in modules], fixed),
         rough_percent(statistics.median(module.change for module in modules)),
         small(max(errors)),
         small(statistics.median(errors)),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from mapconv.cli.options import Chosen, command
 from mapconv.cli.output import notes, print_json, print_table, show
 from mapconv.hub.reference import shown
 from mapconv.options.commands import INSPECT
 from mapconv.wording import NONE, counted, size
+
+if TYPE_CHECKING:
+    from mapconv.commands.inspect import Inspection
 
 
 @command(INSPECT, "Describe an adapter, and what upgrade would do.")
@@ -41,7 +46,16 @@ def inspect(chosen: Chosen) -> None:
     if found.dora:
         show(f"  magnitude {found.dora}")
     show(f"  upgrade   {found.upgrade}")
-    show()
+    if found.targets:
+        show()
+        _print_targets(found)
+    if found.whole_tensors:
+        show()
+        show(f"  whole tensors   {', '.join(found.whole_tensors)}")
+    notes(found.notes)
+
+
+def _print_targets(found: Inspection) -> None:
     print_table(
         ["target", "modules", "layers", "rank", "scaling", "weight", "parameters"],
         [
@@ -57,10 +71,6 @@ def inspect(chosen: Chosen) -> None:
             for group in found.targets
         ],
     )
-    if found.whole_tensors:
-        show()
-        show(f"  whole tensors   {', '.join(found.whole_tensors)}")
-    notes(found.notes)
 
 
 def _list(values) -> str:

@@ -14,7 +14,7 @@ from mapconv.cli.served import show_served
 from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import REBASE
-from mapconv.wording import NONE, counted, size, small, spread
+from mapconv.wording import NONE, counted, rough_seconds, size, small, spread
 
 if TYPE_CHECKING:
     from mapconv.commands.rebase import RebaseResult
@@ -35,13 +35,44 @@ def rebase(chosen: Chosen) -> None:
     if chosen["as_json"]:
         print_json(result.to_dict())
     elif result.dry_run:
-        show(f"would rebase {result.method} adapter {shown(result.source)} from {shown(result.base)}")
-        show(f"would write {result.out} for {shown(result.onto)} (about {size(result.nbytes)})")
+        _show_plan(result)
     else:
         _report(result)
     notes(result.notes)
     if result.calibration is not None and result.calibration.interrupted:
         sys.exit(INTERRUPTED)
+
+
+def _show_plan(result: RebaseResult) -> None:
+    """What would be done, and roughly what it takes."""
+    plan = result.plan
+    assert plan is not None  # a dry run's
+    show(f"{shown(result.source)} ({result.method}), trained on {shown(result.base)}")
+    show(f"  for {shown(result.onto)}: would refit {counted(plan.modules, 'module')}")
+    if plan.added:
+        show(f"  of these  {plan.added:,} that the source leaves alone and the other base changed")
+    if plan.whole:
+        show(f"  kept      {counted(plan.whole, 'other tensor')} copied unchanged")
+    ranks = str(plan.ranks[0]) if len(plan.ranks) == 1 else f"{plan.ranks[0]} to {plan.ranks[-1]}"
+    if plan.tolerance:
+        ranks = f"the smallest with ε ≤ {plan.tolerance:g}; the source's is {ranks}"
+    elif plan.spread:
+        ranks = f"{ranks} on average, where it brings outputs closest"
+    show(f"  rank      {ranks}")
+    ways = {
+        "data": "the layers' inputs on --data",
+        "samples": "the layers' inputs on text that the source writes",
+        "statistics": "the base's inputs in --statistics-from",
+        "weights": "the weights alone",
+    }
+    counts = f": {counted(plan.sequences, 'sequence')}, {counted(plan.tokens, 'token')}" if plan.tokens else ""
+    show(f"  fitted to {ways[plan.by]}{counts}")
+    runs = {0: "no model", 1: "the source", 2: "the source and the rebased model side by side"}
+    show(f"  runs      {runs[plan.models]}")
+    if plan.steps:
+        show(f"  trained   {counted(plan.steps, 'step')}, with both bases in float32 in memory")
+    show(f"  output    would write {result.out} ({'about ' if plan.tolerance else ''}{size(plan.nbytes)})")
+    show(f"  takes     roughly {rough_seconds(plan.seconds)} and {size(float(f'{plan.memory:.1g}'))} of memory")
 
 
 def _report(result: RebaseResult) -> None:

@@ -165,7 +165,9 @@ def _copy_sidecars(adapter: Path, staging: Path, *, all_files: bool) -> None:
 def _check_pair(adapter: Adapter, source: Adapter, *, force: bool) -> None:
     """Refuse what is not a MAP directory, or was made from another adapter than the source."""
     if adapter.method != "MAP":
-        raise AdapterError(f"{adapter.path} is a {adapter.method} adapter: convert it with `mapconv upgrade` first.")
+        raise AdapterError(
+            f"{adapter.path} is not a MAP adapter ({adapter.method}): convert it with `mapconv upgrade` first."
+        )
     if source.method == "MAP":
         raise AdapterError(
             f"{source.path} is a MAP adapter: --against takes the LoRA or DoRA that {adapter.path} was made from."

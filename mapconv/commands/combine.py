@@ -5,31 +5,27 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.mixing import Method
-from mapconv.checkpoint.filenames import ADAPTER_FILES
 from mapconv.checkpoint.reader import TensorReader
-from mapconv.checkpoint.staging import check_output, staged_folder
-from mapconv.checkpoint.unchanged import signatures_of, unchanged
-from mapconv.commands.outputs import output_beside
+from mapconv.commands.refitting import Refitting, Result
 from mapconv.errors import UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude
-from mapconv.hub.locate import locate_adapter
 from mapconv.metadata.provenance import source_record
 from mapconv.options.shared import MAX_RANK
 from mapconv.options.surgery import COMBINE
 from mapconv.placement.adapters import PlacedAdapter, place_apart
 from mapconv.placement.union import Shared, combined_adapter, shared_weights, whole_tensors
-from mapconv.refit.combination import CombineOptions, Combiner, in_stacks
+from mapconv.placement.weights import in_stacks
+from mapconv.refit.combination import CombineOptions, Combiner
 from mapconv.refit.directory import MapDirectory, measured
 from mapconv.refit.norms import BaseNorms
-from mapconv.refit.plan import Dtype
+from mapconv.refit.plan import NO_DORA_OF_STACKS, Dtype
 from mapconv.refit.targets.sums import needs_base
 from mapconv.refit.whole import Wholes, settle_whole
 from mapconv.runtime.devices import resolve_device
@@ -40,39 +36,15 @@ from mapconv.wording import counted
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class CombineResult:
-    """What a combination wrote, or with ``dry_run`` what it would write (then without modules).
+@dataclass(frozen=True, kw_only=True)
+class CombineResult(Result):
+    """What a combination wrote; ``exact``: it is the sum itself, but for the rounding of its factors' dtype."""
 
-    ``exact`` says that the result is the sum itself, but for the rounding of its factors' dtype.
-    """
-
-    out: Path
     sources: tuple[Path, ...]
     weights: tuple[float, ...]
-    base: Path
-    method: str
-    modules: tuple[MapModule, ...]
     weights_combined: int
     carried: int
     exact: bool
-    parameters: int
-    nbytes: int
-    seconds: float
-    dry_run: bool
-    plain_lora: bool
-    notes: tuple[str, ...] = ()
-
-    @property
-    def worst_error(self) -> float:
-        return max((module.error or 0.0 for module in self.modules), default=0.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        table = {field.name: getattr(self, field.name) for field in fields(self)}
-        table |= {name: str(getattr(self, name)) for name in ("out", "base")}
-        table["sources"] = [str(source) for source in self.sources]
-        table["modules"] = [module.to_dict() for module in self.modules]
-        return table | {"worst_error": self.worst_error}
 
 
 @COMBINE.checks
@@ -132,12 +104,10 @@ def combine(
     """
     started = time.perf_counter()
     names = [str(adapter) for adapter in adapters]
-    out = output_beside(adapters[0], "combined") if out is None else Path(out)
-    sources = [locate_adapter(source, allow_pickle=allow_pickle) for source in adapters]
-    signatures = signatures_of(sources, ADAPTER_FILES)
-    placed = place_apart(sources, base, allow_pickle=allow_pickle)
+    refitting = Refitting.of(adapters, out, "combined", allow_pickle=allow_pickle)
+    placed = place_apart(refitting.sources, base, allow_pickle=allow_pickle)
     options = CombineOptions(
-        tuple(weights or [1.0] * len(sources)),
+        tuple(weights or [1.0] * len(adapters)),
         method,
         1.0 if density is None else density,
         seed or 0,
@@ -153,22 +123,29 @@ def combine(
         _require_factors(item, name)
     shared = shared_weights(placed)
     wholes = settle_whole(whole_tensors(placed), names, options.weights, whole)
+    stacked, notes = any(item.item.experts > 1 for item in shared), []
+    if stacked and direction == "dora":
+        raise UnsupportedError(
+            "PEFT has no DoRA for stacks of experts, which these adapters have: leave --direction dora out."
+        )
+    if stacked and not lora_compatible and Combiner.needs_gains(options, shared):
+        options = replace(options, lora_compatible=True)
+        notes.append(NO_DORA_OF_STACKS)
     combined = combined_adapter(placed, shared, wholes.carried)
     nbytes = sum(sum(item.item.weight.shape) * options.wanted(item).rank * 4 for item in shared) + wholes.nbytes
     target = combined.target
-    check_output(out, force=force, inputs=[*sources, target.folder], nbytes=nbytes)
+    refitting.check_output(target.checkpoint, nbytes=nbytes, force=force)
     modules: tuple[MapModule, ...] = ()
     parameters, norms = 0, BaseNorms(target.checkpoint)
     if not dry_run:
-        signatures |= target.checkpoint.signatures
-        with staged_folder(out, force=force) as staging, unchanged(signatures):
+        with refitting.staged(target.checkpoint, force=force) as staging:
             modules = _write(combined, placed, shared, wholes, options, names, norms, staging, force=force, quiet=quiet)
             parameters, nbytes = measured(staging, modules)
     thin = method == "sum" and options.keeps_all and direction == "low-rank"
-    notes = dict.fromkeys(note for item in placed for note in (*item.adapter.notes, *item.target.notes))
+    notes += dict.fromkeys(note for item in placed for note in (*item.adapter.notes, *item.target.notes))
     return CombineResult(
-        out=out,
-        sources=tuple(sources),
+        out=refitting.out,
+        sources=refitting.sources,
         weights=options.weights,
         base=target.folder,
         method=method,
@@ -203,9 +180,9 @@ def _write(
     source = combined.target.checkpoint.source
     directory = MapDirectory(combined, staging, sources=records)
     # Where one module's gain may differ from 1, stock PEFT takes all modules for DoRAs.
-    gains = options.method != "sum" or options.direction == "dora"
-    gains = gains or any(needs_base(part) for item in shared for _, part in item.parts)
-    with_magnitude = gains and not (options.lora_compatible and options.direction == "low-rank")
+    with_magnitude = Combiner.needs_gains(options, shared) and not (
+        options.lora_compatible and options.direction == "low-rank"
+    )
     total = sum(item.item.weight.nbytes for item in shared)
     try:
         with (
@@ -221,7 +198,7 @@ def _write(
                 with torch.inference_mode():
                     return combiner.combine(stack)
 
-            stacks = list(in_stacks(shared))
+            stacks = list(in_stacks(shared, lambda weight: weight.item.experts))
             for stack, results in zip(stacks, in_order(run, stacks, workers), strict=True):
                 for item, result in zip(stack, results, strict=True):
                     directory.add(item.item, result)
@@ -241,7 +218,15 @@ def _require_factors(placed: PlacedAdapter, name: str) -> None:
     Raises:
         UnsupportedError: with the way to do that.
     """
-    odd = [m for m in placed.adapter.modules if m.delta is not None or (m.magnitude and not m.rescaling.is_peft)]
+    if not placed.adapter.modules and not placed.adapter.additions:
+        raise UnsupportedError(
+            f"{name} ({placed.adapter.method}) brings whole tensors alone, which have no sum: merge it."
+        )
+    odd = [
+        module
+        for module in placed.adapter.modules
+        if module.method is not None or module.delta is not None or (module.magnitude and not module.rescaling.is_peft)
+    ]
     if odd or placed.adapter.additions:
         what = odd[0].path if odd else next(iter(placed.adapter.additions))
         raise UnsupportedError(

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.moments import Statistics
 from mapconv.checkpoint.reader import TensorReader
-from mapconv.checkpoint.staging import check_output, staged_folder
-from mapconv.checkpoint.unchanged import unchanged
 from mapconv.commands.extract_checks import refuse_swapped, require_lineage, selected
-from mapconv.commands.outputs import output_beside
+from mapconv.commands.refitting import Refitting, Result
 from mapconv.formats.mapdir import needs_magnitude
 from mapconv.hub.locate import open_base, open_model
 from mapconv.hub.ranges import prefetch
@@ -26,42 +22,35 @@ from mapconv.options.surgery import EXTRACT, EXTRACT_RANK
 from mapconv.placement.adapters import place_described
 from mapconv.placement.bases import plain_base
 from mapconv.placement.described import as_adapter
-from mapconv.placement.finetunes import MatrixPair, pair_finetune
+from mapconv.placement.finetunes import MatrixPair
+from mapconv.placement.pairing import pair_finetune
 from mapconv.placement.selection import module_rule
 from mapconv.refit.directory import measured
 from mapconv.refit.extract_writer import finetuned_target, known_inputs, write_extraction
 from mapconv.refit.extraction import ExtractOptions, Extractor, find_changes
-from mapconv.refit.plan import Dtype
+from mapconv.refit.plan import NO_DORA_OF_STACKS, Dtype
 from mapconv.refit.writer import read_data
 from mapconv.runtime.devices import resolve_device
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
-class ExtractedModule:
+class ExtractedModule(MapModule):
     """A module of the result. ``change`` is ‖T − W0‖/‖W0‖; ``floor`` is the part of ε that no rank can remove, because
     it is the rounding of the finetune's own dtype."""
 
-    scalars: MapModule
-    change: float
-    floor: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return self.scalars.to_dict() | {"change": self.change, "floor": self.floor}
+    change: float = 0.0
+    floor: float = 0.0
 
 
-@dataclass(frozen=True)
-class ExtractResult:
-    """What an extraction wrote, or with ``dry_run`` what it would write (then without modules).
+@dataclass(frozen=True, kw_only=True)
+class ExtractResult(Result):
+    """What an extraction wrote.
 
     ``refitted`` modules, ``carried`` whole tensors and their bytes, tensors that are ``unchanged``, and those that
     ``left`` differ but were not asked for. ``cosine`` is that of both models' matrices.
     """
 
-    out: Path
     finetuned: Path
-    base: Path
     modules: tuple[ExtractedModule, ...]
     refitted: int
     carried: int
@@ -69,30 +58,6 @@ class ExtractResult:
     unchanged: int
     left: int
     cosine: float
-    parameters: int
-    nbytes: int
-    seconds: float
-    dry_run: bool
-    plain_lora: bool
-    notes: tuple[str, ...] = ()
-
-    @property
-    def method(self) -> str:
-        return "full finetune"
-
-    @property
-    def scalars(self) -> tuple[MapModule, ...]:
-        return tuple(module.scalars for module in self.modules)
-
-    @property
-    def worst_error(self) -> float:
-        return max((module.scalars.error or 0.0 for module in self.modules), default=0.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        table = {field.name: getattr(self, field.name) for field in fields(self)}
-        table |= {name: str(getattr(self, name)) for name in ("out", "finetuned", "base")}
-        table["modules"] = [module.to_dict() for module in self.modules]
-        return table | {"worst_error": self.worst_error}
 
 
 @EXTRACT.checks
@@ -150,13 +115,17 @@ def extract(
         ValueError: an option out of its range, or options that cannot be used together.
     """
     started = time.perf_counter()
-    out = output_beside(finetuned, "map") if out is None else Path(out)
+    refitting = Refitting.of_model(finetuned, out, "map")
     tuned_checkpoint, tuned_config = plain_base(open_model(finetuned, lean=data is None))
     base_checkpoint, base_config = plain_base(open_base(base, None, None, tuned_checkpoint.folder, lean=True))
     if not force:
         refuse_swapped(tuned_checkpoint.folder, base_checkpoint.folder)
-    is_target = None if targets is None else module_rule(targets, "--targets")
-    found = pair_finetune(base_checkpoint, base_config, tuned_checkpoint, tuned_config, is_target)
+    found = pair_finetune(
+        *(base_checkpoint, base_config, tuned_checkpoint, tuned_config),
+        None if targets is None else module_rule(targets, "--targets"),
+        None if exclude is None else module_rule(exclude, "--exclude"),
+        with_stacks=direction == "low-rank",
+    )
     options = ExtractOptions(
         rank or EXTRACT_RANK.fallback,
         tolerance,
@@ -167,46 +136,47 @@ def extract(
         resolve_device(device),
         None if data is None else statistics or STATISTICS.fallback,
     )
-    inputs = [tuned_checkpoint.folder, base_checkpoint.folder]
-    check_output(out, force=force, inputs=inputs)
+    models = tuned_checkpoint, base_checkpoint
+    refitting.check_output(*models, force=force)
     with TensorReader(base_checkpoint.source) as one, TensorReader(tuned_checkpoint.source) as two:
         readers = one, two
-        for checkpoint in (base_checkpoint, tuned_checkpoint):
+        for checkpoint in models:
             prefetch(checkpoint.source, checkpoint.tensors.values(), quiet=quiet)
         with torch.inference_mode():
             changes = find_changes(found, readers)
         require_lineage(found, changes, force=force)
         matrices, wholes, left, notes = selected(found, changes, targets, exclude)
+        if any(pair.stack is not None for pair in matrices) and not lora_compatible:
+            options = replace(options, lora_compatible=True)
+            notes.append(NO_DORA_OF_STACKS)
         placed = place_described(as_adapter(found, matrices, wholes), base_checkpoint, base_config)
         carried = sum(pair.tuned.nbytes for pair in wholes)
         nbytes = carried + sum(_factor_bytes(pair, options) for pair in matrices)
-        check_output(out, force=force, inputs=inputs, nbytes=nbytes)
+        refitting.check_output(*models, nbytes=nbytes, force=force)
         modules: tuple[ExtractedModule, ...] = ()
         parameters = 0
         if not dry_run:
             sample = None
             if data is not None:
                 target = finetuned_target(tuned_checkpoint, found)
-                sample = read_data(
-                    Path(data),
-                    target,
-                    samples=samples or SAMPLES.fallback,
-                    length=sequence_length or SEQUENCE_LENGTH.fallback,
-                )
-            signatures = base_checkpoint.signatures | tuned_checkpoint.signatures
-            with staged_folder(out, force=force) as staging, unchanged(signatures):
+                wanted, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
+                sample = read_data(Path(data), target, samples=wanted, length=length)
+            with refitting.staged(*models, force=force) as staging:
                 extractor = Extractor(readers, options)
                 jobs = known_inputs(placed, found, tuned_checkpoint, sample, options, quiet=quiet)
                 record = {"unchanged": changes.unchanged, "left": left, "cosine": changes.cosine}
                 written = write_extraction(
                     extractor, options, placed, matrices, jobs, sample, staging, record, quiet=quiet
                 )
-                modules = tuple(ExtractedModule(one, item.change, item.floor) for one, item in written)
-                parameters, nbytes = measured(staging, [module.scalars for module in modules])
+                modules = tuple(
+                    ExtractedModule(**vars(one), change=item.change, floor=item.floor) for one, item in written
+                )
+                parameters, nbytes = measured(staging, modules)
     return ExtractResult(
-        out=out,
+        out=refitting.out,
         finetuned=tuned_checkpoint.folder,
         base=base_checkpoint.folder,
+        method="full finetune",
         modules=modules,
         refitted=len(matrices),
         carried=len(wholes),
@@ -218,7 +188,7 @@ def extract(
         nbytes=nbytes,
         seconds=time.perf_counter() - started,
         dry_run=dry_run,
-        plain_lora=not needs_magnitude([module.scalars for module in modules]),
+        plain_lora=not needs_magnitude(modules),
         notes=(*found.notes, *notes, *placed.target.notes),
     )
 

@@ -53,6 +53,10 @@ def selected(
     """What goes into the result: matrices, whole tensors, how many stay the base's though they differ, and notes."""
     matrices, wholes, notes = list(changes.matrices), list(changes.wholes), []
     paths = [pair.path for pair in (*matrices, *wholes)]
+    # A stack of experts goes by its own name or by that of the module that holds it.
+    paths += [pair.module.path for pair in matrices if pair.stack is not None]
+    paths += [part for name in found.unseen for part in (name, name.rpartition(".")[0])]
+    before = _names(matrices, wholes)
     if targets is not None:
         require_some(module_rule(targets, "--targets"), paths, "--targets", targets)
         # A matrix that was not asked for stays the base's; norms and biases go with whatever is refitted.
@@ -60,22 +64,29 @@ def selected(
     if exclude is not None:
         rule = module_rule(exclude, "--exclude")
         require_some(rule, paths, "--exclude", exclude)
-        matrices = [pair for pair in matrices if not rule(pair.path)]
+        matrices = [pair for pair in matrices if not pair.is_named(rule)]
         wholes = [pair for pair in wholes if not rule(pair.path)]
     if not matrices:
         raise UnsupportedError(
             f"no matrix of {found.tuned.folder} that is to be refitted differs from {found.base.folder}: an adapter "
             "needs one."
         )
-    left = len(paths) - len(matrices) - len(wholes)
+    left = len(before - _names(matrices, wholes))
     if left:
         notes.append(f"{counted(left, 'tensor')} that differ stay as the base has them (--targets, --exclude)")
+    if found.unseen:
+        names = found.unseen[0] + ", …" * (len(found.unseen) > 1)
+        notes.append(f"left to the base unseen, as a file stores it in pieces (--targets, --exclude): {names}")
     large = [pair for pair in wholes if _is_matrix(pair)]
     if large:
         names = ", ".join(pair.parameter for pair in large[:3]) + ", …" * (len(large) > 3)
         nbytes = sum(pair.tuned.nbytes for pair in large)
         notes.append(f"{names} carried whole, {nbytes / 1e6:,.1f} MB: --exclude leaves such tensors to the base")
     return matrices, wholes, left, notes
+
+
+def _names(matrices: Sequence[MatrixPair], wholes: Sequence[WholePair]) -> set[str]:
+    return {pair.path for pair in matrices} | {pair.parameter for pair in wholes}
 
 
 def _is_matrix(pair: WholePair) -> bool:

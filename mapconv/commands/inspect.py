@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def inspect(
         targets=tuple(_group(name, modules) for name, modules in groups.items()),
         whole_tensors=(*map(_describe, adapter.whole), *(_addition(item) for item in adapter.additions)),
         dora=_dora(adapter),
-        upgrade=_forecast(adapter),
+        upgrade=_forecast(adapter, modules),
         fits=fits,
         storages=found,
         notes=(*adapter.notes, *notes),
@@ -165,13 +166,14 @@ def _dora(adapter: Adapter) -> str | None:
     return f"magnitudes of {of}, divided by the merged weight's norm, as it was trained"
 
 
-def _forecast(adapter: Adapter) -> str:
-    if not adapter.modules:
+def _forecast(adapter: Adapter, modules: Sequence[Module]) -> str:
+    """What an upgrade would do; ``modules`` are the adapter's, placed where that tells more."""
+    if not modules:
         return "nothing: it replaces whole tensors, and can be merged"
-    dense = sum(module.is_dense for module in adapter.modules)
+    dense = sum(module.is_dense for module in modules)
     if dense:
         return f"the closest MAP weight at --rank or --tolerance: {counted(dense, 'update')} of full rank"
-    if adapter.modules[0].method is not None:
+    if modules[0].method is not None:
         return "exact: α and β follow from norms, and factors from the update, which is of low rank"
     if adapter.method == "LoRA":
         return "exact: α and β follow from norms, the factors are kept"

@@ -6,13 +6,13 @@ import gc
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
 from mapconv.adapter import MapModule
 from mapconv.commands.refitting import RefitResult, Refitting
-from mapconv.errors import FidelityError
+from mapconv.errors import FidelityError, UnsupportedError
 from mapconv.fidelity.served import ServedNumbers, measure_served
 from mapconv.formats.mapdir import needs_magnitude
 from mapconv.metadata.provenance import base_name, base_revision
@@ -22,15 +22,13 @@ from mapconv.placement.adapters import PlacedAdapter, place_adapter
 from mapconv.placement.all_linear import with_changed_linears
 from mapconv.placement.pairing import pair_bases
 from mapconv.refit.directory import MapDirectory, measured
-from mapconv.refit.evidence import Refits, gather
+from mapconv.refit.evidence import Refits, gather, planned_text
 from mapconv.refit.plan import Dtype
 from mapconv.refit.ranks import mean_rank, spread_ranks
-from mapconv.refit.rebase import Rebased, RebaseOptions, Rebaser
+from mapconv.refit.rebase import Rebased, RebaseOptions, Rebaser, notes_on_inputs
+from mapconv.refit.rebase_plan import RebasePlan, plan_rebase
 from mapconv.runtime.devices import resolve_device
 from mapconv.runtime.progress import progress_bar
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +37,18 @@ class RebaseResult(RefitResult):
 
     ``served`` compares the other base alone, the source on it as it is, and the result, with the source on its own
     base, on text that the refit did not see; None where no model was run. ``unchanged`` says that both bases are equal.
+    ``plan`` is that of a dry run.
     """
 
     onto: Path
     statistics: str
     unchanged: bool
     served: ServedNumbers | None = None
+    plan: RebasePlan | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"served": None if self.served is None else self.served.to_dict()}
+        tables = {"served": self.served, "plan": self.plan}
+        return super().to_dict() | {name: None if one is None else one.to_dict() for name, one in tables.items()}
 
 
 @REBASE.checks
@@ -120,13 +121,18 @@ def rebase(
     """
     started = time.perf_counter()
     wanted, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
-    refitting = Refitting.of(source, out, "rebased", allow_pickle=allow_pickle)
+    refitting = Refitting.of([source], out, "rebased", allow_pickle=allow_pickle)
     source = refitting.source
     runs = (statistics != "none" and statistics_from is None) or data is not None
     trained = place_adapter(source, base, allow_pickle=allow_pickle, lean=not runs)
     served = place_adapter(source, onto, allow_pickle=allow_pickle, lean=not runs)
     if all_linear:
         trained, served = with_changed_linears(trained, served)
+    if not trained.modules:
+        raise UnsupportedError(
+            f"{source} ({trained.adapter.method}) replaces whole tensors and no more, so there is nothing to refit: "
+            "put it on --onto as it is, or give --all-linear."
+        )
     pair_bases(trained, served)
     if calibrate:
         # Imported here: a rebase without training must not wait for what trains.
@@ -136,18 +142,23 @@ def rebase(
     spread = (all_linear or spread_rank) and tolerance is None
     rank = mean_rank(trained) if spread and rank is None else rank
     options = RebaseOptions(rank, tolerance, max_rank or MAX_RANK.fallback, free_gain, dtype, pad_ranks)
-    nbytes = options.stored_bytes(served)
-    refitting.check_output(trained.target, served.target, nbytes=nbytes, force=force)
+    nbytes, models = options.stored_bytes(served), (trained.target.checkpoint, served.target.checkpoint)
+    refitting.check_output(*models, nbytes=nbytes, force=force)
     notes = [*trained.adapter.notes, *_other_base(trained, base)]
     modules: tuple[MapModule, ...] = ()
-    parameters, numbers, changed, calibration = 0, None, True, None
-    if not dry_run:
+    parameters, numbers, changed, calibration, plan = 0, None, True, None, None
+    text = None if data is None else Path(data)
+    collected = None if statistics_from is None else Path(statistics_from)
+    if dry_run:
+        looked_at = planned_text(trained, statistics, text, wanted, length, collected)
+        models = 0 if collected or statistics == "none" else {"running": 2, "source": 1}[statistics]
+        plan = plan_rebase(trained, served, options, looked_at, spread=spread, models=models, steps=calibrate)
+    else:
         place = resolve_device(device)
-        with refitting.staged(trained.target, served.target, force=force) as staging:
+        with refitting.staged(*models, force=force) as staging:
             refits, evidence = gather(
-                trained, served, statistics, None if data is None else Path(data), wanted, length, seed, place,
-                collected=None if statistics_from is None else Path(statistics_from), quiet=quiet,
-            )  # fmt: skip
+                trained, served, statistics, text, wanted, length, seed, place, collected=collected, quiet=quiet
+            )
             directory = MapDirectory(served, staging)
             try:
                 if spread:
@@ -177,6 +188,7 @@ def rebase(
                 if numbers.is_worse and not keep_worse:
                     raise FidelityError(_worse(source, numbers) if changed else _nothing(served))
             parameters, nbytes = measured(staging, modules)
+            notes += [] if evidence.record is None else notes_on_inputs(results)
             notes += [*evidence.notes, *(() if calibration is None else calibration.notes)]
             if not changed:
                 notes.append("both bases hold the same weights: there was nothing to rebase")
@@ -195,6 +207,7 @@ def rebase(
         plain_lora=not needs_magnitude(modules),
         unchanged=not changed,
         served=numbers,
+        plan=plan,
         calibration=calibration,
         notes=tuple(dict.fromkeys(notes)),
     )

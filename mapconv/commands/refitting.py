@@ -1,8 +1,8 @@
-"""What ``upgrade`` and ``rebase`` share: one adapter is refitted into another folder, and what comes back of it."""
+"""What ``upgrade``, ``rebase``, ``extract`` and ``combine`` share: a folder made of others, and what they return."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from mapconv.adapter import MapModule
 from mapconv.checkpoint.filenames import ADAPTER_FILES
+from mapconv.checkpoint.index import Checkpoint
 from mapconv.checkpoint.staging import check_output, staged_folder
 from mapconv.checkpoint.unchanged import FileSignature, signatures_of, unchanged
 from mapconv.commands.outputs import output_beside
 from mapconv.hub.locate import locate_adapter
-from mapconv.placement.target_model import TargetModel
 
 if TYPE_CHECKING:
     from mapconv.training.calibration import CalibrationReport
@@ -22,44 +22,54 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Refitting:
-    """An adapter's folder, and the folder that its refit goes to."""
+    """The folders of the adapters that a result is made of, none for one that models alone make, and its own."""
 
-    source: Path
+    sources: tuple[Path, ...]
     out: Path
-    #: As the source's files were before anything was read of them.
+    #: As the sources' files were before anything was read of them.
     signatures: dict[Path, FileSignature]
 
     @classmethod
-    def of(cls, source: str | Path, out: str | Path | None, suffix: str, *, allow_pickle: bool) -> Refitting:
-        """Find the source, which may be on the Hub; without ``out`` its refit is ``<source>-<suffix>``."""
-        out = output_beside(source, suffix) if out is None else Path(out)
-        found = locate_adapter(source, allow_pickle=allow_pickle)
-        return cls(found, out, signatures_of([found], ADAPTER_FILES))
+    def of(cls, sources: Sequence[str | Path], out: str | Path | None, suffix: str, *, allow_pickle: bool) -> Refitting:
+        """Find the sources, which may be on the Hub; without ``out`` the result is ``<first>-<suffix>``."""
+        out = output_beside(sources[0], suffix) if out is None else Path(out)
+        found = tuple(locate_adapter(source, allow_pickle=allow_pickle) for source in sources)
+        return cls(found, out, signatures_of(found, ADAPTER_FILES))
 
-    def check_output(self, *bases: TargetModel, nbytes: int, force: bool) -> None:
+    @classmethod
+    def of_model(cls, model: str | Path, out: str | Path | None, suffix: str) -> Refitting:
+        """A result that is made of models alone; without ``out`` it is ``<model>-<suffix>``."""
+        return cls((), output_beside(model, suffix) if out is None else Path(out), {})
+
+    @property
+    def source(self) -> Path:
+        """The first source."""
+        return self.sources[0]
+
+    def check_output(self, *models: Checkpoint, nbytes: int = 0, force: bool) -> None:
         """Refuse an output that is taken, is one of the inputs, or has no room (``staging.check_output``)."""
-        check_output(self.out, force=force, inputs=[self.source, *(base.folder for base in bases)], nbytes=nbytes)
+        inputs = [*self.sources, *(model.folder for model in models)]
+        check_output(self.out, force=force, inputs=inputs, nbytes=nbytes)
 
     @contextmanager
-    def staged(self, *bases: TargetModel, force: bool) -> Iterator[Path]:
-        """Yield the folder to write into, which becomes ``out`` unless the source or a base changed meanwhile."""
+    def staged(self, *models: Checkpoint, force: bool) -> Iterator[Path]:
+        """Yield the folder to write into, which becomes ``out`` unless a source or a model changed meanwhile."""
         signatures = dict(self.signatures)
-        for base in bases:
-            signatures |= base.checkpoint.signatures
+        for model in models:
+            signatures |= model.signatures
         with staged_folder(self.out, force=force) as staging, unchanged(signatures):
             yield staging
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefitResult:
-    """What a refit wrote, or with ``dry_run`` what it would write (then without modules).
+class Result:
+    """What a command made, or with ``dry_run`` what it would make (then without modules).
 
     ``parameters`` and ``nbytes`` are those of the adapter, as ``inspect`` counts them in the result. ``base`` is the
-    model that the source was trained on.
+    model that the sources were trained on.
     """
 
     out: Path
-    source: Path
     base: Path
     method: str
     modules: tuple[MapModule, ...]
@@ -68,7 +78,6 @@ class RefitResult:
     seconds: float
     dry_run: bool
     plain_lora: bool
-    calibration: CalibrationReport | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -76,8 +85,25 @@ class RefitResult:
         return max((module.measured_error for module in self.modules), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        table = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-        table["calibration"] = None if self.calibration is None else self.calibration.record()
+        table = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
         table["modules"] = [module.to_dict() for module in self.modules]
         return table | {"worst_error": self.worst_error}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitResult(Result):
+    """What the refit of one adapter made."""
+
+    source: Path
+    calibration: CalibrationReport | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        calibration = None if self.calibration is None else self.calibration.record()
+        return super().to_dict() | {"calibration": calibration}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: paths as text."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -101,7 +101,7 @@ def upgrade(
     """
     started = time.perf_counter()
     wanted, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
-    refitting = Refitting.of(source, out, "map", allow_pickle=allow_pickle)
+    refitting = Refitting.of([source], out, "map", allow_pickle=allow_pickle)
     source = refitting.source
     options = ConvertOptions(
         rank,
@@ -128,7 +128,7 @@ def upgrade(
     plan = plan_upgrade(placed, options)
     log.info("placed %d modules of %s on %s", len(plan.jobs), source, placed.target.folder)
     nbytes = plan.nbytes
-    refitting.check_output(placed.target, nbytes=nbytes, force=force)
+    refitting.check_output(placed.target.checkpoint, nbytes=nbytes, force=force)
     sample = None
     if data is not None and not plan.is_exact:
         sample = read_data(Path(data), placed.target, samples=wanted, length=length)
@@ -136,7 +136,7 @@ def upgrade(
     modules, parameters, calibration = refitted, 0, None
     norms = BaseNorms(placed.target.checkpoint)
     if not dry_run:
-        with refitting.staged(placed.target, force=force) as staging:
+        with refitting.staged(placed.target.checkpoint, force=force) as staging:
             refitted = write_map_directory(plan, norms, sample, staging, quiet=quiet)
             modules = refitted
             log.info("wrote %d modules to %s", len(modules), staging)

@@ -8,12 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
-#: Positions computed at once: 64 × 256,000 tokens take 131 MB in float64, a handful of such tensors at a time.
+from mapconv.algebra.norms import row_blocks
+
+#: Positions of a loss at once: 64 × 256,000 tokens take 131 MB in float64, a handful of such tensors at a time.
 CHUNK = 64
+#: Logits compared at once: small enough to stay in a cache.
+COMPARED = 1 << 19
 
 
 def divergence_terms(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,25 +88,23 @@ class Sums:
 
     def _count(
         self,
-        source: torch.Tensor,
-        log_p: torch.Tensor,
-        model: torch.Tensor,
+        source: _Logits,
+        model: _Logits,
         targets: torch.Tensor | None,
         known: torch.Tensor | None,
     ) -> None:
-        """A chunk of positions, with log p of the source."""
-        log_q = log_p if model is source else model.double().log_softmax(-1)
-        self.positions += len(log_q)
+        """A block of positions."""
+        self.positions += len(model.values)
         if model is source:
-            self.agreements += len(log_q)  # of itself it is no step away
+            self.agreements += len(model.values)  # of itself it is no step away
         else:
-            kl = _divergences(log_p, log_q)
+            kl = source.divergences(model)
             self.kl += float(kl.sum())
             self.kl_largest = max(self.kl_largest, float(kl.max()))
-            self.agreements += int((source.argmax(-1) == model.argmax(-1)).sum())
-            self.difference = max(self.difference, float((source - model).abs().max()))
+            self.agreements += int((source.likeliest == model.likeliest).sum())
+            self.difference = max(self.difference, float((source.values - model.values).abs().max()))
         if targets is not None:
-            losses = -log_q.gather(1, targets[:, None])[:, 0]
+            losses = -model.log_probabilities(targets)
             losses = losses if known is None else losses[known]
             self.known += len(losses)
             self.loss += float(losses.sum())
@@ -121,22 +124,54 @@ def add_all(
     known: torch.Tensor | None = None,
 ) -> None:
     """Count logits (positions, classes) of several models in one pass over the source's, as ``Sums.add`` does each."""
-    for part in chunks(len(source)):
-        wanted = source[part]
-        log_p = wanted.double().log_softmax(-1)
-        chosen = [None if each is None else each[part] for each in (targets, known)]
+    for start, stop in row_blocks(source.shape[0], source.shape[1], COMPARED):
+        wanted = _Logits(source[start:stop])
+        chosen = [None if each is None else each[start:stop] for each in (targets, known)]
         for total, model in zip(sums, models, strict=True):
-            total._count(wanted, log_p, wanted if model is source else model[part], *chosen)
+            total._count(wanted, wanted if model is source else _Logits(model[start:stop]), *chosen)
 
 
-def _divergences(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p ‖ q) of each row of float64, as ``divergence_terms`` has it; but for extremes in fewer steps."""
-    difference = log_p - log_q
-    least, most = difference.aminmax()
-    # Within these e^{−d} neither overflows nor meets a p of zero that would hide a q of any size.
-    if least > -60 and most < math.inf:
-        return difference.neg().expm1_().add_(difference).mul_(log_p.exp()).sum(-1)
-    return divergence_terms(log_p, log_q)[0]
+class _Logits:
+    """Logits (positions, classes) of a model, and what is known of their distributions, in float64."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+        wide = values.double()
+        # Below the largest, so that sums of products with probabilities keep their digits.
+        self._below = wide.sub_(wide.amax(-1, keepdim=True))
+        self._exponentials = self._below.exp()
+        self._sums = self._exponentials.sum(-1)
+        self._norms = self._sums.log()
+
+    @cached_property
+    def likeliest(self) -> torch.Tensor:
+        return self.values.argmax(-1)
+
+    @cached_property
+    def _probabilities(self) -> torch.Tensor:
+        return self._exponentials / self._sums[:, None]
+
+    @cached_property
+    def _entropies(self) -> torch.Tensor:
+        """−Σ p·log p of each row."""
+        return self._norms - _dots(self._probabilities, self._below)
+
+    def log_probabilities(self, targets: torch.Tensor) -> torch.Tensor:
+        """log p of one class a row."""
+        return self._below.gather(1, targets[:, None])[:, 0] - self._norms
+
+    def divergences(self, model: _Logits) -> torch.Tensor:
+        """KL(p ‖ q) of each row, for q of a model: Σ p·log p − Σ p·log q, which float64 keeps to about 1e-14."""
+        kl = model._norms - _dots(self._probabilities, model._below) - self._entropies
+        if bool(torch.isfinite(kl).all()):
+            return kl.clamp_(min=0)
+        log_p, log_q = (each._below - each._norms[:, None] for each in (self, model))
+        return divergence_terms(log_p, log_q)[0]
+
+
+def _dots(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+    """⟨one, two⟩ of each row."""
+    return torch.bmm(one[:, None, :], two[:, :, None])[:, 0, 0]
 
 
 def _exponential(loss: float) -> float:

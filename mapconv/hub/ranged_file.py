@@ -61,6 +61,8 @@ class RangedFile:
         self._version: _Version | None = None
         self._spans: list[Span] = []
         self._header_stop = _FIRST_BYTES
+        #: Before it is swept, a killed run may have left bytes that no record names.
+        self._swept = False
         self.read_record()
 
     @property
@@ -110,7 +112,11 @@ class RangedFile:
         """Drop all but the header and ``spans``."""
         size = self._version.size if self._version else 0
         kept = _merged([(0, min(self._header_stop, size)), *spans])
-        self.drop(list(_without([(0, size)], kept)))
+        with self._lock:
+            clean = self._swept and not list(_without(self._spans, kept))
+        if not clean:
+            self.drop(list(_without([(0, size)], kept)))
+            self._swept = True
 
     def clear(self) -> None:
         """Drop all of the file, on any file system."""

@@ -32,17 +32,18 @@ def write_weights(
     groups: Iterable[Group] | None = None,
     recompute: bool = False,
     done: Callable[[Job], None] = lambda job: None,
+    grows: bool = False,
     quiet: bool,
 ) -> tuple[MergedTensor, ...]:
     """Write the plan's files into ``staging`` (None: into no files); the merged tensors in the plan's order.
 
     ``groups`` are the plan's jobs, where they have an order of their own; ``recompute`` as of ``Merger``; ``done`` is
-    called with each job, by the thread that did it.
+    called with each job, by the thread that did it; ``grows`` as of ``FixedFile``.
     """
     total, source = sum(job.nbytes for job in plan.jobs), plan.target.checkpoint.source
     with (
         TensorReader(source) as reader,
-        _output_files(plan, staging) as files,
+        _output_files(plan, staging, grows) as files,
         BackgroundFlush() as flush,
     ):
         merger, merged = Merger(reader, files, plan.modules, recompute=recompute), {}
@@ -84,7 +85,7 @@ def _working_bytes(job: Job, feedback: Feedback | None) -> int:
 
 
 @contextmanager
-def _output_files(plan: MergePlan, staging: Path | None) -> Iterator[Mapping[str, FixedFile | NoFile]]:
+def _output_files(plan: MergePlan, staging: Path | None, grows: bool) -> Iterator[Mapping[str, FixedFile | NoFile]]:
     if staging is None:
         yield defaultdict(NoFile)
         return
@@ -92,7 +93,7 @@ def _output_files(plan: MergePlan, staging: Path | None) -> Iterator[Mapping[str
     try:
         for file in plan.files:
             (staging / file.name).parent.mkdir(exist_ok=True)
-            files[file.name] = FixedFile(staging / file.name, file.header, file.nbytes)
+            files[file.name] = FixedFile(staging / file.name, file.header, file.nbytes, grows=grows)
         # A weight's codes may have companions in a file that is not written now.
         yield defaultdict(NoFile, files)
     finally:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mapconv.adapter import Adapter, MapModule
 from mapconv.algebra.fingerprint import Fingerprint
+from mapconv.checkpoint.filenames import ADAPTER_FILES
 from mapconv.errors import AdapterError
 from mapconv.files import open_regular
 from mapconv.formats.base import CONFIG_FILE, WEIGHTS_FILE
 from mapconv.formats.mapdir import FORMAT_VERSION
 from mapconv.formats.mlx import MLX_WEIGHTS
-from mapconv.formats.peft import weights_name
 from mapconv.formats.pickle import PICKLE_FILE
 from mapconv.hub.reference import origin_of
 from mapconv.metadata.card import card_facts
@@ -97,7 +97,7 @@ def source_fingerprint(source: Path) -> str:
     """SHA-256 of an adapter's configuration and weights, or of the one file that it is."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 18))  # stays in a core's cache
-    for path in [source] if source.is_file() else [source / CONFIG_FILE, _weights_in(source)]:
+    for path in [source] if source.is_file() else _files_in(source):
         with open_regular(path, AdapterError) as file:
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
@@ -121,10 +121,12 @@ def source_record(adapter: Adapter) -> dict[str, Any]:
     return record | {"source": earlier} if isinstance(earlier, dict) else record
 
 
-def finetune_record(folder: Path, weights: Mapping[str, Fingerprint]) -> dict[str, Any]:
-    """The full finetune that a result was extracted from, known by the norms and projections of its ``weights``."""
+def finetune_record(folder: Path, weights: Iterable[tuple[tuple[str, int | None], Fingerprint]]) -> dict[str, Any]:
+    """The full finetune that a result was extracted from, known by the norms and projections of its ``weights``, each
+    with its module's path and its number in a stack of experts."""
     name, revision = recorded_name(folder)
-    lines = (f"{path} {found.norm:.9e} {found.projection:.9e}\n" for path, found in weights.items())
+    named = ((path if expert is None else f"{path}.{expert}", found) for (path, expert), found in weights)
+    lines = (f"{path} {found.norm:.9e} {found.projection:.9e}\n" for path, found in named)
     fingerprint = f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
     return {
         "name": name,
@@ -135,11 +137,13 @@ def finetune_record(folder: Path, weights: Mapping[str, Fingerprint]) -> dict[st
     }
 
 
-def _weights_in(folder: Path) -> Path:
-    """PEFT's weights, or where there are none MLX-LM's."""
-    mlx = folder / MLX_WEIGHTS
-    has_own = any((folder / name).exists() for name in (WEIGHTS_FILE, PICKLE_FILE))
-    return mlx if mlx.exists() and not has_own else folder / weights_name(folder)
+def _files_in(folder: Path) -> list[Path]:
+    """PEFT's configuration and weights, or MLX-LM's; of another trainer's folder whatever it is read from."""
+    weights = next((name for name in (WEIGHTS_FILE, PICKLE_FILE, MLX_WEIGHTS) if (folder / name).exists()), None)
+    if weights is not None:
+        return [folder / CONFIG_FILE, folder / weights]
+    found = {path for pattern in (*ADAPTER_FILES, "*.pt", "*.safetensors") for path in folder.glob(pattern)}
+    return sorted(found)
 
 
 def _base_record(placed: PlacedAdapter) -> dict[str, Any]:

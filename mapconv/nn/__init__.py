@@ -16,11 +16,12 @@ from mapconv.nn.attaching import (
     scalar_parameters,
     set_adapter,
 )
+from mapconv.nn.config import MapConfig
 from mapconv.nn.layers import MapLayer
 from mapconv.nn.loading import load_adapter
 from mapconv.nn.merging import merge_adapter, unmerge_adapter
 from mapconv.nn.saving import save_adapter
-from mapconv.nn.training import MapConfig, get_map_model
+from mapconv.nn.training import get_map_model
 
 __all__ = [
     "MapConfig",

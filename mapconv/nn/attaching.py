@@ -20,6 +20,7 @@ from mapconv.adapter import Adapter
 from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.nn.bases import execution_device, kind_of
 from mapconv.nn.layers import LAYERS, MapLayer
+from mapconv.nn.methods import PeftMethod
 from mapconv.nn.replication import Replicated
 from mapconv.nn.stacks import MapParameterLayer, StackedParameter, wrap_parameters
 from mapconv.nn.updates import Update
@@ -34,7 +35,8 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 class Attached:
     """One adapter on a model: where it came from (None: made here), and its tensors that are not factors.
 
-    ``paths`` are those of its layers in the live model. ``others`` has its whole tensors, by PEFT's key. ``base``,
+    ``paths`` are those of its layers in the live model, and ``method`` is what its updates are of where that is neither
+    LoRA nor DoRA. ``others`` has its whole tensors, by PEFT's key. ``base``,
     ``source`` and ``options`` are what ``map_config.json`` records; ``base`` is None where nothing was checked.
     """
 
@@ -45,6 +47,7 @@ class Attached:
     others: Mapping[str, torch.Tensor] = field(default_factory=dict)
     base: Mapping[str, Any] | None = None
     source: Mapping[str, Any] | None = None
+    method: PeftMethod | None = None
 
 
 @dataclass
@@ -96,7 +99,9 @@ def named(model: nn.Module, name: str) -> Attached:
 
 def check_model(model: nn.Module, name: str) -> None:
     """Refuse a model that PEFT has wrapped, and a name that is taken or cannot be a part of a parameter's name."""
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+    # Those of a direction that is another method's are ours.
+    own = {id(part) for layer in map_layers(model).values() for part in layer.updates.modules()}
+    if any(type(part).__module__.startswith("peft.") and id(part) not in own for part in model.modules()):
         raise UnsupportedError(
             f"this {type(model).__name__} has PEFT's layers in it, whose weights are not the base's: load the base "
             "model itself, or take PEFT's adapter off with its unload()."

@@ -15,6 +15,7 @@ from torch.nn import functional
 from mapconv.algebra.dora import merge_rows_
 from mapconv.nn.bases import kind_of, matrix
 from mapconv.nn.functions import MapLinear, Scale
+from mapconv.nn.methods import MethodUpdate
 from mapconv.nn.updates import DoraUpdate, Update
 
 
@@ -105,6 +106,8 @@ class MapLayer(nn.Module):
         """W' as the layer stores its weight, computed in ``dtype``."""
         base = self.base_layer
         weight = base.weight.detach()
+        if isinstance(update, MethodUpdate):
+            return update.merged(weight, dtype)
         rows = matrix(base, weight).to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
         a, b = map(float, update.gains())
         A, B, magnitude = update.A.to(dtype), update.B.to(dtype), getattr(update, "magnitude", None)
@@ -118,6 +121,8 @@ class MapLayer(nn.Module):
         if self.active is None or self.is_merged:
             return self.base_layer(x)
         update = self.update(self.active)
+        if isinstance(update, MethodUpdate):
+            return update.run(self.base_layer, x)
         return self._dora(x, update) if isinstance(update, DoraUpdate) else self._low_rank(x, update)
 
     def _low_rank(self, x: torch.Tensor, update: Update) -> torch.Tensor:

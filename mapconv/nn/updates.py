@@ -52,7 +52,7 @@ class Update(nn.Module):
     of gain β/floor. The scalars have one dimension because sharding (FSDP) takes no parameter without.
     """
 
-    direction: Direction = "low-rank"
+    direction: Direction | None = "low-rank"
 
     def __init__(
         self,
@@ -68,14 +68,19 @@ class Update(nn.Module):
         super().__init__()
         self.A = nn.Parameter(A, requires_grad=False)
         self.B = nn.Parameter(B, requires_grad=False)
-        self.relative_alpha = _scalars([relative_alpha], A)
-        self.relative_beta = _scalars([relative_beta], A)
+        self._start(relative_alpha, relative_beta, like=A, base_norm=base_norm, floor=floor)
+        self.detach_norm = detach_norm
+
+    def _start(self, alpha: float, beta: float, *, like: torch.Tensor, base_norm: float, floor: float) -> None:
+        """Set what every update has besides its factors."""
+        self.relative_alpha = _scalars([alpha], like)
+        self.relative_beta = _scalars([beta], like)
         self.base_norm = base_norm
         self.base_projection: float | None = None
-        self.detach_norm = detach_norm
+        self.detach_norm = False
         self.floor = floor
         self.origin: Origin | None = None
-        self._exact = {"relative_alpha": [relative_alpha], "relative_beta": [relative_beta]}
+        self._exact = {"relative_alpha": [alpha], "relative_beta": [beta]}
         self._cache: torch.Tensor | None = None
         self._versions: tuple[int, ...] = ()
 

@@ -57,10 +57,10 @@ def on_stack(module: Module, adapter: Adapter, parameter: str, weights: Sequence
     settings, experts = adapter.settings, len(weights)
     if settings.initialization is not None:
         raise stack_initialization_refusal(module.path, settings.initialization)
-    rank = settings.rank_of(parameter)
+    rank = settings.rank_of(parameter) if module.has_factors else 0
     if module.rank != rank * experts:
         raise PlacementError(stack_rank_fault(module, experts, parameter, rank))
-    scaling = settings.scaling_of(parameter)
+    scaling = settings.scaling_of(parameter) if module.has_factors else module.scaling
     for expert, weight in enumerate(weights):
         if weight.shape != module.weight_shape:
             raise PlacementError(

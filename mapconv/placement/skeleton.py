@@ -120,6 +120,11 @@ class LiveModel:
         """The parameters that the module at ``path`` itself holds, in the order in which PEFT wraps them."""
         return [name for name, _ in self._modules[path].named_parameters(recurse=False)]
 
+    def is_stack(self, parameter: str) -> bool:
+        """Whether the parameter is a stack of the weights of experts, one matrix each."""
+        module, shape = self._modules.get(parameter.rpartition(".")[0]), self.shapes[parameter]
+        return len(shape) == 3 and shape[0] > 1 and getattr(module, "num_experts", None) == shape[0]
+
     def stores_in_by_out(self, path: str) -> bool:
         """Whether the experts at ``path`` are stored as (experts, in, out)."""
         return bool(getattr(self._modules[path], "is_transposed", False))

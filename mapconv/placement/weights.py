@@ -7,8 +7,9 @@ its neighbours, or in pieces of its own. A ``WeightView`` says which, and everyt
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +17,8 @@ from mapconv.adapter import ITEM_SIZES, MapModule, Module, TensorRef
 from mapconv.algebra.fingerprint import Fingerprint, block_fingerprint, column_numbers, row_numbers
 from mapconv.algebra.norms import BLOCK_ELEMENTS, row_blocks
 from mapconv.checkpoint.reader import TensorReader
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,16 @@ class PlacedModule:
         return replace(self, scalars=scalars)
 
 
+def in_stacks(items: Iterable[Item], experts: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """One weight at a time, but all ``experts`` of a stack together, which come one after another."""
+    stack: list[Item] = []
+    for item in items:
+        stack.append(item)
+        if len(stack) == experts(item):
+            yield stack
+            stack = []
+
+
 def grid(shape: tuple[int, ...], *, stacked: bool) -> tuple[int, int, int]:
     """(matrices, rows, columns) of a stored tensor: a kernel's dimensions count as columns, a vector is one column."""
     if stacked:
@@ -171,3 +184,14 @@ def block_numbers(view: WeightView, piece: Piece, start: int, stop: int) -> tupl
     if piece.transposed:
         return columns[start:stop], rows[piece.start : piece.stop]
     return rows[piece.start + start : piece.start + stop], columns
+
+
+def part_of(view: WeightView, start: int, stop: int) -> WeightView:
+    """Rows ``start`` to ``stop`` of a weight, as a weight of its own."""
+    pieces = []
+    for piece in view.pieces:
+        first, last = max(start, piece.start), min(stop, piece.stop)
+        if first < last:
+            offset = piece.offset + first - piece.start
+            pieces.append(replace(piece, start=first - start, stop=last - start, offset=offset))
+    return WeightView((stop - start, view.shape[1]), tuple(pieces))

@@ -157,4 +157,4 @@ def _delivered(table: Mapping[str, Any]) -> Delivered:
 
 def _shown(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= 300 else f"{text[:297]}..."

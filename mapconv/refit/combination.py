@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,8 +54,7 @@ class CombineOptions:
     def wanted(self, weight: Shared) -> Wanted:
         first = weight.parts[0][1].module.lora_A.dtype
         dtype = TORCH_DTYPES[first] if self.dtype == "auto" else getattr(torch, self.dtype)
-        # PEFT has no DoRA for a stack of experts.
-        gain = 1.0 if self.lora_compatible or weight.item.experts > 1 else None
+        gain = 1.0 if self.lora_compatible else None
         rank = self.rank or min(weight.rank, *weight.item.weight.shape)
         return Wanted(weight.item.module.path, rank, self.tolerance, self.max_rank, gain, dtype)
 
@@ -84,6 +83,12 @@ class Combiner:
     ) -> None:
         self._reader, self._norms, self._options, self._names = reader, norms, options, names
         self._factors, self._with_magnitude, self._force = FactorLoader(reader), with_magnitude, force
+
+    @staticmethod
+    def needs_gains(options: CombineOptions, weights: Sequence[Shared]) -> bool:
+        """Whether some module of the result may have another gain than 1."""
+        mixed = options.method != "sum" or options.direction == "dora"
+        return mixed or any(needs_base(part) for weight in weights for _, part in weight.parts)
 
     def combine(self, weights: Sequence[Shared]) -> list[Converted]:
         """Modules in MAP form: one weight, or the experts of a stack, whose factors get one rank."""
@@ -173,16 +178,6 @@ class Combiner:
                     f"{part.weight.pieces[0].tensor.file}: {part.weight.name} {fault} ({self._names[number]}): combine "
                     "adapters of one base, or accept this one with --force."
                 )
-
-
-def in_stacks(weights: Sequence[Shared]) -> Iterator[list[Shared]]:
-    """One weight at a time, but all experts of a stack together."""
-    stack: list[Shared] = []
-    for weight in weights:
-        stack.append(weight)
-        if len(stack) == weight.item.experts:
-            yield stack
-            stack = []
 
 
 def _common(effect: Effect) -> float | None:

@@ -201,9 +201,9 @@ class Converter:
         )
 
     def _is_low_rank(self, placed: PlacedModule) -> bool:
-        """Whether another method than LoRA makes an update whose rank is that of the result."""
+        """Whether another method than LoRA makes an update whose rank is that of the result, on the base as it is."""
         options, module = self._options, placed.module
-        if module.method is None or module.is_dense or options.tolerance is not None:
+        if module.method is None or module.map_scalars or module.is_dense or options.tolerance is not None:
             return False
         return placed.rank <= (options.rank or placed.rank)
 

@@ -21,6 +21,7 @@ from mapconv.placement.running import load_base
 from mapconv.placement.weights import PlacedModule
 from mapconv.refit.mixture import Mixture, Run, SourceInputs
 from mapconv.refit.rebase import Rebased, Rebaser
+from mapconv.refit.rebase_plan import PlannedText
 from mapconv.refit.stored_statistics import read_statistics
 from mapconv.runtime.models import attach_with_peft, load_tokenizer, longest_text, reads_text, stored_text_classes
 from mapconv.runtime.sampling import sample_sequences
@@ -141,6 +142,27 @@ def gather(
         return rebaser.by_inputs(run, batches)
 
     return Refits(refits, survey), Evidence(text.record, text)
+
+
+def planned_text(
+    trained: PlacedAdapter, statistics: Statistics, data: Path | None, samples: int, length: int, collected: Path | None
+) -> PlannedText:
+    """What ``gather`` would look at, from the file or the folder, without a model.
+
+    Raises:
+        DataError, CheckpointError: as ``gather``.
+    """
+    text = None if data is None else _from_file(trained, data, samples, length)
+    measured = 0 if text is None else text.held_out.first(MEASURED).tokens
+    if collected is not None:
+        stored = read_statistics(collected).data
+        return PlannedText("statistics", stored.get("sequences", 0), stored.get("tokens", 0), measured)
+    if statistics == "none":
+        return PlannedText("weights", 0, 0, measured)
+    if text is None:
+        return PlannedText("samples", samples, samples * length, MEASURED * length)
+    used = text.train.first(samples)
+    return PlannedText("data", len(used), used.tokens, measured)
 
 
 def _unknown(modules: Sequence[PlacedModule]) -> Iterator[tuple[PlacedModule, RegressionInputs | None]]:

@@ -18,7 +18,7 @@ from mapconv.placement.adapters import FLOAT_DTYPES, PlacedAdapter
 from mapconv.placement.finetunes import Finetune, MatrixPair
 from mapconv.placement.running import load_target
 from mapconv.placement.target_model import TargetModel, plain_target
-from mapconv.placement.weights import PlacedModule
+from mapconv.placement.weights import PlacedModule, in_stacks
 from mapconv.refit.activations import roots_of
 from mapconv.refit.directory import MapDirectory
 from mapconv.refit.extraction import Extracted, ExtractOptions, Extractor
@@ -82,22 +82,28 @@ def write_extraction(
         with progress_bar(total, "extracting", quiet=quiet) as advance:
             for modules, roots in groups:
 
-                def run(item: PlacedModule, roots: Mapping[str, InputRoot | None] = roots) -> Extracted:
+                def run(
+                    stack: Sequence[PlacedModule], roots: Mapping[str, InputRoot | None] = roots
+                ) -> list[Extracted]:
                     with torch.inference_mode():
-                        return extractor.extract(item, pairs[item.key], roots.get(item.module.path))
+                        return extractor.extract_all(
+                            [(item, pairs[item.key], roots.get(item.module.path)) for item in stack]
+                        )
 
-                for item, result in zip(modules, in_order(run, modules, workers), strict=True):
-                    directory.add(item, result.converted)
-                    results[item.key] = result.without_factors()
-                    advance(item.weight.nbytes)
-                    log.info("%s: ε %.3g, rounding %.3g", item.module.path, *result.told())
+                stacks = list(in_stacks(modules, lambda item: item.experts))
+                for stack, made in zip(stacks, in_order(run, stacks, workers), strict=True):
+                    for item, result in zip(stack, made, strict=True):
+                        directory.add(item, result.converted)
+                        results[item.key] = result.without_factors()
+                        advance(item.weight.nbytes)
+                        log.info("%s: ε %.3g, rounding %.3g", item.module.path, *result.told())
         ordered = [results[item.key] for item in placed.modules]
-        weights = {item.module.path: results[item.key].tuned for item in placed.modules}
-        sources.append(finetune_record(placed.adapter.path, weights))
-        paths = [item.module.path for item in placed.modules]
+        sources.append(
+            finetune_record(placed.adapter.path, [(item.key, results[item.key].tuned) for item in placed.modules])
+        )
         record["modules"] = [
-            {"path": path, "change": item.change, "floor": item.floor}
-            for path, item in zip(paths, ordered, strict=True)
+            {"path": path, "change": item.change, "floor": item.floor} | ({} if expert is None else {"expert": expert})
+            for (path, expert), item in zip((item.key for item in placed.modules), ordered, strict=True)
         ]
         asked = asdict(options) | {"device": str(options.device)}
         scalars = directory.finish(asked, None if sample is None else sample.record, extract=record)

@@ -6,7 +6,7 @@ its first block, so that it costs little.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,7 @@ from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader, block_elements
 from mapconv.errors import CheckpointError
 from mapconv.placement.finetunes import Finetune, MatrixPair, WholePair
 from mapconv.placement.matrices import MatrixRows
-from mapconv.placement.weights import PlacedModule
+from mapconv.placement.weights import PlacedModule, in_stacks
 from mapconv.refit.converted import Converted, refitted_module
 from mapconv.refit.plan import Dtype
 from mapconv.refit.rows_direction import directed_module
@@ -82,17 +82,20 @@ def find_changes(found: Finetune, readers: tuple[TensorReader, TensorReader]) ->
     Raises:
         CheckpointError: a whole tensor of the finetune that holds NaN or infinity.
     """
-    matrices, inner, squares = [], 0.0, [0.0, 0.0]
-    for pair in found.matrices:
-        differs, first = _compare(pair, readers)
-        inner += first[0]
-        squares = [squares[0] + first[1], squares[1] + first[2]]
-        if differs:
-            matrices.append(pair)
+    matrices, inner, squares, unchanged = [], 0.0, [0.0, 0.0], 0
+    for stack in in_stacks(found.matrices, lambda pair: pair.experts):
+        compared = [_compare(pair, readers) for pair in stack]
+        for _, first in compared:
+            inner += first[0]
+            squares = [squares[0] + first[1], squares[1] + first[2]]
+        # PEFT has a LoRA for all experts of a stack or for none.
+        if any(differs for differs, _ in compared):
+            matrices += stack
+        else:
+            unchanged += 1
     wholes = [pair for pair in found.wholes if _differs(pair, readers)]
-    total = len(found.matrices) + len(found.wholes)
     length = (squares[0] * squares[1]) ** 0.5
-    unchanged = total - len(matrices) - len(wholes)
+    unchanged += len(found.wholes) - len(wholes)
     return Changes(tuple(matrices), tuple(wholes), unchanged, inner / length if length else 1.0)
 
 
@@ -101,6 +104,12 @@ class Extractor:
 
     def __init__(self, readers: tuple[TensorReader, TensorReader], options: ExtractOptions) -> None:
         self._readers, self._options = readers, options
+
+    def extract_all(self, stack: Sequence[tuple[PlacedModule, MatrixPair, InputRoot | None]]) -> list[Extracted]:
+        """One module, or the experts of a stack, whose factors get one rank."""
+        made = [self.extract(*item) for item in stack]
+        rank = max(len(item.converted.A) for item in made)
+        return [replace(item, converted=item.converted.with_rank(rank)) for item in made]
 
     def extract(self, placed: PlacedModule, pair: MatrixPair, root: InputRoot | None = None) -> Extracted:
         """The closest MAP weight to the finetune's; errors are weighed by ``root``, the root of its inputs' moment.

@@ -33,13 +33,18 @@ Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 #: error, by its factors alone. ``refit``: the closest MAP weight. What is kept is exact.
 Kind = Literal["keep-lora", "keep-dora", "keep-map", "resize", "refit"]
 
+#: Why every module of a result with experts is a plain LoRA.
+NO_DORA_OF_STACKS = (
+    "every weight keeps a gain of 1, so that the result is a plain LoRA: PEFT has no DoRA for a stack of experts, and "
+    "this has some"
+)
 #: Kinds that need no more of their base than its norm, and those that are solved for.
 _LIGHT, _SOLVED = ("keep-lora", "resize"), ("resize", "refit")
 
 #: Products with the whole weight that a refit takes, and columns that it has besides the rank; for the estimate alone.
 _PRODUCTS, _MORE_COLUMNS = 24, 8
 #: Memory of the process before any weight is read, and beside the model where one runs: imports, and buffers.
-_IMPORTS, _IMPORTS_WITH_MODEL = 300 << 20, 600 << 20
+IMPORTS, IMPORTS_WITH_MODEL = 300 << 20, 600 << 20
 
 
 @dataclass(frozen=True)
@@ -170,14 +175,14 @@ class UpgradePlan:
     def _seconds(self, tokens: int) -> float:
         """From the counted operations and the speed of one thin product on this machine, right now."""
         forward = sum(2 * tokens * job.placed.weight.numel for job in self.jobs)
-        return (sum(job.work for job in self.jobs) / self.workers + forward) / _operations_a_second()
+        return (sum(job.work for job in self.jobs) / self.workers + forward) / operations_a_second()
 
     def _memory(self, tokens: int) -> int:
         working = self.workers * max(job.working_bytes for job in self.jobs)
         if not tokens:
-            return _IMPORTS + working
+            return IMPORTS + working
         checkpoint = self.placed.target.checkpoint
-        return _IMPORTS_WITH_MODEL + working + sum(ref.nbytes for ref in checkpoint.tensors.values())
+        return IMPORTS_WITH_MODEL + working + sum(ref.nbytes for ref in checkpoint.tensors.values())
 
 
 def plan_upgrade(placed: PlacedAdapter, options: ConvertOptions) -> UpgradePlan:
@@ -243,7 +248,7 @@ def _kind(placed: PlacedModule, options: ConvertOptions) -> Kind:
     return "resize" if options.statistics is None and module.delta is None else "refit"
 
 
-def _operations_a_second(columns: int = 24, size: int = 1024) -> float:
+def operations_a_second(columns: int = 24, size: int = 1024) -> float:
     """The best of a few products of a matrix with a thin block, on one core as in a run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -34,6 +34,7 @@ from mapconv.refit.stored_statistics import StoredStatistics
 from mapconv.refit.targets.adapted import adapted_weight_
 from mapconv.refit.targets.moved import update_of
 from mapconv.runtime.threads import in_order, worker_count
+from mapconv.wording import counted
 
 #: A module, what is known of its inputs, and the statistics that hold them, to check its base by.
 _Job = tuple[PlacedModule, RegressionInputs | None, StoredStatistics | None]
@@ -72,13 +73,14 @@ class Rebased:
     """One module on the other base. ``changed``: ‖W − W0‖/‖W0‖ between the two bases.
 
     ``before`` is the error of the layer's outputs with the source's update put on the other base as it is, in the unit
-    of ``scalars.output_error``; None where its inputs are not known.
+    of ``scalars.output_error``; None where its inputs are not known. ``tokens`` is how many of those were seen.
     """
 
     placed: PlacedModule
     converted: Converted
     changed: float
     before: float | None
+    tokens: int | None
 
     def without_factors(self) -> Rebased:
         """The numbers alone."""
@@ -154,7 +156,7 @@ class Rebaser:
             with torch.inference_mode():  # which is a setting of each thread
                 return self._rebase(*job)[0]
 
-        largest = max((_working_bytes(item, self._options.wanted(item)) for item in self._served.modules), default=0)
+        largest = max((working_bytes(item, self._options.wanted(item)) for item in self._served.modules), default=0)
         yield from in_order(refit, jobs, worker_count(largest))
 
     def _rebase(
@@ -197,7 +199,8 @@ class Rebaser:
             item, "low-rank", refitted.gain, found, product_norm(B, A), refitted.error, A, B, magnitude,
             refitted.output_error,
         )  # fmt: skip
-        return Rebased(item, converted, moved / own.norm if own.norm else moved, before), W
+        tokens = None if inputs is None else inputs.tokens
+        return Rebased(item, converted, moved / own.norm if own.norm else moved, before, tokens), W
 
     def _base(self, trained: PlacedModule) -> torch.Tensor:
         return read_weight(trained.weight, self._readers[0], torch.empty(trained.weight.numel))
@@ -206,12 +209,30 @@ class Rebaser:
         return read_weight(item.weight, self._readers[1], torch.empty(item.weight.numel))
 
 
+def notes_on_inputs(results: Sequence[Rebased]) -> list[str]:
+    """What the inputs that were seen could not serve, of modules that were to be fitted to them."""
+    unseen = [item.placed.module.path for item in results if item.tokens is None]
+    few = [item for item in results if item.tokens is not None and item.tokens < item.placed.weight.shape[1]]
+    notes = []
+    if unseen:
+        named = ", ".join(unseen[:3]) + (", …" if len(unseen) > 3 else "")
+        notes.append(f"no inputs are known of {counted(len(unseen), 'module')}, refitted by the weights alone: {named}")
+    if few:
+        widest = max(few, key=lambda item: item.placed.weight.shape[1])
+        notes.append(
+            f"{widest.tokens:,} tokens are fewer than the inputs of {counted(len(few), 'module')} "
+            f"({widest.placed.weight.shape[1]:,} at most): directions that none of them showed were fitted by the "
+            "weights; more --samples help"
+        )
+    return notes
+
+
 def _merged_(W: torch.Tensor, converted: Converted) -> torch.Tensor:
     """The weight with a refit as it is written, in the memory of W."""
     return W.addmm_(converted.B.float(), converted.A.float()).mul_(converted.scalars.base_gain)
 
 
-def _working_bytes(item: PlacedModule, wanted: Wanted) -> int:
+def working_bytes(item: PlacedModule, wanted: Wanted) -> int:
     """Memory of one refit: both bases' weights and what the layer's outputs see of them, P, and Gram matrices."""
     most = wanted.rank if wanted.tolerance is None else wanted.max_rank
     grams = 0 if is_randomized(item.weight.shape, most, 0) else dense_bytes(item.weight.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ _WIDE_BLOCKS = 2
 class WideBlocks:
     """Widens each block of a model when a pass enters it, and gives it its stored values back two blocks later.
 
-    What is written into a wide parameter is lost with it. Parameters outside all blocks are widened at once.
+    What is written into a wide parameter is lost with it. Of embeddings, which are mostly the largest tensors, only the
+    rows that are looked up are widened; a head that is tied to one is a block. Other parameters outside all blocks are
+    widened at once.
     """
 
     def __init__(self, model: torch.nn.Module, names: Iterable[str], merged: Mapping[str, Any] | None = None) -> None:
@@ -27,15 +29,19 @@ class WideBlocks:
                 unmerged, a DoRA's whole weight and its row norms are formed anew for every batch.
         """
         self._blocks = {name: model.get_submodule(name) for name in names}
+        inside = {id(parameter) for block in self._blocks.values() for parameter in block.parameters()}
+        lookups, tied = _lookups(model, inside)
+        self._blocks |= tied
         self._wide: OrderedDict[str, list[tuple[torch.nn.Parameter, torch.Tensor]]] = OrderedDict()
         self._merged: dict[str | None, list[Any]] = {}
         for path, layer in (merged or {}).items():
             self._merged.setdefault(block_of(path), []).append(layer)
-        inside = {id(parameter) for block in self._blocks.values() for parameter in block.parameters()}
+        inside |= {id(layer.weight) for layer in lookups}
         for parameter in model.parameters():
             if id(parameter) not in inside:
                 parameter.data = parameter.data.float()
         self._hooks = [block.register_forward_pre_hook(self._enter(name)) for name, block in self._blocks.items()]
+        self._hooks += [layer.register_forward_hook(lambda _, __, rows: rows.float()) for layer in lookups]
 
     def close(self) -> None:
         """Leave the blocks as they were stored; parameters outside all blocks stay wide."""
@@ -66,6 +72,26 @@ class WideBlocks:
                 layer.merge()
 
         return hook
+
+
+def _lookups(
+    model: torch.nn.Module, inside: Collection[int]
+) -> tuple[list[torch.nn.Embedding], dict[str, torch.nn.Module]]:
+    """Embeddings outside all blocks that do nothing but look rows up, and the linear layers that are tied to them."""
+    owners: dict[int, dict[str, torch.nn.Module]] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        for parameter in layer.parameters(recurse=False):
+            owners.setdefault(id(parameter), {})[name] = layer
+    lookups, tied = [], {}
+    for name, layer in model.named_modules():
+        # One in a wrapper of PEFT's may be asked for its weight.
+        if type(layer) is not torch.nn.Embedding or name.endswith("base_layer") or id(layer.weight) in inside:
+            continue
+        others = {name: other for name, other in owners[id(layer.weight)].items() if other is not layer}
+        if all(type(other) is torch.nn.Linear for other in others.values()):
+            lookups.append(layer)
+            tied |= others
+    return lookups, tied
 
 
 def block_of(path: str) -> str | None:

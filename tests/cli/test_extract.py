@@ -79,11 +79,11 @@ def test_each_module_is_the_optimum_of_float64_decompositions(
     result = mapconv.extract(tuned, tmp_path / "out", base=base, rank=4, lora_compatible=lora_compatible)
     W, T = weights_of(base), weights_of(tuned)
     for module in result.modules:
-        name = f"{module.scalars.path}.weight"
+        name = f"{module.path}.weight"
         change, weight = (T[name].double() - W[name].double()), W[name].double()
         gains = [0.0] if lora_compatible else torch.linspace(-0.05, 0.05, 401).tolist()
         best = min(float(torch.linalg.svdvals(change - t * weight)[4:].square().sum()) for t in gains) ** 0.5
-        assert module.scalars.error == pytest.approx(best / float(change.norm()), rel=2e-3)
+        assert module.error == pytest.approx(best / float(change.norm()), rel=2e-3)
         assert module.change == pytest.approx(float(change.norm() / weight.norm()), rel=1e-5)
     assert result.plain_lora == lora_compatible
 
@@ -91,7 +91,7 @@ def test_each_module_is_the_optimum_of_float64_decompositions(
 def test_a_finetune_that_is_a_lora_is_found_at_its_rank(base: Path, lora: Path, tmp_path: Path) -> None:
     mapconv.merge(lora, tmp_path / "tuned", base=base)
     result = mapconv.extract(tmp_path / "tuned", tmp_path / "out", base=base, tolerance=1e-3)
-    assert {module.scalars.rank for module in result.modules} == {4}
+    assert {module.rank for module in result.modules} == {4}
     assert result.worst_error < 1e-3
     assert result.carried == 0
 
@@ -107,10 +107,10 @@ def test_a_tolerance_spends_no_rank_on_rounding(half_base: Path, base: Path, tmp
 
     tuned = finetuned(half_base, tmp_path / "tuned", low_rank)
     result = mapconv.extract(tuned, tmp_path / "out", base=half_base, tolerance=0.02)
-    assert {module.scalars.rank for module in result.modules} == {3}
+    assert {module.rank for module in result.modules} == {3}
     for module in result.modules:
         # The update is of rank 3 but for rounding, so that what is left over is the rounding.
-        assert module.floor == pytest.approx(module.scalars.error, rel=0.25)
+        assert module.floor == pytest.approx(module.error, rel=0.25)
         assert module.floor > 0.02
 
 
@@ -119,18 +119,18 @@ def test_direction_dora_keeps_the_row_norms(base: Path, tuned: Path, tmp_path: P
     plain = mapconv.extract(tuned, tmp_path / "plain", base=base, rank=4, lora_compatible=True)
     T, stored = weights_of(tuned), load_file(tmp_path / "out" / "adapter_model.safetensors")
     for module, other in zip(result.modules, plain.modules, strict=True):
-        path = module.scalars.path
+        path = module.path
         weight = T[f"{path}.weight"] if "embed" not in path else T[f"{path}.weight"].T
         magnitude = stored[f"base_model.model.{path}.lora_magnitude_vector"]
         assert torch.allclose(magnitude, weight.norm(dim=1), rtol=1e-6)
-        assert module.scalars.error <= other.scalars.error
+        assert module.error <= other.error
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "out"))
     layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
     before = layer.get_base_layer().weight.detach().clone()
     layer.merge()
     wanted = T["model.layers.0.mlp.up_proj.weight"]
     error = (layer.get_base_layer().weight - wanted).norm() / (wanted - before).norm()
-    found = next(m.scalars for m in result.modules if m.scalars.path == "model.layers.0.mlp.up_proj")
+    found = next(m for m in result.modules if m.path == "model.layers.0.mlp.up_proj")
     assert float(error) == pytest.approx(found.error, rel=1e-3)
     within = mapconv.extract(tuned, tmp_path / "within", base=base, tolerance=0.3, direction="dora")
     assert within.worst_error <= 0.3
@@ -141,7 +141,7 @@ def test_data_brings_the_outputs_closer(base: Path, tuned: Path, tmp_path: Path)
     settings = {"base": base, "rank": 4, "dtype": "float32"}
     plain = mapconv.extract(tuned, tmp_path / "plain", **settings)
     result = mapconv.extract(tuned, tmp_path / "out", data=tmp_path / "text.txt", samples=8, **settings)
-    assert result.modules[1].scalars.output_error < result.modules[1].scalars.error
+    assert result.modules[1].output_error < result.modules[1].error
     kl = [mapconv.verify(folder, tuned, data=tmp_path / "text.txt").kl for folder in (result.out, plain.out)]
     assert kl[0] < kl[1]
 
@@ -150,7 +150,7 @@ def test_targets_and_exclude_are_peft_s(base: Path, tuned: Path, tmp_path: Path)
     result = mapconv.extract(
         tuned, tmp_path / "a", base=base, targets="q_proj,mlp.up_proj", exclude="norm,layers.1.mlp.up_proj"
     )
-    paths = {module.scalars.path for module in result.modules}
+    paths = {module.path for module in result.modules}
     assert paths == {"model.layers.0.mlp.up_proj", *(f"model.layers.{n}.self_attn.q_proj" for n in (0, 1))}
     # The final norm is named; those of the layers are not.
     assert (result.carried, result.left) == (4, 13)

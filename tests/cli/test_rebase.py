@@ -121,6 +121,45 @@ def test_statistics_once_serve_a_rebase_without_a_model(bases, run, tmp_path):
     assert distance(bases, tmp_path / "out", bases / "rounded", "lora") < 0.8 * as_is
 
 
+def test_few_inputs_and_unknown_ones_are_said(bases, tmp_path):
+    mapconv.statistics(bases / "base", tmp_path / "stats", data=bases / "text.txt", samples=1, sequence_length=16)
+    path = tmp_path / "stats" / "statistics.json"
+    record = json.loads(path.read_text())
+    del record["layers"]["model.layers.1.mlp.up_proj"]
+    path.write_text(json.dumps(record))
+    result = mapconv.rebase(
+        bases / "lora", tmp_path / "out", base=bases / "base", onto=bases / "rounded",
+        statistics_from=tmp_path / "stats",
+    )  # fmt: skip
+    notes = " ".join(result.notes)
+    assert "no inputs are known of 1 module, refitted by the weights alone: model.layers.1.mlp.up_proj" in notes
+    assert "16 tokens are fewer than the inputs of 13 modules" in notes
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--data", "text.txt"], ["24 sequences, 1,152 tokens", "side by side", "rank      4"]),
+        (["--statistics", "source", "--calibrate", 5], ["text that the source writes", "the source\n", "5 steps"]),
+        (["--all-linear", "--rank", 8], ["of these  8 that the source leaves alone", "8 on average"]),
+        (["--tolerance", 0.2], ["the smallest with ε ≤ 0.2; the source's is 4"]),
+    ],
+)
+def test_a_dry_run_prints_the_plan(given, words, bases, run, tmp_path):
+    source = "attention" if "--all-linear" in given else "lora"
+    if source == "attention":
+        save_adapter(bases / "base", bases / source, target_modules=["q_proj", "k_proj", "v_proj"])
+    result = run(
+        "rebase", bases / source, "--base", bases / "base", "--onto", bases / "rounded", "-o", tmp_path / "out",
+        "--samples", 24, "--sequence-length", 48, "--dry-run",
+        *(bases / each if each == "text.txt" else each for each in given),
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    for each in (*words, "would refit", "would write", "takes     roughly"):
+        assert each in result.out
+    assert not (tmp_path / "out").exists()
+
+
 def test_statistics_of_another_base_are_refused(bases, tmp_path):
     mapconv.statistics(bases / "rounded", tmp_path / "stats", data=bases / "text.txt", **SIZES)
     with pytest.raises(BaseMismatchError, match="was collected from another base"):

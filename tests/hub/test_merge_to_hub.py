@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.fake_hub import FakeHub
-from tests.hub.conftest import QUICK, error_of, files_of, json_of
+from tests.fake_hub_store import Blob
+from tests.hub.conftest import QUICK, error_of, files_of
 
 WIDE, TO = "lab/wide", "me/merged"
 SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
@@ -44,7 +47,7 @@ shutil.disk_usage = lambda path: type("Usage", (), {{"free": 1_000_000}})
 
 
 @pytest.fixture(scope="module")
-def expected(models, forked, tmp_path_factory) -> dict[str, bytes]:
+def expected(models, forked, tmp_path_factory) -> dict[str, Blob]:
     """What ``merge -o`` and ``push`` make of the same adapter and base."""
     folder = tmp_path_factory.mktemp("expected")
     with FakeHub(folder / "server") as hub:
@@ -57,7 +60,7 @@ mapconv.push({str(folder / "out")!r}, {TO!r}, license="mit")
         env = hub.environment(folder / "home") | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
         done = forked.run(code, ["python"], env, folder / "process")
         assert done.returncode == 0, done.stderr
-        return published(hub)
+        return hub.files(TO)
 
 
 @pytest.fixture
@@ -66,10 +69,6 @@ def words(models, hub, tmp_path) -> list[object]:
     hub.repo(WIDE, files_of(models.wide))
     place = tmp_path / "work"
     return ["merge", models.wide_lora, "--base", WIDE, "--push-to", TO, "--work-dir", place, "--license", "mit", "-q"]
-
-
-def published(hub: FakeHub) -> dict[str, bytes]:
-    return {name: hub.content(TO, name) for name in hub.files(TO)}
 
 
 @contextmanager
@@ -98,22 +97,25 @@ def _taken(path: str) -> int:
         return 0
 
 
-def test_the_commit_is_that_of_a_local_merge_which_is_pushed(models, python, hub, words, expected, tmp_path):
-    with peak_of(tmp_path / "work") as peak:
-        done = python(hub, SMALL_PORTIONS, *words, "--json")
-    assert done.returncode == 0, done.stderr
-    assert published(hub) == expected
-    assert len(hub.store.repos[TO].commits) == 2  # the one that the Hub makes for a new repository, and ours
-    sizes = {name: len(expected[name]) for name in SHARDS}
-    assert max(sizes.values()) < peak[0] < 2 * max(sizes.values())
-    table = json_of(done.stdout.encode())
-    assert table["pushed"]["commit"] == hub.store.repos[TO].resolve("main").sha
-    assert table["pushed"]["taken_over"] == SHARDS[2:]  # the adapter changes no tensor in it
-    assert table["survival"] == {key: json_of(expected["map_merge.json"])["survival"][key] for key in table["survival"]}
-    assert len(hub.log("PUT", "/cdn/")) == 2
-    whole = hub.files(WIDE)[SHARDS[2]].sha256
-    assert sum(request.sent for request in hub.log("GET", f"/cdn/{whole}")) <= 64 << 10
-    assert files_of(tmp_path / "work") == {}
+@pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
+def test_the_commit_is_that_of_a_local_merge_which_is_pushed(models, python, words, expected, tmp_path, xet):
+    with FakeHub(tmp_path / "own-server", xet=xet) as hub:
+        hub.repo(WIDE, files_of(models.wide))
+        with peak_of(tmp_path / "work") as peak:
+            done = python(hub, SMALL_PORTIONS, *words, "--json")
+        assert done.returncode == 0, done.stderr
+        assert hub.files(TO) == expected
+        assert len(hub.store.repos[TO].commits) == 2  # the one that the Hub makes for a new repository, and ours
+        largest = max(expected[name].size for name in SHARDS)
+        assert largest < peak[0] < 2 * largest
+        table, record = json.loads(done.stdout), json.loads(expected["map_merge.json"].content)
+        assert table["pushed"]["commit"] == hub.store.repos[TO].resolve("main").sha
+        assert table["pushed"]["taken_over"] == SHARDS[2:]  # the adapter changes no tensor in it
+        assert table["survival"].items() <= record["survival"].items()
+        assert len(hub.store.xet_hashes() if xet else hub.log("PUT", "/cdn/")) == 2
+        whole = hub.files(WIDE)[SHARDS[2]].sha256
+        assert sum(request.sent for request in hub.log("GET", f"/cdn/{whole}")) <= 64 << 10
+        assert files_of(tmp_path / "work") == {}
 
 
 def test_kills_are_gone_on_after_with_the_same_commit(models, run, start, hub, words, expected, tmp_path):
@@ -141,7 +143,7 @@ def test_kills_are_gone_on_after_with_the_same_commit(models, run, start, hub, w
     done = run(hub, *words)
     assert "nothing new" in done.stdout
     assert "went on after 3 of 3 weights files" in done.stderr
-    assert published(hub) == expected
+    assert hub.files(TO) == expected
     assert len(hub.store.repos[TO].commits) == 2
     assert len(hub.log("PUT", "/cdn/")) == 3  # one of them died with its sender
     assert files_of(tmp_path / "work") == {}
@@ -159,7 +161,7 @@ def test_a_file_that_the_hub_loses_is_made_again_once(start, hub, words, expecte
     _, errors = process.communicate(60)
     if times == 1:
         assert process.returncode == 0, errors
-        assert published(hub) == expected
+        assert hub.files(TO) == expected
     else:
         assert f"the Hub took {SHARDS[0]} for {TO} twice and has lost it twice" in errors
         assert len(hub.store.repos[TO].commits) == 1
@@ -175,7 +177,7 @@ def test_a_full_disk_is_one_sentence_and_the_next_run_goes_on(python, run, hub, 
     assert "goes on after 2 of 3 files" in error_of(done)
     assert len(hub.store.repos[TO].commits) == 1
     run(hub, *words)
-    assert published(hub) == expected
+    assert hub.files(TO) == expected
     assert len(hub.log("PUT", "/cdn/")) == 2
 
 
@@ -191,8 +193,22 @@ def test_a_base_on_this_disk_and_a_repository_of_somebody_else(models, run, hub,
     words = ["merge", models.lora_map, "--base", models.base, "--work-dir", tmp_path / "work", "-q"]
     message = error_of(run(hub, *words, "--push-to", TO, status=1))
     assert "--base-id owner/name" in message
+    assert hub.requests == []
     message = error_of(run(hub, *words, "--push-to", "lab/x", "--base-id", "lab/tiny-llama", status=1))
     assert "may not write to lab/x (403" in message
     run(hub, *words, "--push-to", TO, "--base-id", "lab/tiny-llama", "--private")
     assert hub.store.repos[TO].readers == {"me"}
     assert json.loads(hub.content(TO, "map_merge.json"))["base"]["name"] == "lab/tiny-llama"
+
+
+def test_another_base_than_that_of_a_map_adapter_is_refused_before_a_file_is_sent(models, run, hub, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(models.base, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"] *= 1.01
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    words = ["merge", models.lora_map, "--base", other, "--base-id", "lab/tiny-llama", "--push-to", TO]
+    message = error_of(run(hub, *words, "-q", status=1))
+    assert "model.layers.0.self_attn.q_proj.weight" in message
+    assert "--force" in message
+    assert hub.log("PUT", "") == []

@@ -52,7 +52,9 @@ def test_adapters_that_do_not_belong_together(refuse, lora, dora, closed_form, s
     other = f"was made from another adapter than {dora}"
     assert_refused(refuse(instead={"--against": dora}), other, "--force")
     assert_refused(refuse(instead={"--against": closed_form}), "is a MAP adapter: --against takes the LoRA or DoRA")
-    assert_refused(refuse(instead={"calibrate": lora}), "is a LoRA adapter: convert it with `mapconv upgrade` first")
+    assert_refused(
+        refuse(instead={"calibrate": lora}), "is not a MAP adapter (LoRA): convert it with `mapconv upgrade` first"
+    )
 
 
 def test_another_source_with_force(run, command_line, dora, tmp_path):
