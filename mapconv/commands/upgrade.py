@@ -125,6 +125,12 @@ def upgrade(
             f"{source} ({placed.adapter.method}) replaces whole tensors and no more, which MAP has no "
             "form for: merge it."
         )
+    method = next((item.module.method for item in placed.modules if item.module.method is not None), None)
+    if method is not None and direction == "dora":
+        raise UnsupportedError(
+            f"{source} is of the method {method.name}, which has no factors of a DoRA to keep: leave --direction dora "
+            "out, to have it refitted."
+        )
     plan = plan_upgrade(placed, options)
     log.info("placed %d modules of %s on %s", len(plan.jobs), source, placed.target.folder)
     nbytes = plan.nbytes

@@ -223,11 +223,6 @@ def _kind(placed: PlacedModule, options: ConvertOptions) -> Kind:
             "--rank or --tolerance."
         )
     if module.method is not None:
-        if options.direction == "dora":
-            raise UnsupportedError(
-                f"{module.path} is a layer of {module.method.name}, which has no factors of a DoRA to keep: leave "
-                "--direction dora out, to have it refitted."
-            )
         return "refit"
     if module.magnitude is not None:
         if options.direction == "dora" and not (module.rescaling.is_peft and module.delta is None):

@@ -118,6 +118,28 @@ def test_there_is_no_dora_to_keep(made, tmp_path):
         mapconv.upgrade(adapter, tmp_path / "map", base=base, direction="dora")
 
 
+def test_what_needs_factors_says_how_to_get_them(made, tmp_path):
+    base, adapter, _ = made(the("HRA"))
+    with pytest.raises(UnsupportedError, match=r"HRA, which has no factors .*`mapconv upgrade`"):
+        mapconv.rebase(adapter, tmp_path / "out", base=base, onto=base, statistics="none")
+    with pytest.raises(UnsupportedError, match=r"HRA, which has no factors .*`mapconv upgrade`"):
+        mapconv.load_adapter(the("HRA").tiny.load(base), adapter)
+    mapconv.upgrade(adapter, tmp_path / "map", base=base)
+    (tmp_path / "text.txt").write_text("some text")
+    with pytest.raises(UnsupportedError, match="HRA, which cannot be run here to train towards"):
+        mapconv.calibrate(tmp_path / "map", against=adapter, data=tmp_path / "text.txt", base=base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_of_low_rank_is_exported_exactly(made, tmp_path):
+    case = the("HRA")
+    base, adapter, wanted = made(case)
+    mapconv.export(adapter, tmp_path / "lora", base=base, to="peft")
+    exported = merged_by_peft(case.tiny, base, tmp_path / "lora")
+    for name in wanted:
+        assert distance(exported[name], wanted[name]) <= 8 * ROUNDING * float(wanted[name].norm()), name
+
+
 def _without(tensors, config):
     del tensors[next(key for key in tensors if "hada_w2_b" in key)]
 
