@@ -282,7 +282,7 @@ class Adapter:
     @property
     def is_spelled(self) -> bool:
         """Whether only the base's names tell which module is which."""
-        return any(module.spelling is not None for module in self.modules)
+        return bool(self.additions) or any(module.spelling is not None for module in self.modules)
 
     @property
     def parameters(self) -> int:

@@ -20,6 +20,7 @@ from mapconv.options.commands import REBASE
 from mapconv.options.shared import MAX_RANK, SAMPLES, SEQUENCE_LENGTH
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
 from mapconv.placement.all_linear import with_changed_linears
+from mapconv.placement.factors import require_factors
 from mapconv.placement.pairing import pair_bases
 from mapconv.refit.directory import MapDirectory, measured
 from mapconv.refit.evidence import Refits, gather, planned_text
@@ -133,6 +134,7 @@ def rebase(
             f"{source} ({trained.adapter.method}) replaces whole tensors and no more, so there is nothing to refit: "
             "put it on --onto as it is, or give --all-linear."
         )
+    require_factors(item.module for item in trained.modules)
     pair_bases(trained, served)
     if calibrate:
         # Imported here: a rebase without training must not wait for what trains.

@@ -8,7 +8,6 @@ themselves.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.formats.base import CONFIG_FILE, Found, adapter_of
 from mapconv.formats.experts import unstacked
 from mapconv.formats.peft import KEY_PREFIX
-from mapconv.untrusted.schema import shown
+from mapconv.untrusted.schema import NUMBER, shown
 
 _PART = re.compile(r"(?P<path>.+)\.(?P<part>lora_a|lora_b|m)")
 _FLOATS = ("F32", "F16", "BF16")
@@ -89,7 +88,7 @@ def _full(path: Path, file: TensorFile, base: str | None) -> Adapter:
 def _scale(config: dict[str, Any], place: object) -> float:
     parameters = config.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+    if not isinstance(scale, int | float) or not NUMBER.holds(scale):
         raise AdapterError(f"{place}: lora_parameters has the scale {shown(scale)}, expected a number.")
     return float(scale)
 

@@ -15,6 +15,7 @@ from mapconv.nn.attaching import (
     map_layers,
     scalar_parameters,
     set_adapter,
+    update_sizes,
 )
 from mapconv.nn.config import MapConfig
 from mapconv.nn.layers import MapLayer
@@ -38,4 +39,5 @@ __all__ = [
     "scalar_parameters",
     "set_adapter",
     "unmerge_adapter",
+    "update_sizes",
 ]

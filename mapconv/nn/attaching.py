@@ -259,6 +259,15 @@ def factor_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
     return [parameter for update in updates_of(model, name).values() for parameter in update.factors]
 
 
+@torch.no_grad()
+def update_sizes(model: nn.Module, name: str) -> dict[str, list[float]]:
+    """‖W' − a·W0‖/‖W0‖ of an adapter's weights by the path of their layer: |β|/‖W0‖, which says how far they moved.
+
+    A layer has one weight, or as many as its stack has. The direction ``dora`` takes a pass over each weight.
+    """
+    return {path: layer.update(name).sizes(layer.base_layer, path) for path, layer in layers_of(model, name).items()}
+
+
 def layers_of(model: nn.Module, name: str) -> dict[str, MapLayer]:
     """The wrapped layers that an adapter changes by their path, in the adapter's order."""
     return {path: cast(MapLayer, model.get_submodule(path)) for path in named(model, name).paths}

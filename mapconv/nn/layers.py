@@ -90,7 +90,7 @@ class MapLayer(nn.Module):
     def gains(self, name: str) -> tuple[float, float]:
         """(a, b): what W0 and the stored direction are multiplied by."""
         a, b = self.update(name).gains()
-        return float(a), float(b)
+        return float(a.detach()), float(b.detach())
 
     @property
     def is_merged(self) -> bool:
@@ -109,7 +109,7 @@ class MapLayer(nn.Module):
         if isinstance(update, MethodUpdate):
             return update.merged(weight, dtype)
         rows = matrix(base, weight).to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
-        a, b = map(float, update.gains())
+        a, b = (float(gain.detach()) for gain in update.gains())
         A, B, magnitude = update.A.to(dtype), update.B.to(dtype), getattr(update, "magnitude", None)
         merge_rows_(rows, A, B, base_gain=a, update_gain=b, magnitude=magnitude)
         stored = rows.t() if kind_of(base) in ("transposed", "embedding") else rows

@@ -112,11 +112,6 @@ class MethodUpdate(Update):
         """‖Δ‖."""
         return float(self.delta().double().norm())
 
-    def share(self) -> float:
-        """‖Δ‖ over what stands for it: less than 1 under the floor, where β·Δ/‖Δ‖ is only so long."""
-        length = self.length()
-        return length / max(length, self.floor) if length else 0.0
-
     @property
     def is_unscaled(self) -> bool:
         """Whether b is 1 but for rounding, so that Δ is the update itself."""
