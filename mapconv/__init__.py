@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from mapconv.commands.verify import verify
     from mapconv.errors import MapconvError
     from mapconv.nn.attaching import detach, disabled, map_layers, set_adapter
+    from mapconv.nn.config import MapConfig
     from mapconv.nn.loading import load_adapter
     from mapconv.nn.saving import save_adapter
-    from mapconv.nn.training import MapConfig, get_map_model, print_trainable_parameters
+    from mapconv.nn.training import get_map_model, print_trainable_parameters
 
 __all__ = [
     "MapConfig", "MapconvError", "__version__", "calibrate", "combine", "convert_catalog", "detach", "disabled",
@@ -47,7 +48,7 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "MapConfig": "mapconv.nn.training",
+    "MapConfig": "mapconv.nn.config",
     "MapconvError": "mapconv.errors",
     "calibrate": "mapconv.commands.calibrate",
     "combine": "mapconv.commands.combine",

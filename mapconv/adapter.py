@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mapconv.spelling import PEFT_DORA, AuthorsScalars, Rescaling, Spelling, TunerMethod
+from mapconv.spelling import PEFT_DORA, AuthorsScalars, HeadRows, Rescaling, Spelling, TunerMethod
 from mapconv.untrusted.patterns import PatternTable
 
 Direction = Literal["low-rank", "dora"]
@@ -70,10 +70,9 @@ class Module:
     that of the update at most (0: the weight's own), and its factors are no bytes of a file: they have the dtype and,
     once the module is placed, the dimensions of those that a conversion writes.
     A module with a ``spelling`` has the file's own key as its path until it is placed.
-
     Where the file holds the update in another way than by two factors, ``delta`` is it, (out, in), and the factors are
-    computed ones that make the same. ``rescaling`` says what a ``magnitude`` means. ``interleaved``: the rows are those
-    of q or k in another order, (half, 2) in each head for (2, half), and the base says how many heads there are.
+    computed ones that make the same. ``rescaling`` says what a ``magnitude`` means. ``interleaved`` rows are those of
+    q or k in another order (the base has the heads). ``map_scalars`` are α and β over the update of another ``method``.
     """
 
     path: str
@@ -89,7 +88,8 @@ class Module:
     spelling: Spelling | None = None
     delta: TensorRef | None = None
     rescaling: Rescaling = PEFT_DORA
-    interleaved: str | None = None
+    interleaved: HeadRows | None = None
+    map_scalars: tuple[float, float] | None = None
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -282,7 +282,7 @@ class Adapter:
     @property
     def is_spelled(self) -> bool:
         """Whether only the base's names tell which module is which."""
-        return any(module.spelling is not None for module in self.modules)
+        return bool(self.additions) or any(module.spelling is not None for module in self.modules)
 
     @property
     def parameters(self) -> int:

@@ -1,4 +1,4 @@
-"""What a file's tensors leave to be told: which module a key names, what a DoRA's magnitudes are of, which method's."""
+"""What a file's tensors leave to be told: which module a key names, how rows are ordered, what magnitudes are of."""
 
 from __future__ import annotations
 
@@ -23,6 +23,19 @@ class Spelling:
     components: tuple[str, ...]
     name: str
     flat: bool
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """The rows of q or k in the order of another program, (half, 2) in each head for (2, half).
+
+    ``heads`` says which number of heads counts. A program that orders them so for some models alone has their types in
+    ``types``, and in ``plain_types`` those whose rows it leaves as they are; without ``types`` it is all of them.
+    """
+
+    heads: Literal["q", "k"]
+    types: frozenset[str] = frozenset()
+    plain_types: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Answer(Exception):  # noqa: N818 (it is an answer, which may be a 200)
 
     def __init__(self, status: int, body: Any = None, headers: dict[str, str] | None = None) -> None:
         self.status, self.headers = status, dict(headers or {})
-        if isinstance(body, bytes):
+        if isinstance(body, bytes | memoryview):
             self.body = body
         else:
             self.body = json.dumps({} if body is None else body).encode()

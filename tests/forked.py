@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -62,9 +64,10 @@ class ForkedPython:
 
     def __enter__(self) -> ForkedPython:
         path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
+        self._pictures = tempfile.TemporaryDirectory()
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         self._server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, __file__, self._pictures.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=kept | _MARKS | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         return self
@@ -75,6 +78,7 @@ class ForkedPython:
             self._server.wait(10)
         finally:
             self._server.kill()
+            self._pictures.cleanup()
 
     def ask(self, **request: Any) -> Any:
         self._server.stdin.write(json.dumps(request) + "\n")
@@ -97,6 +101,8 @@ def _serve() -> None:
     for name in _PRELOADED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    with contextlib.suppress(ImportError):
+        _draw_once(Path(sys.argv[1]))
     places = list(_places())
     gc.collect()
     gc.freeze()  # or each fork's collections copy all pages of what never changes
@@ -109,6 +115,27 @@ def _serve() -> None:
             if answer == 0:
                 _run(request, places)
         print(json.dumps(answer), flush=True)
+
+
+def _draw_once(folder: Path) -> None:
+    """A card's picture depends on its modules' values alone: the first fork that has these draws it for all."""
+    from mapconv.publishing import picture
+
+    draw = picture.scalars_png
+
+    def scalars_png(modules: Any) -> bytes | None:
+        values = [(module.path, module.alpha, module.beta, module.base_gain) for module in modules]
+        path = folder / hashlib.sha256(repr(values).encode()).hexdigest()
+        if path.exists():
+            return path.read_bytes()
+        content = draw(modules)
+        if content is not None:
+            partial = path.with_suffix(f".{os.getpid()}")
+            partial.write_bytes(content)
+            partial.rename(path)
+        return content
+
+    picture.scalars_png = scalars_png
 
 
 def _wait(pid: int, timeout: float | None) -> int | None:

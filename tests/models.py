@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,13 @@ def save_adapter(base: Path, out: Path, *, seed: int = 1, size: float = 0.15, **
 
 
 def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model by stock transformers: a copy of what was read before, where no file has changed since."""
+    files = frozenset((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(folder).iterdir())
+    return copy.deepcopy(_loaded(folder, dtype, files))
+
+
+@lru_cache(maxsize=8)
+def _loaded(folder: Path, dtype: torch.dtype, files: frozenset) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ def module_name(path: Path) -> str:
 FILES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
-def imports(name: str, *, only_when_loaded: bool = False) -> set[str]:
+@cache
+def imports(name: str, *, only_when_loaded: bool = False) -> frozenset[str]:
     """The modules that a file imports; those in functions and under TYPE_CHECKING do not run when it is loaded."""
     found: set[str] = set()
 
@@ -41,7 +43,7 @@ def imports(name: str, *, only_when_loaded: bool = False) -> set[str]:
             visit(child)
 
     visit(ast.parse(FILES[name].read_text(encoding="utf-8")))
-    return found
+    return frozenset(found)
 
 
 def _is_deferred(node: ast.AST) -> bool:

@@ -142,7 +142,7 @@ def main() -> None:
         _report(command, median(ours), start_up, median(other), "reading" if command == "upgrade" else "cp")
     if options.diffusers:
         theirs = median([_fresh(out, lambda: python(DIFFUSERS, base, lora, out)) for _ in range(options.runs)])
-        print(f"diffusers: load, fuse, save   {theirs.seconds:6.2f} s  {theirs.megabytes:6.0f} MB")
+        print(f"diffusers: load, fuse, save {theirs.seconds:.2f} s, {theirs.cpu:.2f} CPU s, {theirs.megabytes:.0f} MB")
 
 
 def _fresh(out: Path, command) -> Run:
@@ -152,8 +152,13 @@ def _fresh(out: Path, command) -> Run:
 
 def _report(command: str, ours: Run, start_up: Run, other: Run, peer: str) -> None:
     net = ours.seconds - start_up.seconds
+    net_cpu = ours.cpu - start_up.cpu
     print(f"{command:8} {ours.seconds:6.2f} s, {net:6.2f} s net of start-up, {ours.megabytes:5.0f} MB; ", end="")
-    print(f"{peer} {other.seconds:6.2f} s: {net / other.seconds:.2f} ×", flush=True)
+    print(f"{peer} {other.seconds:6.2f} s: {net / other.seconds:.2f} ×")
+    print(
+        f"{'':8} {ours.cpu:6.2f} CPU s, {net_cpu:.2f} net; {peer} {other.cpu:.2f}: {net_cpu / other.cpu:.2f} ×",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

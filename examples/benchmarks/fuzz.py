@@ -22,6 +22,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from fuzz_dialects import (
+    write_gguf_lora,
+    write_image,
+    write_litgpt,
+    write_mlx,
+    write_nemo,
+    write_tinker,
+    write_torchtune,
+)
 from fuzz_files import CATALOG, CHATS, LEDGER, README, TEXTS, write_adapter, write_base, write_sharded
 from mutations import mutated_header, mutated_json, mutated_lines, mutated_text
 
@@ -185,7 +194,29 @@ def targets(folder: Path) -> list[Target]:
         Target("texts.jsonl", texts, mutated_lines, partial(read_rows, texts), 10),
         Target("chats.jsonl", chats, mutated_lines, partial(read_rows, chats), 10),
     ]  # fmt: skip
-    return found + _parquet(folder / "rows.parquet")
+    return found + _dialects(folder / "dialects") + _parquet(folder / "rows.parquet")
+
+
+def _dialects(folder: Path) -> list[Target]:
+    """The adapters of other programs than PEFT."""
+    folder.mkdir()
+    mlx, gguf = write_mlx(folder / "mlx"), write_gguf_lora(folder / "lora.gguf")
+    tinker, image = write_tinker(folder / "tinker"), write_image(folder / "style.safetensors")
+    torchtune, litgpt, nemo = (write(folder) for write in (write_torchtune, write_litgpt, write_nemo))
+    reading = {path: partial(read_adapter, path, allow_pickle=True) for path in (mlx, gguf, tinker, image)}
+    reading |= {path: partial(read_adapter, path, allow_pickle=True) for path in (torchtune, litgpt, nemo)}
+    weights = mlx / "adapters.safetensors", tinker / "adapter_model.safetensors"
+    return [
+        Target("MLX's adapter_config.json", mlx / "adapter_config.json", mutated_json, reading[mlx], 10),
+        Target("MLX's adapters.safetensors", weights[0], mutated_header, reading[mlx], 10),
+        Target("LoRA in GGUF", gguf, mutated_text, reading[gguf], 10),
+        Target("Tinker's experts", weights[1], mutated_header, reading[tinker], 10),
+        Target("image LoRA", image, mutated_header, reading[image], 10),
+        Target("torchtune's configuration", torchtune / "adapter_config.json", mutated_json, reading[torchtune], 4),
+        Target("LitGPT's hyperparameters.yaml", litgpt / "hyperparameters.yaml", mutated_text, reading[litgpt], 4),
+        Target("LitGPT's model_config.yaml", litgpt / "model_config.yaml", mutated_text, reading[litgpt], 4),
+        Target("NeMo's model_config.yaml", nemo / "model_config.yaml", mutated_text, reading[nemo], 4),
+    ]
 
 
 def _push(folder: Path) -> None:

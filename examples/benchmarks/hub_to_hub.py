@@ -1,11 +1,12 @@
 """A merge from Hub to Hub: disk, memory, and time beside downloading, merging and uploading one after the other; kills.
 
-    python examples/benchmarks/hub_to_hub.py /tmp/bench [--layers 16] [--runs 3] [--kills 30] [--seed 0] [--dora]
+    python examples/benchmarks/hub_to_hub.py /tmp/bench [--runs 3] [--kills 30] [--seed 0] [--dora]
+        [--layers 16] [--vocabulary 128256] [--shard-megabytes 700]
 
 A loopback Hub (that of the tests, with its large files on the disk below the folder) has a model of Llama-3.2-1B's
-shape, of which ``--layers`` says how much. The peer is one process that calls ``snapshot_download``, ``mapconv.merge``
-and ``mapconv.push``; ours and the peer's take turns. Then runs are killed at random moments, three of one merge in
-turn, and the next one finishes it: the commit must have the same files, byte for byte.
+shape, of which the last three options say how much. The peer is one process that calls ``snapshot_download``,
+``mapconv.merge`` and ``mapconv.push``; ours and the peer's take turns. Then runs are killed at random moments, three of
+one merge in turn, and the next one finishes it: the commit must have the same files, byte for byte.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import llama_shape
 from llama_shape import write_adapter, write_model
 from measure import ROOT, Run, median, run
 
@@ -62,21 +64,25 @@ class OnDisk(dict):
             del self[sha256]
 
 
-def mapped(path: Path) -> mmap.mmap:
+def mapped(path: Path) -> memoryview:
     with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--vocabulary", type=int, default=llama_shape.VOCAB)
+    parser.add_argument("--shard-megabytes", type=int, default=llama_shape.SHARD_BYTES // 10**6)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dora", action="store_true")
     options = parser.parse_args()
-    base = write_model(options.folder / f"base-{options.layers}", options.layers)
+    llama_shape.VOCAB, llama_shape.SHARD_BYTES = options.vocabulary, options.shard_megabytes * 10**6
+    base = options.folder / f"base-{options.layers}-{options.vocabulary}-{options.shard_megabytes}"
+    write_model(base, options.layers)
     method = "dora" if options.dora else "lora"
     adapter = options.folder / f"{method}-{options.layers}"
     write_adapter(adapter, base, use_dora=options.dora, layers=options.layers)
@@ -93,13 +99,13 @@ def main() -> None:
 class Bench:
     def __init__(self, hub: FakeHub, base: Path, adapter: Path, folder: Path) -> None:
         self.hub, self.adapter, self.folder = hub, adapter, folder
-        hub.store.objects = OnDisk(folder / "server" / "objects")
+        self.objects = hub.store.objects = OnDisk(folder / "server" / "objects")
         repo = hub.repo(BASE)
         weights = sorted(base.glob("*.safetensors"))
         hub.store.add_files(repo, {path.name: path.read_bytes() for path in sorted(base.glob("*.json"))})
         for path in weights:  # one after the other: a model may be larger than the memory
             hub.store.add_files(repo, {path.name: path.read_bytes()})
-        self.kept, self.expected = set(hub.store.objects), {}
+        self.kept, self.expected = set(self.objects), {}
         self.sizes = [path.stat().st_size for path in weights]
         self.work, self.home = folder / "work", folder / "home"
         words = ["merge", adapter, "--base", BASE, "--push-to", TO, "--work-dir", self.work, "-q"]
@@ -156,7 +162,7 @@ class Bench:
         print(f"{fell.total()} kills ({places}): each was gone on after to the same commit")
 
     def _progress(self) -> str:
-        uploads = sum(sha256 not in self.kept for sha256 in self.hub.store.objects)
+        uploads = sum(sha256 not in self.kept for sha256 in self.objects)
         return f"{uploads} of {len(self.sizes)} files sent"
 
     def _check(self) -> None:
@@ -172,7 +178,7 @@ class Bench:
     def _forget(self) -> None:
         """No merged model on the Hub, and no cache of it here."""
         self.hub.store.repos.pop(TO, None)
-        self.hub.store.objects.forget(self.kept)
+        self.objects.forget(self.kept)
         self.hub.requests.clear()
         for folder in (self.work, self.home):
             shutil.rmtree(folder, ignore_errors=True)

@@ -15,8 +15,8 @@ from mapconv.options.commands import COMMANDS
 from mapconv.options.kinds import File, Folder, Repository, Source
 from mapconv.options.records import Option
 
-#: Required options that the command line can give instead (``--push-to``).
-_GIVEN_LATER = {("push", "repo_id")}
+#: Options that come later: from the command line (``--push-to``), and the folder that a run merges into.
+_GIVEN_LATER = {("push", "repo_id"), ("merge", "out")}
 _KEYS = ("source", "base", "output", *STAGES)
 _KEY_SET = frozenset(_KEYS)
 
@@ -180,7 +180,8 @@ def _faults(options: Options) -> Iterator[tuple[str, str, str]]:
         for name, option in COMMANDS[stage].options.items():
             if option.required and option.in_catalog and name not in given and (stage, name) not in _GIVEN_LATER:
                 yield stage, name, f"{name} is missing, which is required"
-        for name, fault in COMMANDS[stage].faults(given, _spelled):
+        later = {name: ... for of, name in _GIVEN_LATER if of == stage}
+        for name, fault in COMMANDS[stage].faults({**later, **given}, _spelled):
             yield stage, name, fault
 
 

@@ -71,11 +71,16 @@ class PickedRows(Computed):
         return reader.read(self.stored[0]).float()[list(self.picked)]
 
 
+def picked_rows(ref: TensorRef, rows: Sequence[int]) -> TensorRef:
+    """Some rows of a tensor, in the order of ``rows``."""
+    return derived(ref.name, (len(rows), *ref.shape[1:]), PickedRows((ref,), tuple(rows)))
+
+
 def rows_of(ref: TensorRef, start: int, stop: int) -> TensorRef:
     """Rows ``start`` to ``stop`` of a tensor: of stored bytes their range, of computed ones a part."""
     shape = (stop - start, *ref.shape[1:])
     if isinstance(ref, EncodedTensor):
-        return derived(ref.name, shape, PickedRows((ref,), tuple(range(start, stop))))
+        return picked_rows(ref, range(start, stop))
     row = ref.numel // ref.shape[0] * ITEM_SIZES[ref.dtype]
     return replace(ref, start=ref.start + start * row, shape=shape)
 

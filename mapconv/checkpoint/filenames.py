@@ -40,6 +40,7 @@ RECORD_FILES = ("map_config.json", "adapter_config.json", MERGE_RECORD)
 #: What an adapter is read from.
 ADAPTER_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "map_config.json", "adapters.safetensors",
+    "adapter_model.pt", "lit_model.pth.lora", "hyperparameters.yaml", "model_weights.ckpt", "model_config.yaml",
 )  # fmt: skip
 #: What else mapconv and PEFT write beside the weights: the card, its picture, a saved report.
 COMPANION_FILES = ("README.md", "scalars.png", "verify.json")

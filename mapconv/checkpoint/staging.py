@@ -1,33 +1,19 @@
-"""Outputs that appear whole or not at all: write into a hidden sibling folder, flush it, then rename it into place.
-
-An old result is exchanged for the new one in one step where the system knows one (Linux's ``renameat2``). Elsewhere it
-steps aside for a moment: what interrupts that puts it back, and after a kill the next run to the same place does.
-"""
+"""Outputs that appear whole or not at all: write into a hidden sibling folder, flush it, then rename it into place."""
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import fcntl
-import hashlib
 import os
 import shutil
 import stat
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from mapconv.checkpoint.exchange import hidden_sibling, put_in_place, take_back, token
 from mapconv.checkpoint.replaceable import check_replaceable
 from mapconv.errors import DiskFullError, OutputError
-
-#: Bytes of a name that a hidden sibling keeps, so that the longest ending fits in the 255 that file systems allow.
-_LONGEST_NAME = 220
-#: <linux/fs.h> and <fcntl.h>.
-_RENAME_EXCHANGE, _AT_FDCWD = 2, -100
-#: What the kernel answers for a file system that cannot exchange, or where it does not know the call.
-_NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
 def check_output(
@@ -93,7 +79,7 @@ def replaced_file(out: Path) -> Iterator[BinaryIO]:
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(out)
-    temporary = hidden_sibling(out, f".partial-{_token()}")
+    temporary = hidden_sibling(out, f".partial-{token()}")
     try:
         # Exclusively: a link that somebody planted under this name is not followed.
         with open(temporary, "xb") as file:
@@ -161,7 +147,30 @@ def staged_folder(out: Path, *, force: bool) -> Iterator[Path]:
     with _staging(out) as staging:
         yield staging
         _flush(staging)
-        _put_in_place(staging, out, force=force)
+        put_in_place(staging, out, force=force)
+
+
+@contextmanager
+def staged_with(folder: Path, other: AbstractContextManager[Path], *, force: bool) -> Iterator[tuple[Path, Path]]:
+    """Yield what ``staged_folder`` does for ``folder``, and what ``other``, a staging too, does: both appear, or none.
+
+    No system renames two paths in one step. What fails after the first of them is in its place takes it back; a kill
+    between the two leaves the folder, whole, without the other.
+    """
+    folder = folder.resolve()
+    with _staging(folder) as staging:
+        own = os.stat(staging)
+        try:
+            with other as second:
+                yield staging, second
+                # Now, so that all that is left to be done after the first renaming is the second one.
+                _flush(second if second.is_dir() else second.parent)
+                _flush(staging)
+                put_in_place(staging, folder, force=force)
+        except BaseException:
+            if os.path.lexists(folder) and os.path.samestat(os.stat(folder), own):
+                take_back(staging, folder)
+            raise
 
 
 @contextmanager
@@ -169,7 +178,7 @@ def _staging(out: Path) -> Iterator[Path]:
     """A hidden folder beside ``out``, locked while this process writes it and gone afterwards."""
     out.parent.mkdir(parents=True, exist_ok=True)
     _tidy(out, remove=True)
-    staging = hidden_sibling(out, f".partial-{_token()}")
+    staging = hidden_sibling(out, f".partial-{token()}")
     staging.mkdir()
     lock = os.open(staging, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -183,55 +192,6 @@ def _staging(out: Path) -> Iterator[Path]:
 def write_file(path: Path, text: str) -> None:
     """Write a small text file into a staged folder, which goes to the disk as a whole."""
     path.write_text(text, encoding="utf-8")
-
-
-def hidden_sibling(path: Path, ending: str) -> Path:
-    """``.NAME.ENDING`` beside ``path``, for what becomes that path; a long name is cut, and told apart by a hash."""
-    name = os.fsencode(path.name)
-    if len(name) > _LONGEST_NAME:
-        digest = hashlib.blake2b(name, digest_size=8).hexdigest()
-        name = name[: _LONGEST_NAME - len(digest) - 1].decode(errors="ignore").encode() + f"~{digest}".encode()
-    return path.parent / f".{os.fsdecode(name)}{ending}"
-
-
-def _put_in_place(staging: Path, out: Path, *, force: bool) -> None:
-    if force and os.path.lexists(out):
-        if not _exchanged(staging, out):
-            _replace_in_two_steps(staging, out)
-        return  # where they were exchanged, the old result is the staging folder now
-    try:
-        staging.rename(out)
-    except OSError:
-        if out.exists():
-            raise OutputError(f"{out} was created in the meantime: pass --force to replace it.") from None
-        raise
-
-
-def _exchanged(staging: Path, out: Path) -> bool:
-    """Let the two folders change names in one step; False where that cannot be done."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:  # another system, or a C library without it
-        return False
-    if rename(_AT_FDCWD, os.fsencode(staging), _AT_FDCWD, os.fsencode(out), _RENAME_EXCHANGE) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in _NO_EXCHANGE:
-        return False
-    raise OSError(number, os.strerror(number), str(out))
-
-
-def _replace_in_two_steps(staging: Path, out: Path) -> None:
-    aside = hidden_sibling(out, f".replaced-{_token()}")
-    try:
-        out.rename(aside)
-        staging.rename(out)
-    finally:
-        # Whatever came between the two, also Ctrl-C: the old result has its name again, or the new one has it.
-        if os.path.lexists(out):
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            aside.rename(out)
 
 
 def _tidy(out: Path, *, remove: bool) -> None:
@@ -282,10 +242,6 @@ def _siblings(out: Path, ending: str) -> list[Path]:
         return [out.parent / name for name in os.listdir(out.parent) if name.startswith(prefix)]
     except OSError:
         return []
-
-
-def _token() -> str:
-    return uuid.uuid4().hex[:8]
 
 
 def _existing_parent(path: Path) -> Path:

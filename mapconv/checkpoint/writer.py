@@ -63,11 +63,17 @@ def lay_out(path: Path, specs: Sequence[TensorSpec], metadata: dict[str, str]) -
 
 
 class FixedFile:
-    """A file of known size, filled by positioned writes from any thread."""
+    """A file of known size, filled by positioned writes from any thread.
 
-    def __init__(self, path: Path, header: bytes, nbytes: int) -> None:
+    Its room is reserved from the start, or with ``grows`` taken as it is written.
+    """
+
+    def __init__(self, path: Path, header: bytes, nbytes: int, *, grows: bool = False) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        reserve(self._descriptor, nbytes)
+        if grows:
+            os.truncate(self._descriptor, nbytes)
+        else:
+            reserve(self._descriptor, nbytes)
         write_at(self._descriptor, memoryview(header), 0)
 
     def write(self, tensor: torch.Tensor, offset: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
 import gc
 import io
 import os
@@ -22,6 +24,8 @@ COMMANDS = (
     "export", "push", "catalog", "demo", "env",
 )  # fmt: skip
 
+#: ``M_ARENA_MAX`` in glibc's malloc.h.
+_ARENA_MAX = -8
 
 _EPILOG = """\
 Errors are one sentence and exit 1; wrong usage exits 2. MAPCONV_DEBUG=1 shows tracebacks, NO_COLOR=1 turns colour off.
@@ -84,6 +88,7 @@ def run() -> NoReturn:
     torch down again. Everything registered for exit still runs, and both streams are flushed.
     """
     gc.set_threshold(100_000, 50, 50)
+    _share_heaps()
     _open_closed_streams()
     status: object = 0
     try:
@@ -98,6 +103,17 @@ def run() -> NoReturn:
         except (OSError, ValueError):
             status = status or 1
     os._exit(status if isinstance(status, int) else 0)
+
+
+def _share_heaps() -> None:
+    """Let threads share two heaps: of glibc each has its own, which keeps what it freed.
+
+    Passes in lockstep take turns, so that all but one of their heaps would lie idle: with eight of them a quarter of a
+    gigabyte. Only before the first thread starts does the allocator listen, and a user's own setting stands.
+    """
+    if sys.platform == "linux" and not {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & os.environ.keys():
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(_ARENA_MAX, 2)
 
 
 def _open_closed_streams() -> None:

@@ -78,6 +78,12 @@ def print_calibration(report: CalibrationReport) -> None:
         f"  {report.trained_parameters:,} numbers trained for {report.steps} steps on {report.tokens:,} tokens in "
         f"{report.seconds:.1f} s; step {report.best_step} is the best of the {len(report.history)} that were measured"
     )
+    sizes = dict(report.update_sizes)
+    if sizes:
+        show(
+            f"  the update is {percent(sizes[report.best_step])} of ‖W0‖ at the median weight, and was "
+            f"{percent(sizes[min(sizes)])} before"
+        )
     show(
         f"  measured on the written files at {report.held_out_positions:,} positions of "
         f"{report.held_out_sequences} held-out sequences"

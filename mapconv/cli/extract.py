@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 #: What the last columns say, in lines for 80 columns.
 _FLOOR = (
-    "change is the size of the finetune's update beside its base. rounding is the part",
-    "of ε that is rounding of the finetune's own dtype, which no rank can follow.",
+    "change is the size of the finetune's update beside its base. rounding is the share",
+    "of the update that is rounding of the finetune's own dtype, which low ranks cannot",
+    "follow.",
 )
 
 

@@ -13,7 +13,7 @@ from mapconv.checkpoint.sidecars import copy_tokenizer
 from mapconv.checkpoint.staging import check_output, remove_file, staged_folder
 from mapconv.commands.outputs import output_beside
 from mapconv.data import Objective, read_rows
-from mapconv.errors import AdapterError, OutputError
+from mapconv.errors import AdapterError, OutputError, UnsupportedError
 from mapconv.fidelity.metrics import ModelNumbers
 from mapconv.formats import read_adapter
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
@@ -167,6 +167,12 @@ def _check_pair(adapter: Adapter, source: Adapter, *, force: bool) -> None:
     if adapter.method != "MAP":
         raise AdapterError(
             f"{adapter.path} is not a MAP adapter ({adapter.method}): convert it with `mapconv upgrade` first."
+        )
+    method = next((module.method for module in source.modules if module.method is not None), None)
+    if method is not None:
+        raise UnsupportedError(
+            f"{source.path} is of the method {method.name}, which cannot be run here to train towards: --against takes "
+            "a LoRA or DoRA. `mapconv upgrade --data` brings the outputs of a conversion closer to it."
         )
     if source.method == "MAP":
         raise AdapterError(

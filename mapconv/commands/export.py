@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from mapconv.checkpoint.filenames import ADAPTER_FILES
 from mapconv.checkpoint.unchanged import signatures_of, unchanged
 from mapconv.commands.folding import Folding
 from mapconv.errors import UnsupportedError
+from mapconv.exporting.choices import cannot_hold, format_for, layout_for, require_model, server_notes
+from mapconv.exporting.experts import relaid
 from mapconv.exporting.formats import FORMATS
 from mapconv.exporting.limits import Limits
 from mapconv.exporting.output import check_place, staged, write
@@ -25,15 +28,11 @@ from mapconv.options.exporting import EXPORT
 from mapconv.options.shared import MAX_RANK
 from mapconv.placement.adapters import PlacedAdapter, place_adapter, place_described
 from mapconv.placement.bases import plain_base
-from mapconv.placement.skeleton import typed_model_config
 from mapconv.refit.plan import ConvertOptions, Dtype, plan_upgrade
 from mapconv.spelling import Axis, Norm, Rescaling
-from mapconv.untrusted.schema import shown
-from mapconv.wording import counted
 
 FormatName = Literal["peft", "diffusers", "kohya", "comfyui", "mlx", "gguf"]
 ServerName = Literal["vllm", "sglang", "tensorrt-llm", "llama.cpp", "ollama", "comfyui", "lorax"]
-_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,7 @@ def export(
     base: str | Path | None = None,
     check: bool = False,
     fold_into: str | Path | None = None,
+    experts: Literal["split", "fused", "tinker", "sglang"] | None = None,
     rank: int | None = None,
     tolerance: float | None = None,
     max_rank: int | None = None,
@@ -113,6 +113,9 @@ def export(
         base: the base model's folder or Hub id; None takes it from the adapter's configuration.
         check: only say whether the server would load the source as it is; nothing is written.
         fold_into: merge what the format cannot hold into the base, and write that model here.
+        experts: layout of experts in a PEFT folder: ``split`` is one LoRA for each projection of each expert, ``fused``
+            PEFT's ``target_parameters``, ``tinker`` and ``sglang`` stacks of three dimensions; None: the source's, or
+            what the server reads.
         rank: rank of the result; None keeps each module's own.
         tolerance: instead of ``rank``: the smallest rank of each module whose ε is at most this, up to
             ``max_rank`` (256).
@@ -135,12 +138,15 @@ def export(
         assert row is not None  # the options' rules see to it
         return _checked(source, row, allow_pickle=allow_pickle, started=started)
     assert out is not None
-    out, limits = Path(out), Limits(FORMATS[_format_for(to, row)], row)
+    out, limits = Path(out), Limits(FORMATS[format_for(to, row)], row)
     signatures = signatures_of([source], ADAPTER_FILES)
     method, placed = _place(
         source, base, Rescaling(dora_axis, dora_norm), allow_pickle=allow_pickle, lean=fold_into is None
     )
-    _require_model(placed, row)
+    require_model(placed, row)
+    layout = layout_for(experts, limits.format.name, row, placed)
+    limits, laid = replace(limits, experts=layout), relaid(placed, layout)
+    placed = laid.placed
     left_over = limits.left_over(placed)
     folding = None if fold_into is None or not left_over else Folding(placed, limits, Path(fold_into))
     kept = limits.without(placed)
@@ -154,7 +160,7 @@ def export(
             f"kind ({left_over[0]} and the like): choose another --to, or merge the adapter with `mapconv merge`."
         )
     if left_over and folding is None:
-        raise UnsupportedError(_cannot_hold(source, limits, left_over))
+        raise UnsupportedError(cannot_hold(source, limits, left_over))
     plan = plan_upgrade(kept, _options(kept, limits, rank, tolerance, max_rank, dtype, device))
     check_place(out, limits, [source, placed.target.folder], nbytes=2 * plan.nbytes, force=force)
     base_now, notes = base_name(placed), [*placed.adapter.notes]
@@ -164,11 +170,17 @@ def export(
     elif fold_into is not None:
         notes.append(f"{limits.reader} holds all of the adapter: nothing is left to fold, and no base is written")
     signatures |= placed.target.checkpoint.signatures
-    with staged(out, limits, force=force) as target, unchanged(signatures):
-        modules, one_rank = write(plan, limits, base_now, target, quiet=quiet)
+    with ExitStack() as stack:
+        place = staged(out, limits, force=force)
+        if folding is None:
+            target = stack.enter_context(place)
+        else:
+            folder, target = stack.enter_context(folding.staged(place, force=force))
+        stack.enter_context(unchanged(signatures))
+        modules, one_rank = write(plan, limits, base_now, target, leaves=laid.leaves, quiet=quiet)
         nbytes = sum(path.stat().st_size for path in ([target] if target.is_file() else target.iterdir()))
         if folding is not None:
-            notes += folding.write(force=force, quiet=quiet)
+            notes += folding.write(folder, quiet=quiet)
     return ExportResult(
         out=out,
         source=source,
@@ -185,7 +197,7 @@ def export(
         seconds=time.perf_counter() - started,
         folded=tuple(left_over),
         fold_into=None if folding is None else Path(fold_into or ""),
-        notes=(*notes, *_server_notes(row, max(module.rank for module in modules))),
+        notes=(*notes, *server_notes(row, max(module.rank for module in modules))),
     )
 
 
@@ -206,7 +218,7 @@ def _checked(source: Path, server: Server, *, allow_pickle: bool, started: float
         nbytes=adapter.nbytes,
         seconds=time.perf_counter() - started,
         faults=tuple(found),
-        notes=tuple(_server_notes(server, max(ranks, default=0))),
+        notes=tuple(server_notes(server, max(ranks, default=0))),
     )
 
 
@@ -225,18 +237,6 @@ def _place(
     adapter = _as_peft(source, allow_pickle=allow_pickle)
     checkpoint, config = plain_base(open_base(base, adapter.base, adapter.revision, source, lean=lean))
     return "MAP", place_described(adapter, checkpoint, config)
-
-
-def _format_for(to: FormatName | None, server: Server | None) -> str:
-    if to is None:
-        assert server is not None  # the options' rules see to it
-        return server.formats[0]
-    if server is not None and to not in server.formats:
-        raise UnsupportedError(
-            f"{server.title} does not read {FORMATS[to].title}: give --to {' or '.join(server.formats)}, or leave --to "
-            "out."
-        )
-    return to
 
 
 def _options(
@@ -260,30 +260,3 @@ def _options(
         dtype,
         device,
     )
-
-
-def _require_model(placed: PlacedAdapter, server: Server | None) -> None:
-    """Refuse a base that the server takes no adapters for."""
-    if server is None or server.architectures is None:
-        return
-    kind = typed_model_config(placed.target.folder).get("model_type")
-    if kind not in server.architectures:
-        raise UnsupportedError(
-            f"{placed.target.folder} is a model of the type {shown(kind)}, and {server.title} takes adapters for "
-            f"{' and '.join(server.architectures)} alone: merge it with `mapconv merge`."
-        )
-
-
-def _cannot_hold(source: Path, limits: Limits, names: list[str]) -> str:
-    some = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-    return (
-        f"{source} has {counted(len(names), 'part')} that {limits.reader} does not take ({some}): pass --fold-into "
-        "BASE_OUT to have them merged into a copy of the base."
-    )
-
-
-def _server_notes(server: Server | None, rank: int) -> list[str]:
-    """What the server has to be told."""
-    if server is None or server.usual_rank is None or rank <= server.usual_rank:
-        return []
-    return [f"start {server.title} with {server.rank_option.format(rank=server.started_with(rank))}"]

@@ -35,8 +35,8 @@ from mapconv.runtime.devices import resolve_device
 
 @dataclass(frozen=True)
 class ExtractedModule(MapModule):
-    """A module of the result. ``change`` is ‖T − W0‖/‖W0‖; ``floor`` is the part of ε that no rank can remove, because
-    it is the rounding of the finetune's own dtype."""
+    """A module of the result. ``change`` is ‖T − W0‖/‖W0‖; ``floor`` is the share of T − W0 that is rounding of
+    the finetune's own dtype: noise of full rank, of which low ranks follow next to nothing."""
 
     change: float = 0.0
     floor: float = 0.0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 from mapconv.checkpoint.filenames import MERGE_RECORD
-from mapconv.checkpoint.staging import check_output, staged_folder, write_file
-from mapconv.checkpoint.unchanged import unchanged
+from mapconv.checkpoint.staging import check_output, staged_with, write_file
 from mapconv.errors import OutputError, UnsupportedError
 from mapconv.exporting.limits import Limits
 from mapconv.merging.companions import write_companions
@@ -47,12 +47,17 @@ class Folding:
         inputs = [self._rest.adapter.path, self._plan.target.folder]
         check_output(self._folder, force=force, inputs=inputs, nbytes=self._plan.nbytes)
 
-    def write(self, *, force: bool, quiet: bool) -> list[str]:
-        """Write the base with the rest in it; returns notes for the user."""
+    def staged(
+        self, adapter: AbstractContextManager[Path], *, force: bool
+    ) -> AbstractContextManager[tuple[Path, Path]]:
+        """The folder to write the base to, and that or the file of the adapter's staging: both appear, or none."""
+        return staged_with(self._folder, adapter, force=force)
+
+    def write(self, staging: Path, *, quiet: bool) -> list[str]:
+        """Write the base with the rest in it into ``staging``; returns notes for the user."""
         source, target = self._rest.adapter.path, self._plan.target
-        with staged_folder(self._folder, force=force) as staging, unchanged(target.checkpoint.signatures):
-            merged = write_weights(self._plan, staging, quiet=quiet)
-            notes = write_companions(self._plan, source, staging, "auto", copied=False)
-            record = merge_record([self._rest], None) | {"survival": survival_record(merged)}
-            write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")
+        merged = write_weights(self._plan, staging, quiet=quiet)
+        notes = write_companions(self._plan, source, staging, "auto", copied=False)
+        record = merge_record([self._rest], None) | {"survival": survival_record(merged)}
+        write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")
         return [*target.notes, *notes]

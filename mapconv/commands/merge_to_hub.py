@@ -226,7 +226,7 @@ class _HubMerge:
         shutil.rmtree(result, ignore_errors=True)
         result.mkdir()
         for file in plan.files:
-            FixedFile(result / file.name, file.header, file.nbytes).close()
+            FixedFile(result / file.name, file.header, file.nbytes, grows=True).close()
         wish = self.prepared.wish
         self.notes += write_companions(plan, wish.sources[0], result, wish.dtype, copied=wish.in_codes)
         self._write_record([])

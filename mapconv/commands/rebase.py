@@ -20,6 +20,7 @@ from mapconv.options.commands import REBASE
 from mapconv.options.shared import MAX_RANK, SAMPLES, SEQUENCE_LENGTH
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
 from mapconv.placement.all_linear import with_changed_linears
+from mapconv.placement.factors import require_factors
 from mapconv.placement.pairing import pair_bases
 from mapconv.refit.directory import MapDirectory, measured
 from mapconv.refit.evidence import Refits, gather, planned_text
@@ -133,6 +134,7 @@ def rebase(
             f"{source} ({trained.adapter.method}) replaces whole tensors and no more, so there is nothing to refit: "
             "put it on --onto as it is, or give --all-linear."
         )
+    require_factors(item.module for item in trained.modules)
     pair_bases(trained, served)
     if calibrate:
         # Imported here: a rebase without training must not wait for what trains.
@@ -144,15 +146,15 @@ def rebase(
     options = RebaseOptions(rank, tolerance, max_rank or MAX_RANK.fallback, free_gain, dtype, pad_ranks)
     nbytes, models = options.stored_bytes(served), (trained.target.checkpoint, served.target.checkpoint)
     refitting.check_output(*models, nbytes=nbytes, force=force)
-    notes = [*trained.adapter.notes, *_other_base(trained, base)]
+    notes = [*trained.adapter.notes, *served.adapter.notes, *_other_base(trained, base)]
     modules: tuple[MapModule, ...] = ()
     parameters, numbers, changed, calibration, plan = 0, None, True, None, None
     text = None if data is None else Path(data)
     collected = None if statistics_from is None else Path(statistics_from)
     if dry_run:
         looked_at = planned_text(trained, statistics, text, wanted, length, collected)
-        models = 0 if collected or statistics == "none" else {"running": 2, "source": 1}[statistics]
-        plan = plan_rebase(trained, served, options, looked_at, spread=spread, models=models, steps=calibrate)
+        run = 0 if collected or statistics == "none" else {"running": 2, "source": 1}[statistics]
+        plan = plan_rebase(trained, served, options, looked_at, spread=spread, models=run, steps=calibrate)
     else:
         place = resolve_device(device)
         with refitting.staged(*models, force=force) as staging:

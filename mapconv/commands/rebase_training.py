@@ -15,6 +15,11 @@ from mapconv.training.data import TrainingData
 from mapconv.training.models import target_classes
 from mapconv.training.processes import Processes
 
+#: In the unit of ``training.calibration.DEFAULT_RATES``; a rebase leaves far more to gain than a refit on one base.
+#: Found on four layers of SmolLM2 at 4 bits with its LoRA rebased, from whose held-out KL of 0.0340 steps of 4 × 64
+#: tokens led to 0.0327 (20 steps at 2e-5), 0.0278 (20 at 2e-4), and 0.0287 (10 at 6e-4, after a first step away).
+LEARNING_RATE = 2e-4
+
 
 def calibrate_rebased(
     trained: PlacedAdapter,
@@ -45,7 +50,8 @@ def calibrate_rebased(
     """
     padding = load_tokenizer(trained.target.tokenizer).pad_token_id
     data = TrainingData(text.train, text.held_out, target_classes(trained.target), padding)
-    options = CalibrationOptions(train="all", sequence_length=text.train.input_ids.shape[1], **training)
+    length = text.train.input_ids.shape[1]
+    options = CalibrationOptions(train="all", sequence_length=length, learning_rate=LEARNING_RATE, **training)
     report = calibrate_folder(
         staging, trained, served, data, options, Processes(device), into=staging, allow_pickle=allow_pickle, quiet=quiet
     )

@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 
 from mapconv.algebra.fingerprint import Fingerprint, matrix_fingerprint
+from mapconv.checkpoint.codecs import storages
+from mapconv.checkpoint.gguf.model import notes_beside
 from mapconv.checkpoint.staging import check_output, staged_folder
 from mapconv.checkpoint.unchanged import unchanged
 from mapconv.data import read_dataset, read_rows
@@ -74,12 +76,14 @@ def statistics(
     """
     started = time.perf_counter()
     samples, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
-    checkpoint, _ = plain_base(open_base(base, None, None, Path(base), lean=False))
+    stored = open_base(base, None, None, Path(base), lean=False)
+    checkpoint, _ = plain_base(stored)
     target, out, place = plain_target(checkpoint), Path(out), resolve_device(device)
     check_output(out, force=force, inputs=[target.folder], nbytes=0)
     rows = read_rows(Path(data))
     train, _ = read_dataset(rows, load_tokenizer(target.tokenizer), length=length, samples=samples)
-    dtype = FLOAT_NAMES.get(common_dtype(checkpoint), "float32")
+    # The layers' weights are recorded as what codes stand for, which 16 bits would round.
+    dtype = "float32" if storages(checkpoint) else FLOAT_NAMES.get(common_dtype(checkpoint), "float32")
     with staged_folder(out, force=force) as staging, unchanged(checkpoint.signatures):
         model = load_target(target, dtype=dtype, device=place, quiet=quiet)
         if not reads_text(model) or length > longest_text(model):
@@ -107,9 +111,8 @@ def statistics(
         finally:
             writer.close()
         nbytes = sum(path.stat().st_size for path in staging.iterdir())
-    return StatisticsResult(
-        out, target.folder, layers, train.tokens, nbytes, time.perf_counter() - started, tuple(train.notes)
-    )
+    notes = (*notes_beside(stored.folder), *train.notes)
+    return StatisticsResult(out, target.folder, layers, train.tokens, nbytes, time.perf_counter() - started, notes)
 
 
 def _fingerprint(layer: torch.nn.Module) -> Fingerprint:

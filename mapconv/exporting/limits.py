@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mapconv.adapter import WholeTensor
+from mapconv.exporting.experts import Layout
 from mapconv.exporting.formats import Format, Key
 from mapconv.exporting.servers import Server
 from mapconv.placement.adapters import PlacedAdapter
@@ -18,6 +19,7 @@ class Limits:
 
     format: Format
     server: Server | None
+    experts: Layout | None = None
 
     @property
     def reader(self) -> str:
@@ -30,7 +32,8 @@ class Limits:
 
     @property
     def one_rank(self) -> bool:
-        return self.format.one_rank or (self.server is not None and not self.server.patterns)
+        split = self.experts not in (None, "fused")  # PEFT fuses what has one rank
+        return self.format.one_rank or split or (self.server is not None and not self.server.patterns)
 
     def held(self, placed: PlacedAdapter) -> frozenset[Key]:
         """The modules whose factors can be written."""

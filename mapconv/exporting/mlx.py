@@ -1,7 +1,8 @@
 """The adapters of MLX-LM: ``adapters.safetensors`` with ``adapter_config.json`` beside it.
 
-``lora_a`` is (in, r), ``lora_b`` (r, out) and Δ = scale·(a·b)ᵀ; an embedding's are (tokens, r) and (r, width). A DoRA's
-``m`` (out,) is PEFT's magnitude (``mlx_lm/tuner/lora.py``, ``dora.py``, ``utils.py``: ``load_adapters``).
+``lora_a`` is (in, r), ``lora_b`` (r, out) and Δ = scale·(a·b)ᵀ; an embedding's are (tokens, r) and (r, width), those of
+a stack of experts (E, r, in) and (E, out, r). A DoRA's ``m`` (out,) is PEFT's magnitude (``mlx_lm/tuner/lora.py``,
+``dora.py``, ``utils.py``: ``load_adapters``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from mapconv.checkpoint.staging import write_file
 from mapconv.checkpoint.writer import SpooledFile
 from mapconv.exporting.plain import Export
+from mapconv.exporting.stacks import apart
 from mapconv.formats.base import CONFIG_FILE
 
 #: A module of one of the model's layers, which MLX-LM names from the layer on; any other by its whole name.
@@ -25,7 +27,11 @@ def write_mlx(export: Export, out: Path) -> None:
     assert export.rank is not None  # the format has one
     file = SpooledFile(out / "adapters.safetensors")
     try:
-        for module in export.modules:
+        modules, stacks = apart(export)
+        for path, A, B in stacks:
+            file.append(f"{path}.lora_a", A)
+            file.append(f"{path}.lora_b", B)
+        for module in modules:
             A, B = export.factors(module)
             file.append(f"{module.path}.lora_a", A.T)
             file.append(f"{module.path}.lora_b", B.T)
@@ -35,7 +41,7 @@ def write_mlx(export: Export, out: Path) -> None:
         file.finish()
     finally:
         file.close()
-    names = [module.path for module in export.modules]
+    names = [module.path for module in modules] + [path for path, *_ in stacks]
     config = {
         "model": export.base,
         "fine_tune_type": "dora" if export.modules[0].magnitude is not None else "lora",

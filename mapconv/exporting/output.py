@@ -15,9 +15,12 @@ from mapconv.refit.plan import UpgradePlan
 
 
 def write(
-    plan: UpgradePlan, limits: Limits, base: str, target: Path, *, quiet: bool
+    plan: UpgradePlan, limits: Limits, base: str, target: Path, *, leaves: frozenset[str], quiet: bool
 ) -> tuple[tuple[PlainModule, ...], int | None]:
-    """Convert the plan's modules and write them to ``target``; returns them, and their rank where they have one."""
+    """Convert the plan's modules and write them to ``target``; returns them, and their rank where they have one.
+
+    ``leaves`` of names stand for all experts of the model (``exporting.experts``).
+    """
     # Beside the result in its staging folder, where the next run removes what a killed one leaves.
     spool = Spool((target.parent if limits.format.suffix else target) / ".modules.safetensors")
     try:
@@ -32,7 +35,7 @@ def write(
             )
         rank = max(ranks) if limits.one_rank else None
         with TensorReader(plan.placed.target.checkpoint.source) as reader:
-            limits.format.write(Export(plan.placed, modules, reader, rank, base), target)
+            limits.format.write(Export(plan.placed, modules, reader, rank, base, limits.experts, leaves), target)
     finally:
         spool.path.unlink(missing_ok=True)
     return modules, rank if rank is not None or len(ranks) > 1 else max(ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from mapconv.checkpoint.sidecars import copy_tokenizer
 from mapconv.checkpoint.staging import write_file
 from mapconv.checkpoint.writer import SpooledFile, TensorSpec
 from mapconv.exporting.plain import Export, PlainModule
+from mapconv.exporting.stacks import apart, stack_names
 from mapconv.formats.base import CONFIG_FILE, WEIGHTS_FILE
 from mapconv.formats.mapdir import peft_config, peft_factors, peft_magnitude
 from mapconv.formats.peft import KEY_PREFIX
@@ -28,10 +30,14 @@ def write_peft(export: Export, out: Path) -> None:
     """
     file = SpooledFile(out / WEIGHTS_FILE)
     try:
-        for stack in _stacks(export.modules):
+        modules, stacks = apart(export)
+        for stack in _stacks(modules):
             factors = _side_by_side([export.factors(module) for module in stack])
             for name, tensor in peft_factors(stack[0].placed.module, *factors):
                 file.append(name, tensor)
+        for path, A, B in stacks:
+            file.append(f"{KEY_PREFIX}{path}.lora_A.weight", A)
+            file.append(f"{KEY_PREFIX}{path}.lora_B.weight", B)
         _append_rest(export, file)
         file.finish()
     finally:
@@ -93,13 +99,22 @@ def _server_config(export: Export, rank: int) -> dict[str, Any]:
     }
 
 
-def _targets(export: Export) -> list[str]:
+def _targets(export: Export) -> list[str] | str:
     """The last parts of the modules' names, where those select these modules alone; else the whole names."""
-    paths = {module.path for module in export.modules}
+    if export.experts == "tinker":
+        return "all-linear"
+    experts = {module.path for module in export.modules if _is_expert(module.path)}
+    paths = {module.path for module in export.modules} - experts
     leaves = {path.rpartition(".")[2] for path in paths}
     weights = [name.removesuffix(".weight") for name in export.placed.target.tensors if name.endswith(".weight")]
-    selected = sum(name.rpartition(".")[2] in leaves for name in weights)
-    return sorted(leaves if selected == len(paths) else paths)
+    selected = sum(name.rpartition(".")[2] in leaves for name in weights if not _is_expert(name))
+    named = set(stack_names(export)) or export.leaves or experts
+    return sorted((leaves if selected == len(paths) else paths) | (named if experts else set()))
+
+
+def _is_expert(path: str) -> bool:
+    """Whether a module is a projection of one expert among others."""
+    return re.search(r"\.experts\.[0-9]+\.", path) is not None
 
 
 def _is_dora(export: Export) -> bool:

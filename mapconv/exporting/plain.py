@@ -82,6 +82,8 @@ class Export:
         reader: of their factors.
         rank: of every module in a format that takes one; None: each its own.
         base: what the result names as its base.
+        experts: the layout of experts that the modules are in, as ``exporting.experts`` has them.
+        leaves: of names that stand for all experts of the model in it.
     """
 
     placed: PlacedAdapter
@@ -89,6 +91,8 @@ class Export:
     reader: TensorReader
     rank: int | None
     base: str
+    experts: str | None = None
+    leaves: frozenset[str] = frozenset()
 
     def factors(self, module: PlainModule) -> tuple[torch.Tensor, torch.Tensor]:
         """A (r, in) and B (out, r) as matrices; zeros bring them to the one rank."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mapconv.adapter import Adapter
+from mapconv.exporting.experts import Layout
 from mapconv.wording import counted
 
 
@@ -31,7 +32,8 @@ class Server:
         dora: whether it computes DoRA.
         saved_modules: ends of names of whole weights that it takes with an adapter.
         embeddings: whether it takes factors of an embedding.
-        stacks: whether it takes the factors of a stack of experts.
+        stacks: whether it takes the factors of a stack of experts as PEFT has them.
+        experts: the layouts of experts that it takes instead, the first by default.
         architectures: model types that it can adapt; None: every one that it runs.
     """
 
@@ -49,6 +51,7 @@ class Server:
     saved_modules: tuple[str, ...] = ()
     embeddings: bool = False
     stacks: bool = False
+    experts: tuple[Layout, ...] = ()
     architectures: tuple[str, ...] | None = None
 
     def started_with(self, rank: int) -> int:
@@ -69,9 +72,10 @@ SERVERS = (
         rank_choices=(1, 8, 16, 32, 64, 128, 256, 320, 512),
         rslora=True,
         embeddings=True,
+        experts=("split",),
     ),
     # python/sglang/srt/lora/lora.py (scaling), lora_config.py, lora_manager.py (admission).
-    Server("sglang", "SGLang", "", ("peft",)),
+    Server("sglang", "SGLang", "", ("peft",), experts=("split", "sglang")),
     # tensorrt_llm/lora_manager.py.
     Server(
         "tensorrt-llm",

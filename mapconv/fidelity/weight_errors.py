@@ -9,6 +9,7 @@ from mapconv.algebra.norms import row_blocks, squared_norm
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.factors import FactorLoader
+from mapconv.placement.tuned import TunedWeights
 from mapconv.placement.weights import PlacedModule, read_weight
 from mapconv.runtime.threads import in_order, worker_count
 
@@ -22,18 +23,26 @@ def weight_errors(source: PlacedAdapter, result: PlacedAdapter) -> dict[tuple[st
     pairs = [(item, results[item.key]) for item in source.modules]
     workers = worker_count(max(8 * item.weight.numel for item in source.modules))
     with TensorReader(source.target.checkpoint.source) as trained, TensorReader(result.target.checkpoint.source) as own:
-        loader = FactorLoader(trained)
-        errors = in_order(lambda pair: _error(*pair, (trained, own), loader), pairs, workers)
+        loader, tuned = FactorLoader(trained), TunedWeights(source.modules, trained)
+        errors = in_order(lambda pair: _error(*pair, (trained, own), loader, tuned), pairs, workers)
         return {item.key: error for (item, _), error in zip(pairs, errors, strict=True)}
 
 
 def _error(
-    source: PlacedModule, result: PlacedModule, readers: tuple[TensorReader, TensorReader], loader: FactorLoader
+    source: PlacedModule,
+    result: PlacedModule,
+    readers: tuple[TensorReader, TensorReader],
+    loader: FactorLoader,
+    tuned: TunedWeights,
 ) -> float:
     trained = read_weight(source.weight, readers[0], torch.empty(source.weight.numel))
     same = result.weight == source.weight
     base = trained if same else read_weight(result.weight, readers[1], torch.empty(result.weight.numel))
-    wanted, got = _Weight(source, loader), _Weight(result, loader)
+    got = _Weight(result, loader)
+    if source.module.method is None:
+        wanted: _Weight | _Whole = _Weight(source, loader)
+    else:
+        wanted = _Whole(tuned.merged(source, trained.clone())[0])
     error = update = 0.0
     for start, stop in row_blocks(*source.weight.shape):
         rows = base[start:stop].double()
@@ -41,6 +50,16 @@ def _error(
         error += squared_norm(target - got.rows(rows, start, stop))
         update += squared_norm(target - rows)
     return (error / update) ** 0.5 if update else 0.0
+
+
+class _Whole:
+    """The rows of a weight that PEFT has merged."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+
+    def rows(self, base: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        return self._weight[start:stop].double()
 
 
 class _Weight:

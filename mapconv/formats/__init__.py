@@ -8,16 +8,22 @@ from mapconv.adapter import Adapter
 from mapconv.checkpoint.filenames import MODEL_CONFIG
 from mapconv.checkpoint.sidecars import check_folder
 from mapconv.errors import AdapterError
-from mapconv.formats import gguf, lomap, mapdir, mlx, peft, peft_methods
+from mapconv.formats import gguf, litgpt, lomap, mapdir, mlx, nemo, peft, peft_methods, torchtune
 from mapconv.formats.base import CONFIG_FILE, Dialect, Found
 from mapconv.formats.foreign import FOREIGN
 from mapconv.formats.image import IMAGE_FILES
 
-#: In order of recognition: a MAP directory and MAP's authors' one are PEFT directories as well.
+#: Of files that are an adapter, or the weights of one.
+_SINGLE_FILES = (".safetensors", ".gguf", ".pt", ".lora", ".nemo")
+#: In order of recognition: a MAP directory and MAP's authors' one are PEFT directories as well, and MAP on another
+#: method has scalars of the names that the authors' have.
 DIALECTS: tuple[Dialect, ...] = (
     mapdir.MapDirectory(),
-    lomap.LomapDirectory(),
+    torchtune.TorchtuneAdapter(),
+    litgpt.LitgptAdapter(),
+    nemo.NemoAdapter(),
     peft_methods.PeftMethodDirectory(),
+    lomap.LomapDirectory(),
     peft.PeftDirectory(),
     mlx.MlxAdapter(),
     gguf.GgufLora(),
@@ -36,7 +42,7 @@ def read_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:
     check_folder(path, AdapterError)
     if not path.exists():
         raise AdapterError(f"{path} does not exist: give the adapter's folder.")
-    if path.is_file() and path.suffix not in (".safetensors", ".gguf"):
+    if path.is_file() and path.suffix not in _SINGLE_FILES:
         raise AdapterError(f"{path} is a file: give the folder that holds it and its {CONFIG_FILE}.")
     found = Found(path)
     dialect = next((dialect for dialect in DIALECTS if dialect.recognise(found)), None)

@@ -13,12 +13,13 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
-from mapconv.adapter import Adapter, LoraSettings, Module, TensorRef
+from mapconv.adapter import Adapter, Module, TensorRef
 from mapconv.checkpoint.derived import TransposedTensor, derived
 from mapconv.checkpoint.gguf.families import FAMILIES, Family
 from mapconv.checkpoint.gguf.header import GgufFile, GgufTensor, is_gguf, read_gguf
 from mapconv.errors import AdapterError, UnsupportedError
-from mapconv.formats.base import Found
+from mapconv.formats.base import Found, adapter_of
+from mapconv.spelling import HeadRows
 from mapconv.untrusted.schema import shown
 
 _PART = re.compile(r"(?:blk\.(?P<layer>[0-9]{1,5})\.)?(?P<name>[a-z_]+)\.weight\.(?P<part>lora_[ab])")
@@ -37,7 +38,7 @@ class GgufLora:
         file = read_gguf(path)
         family, alpha = _family(file), _alpha(file)
         parts: dict[str, dict[str, TensorRef]] = defaultdict(dict)
-        interleaved: dict[str, str] = {}
+        interleaved: dict[str, HeadRows] = {}
         for tensor in file.tensors:
             name, part, heads = _named(file, family, tensor)
             parts[name][part] = _plain(path, tensor)
@@ -49,18 +50,7 @@ class GgufLora:
             replace(_module(path, name, tensors, alpha), interleaved=interleaved.get(name))
             for name, tensors in parts.items()
         )
-        return Adapter(
-            path=path,
-            method="LoRA",
-            config={"task_type": "CAUSAL_LM", "target_modules": [module.path for module in modules]},
-            settings=LoraSettings.of_modules(dora=False),
-            modules=modules,
-            whole=(),
-            others={},
-            base=None,
-            revision=None,
-            dialect="llama.cpp (GGUF)",
-        )
+        return adapter_of(path, modules, "llama.cpp (GGUF)")
 
 
 def _family(file: GgufFile) -> Family:
@@ -85,8 +75,8 @@ def _alpha(file: GgufFile) -> float:
     return float(alpha)
 
 
-def _named(file: GgufFile, family: Family, tensor: GgufTensor) -> tuple[str, str, str | None]:
-    """(transformers' path, the part, "q" or "k" where rows are interleaved)."""
+def _named(file: GgufFile, family: Family, tensor: GgufTensor) -> tuple[str, str, HeadRows | None]:
+    """(transformers' path, the part, the order of its rows where it is another)."""
     match = _PART.fullmatch(tensor.name)
     name = "" if match is None else match["name"]
     if match is not None and match["layer"] is None and name in _ENDS:
@@ -95,7 +85,7 @@ def _named(file: GgufFile, family: Family, tensor: GgufTensor) -> tuple[str, str
         raise UnsupportedError(
             f"{file.path}: {tensor.name} is not a LoRA of a layer of {family.model_class} as mapconv knows it."
         )
-    heads = name[-1] if family.interleaved and name in ("attn_q", "attn_k") else None
+    heads = {"attn_q": HeadRows("q"), "attn_k": HeadRows("k")}.get(name) if family.interleaved else None
     return f"model.layers.{int(match['layer'])}.{family.layer[name]}", match["part"], heads
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mapconv.checkpoint.reader import TensorReader
 from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.formats.base import CONFIG_FILE, Found
 from mapconv.formats.config import parse_settings
-from mapconv.formats.peft import KEY_PREFIX, read_weights, sort_tensors
+from mapconv.formats.peft import KEY_PREFIX, peft_adapter, read_weights
 from mapconv.spelling import AuthorsScalars
 from mapconv.untrusted.schema import NUMBER, shown
 
@@ -50,40 +51,27 @@ class LomapDirectory:
         eps = _eps(config, place)
         plain = {name: value for name, value in config.items() if name.removeprefix("lora_") not in _FIELDS}
         settings = parse_settings(plain, place)
-        refs = read_weights(path, allow_pickle=allow_pickle)
+        refs = read_weights(found, allow_pickle=allow_pickle)
         found_scalars, rest = _apart(refs)
         if not uses_map(config):
             raise AdapterError(
                 f"{place} does not say use_map, but {next(iter(found_scalars.values())).name} is a scalar of MAP: take "
                 "both files from one training run."
             )
-        modules, whole, others, notes = sort_tensors(rest, settings)
+        adapter = peft_adapter(found, settings, rest)
         for name in ("init_lora_weights", "target_parameters", "layer_replication", "lora_bias"):
             if config.get(name) and (name != "init_lora_weights" or settings.initialization):
                 raise UnsupportedError(
                     f"{place}: use_map together with {name}={shown(config[name])} is nothing that MAP's authors train."
                 )
-        paths = [module.path for module in modules]
+        paths = [module.path for module in adapter.modules]
         with TensorReader() as reader:
             scalars = tuple(_scalars(name, found_scalars, eps, refs[0].file, reader) for name in paths)
         for name, which in found_scalars:
             if name not in paths:
                 ref = found_scalars[name, which]
                 raise AdapterError(f"{ref.file}: {ref.name} belongs to a module that has no factors.")
-        return Adapter(
-            path=path,
-            method="LoMAP",
-            config=plain,
-            settings=settings,
-            modules=modules,
-            whole=whole,
-            others=others,
-            base=settings.base,
-            revision=settings.revision,
-            notes=notes,
-            authors_scalars=scalars,
-            dialect="MAP's authors",
-        )
+        return replace(adapter, method="LoMAP", config=plain, authors_scalars=scalars, dialect="MAP's authors")
 
 
 def uses_map(config: Mapping[str, Any]) -> bool:

@@ -21,9 +21,8 @@ from mapconv.adapter import Adapter, MapModule, Module
 from mapconv.checkpoint.staging import write_file
 from mapconv.errors import AdapterError
 from mapconv.files import LARGE
-from mapconv.formats.base import Found
-from mapconv.formats.config import parse_settings
-from mapconv.formats.peft import CONFIG_FILE, KEY_PREFIX, read_tensors
+from mapconv.formats.base import CONFIG_FILE, Found
+from mapconv.formats.peft import KEY_PREFIX, PeftDirectory
 from mapconv.jsonfile import read_object
 from mapconv.untrusted.schema import COUNT, NULL, NUMBER, TABLE, TEXT, Each, fault, shown
 
@@ -87,30 +86,24 @@ class MapDirectory:
         return (found.path / MAP_CONFIG_FILE).is_file() and found.config is not None
 
     def read(self, found: Found, *, allow_pickle: bool = False) -> Adapter:
-        path, config = found.path, found.config or {}
+        path = found.path
         map_config = read_record(path / MAP_CONFIG_FILE)
-        settings = parse_settings(config, path / CONFIG_FILE)
-        modules, whole, others, _ = read_tensors(path, settings, allow_pickle=allow_pickle)
+        adapter = PeftDirectory().read(found, allow_pickle=allow_pickle)
         scalars = map_modules(map_config, path / MAP_CONFIG_FILE)
         if not scalars:
             raise AdapterError(f"{path / MAP_CONFIG_FILE} has no modules: make the folder again.")
         directions = {module.path: module.direction for module in scalars}
-        for module in modules:
+        for module in adapter.modules:
             if module.path not in directions:
                 raise AdapterError(f"{path / MAP_CONFIG_FILE} has no entry for module {module.path}.")
-        for module_path in directions.keys() - {module.path for module in modules}:
+        for module_path in directions.keys() - {module.path for module in adapter.modules}:
             raise AdapterError(f"{path / MAP_CONFIG_FILE} names module {module_path}, which has no tensors.")
-        return Adapter(
-            path=path,
+        return replace(
+            adapter,
             method="MAP",
-            config=config,
-            settings=settings,
             # A low-rank direction has gains in place of the magnitude that PEFT needs to compute it.
-            modules=tuple(m if directions[m.path] == "dora" else replace(m, magnitude=None) for m in modules),
-            whole=whole,
-            others=others,
-            base=settings.base,
-            revision=settings.revision,
+            modules=tuple(m if directions[m.path] == "dora" else replace(m, magnitude=None) for m in adapter.modules),
+            notes=(),
             map_modules=scalars,
             map_config=map_config,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from mapconv.adapter import Adapter, LoraSettings, Module, TensorRef, WholeTensor
@@ -13,7 +13,8 @@ from mapconv.checkpoint.headers import read_tensor_file
 from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.formats.base import CONFIG_FILE, WEIGHTS_FILE, Found
 from mapconv.formats.config import parse_settings
-from mapconv.formats.pickle import PICKLE_FILE, as_safetensors, refuse_pointer
+from mapconv.formats.experts import unstacked
+from mapconv.formats.pickle import PICKLE_FILE, read_pickle, some_tensors
 from mapconv.wording import counted
 
 #: PEFT wraps a model twice, and every key of a file starts with the two attribute names.
@@ -42,38 +43,35 @@ class PeftDirectory:
         return found.config is not None and "peft_type" in found.config
 
     def read(self, found: Found, *, allow_pickle: bool = False) -> Adapter:
-        path, config = found.path, found.config or {}
-        settings = parse_settings(config, path / CONFIG_FILE)
-        modules, whole, others, notes = read_tensors(path, settings, allow_pickle=allow_pickle)
-        return Adapter(
-            path=path,
-            method="DoRA" if settings.use_dora else "LoRA",
-            config=config,
-            settings=settings,
-            modules=modules,
-            whole=whole,
-            others=others,
-            base=settings.base,
-            revision=settings.revision,
-            notes=notes,
-        )
+        settings = parse_settings(found.config or {}, found.path / CONFIG_FILE)
+        return peft_adapter(found, settings, read_weights(found, allow_pickle=allow_pickle))
 
 
-def read_tensors(
-    folder: Path, settings: LoraSettings, *, allow_pickle: bool = False
-) -> tuple[tuple[Module, ...], tuple[WholeTensor, ...], dict[str, TensorRef], tuple[str, ...]]:
-    """Every tensor of the weights file: modules, whole tensors, all that are not factors; and notes for the user.
+def peft_adapter(found: Found, settings: LoraSettings, tensors: Sequence[TensorRef]) -> Adapter:
+    """The adapter that a folder's settings and the tensors of its weights file make, as PEFT reads them.
 
     Raises:
-        AdapterError: no weights, or a missing, misshapen or doubled tensor.
+        AdapterError: a missing, misshapen or doubled tensor.
     """
-    return sort_tensors(read_weights(folder, allow_pickle=allow_pickle), settings)
+    modules, whole, others, notes = _sorted(tensors, settings)
+    return Adapter(
+        path=found.path,
+        method="DoRA" if settings.use_dora else "LoRA",
+        config=found.config or {},
+        settings=settings,
+        modules=modules,
+        whole=whole,
+        others=others,
+        base=settings.base,
+        revision=settings.revision,
+        notes=notes,
+    )
 
 
-def sort_tensors(
+def _sorted(
     tensors: Sequence[TensorRef], settings: LoraSettings
 ) -> tuple[tuple[Module, ...], tuple[WholeTensor, ...], dict[str, TensorRef], tuple[str, ...]]:
-    """The tensors of one file, sorted as ``read_tensors`` does."""
+    """Modules, whole tensors, all that are not factors; and notes for the user."""
     parts: dict[str, dict[str, TensorRef]] = defaultdict(dict)
     others: list[TensorRef] = []
     names = {"default"}
@@ -96,7 +94,8 @@ def sort_tensors(
         parts[path][part] = ref
     if not parts:
         raise AdapterError(f"{tensors[0].file} holds no LoRA factors, only {tensors[0].name} and the like.")
-    modules = tuple(_module(path, parts[path], settings) for path in sorted(parts, key=natural_order))
+    single = unstacked(parts, "lora_A", "lora_B")
+    modules = tuple(_module(path, single[path], settings) for path in sorted(single, key=natural_order))
     whole, saved, notes = whole_tensors(others, settings, names, prefix)
     return modules, whole, saved, notes
 
@@ -120,30 +119,24 @@ def weights_name(folder: Path) -> str:
     return PICKLE_FILE if pickled else WEIGHTS_FILE
 
 
-def read_weights(folder: Path, *, allow_pickle: bool) -> tuple[TensorRef, ...]:
-    """The tensors of a folder's weights file, at least one.
+def read_weights(found: Found, *, allow_pickle: bool) -> tuple[TensorRef, ...]:
+    """The tensors of an adapter's weights file, at least one.
 
     Raises:
         AdapterError: none, or a pickle that is not allowed.
     """
+    folder = found.path
     weights = folder / weights_name(folder)
     if weights.name == PICKLE_FILE:
-        refuse_pointer(weights)
-        if not allow_pickle:
-            raise UnsupportedError(
-                f"{weights} is a pickle, which can run code when it is opened: convert it to {WEIGHTS_FILE}, or pass "
-                "--allow-pickle to read it with torch's weights-only loader."
-            )
-        weights = as_safetensors(weights)
+        return read_pickle(weights, allow_pickle=allow_pickle)
     if not weights.exists():
         raise AdapterError(f"{folder} has {CONFIG_FILE} but no {WEIGHTS_FILE}: download the weights.")
-    tensors = read_tensor_file(weights).tensors
-    if not tensors:
-        raise AdapterError(f"{weights} holds no tensors: it was saved empty, and there is nothing to convert.")
-    return tensors
+    # Other dialects have looked at the header already.
+    header = found.header
+    return some_tensors(header if header is not None and header.path == weights else read_tensor_file(weights))
 
 
-def _module(path: str, parts: dict[str, TensorRef], settings: LoraSettings) -> Module:
+def _module(path: str, parts: Mapping[str, TensorRef], settings: LoraSettings) -> Module:
     known = next(iter(parts.values()))
     embedding = any(part.startswith("lora_embedding") for part in parts)
     name_A, name_B = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")

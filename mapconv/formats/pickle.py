@@ -1,4 +1,4 @@
-"""Adapters saved as pickles (``adapter_model.bin``): opened with torch's weights-only loader, and only when allowed.
+"""Adapters saved as pickles (``adapter_model.bin`` …): opened with torch's weights-only loader, and only when allowed.
 
 The tensors are rewritten into a temporary safetensors file of this process, so that everything after reads them like
 any other adapter: by byte range, one at a time.
@@ -13,8 +13,12 @@ import zipfile
 from functools import cache
 from pathlib import Path
 
-from mapconv.errors import AdapterError
+from mapconv.adapter import TensorRef
+from mapconv.checkpoint.headers import TensorFile, read_tensor_file
+from mapconv.checkpoint.unchanged import FileSignature
+from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.files import open_regular
+from mapconv.formats.base import WEIGHTS_FILE
 from mapconv.jsonfile import LFS_POINTER
 
 PICKLE_FILE = "adapter_model.bin"
@@ -33,13 +37,36 @@ def refuse_pointer(path: Path) -> None:
             raise AdapterError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder.")
 
 
-@cache
-def as_safetensors(path: Path) -> Path:
-    """A safetensors copy of a pickled state dict; it goes when the process ends.
+def read_pickle(path: Path, *, allow_pickle: bool, inside: str | None = None) -> tuple[TensorRef, ...]:
+    """The tensors of a pickled state dict, at least one; ``inside`` is the key that a program keeps it under.
 
     Raises:
-        AdapterError: a file that the weights-only loader refuses, or that holds anything but tensors.
+        AdapterError: a file that the weights-only loader refuses, or that holds anything but tensors, or none.
+        UnsupportedError: pickles are not allowed.
     """
+    refuse_pointer(path)
+    if not allow_pickle:
+        raise UnsupportedError(
+            f"{path} is a pickle, which can run code when it is opened: convert it to {WEIGHTS_FILE}, or pass "
+            "--allow-pickle to read it with torch's weights-only loader."
+        )
+    return some_tensors(read_tensor_file(_as_safetensors(path, inside, FileSignature.of(path.stat()))))
+
+
+def some_tensors(file: TensorFile) -> tuple[TensorRef, ...]:
+    """The tensors of an adapter's weights.
+
+    Raises:
+        AdapterError: there are none.
+    """
+    if not file.tensors:
+        raise AdapterError(f"{file.path} holds no tensors: it was saved empty, and there is nothing to convert.")
+    return file.tensors
+
+
+@cache
+def _as_safetensors(path: Path, inside: str | None, signature: FileSignature) -> Path:
+    """A safetensors copy of a pickled state dict in this state; it goes when the process ends."""
     import torch
     from safetensors.torch import save_file
 
@@ -48,6 +75,8 @@ def as_safetensors(path: Path) -> Path:
         table = torch.load(path, map_location="cpu", weights_only=True, mmap=None)
     except Exception as error:  # the unpickler raises whatever a broken or hostile file makes it raise
         raise AdapterError(f"{path} is refused by torch's weights-only loader ({type(error).__name__}).") from error
+    if inside is not None and isinstance(table, dict):
+        table = table.get(inside)
     if not isinstance(table, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in table.items()
     ):
@@ -60,7 +89,7 @@ def as_safetensors(path: Path) -> Path:
         )
     folder = Path(tempfile.mkdtemp(prefix="mapconv-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    target = folder / "adapter_model.safetensors"
+    target = folder / WEIGHTS_FILE
     # clone: tensors of a pickle may share memory, which safetensors refuses to write
     save_file({key: value.clone().contiguous() for key, value in table.items()}, target)
     return target

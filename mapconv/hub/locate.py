@@ -11,33 +11,29 @@ from pathlib import Path
 
 from mapconv.checkpoint.filenames import (
     MODEL_CONFIG,
-    MODEL_FILES,
-    PIPELINE_FILE,
-    STEMS,
     TOKENIZER_FILES,
-    weights_files,
 )
 from mapconv.checkpoint.gguf.header import is_gguf
-from mapconv.checkpoint.gguf.model import part_names
 from mapconv.checkpoint.index import Checkpoint, read_checkpoint
-from mapconv.checkpoint.quantization import MODELOPT_FILE
 from mapconv.errors import AdapterError, CheckpointError, UnsupportedError
-from mapconv.files import LARGE
-from mapconv.hub.faults import ask_hub
+from mapconv.hub.model_files import (
+    SMALL_MODEL_FILES,
+    has_weights,
+    in_parts,
+    pipeline_parts,
+    repository_files,
+    split_weights,
+    whole_model,
+)
 from mapconv.hub.originals import CARD_FILE, ORIGINAL, original_of
 from mapconv.hub.ranges import RangesUnsupportedError, ranged_checkpoint
 from mapconv.hub.reference import HubReference, parse_reference
 from mapconv.hub.snapshots import snapshot
-from mapconv.jsonfile import read_object
 
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ADAPTER_PICKLE = "adapter_model.bin"
 _ADAPTER_FILES = (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS, "map_config.json", CARD_FILE, *TOKENIZER_FILES)
 _OR_BASE = "or give the base model's folder with --base"
-_SINGLES, _INDEXES = zip(*map(weights_files, STEMS), strict=True)
-#: Weights in half precision are fetched where there are no others.
-_PLAIN, _HALF = (tuple(name for name in _SINGLES if (".fp16." in name) == half) for half in (False, True))
-_SMALL_MODEL_FILES = (MODEL_CONFIG, MODELOPT_FILE, PIPELINE_FILE, *_INDEXES, CARD_FILE, *MODEL_FILES, *TOKENIZER_FILES)
 
 
 def locate_adapter(source: str | Path, *, allow_pickle: bool = False) -> Path:
@@ -72,7 +68,7 @@ def locate_result(result: str | Path) -> Path:
     if reference is None:
         return Path(result)
     folder = snapshot(reference, (_ADAPTER_CONFIG, MODEL_CONFIG))
-    return locate_adapter(result) if (folder / _ADAPTER_CONFIG).exists() else _whole_model(reference)
+    return locate_adapter(result) if (folder / _ADAPTER_CONFIG).exists() else whole_model(reference)
 
 
 def locate_base(base: str | Path | None, recorded: str | None, revision: str | None, adapter: Path) -> Path:
@@ -84,7 +80,7 @@ def locate_base(base: str | Path | None, recorded: str | None, revision: str | N
         CheckpointError: neither names a model that can be had. HubError: the Hub does not give it.
     """
     found = find_base(base, recorded, revision, adapter)
-    return found if isinstance(found, Path) else _whole_model(found, _OR_BASE)
+    return found if isinstance(found, Path) else whole_model(found, _OR_BASE)
 
 
 def open_base(
@@ -125,14 +121,17 @@ def open_model(model: str | Path, *, lean: bool = False) -> Checkpoint:
 
 def _opened(reference: HubReference, hint: str, *, lean: bool, root: Path | None = None) -> Checkpoint:
     if lean:
-        place, file = reference.split_file(".gguf")
-        folder = snapshot(place, _SMALL_MODEL_FILES, hint)
-        if not (_has_weights(folder) if file is None else (folder / file).exists()):
+        place, file = split_weights(reference)
+        folder = snapshot(place, SMALL_MODEL_FILES, hint)
+        parts = pipeline_parts(folder)
+        if parts:
+            folder = snapshot(place, in_parts(SMALL_MODEL_FILES, parts), hint)
+        if not (has_weights(folder) if file is None else (folder / file).exists()):
             try:
-                return ranged_checkpoint(place, folder, file, root=root)
+                return ranged_checkpoint(place, folder, file, parts=parts or ("",), root=root)
             except RangesUnsupportedError:
                 pass  # a mirror that knows no byte ranges: fetch the whole files, as a merge does
-    return read_checkpoint(_whole_model(reference, hint))
+    return read_checkpoint(whole_model(reference, hint))
 
 
 def find_base(
@@ -209,63 +208,9 @@ def _exists(name: str) -> bool:
         return False
 
 
-def _whole_model(reference: HubReference, hint: str = "") -> Path:
-    """All of a model that ``from_pretrained`` needs: one weights file, or the shards that the index lists.
-
-    The reference of a GGUF file gives the path of that, with its further parts beside it.
-    """
-    place, file = reference.split_file(".gguf")
-    if file is not None:
-        folder = snapshot(place, (*_SMALL_MODEL_FILES, *part_names(file)), hint)
-        if not (folder / file).exists():
-            _refuse_without_gguf(reference)
-        return folder / file
-    folder = snapshot(reference, (*_SMALL_MODEL_FILES, *_PLAIN), hint)
-    if not _has_weights(folder):
-        # Only these: a repository may hold the same weights in another layout as well (consolidated.safetensors).
-        folder = snapshot(reference, (*_SMALL_MODEL_FILES, *(_shards(folder) or _HALF)), hint)
-    if not _has_weights(folder):
-        _refuse_without_gguf(reference)
-    return folder
-
-
-def _has_weights(folder: Path) -> bool:
-    if any((folder / name).exists() for name in _SINGLES):
-        return True
-    shards = _shards(folder)
-    return bool(shards) and all((folder / name).exists() for name in shards)
-
-
-def _shards(folder: Path) -> list[str]:
-    """The files that the index lists; read_checkpoint reports what is wrong with an index."""
-    for index in _INDEXES:
-        try:
-            weight_map = read_object(folder / index, CheckpointError, limit=LARGE)["weight_map"]
-            return sorted({str(name) for name in weight_map.values()})
-        except (OSError, CheckpointError, KeyError, AttributeError):
-            continue
-    return []
-
-
-def _refuse_without_gguf(reference: HubReference) -> None:
-    """Name the GGUF files of a repository, where it has some and the reference is none of them."""
-    names = [name for name in _repository_files(reference) if name.endswith(".gguf")]
-    if names or reference.split_file(".gguf")[1]:
-        shown = f"name one of its files, such as {reference.repo_id}/{names[0]}" if names else "it has no GGUF files"
-        raise CheckpointError(f"{reference} is not a model that mapconv can read there: {shown}, with --base.")
-
-
-def _repository_files(reference: HubReference) -> list[str]:
-    from huggingface_hub import HfApi
-
-    return ask_hub(
-        lambda: HfApi().list_repo_files(reference.repo_id, revision=reference.revision), str(reference), "read"
-    )
-
-
 def _refuse_without_adapter(reference: HubReference, folder: Path) -> None:
     """Say what the repository holds instead of an adapter at that place."""
-    files = _repository_files(reference)
+    files = repository_files(reference)
     prefix = f"{reference.subfolder}/" if reference.subfolder else ""
     if (folder / _ADAPTER_CONFIG).exists():
         if f"{prefix}{_ADAPTER_PICKLE}" in files:

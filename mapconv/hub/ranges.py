@@ -45,14 +45,20 @@ FileSpan = tuple[Path, int, int]
 
 
 def ranged_checkpoint(
-    reference: HubReference, snapshot: Path, gguf: str | None = None, *, root: Path | None = None
+    reference: HubReference,
+    snapshot: Path,
+    file: str | None = None,
+    *,
+    parts: Sequence[str] = ("",),
+    root: Path | None = None,
 ) -> Checkpoint:
     """The headers of a model on the Hub, with a source that fetches bytes of its tensors when they are read.
 
     Args:
         reference: the model.
         snapshot: its small files in the client's cache; its name is the commit, so the two cannot differ.
-        gguf: the file that holds it, where it is none of safetensors.
+        file: the one file that it is, of GGUF or of safetensors under a name of its own.
+        parts: of a pipeline, the folders that may hold its models.
         root: the folder to keep it in; None: the client's assets cache, where other commands find it again.
 
     Raises:
@@ -68,11 +74,13 @@ def ranged_checkpoint(
             content = read_bytes(path, CheckpointError, limit=LARGE, folder=snapshot)
             replace_file(folder / path.relative_to(snapshot), content)
     source = RangedSource(pinned, folder)
-    if gguf is None:
-        ask_hub(source.open_headers, str(reference), "read")
+    if file is None:
+        ask_hub(lambda: source.open_headers(parts), str(reference), "read")
         return read_checkpoint(folder, source)
-    ask_hub(lambda: source.open_files(part_names(gguf)), str(reference), "read")
-    return read_checkpoint(folder / gguf, source)
+    is_plain = file.endswith(".safetensors")
+    names = [file] if is_plain else part_names(file)
+    ask_hub(lambda: source.open_files(names, header=is_plain), str(reference), "read")
+    return read_checkpoint(folder / file, source)
 
 
 def prefetch(source: ByteSource | None, refs: Iterable[TensorRef], *, quiet: bool) -> None:
@@ -90,29 +98,34 @@ class RangedSource:
         self._files: dict[Path, RangedFile] = {}
         self._lock = threading.Lock()
 
-    def open_headers(self) -> None:
-        """Fetch the header of the single weights file, or of every shard.
+    def open_headers(self, parts: Sequence[str] = ("",)) -> None:
+        """Fetch the header of the single weights file, or of every shard, in each of these folders that has weights.
 
         Raises:
             RangesUnsupportedError: no byte ranges, or no weights that mapconv reads.
         """
+        with self._only_one():
+            if not [part for part in parts if self._open_weights(f"{part}/" if part else "")]:
+                raise RangesUnsupportedError("no safetensors weights")
+
+    def _open_weights(self, prefix: str) -> bool:
+        """Whether a folder has weights, whose headers are then here."""
         from huggingface_hub.errors import EntryNotFoundError
 
-        with self._only_one():
-            for single, index in map(weights_files, STEMS):
-                try:
-                    self._open(single)
-                    return
-                except EntryNotFoundError:
-                    if not (self._folder / index).exists():
-                        continue
-                for name in self._shards(index):
-                    self._open(name)
-                return
-            raise RangesUnsupportedError("no safetensors weights")
+        for single, index in map(weights_files, STEMS):
+            try:
+                self._open(prefix + single)
+                return True
+            except EntryNotFoundError:
+                if not (self._folder / (prefix + index)).exists():
+                    continue
+            for name in self._shards(prefix + index):
+                self._open(prefix + name)
+            return True
+        return False
 
-    def open_files(self, names: Sequence[str]) -> None:
-        """Fetch the first bytes of these files; more is fetched as their headers are read.
+    def open_files(self, names: Sequence[str], *, header: bool = False) -> None:
+        """Fetch the first bytes of these files, or all of their ``header``; more of a GGUF file's as it is read.
 
         Raises:
             RangesUnsupportedError: no byte ranges, or no such file.
@@ -122,7 +135,7 @@ class RangedSource:
         with self._only_one():
             for name in names:
                 try:
-                    self._open(name, header=False)
+                    self._open(name, header=header)
                 except EntryNotFoundError:
                     raise RangesUnsupportedError(f"no file {name}") from None
 
@@ -181,6 +194,7 @@ class RangedSource:
 
         url = hf_hub_url(self._pinned.repo_id, name, subfolder=self._pinned.subfolder, revision=self._pinned.revision)
         assert self._pinned.revision is not None  # a commit
+        (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
         remote = RangedFile(url, self._folder / name, self._pinned.revision)
         if header:
             remote.open_header()

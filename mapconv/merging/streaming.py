@@ -54,7 +54,8 @@ def stream_shards(
             jobs = replace(plan, files=(shard.file,), jobs=shard.jobs)
             path = folder / shard.file.name
             path.unlink(missing_ok=True)
-            merged = write_weights(jobs, folder, recompute=recompute, done=base.done, quiet=quiet)
+            # Room is taken as the base gives it back.
+            merged = write_weights(jobs, folder, recompute=recompute, done=base.done, grows=True, quiet=quiet)
             log.info("wrote %s, %d bytes", shard.file.name, shard.file.nbytes)
             yield shard, path, tuple(item for item in merged if item.tensor in {job.name for job in shard.merged})
             path.unlink()

@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 
 from mapconv.checkpoint.flushing import BackgroundFlush
+from mapconv.checkpoint.readahead import reading_ahead
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.merging.merger import MergedTensor, Merger
-from mapconv.merging.plan import Job, MergeJob, MergePlan
+from mapconv.merging.plan import CopyJob, Job, MergeJob, MergePlan
 from mapconv.merging.rounding import Feedback
 from mapconv.runtime.progress import progress_bar
 from mapconv.runtime.threads import in_order, worker_count
@@ -31,24 +32,26 @@ def write_weights(
     groups: Iterable[Group] | None = None,
     recompute: bool = False,
     done: Callable[[Job], None] = lambda job: None,
+    grows: bool = False,
     quiet: bool,
 ) -> tuple[MergedTensor, ...]:
     """Write the plan's files into ``staging`` (None: into no files); the merged tensors in the plan's order.
 
     ``groups`` are the plan's jobs, where they have an order of their own; ``recompute`` as of ``Merger``; ``done`` is
-    called with each job, by the thread that did it.
+    called with each job, by the thread that did it; ``grows`` as of ``FixedFile``.
     """
-    total = sum(job.nbytes for job in plan.jobs)
+    total, source = sum(job.nbytes for job in plan.jobs), plan.target.checkpoint.source
     with (
-        TensorReader(plan.target.checkpoint.source) as reader,
-        _output_files(plan, staging) as files,
+        TensorReader(source) as reader,
+        _output_files(plan, staging, grows) as files,
         BackgroundFlush() as flush,
     ):
         merger, merged = Merger(reader, files, plan.modules, recompute=recompute), {}
         with progress_bar(total, "merging", quiet=quiet) as advance:
             for jobs, feedback in [(plan.jobs, None)] if groups is None else groups:
                 workers = worker_count(max([_working_bytes(job, feedback) for job in jobs], default=1))
-                results = in_order(partial(_run, merger, feedback, done), jobs, workers)
+                ahead = jobs if source is not None else reading_ahead(jobs, _reads)
+                results = in_order(partial(_run, merger, feedback, done), ahead, workers)
                 for job, result in zip(jobs, results, strict=True):
                     advance(job.nbytes)
                     file = files[str(job.output)]
@@ -66,6 +69,12 @@ def _run(merger: Merger, feedback: Feedback | None, done: Callable[[Job], None],
     return result
 
 
+def _reads(job: Job) -> list[tuple[Path, int, int]]:
+    if isinstance(job, CopyJob):
+        return [(job.source, job.source_offset, job.source_offset + job.nbytes)]
+    return [(ref.file, ref.start, ref.stop) for ref in job.source.stored]
+
+
 def _working_bytes(job: Job, feedback: Feedback | None) -> int:
     if isinstance(job, MergeJob) and job.codes:
         # A matrix as it is read, wanted and written, its levels, and what is measured.
@@ -76,7 +85,7 @@ def _working_bytes(job: Job, feedback: Feedback | None) -> int:
 
 
 @contextmanager
-def _output_files(plan: MergePlan, staging: Path | None) -> Iterator[Mapping[str, FixedFile | NoFile]]:
+def _output_files(plan: MergePlan, staging: Path | None, grows: bool) -> Iterator[Mapping[str, FixedFile | NoFile]]:
     if staging is None:
         yield defaultdict(NoFile)
         return
@@ -84,7 +93,7 @@ def _output_files(plan: MergePlan, staging: Path | None) -> Iterator[Mapping[str
     try:
         for file in plan.files:
             (staging / file.name).parent.mkdir(exist_ok=True)
-            files[file.name] = FixedFile(staging / file.name, file.header, file.nbytes)
+            files[file.name] = FixedFile(staging / file.name, file.header, file.nbytes, grows=grows)
         # A weight's codes may have companions in a file that is not written now.
         yield defaultdict(NoFile, files)
     finally:

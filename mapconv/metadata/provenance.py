@@ -10,12 +10,12 @@ from typing import Any
 
 from mapconv.adapter import Adapter, MapModule
 from mapconv.algebra.fingerprint import Fingerprint
+from mapconv.checkpoint.filenames import ADAPTER_FILES
 from mapconv.errors import AdapterError
 from mapconv.files import open_regular
 from mapconv.formats.base import CONFIG_FILE, WEIGHTS_FILE
 from mapconv.formats.mapdir import FORMAT_VERSION
 from mapconv.formats.mlx import MLX_WEIGHTS
-from mapconv.formats.peft import weights_name
 from mapconv.formats.pickle import PICKLE_FILE
 from mapconv.hub.reference import origin_of
 from mapconv.metadata.card import card_facts
@@ -97,7 +97,7 @@ def source_fingerprint(source: Path) -> str:
     """SHA-256 of an adapter's configuration and weights, or of the one file that it is."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 18))  # stays in a core's cache
-    for path in [source] if source.is_file() else [source / CONFIG_FILE, _weights_in(source)]:
+    for path in [source] if source.is_file() else _files_in(source):
         with open_regular(path, AdapterError) as file:
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
@@ -137,11 +137,13 @@ def finetune_record(folder: Path, weights: Iterable[tuple[tuple[str, int | None]
     }
 
 
-def _weights_in(folder: Path) -> Path:
-    """PEFT's weights, or where there are none MLX-LM's."""
-    mlx = folder / MLX_WEIGHTS
-    has_own = any((folder / name).exists() for name in (WEIGHTS_FILE, PICKLE_FILE))
-    return mlx if mlx.exists() and not has_own else folder / weights_name(folder)
+def _files_in(folder: Path) -> list[Path]:
+    """PEFT's configuration and weights, or MLX-LM's; of another trainer's folder whatever it is read from."""
+    weights = next((name for name in (WEIGHTS_FILE, PICKLE_FILE, MLX_WEIGHTS) if (folder / name).exists()), None)
+    if weights is not None:
+        return [folder / CONFIG_FILE, folder / weights]
+    found = {path for pattern in (*ADAPTER_FILES, "*.pt", "*.safetensors") for path in folder.glob(pattern)}
+    return sorted(found)
 
 
 def _base_record(placed: PlacedAdapter) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from mapconv.nn.attaching import (
     map_layers,
     scalar_parameters,
     set_adapter,
+    update_sizes,
 )
+from mapconv.nn.config import MapConfig
 from mapconv.nn.layers import MapLayer
 from mapconv.nn.loading import load_adapter
 from mapconv.nn.merging import merge_adapter, unmerge_adapter
 from mapconv.nn.saving import save_adapter
-from mapconv.nn.training import MapConfig, get_map_model
+from mapconv.nn.training import get_map_model
 
 __all__ = [
     "MapConfig",
@@ -37,4 +39,5 @@ __all__ = [
     "scalar_parameters",
     "set_adapter",
     "unmerge_adapter",
+    "update_sizes",
 ]

@@ -20,6 +20,7 @@ from mapconv.adapter import Adapter
 from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.nn.bases import execution_device, kind_of
 from mapconv.nn.layers import LAYERS, MapLayer
+from mapconv.nn.methods import PeftMethod
 from mapconv.nn.replication import Replicated
 from mapconv.nn.stacks import MapParameterLayer, StackedParameter, wrap_parameters
 from mapconv.nn.updates import Update
@@ -34,7 +35,8 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 class Attached:
     """One adapter on a model: where it came from (None: made here), and its tensors that are not factors.
 
-    ``paths`` are those of its layers in the live model. ``others`` has its whole tensors, by PEFT's key. ``base``,
+    ``paths`` are those of its layers in the live model, and ``method`` is what its updates are of where that is neither
+    LoRA nor DoRA. ``others`` has its whole tensors, by PEFT's key. ``base``,
     ``source`` and ``options`` are what ``map_config.json`` records; ``base`` is None where nothing was checked.
     """
 
@@ -45,6 +47,7 @@ class Attached:
     others: Mapping[str, torch.Tensor] = field(default_factory=dict)
     base: Mapping[str, Any] | None = None
     source: Mapping[str, Any] | None = None
+    method: PeftMethod | None = None
 
 
 @dataclass
@@ -96,7 +99,9 @@ def named(model: nn.Module, name: str) -> Attached:
 
 def check_model(model: nn.Module, name: str) -> None:
     """Refuse a model that PEFT has wrapped, and a name that is taken or cannot be a part of a parameter's name."""
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+    # Those of a direction that is another method's are ours.
+    own = {id(part) for layer in map_layers(model).values() for part in layer.updates.modules()}
+    if any(type(part).__module__.startswith("peft.") and id(part) not in own for part in model.modules()):
         raise UnsupportedError(
             f"this {type(model).__name__} has PEFT's layers in it, whose weights are not the base's: load the base "
             "model itself, or take PEFT's adapter off with its unload()."
@@ -252,6 +257,15 @@ def scalar_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
 def factor_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
     """``A``, ``B``, and for the direction dora ``magnitude``, of every weight that the adapter ``name`` changes."""
     return [parameter for update in updates_of(model, name).values() for parameter in update.factors]
+
+
+@torch.no_grad()
+def update_sizes(model: nn.Module, name: str) -> dict[str, list[float]]:
+    """‖W' − a·W0‖/‖W0‖ of an adapter's weights by the path of their layer: |β|/‖W0‖, which says how far they moved.
+
+    A layer has one weight, or as many as its stack has. The direction ``dora`` takes a pass over each weight.
+    """
+    return {path: layer.update(name).sizes(layer.base_layer, path) for path, layer in layers_of(model, name).items()}
 
 
 def layers_of(model: nn.Module, name: str) -> dict[str, MapLayer]:

@@ -15,6 +15,7 @@ from torch.nn import functional
 from mapconv.algebra.dora import merge_rows_
 from mapconv.nn.bases import kind_of, matrix
 from mapconv.nn.functions import MapLinear, Scale
+from mapconv.nn.methods import MethodUpdate
 from mapconv.nn.updates import DoraUpdate, Update
 
 
@@ -89,7 +90,7 @@ class MapLayer(nn.Module):
     def gains(self, name: str) -> tuple[float, float]:
         """(a, b): what W0 and the stored direction are multiplied by."""
         a, b = self.update(name).gains()
-        return float(a), float(b)
+        return float(a.detach()), float(b.detach())
 
     @property
     def is_merged(self) -> bool:
@@ -105,8 +106,10 @@ class MapLayer(nn.Module):
         """W' as the layer stores its weight, computed in ``dtype``."""
         base = self.base_layer
         weight = base.weight.detach()
+        if isinstance(update, MethodUpdate):
+            return update.merged(weight, dtype)
         rows = matrix(base, weight).to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
-        a, b = map(float, update.gains())
+        a, b = (float(gain.detach()) for gain in update.gains())
         A, B, magnitude = update.A.to(dtype), update.B.to(dtype), getattr(update, "magnitude", None)
         merge_rows_(rows, A, B, base_gain=a, update_gain=b, magnitude=magnitude)
         stored = rows.t() if kind_of(base) in ("transposed", "embedding") else rows
@@ -118,6 +121,8 @@ class MapLayer(nn.Module):
         if self.active is None or self.is_merged:
             return self.base_layer(x)
         update = self.update(self.active)
+        if isinstance(update, MethodUpdate):
+            return update.run(self.base_layer, x)
         return self._dora(x, update) if isinstance(update, DoraUpdate) else self._low_rank(x, update)
 
     def _low_rank(self, x: torch.Tensor, update: Update) -> torch.Tensor:

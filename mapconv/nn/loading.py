@@ -19,12 +19,14 @@ from mapconv.hub.locate import locate_adapter
 from mapconv.metadata.provenance import source_record
 from mapconv.nn.attaching import Attached, Trainable, adaptable, attach, check_model, disabled, has_adapters, state_of
 from mapconv.nn.checkpoints import serve_trainers
+from mapconv.nn.method_files import load_method
 from mapconv.nn.placement import place_on_layers
 from mapconv.nn.reading import UpdateReader
 from mapconv.nn.replication import Replicated, replicate
 from mapconv.nn.stacks import StackedParameter, stacked_parameters, wrapped_names
 from mapconv.nn.updates import Update
 from mapconv.nn.whole import replacements
+from mapconv.placement.factors import require_factors
 
 
 def load_adapter(
@@ -38,7 +40,8 @@ def load_adapter(
 ) -> nn.Module:
     """Attach a MAP directory, or a LoRA or DoRA adapter, to ``model`` in place, and run with it.
 
-    A LoRA takes the low-rank form and a DoRA the direction ``dora``, both exactly. Its whole tensors
+    A LoRA takes the low-rank form and a DoRA the direction ``dora``, both exactly; any other method of PEFT's whose
+    layers add an update to the weight has that update as its direction. Its whole tensors
     (heads, biases, token rows) take the base's place while the adapter is active, and are not trained. The base is
     frozen until the last adapter is detached.
 
@@ -63,6 +66,7 @@ def load_adapter(
     check_model(model, name)
     folder = locate_adapter(path, allow_pickle=allow_pickle)
     adapter = read_adapter(folder, allow_pickle=allow_pickle)
+    require_factors(adapter.modules)
     replicated = _replicated(model, adapter)
     try:
         _attach(model, adapter, name, trainable, check_base)
@@ -95,12 +99,17 @@ def _attach(model: nn.Module, adapter: Adapter, name: str, trainable: Trainable,
     used = [stack for path, stack in stacks.items() if path in {live for _, live in placed}]
     _refuse_other_parameters(model, used, adapter)
     with disabled(model) if has_adapters(model) else nullcontext(), UpdateReader(adapter) as reader:
-        updates = {
-            live: reader.stack(module, stacks[live], check_base)
-            if live in stacks
-            else reader.update(module, live, layers[live], check_base)
-            for module, live in placed
-        }
+        method = None
+        if adapter.modules and adapter.modules[0].method is not None:
+            method, own = load_method(adapter, layers, {module.path: live for module, live in placed}, reader)
+            updates: dict[str, Update] = {live: own[live] for _, live in placed}
+        else:
+            updates = {
+                live: reader.stack(module, stacks[live], check_base)
+                if live in stacks
+                else reader.update(module, live, layers[live], check_base)
+                for module, live in placed
+            }
         biases = {live: reader.bias(module) for module, live in placed if module.bias is not None}
         others = {key: reader.finite(ref) for key, ref in adapter.others.items()}
         values = {ref.name: others[key] for key, ref in adapter.others.items()}
@@ -122,6 +131,7 @@ def _attach(model: nn.Module, adapter: Adapter, name: str, trainable: Trainable,
         others=others,
         base=map_config.get("base") if check_base else None,
         source=source_record(adapter),
+        method=method,
     )
     attach(model, name, updates, attached, trainable, used)
     if used:

@@ -30,6 +30,8 @@ def place_on_layers(
     Raises:
         PlacementError: the modules that fit no layer, all of them listed. UnsupportedError: a grouped convolution.
     """
+    if any(module.method is not None for module in adapter.modules):
+        return _place_by_name(adapter, layers)
     shapes = {f"{path}.weight": matrix_shape(layer) for path, layer in layers.items()}
     shapes |= {f"{path}.weight": stack.matrix_shape for path, stack in stacks.items()}
     try:
@@ -66,6 +68,16 @@ def place_on_layers(
         else:
             _check_kind(module, live, layers[live])
     return placed, rename
+
+
+def _place_by_name(adapter: Adapter, layers: Mapping[str, nn.Module]) -> tuple[list[tuple[Module, str]], Rename]:
+    """Layers of another method than LoRA: whether the tensors of each fit is PEFT's to say."""
+    unknown = (0, 0)
+    names, renaming = place(
+        {module.path: unknown for module in adapter.modules}, {f"{path}.weight": unknown for path in layers}
+    )
+    placed = [(module, names[module.path].removesuffix(".weight")) for module in adapter.modules]
+    return placed, renaming.to_checkpoint
 
 
 def _other_version(model: nn.Module) -> LiveModel | None:

@@ -26,6 +26,8 @@ from mapconv.metadata.card import CARD_FILE, local_card
 from mapconv.nn.attaching import Attached, layers_of, named, updates_of
 from mapconv.nn.bases import kind_of, merged_row_norms, values_of
 from mapconv.nn.layers import MapLayer
+from mapconv.nn.method_files import write_method
+from mapconv.nn.methods import MethodUpdate
 from mapconv.nn.origin import base_facts, is_respelled, live_base, live_record, pattern_name, source_config
 from mapconv.nn.stacks import MapParameterLayer, StackUpdate
 from mapconv.nn.updates import DoraUpdate, Update, direction_norm
@@ -45,6 +47,8 @@ class Saved:
 
 def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default", force: bool = False) -> Path:
     """Write the adapter ``name`` as a MAP directory: whole or not at all, ``map_config.json`` last.
+
+    An adapter on another method's layers is written as that method's own file (``mapconv.nn.method_files``).
 
     Args:
         model: the model that the adapter is attached to.
@@ -94,6 +98,10 @@ def check_saving(
 def write_adapter(model: nn.Module, staging: Path, name: str, base: Mapping[str, Any]) -> None:
     """Write the files of a MAP directory into the empty folder ``staging``."""
     attached, updates = named(model, name), updates_of(model, name)
+    if attached.method is not None:
+        own = {path: update for path, update in updates.items() if isinstance(update, MethodUpdate)}
+        write_method(staging, attached, attached.method, own, base)
+        return
     layers = list(layers_of(model, name).values())
     saved = [_saved(layer, updates[live]) for live, layer in zip(attached.paths, layers, strict=True)]
     scalars = [scalars for item in saved for scalars in item.scalars]
@@ -164,7 +172,7 @@ def _saved_stack(layer: MapLayer, update: StackUpdate, module: Module) -> Saved:
     scalars = tuple(
         MapModule(
             path=module.path,
-            direction=update.direction,
+            direction="low-rank",
             rank=update.rank,
             alpha=norm,
             beta=(length := product_norm(B[number], A[number])),
@@ -204,7 +212,7 @@ def _saved_dora(layer: MapLayer, update: DoraUpdate, module: Module) -> Saved:
 def _scalars(module: Module, update: Update, a: float, b: float, length: float) -> MapModule:
     return MapModule(
         path=module.path,
-        direction=update.direction,
+        direction="dora" if isinstance(update, DoraUpdate) else "low-rank",
         rank=update.rank,
         alpha=a * update.base_norm,
         beta=b * length,

@@ -121,6 +121,9 @@ class StackUpdate(Update):
         relative = self.all_exact("relative_beta")
         return [value * (norm or 1.0) for value, norm in zip(relative, self.base_norms, strict=True)]
 
+    def sizes(self, base: nn.Module, path: str) -> list[float]:
+        return [abs(beta) for beta in self.relative_beta.tolist()]
+
     def merged(self, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """W0 + b·BA of every weight, as (E, n, m) or for a transposed view of ``weights`` in its order of storage."""
         left, right = (self.B * self.update_gain()[:, None, None]).to(dtype), self.A.to(dtype)

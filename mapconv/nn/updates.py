@@ -23,7 +23,7 @@ from torch import nn
 
 from mapconv.adapter import Direction, MapModule, Module
 from mapconv.algebra.dora import merge_rows_
-from mapconv.algebra.norms import row_blocks, squared_norm
+from mapconv.algebra.norms import product_norm, row_blocks, squared_norm
 from mapconv.nn.bases import merged_row_norms, row_squares, values_of
 from mapconv.nn.functions import UpdateGain, gram_dtype, inverse_norm
 
@@ -52,7 +52,7 @@ class Update(nn.Module):
     of gain β/floor. The scalars have one dimension because sharding (FSDP) takes no parameter without.
     """
 
-    direction: Direction = "low-rank"
+    direction: Direction | None = "low-rank"
 
     def __init__(
         self,
@@ -68,14 +68,19 @@ class Update(nn.Module):
         super().__init__()
         self.A = nn.Parameter(A, requires_grad=False)
         self.B = nn.Parameter(B, requires_grad=False)
-        self.relative_alpha = _scalars([relative_alpha], A)
-        self.relative_beta = _scalars([relative_beta], A)
+        self._start(relative_alpha, relative_beta, like=A, base_norm=base_norm, floor=floor)
+        self.detach_norm = detach_norm
+
+    def _start(self, alpha: float, beta: float, *, like: torch.Tensor, base_norm: float, floor: float) -> None:
+        """Set what every update has besides its factors."""
+        self.relative_alpha = _scalars([alpha], like)
+        self.relative_beta = _scalars([beta], like)
         self.base_norm = base_norm
         self.base_projection: float | None = None
-        self.detach_norm = detach_norm
+        self.detach_norm = False
         self.floor = floor
         self.origin: Origin | None = None
-        self._exact = {"relative_alpha": [relative_alpha], "relative_beta": [relative_beta]}
+        self._exact = {"relative_alpha": [alpha], "relative_beta": [beta]}
         self._cache: torch.Tensor | None = None
         self._versions: tuple[int, ...] = ()
 
@@ -154,6 +159,19 @@ class Update(nn.Module):
         if self.origin and self.origin.scalars and self._is_as_given("relative_beta"):
             return self.origin.scalars[0].beta
         return self.exact("relative_beta") * self._unit_norm
+
+    def sizes(self, base: nn.Module, path: str) -> list[float]:
+        """‖W' − a·W0‖/‖W0‖ of every weight of the update."""
+        return [abs(beta) * self.share() for beta in self.relative_beta.tolist()]
+
+    def share(self) -> float:
+        """‖Δ‖ over what stands for it: less than 1 under the floor, where β·Δ/‖Δ‖ is only so long."""
+        length = self.length()
+        return length / max(length, self.floor) if length else 0.0
+
+    def length(self) -> float:
+        """‖Δ‖."""
+        return float(product_norm(self.B.detach(), self.A.detach()))
 
     def _is_as_given(self, name: str) -> bool:
         return self.all_exact(name) == self._exact[name]
@@ -236,6 +254,9 @@ class DoraUpdate(Update):
         with values_of(base, path) as weight:
             A, B, magnitude = (factor.detach().to(weight.device) for factor in self.factors)
             return gain * direction_norm(weight, A, B, magnitude)
+
+    def sizes(self, base: nn.Module, path: str) -> list[float]:
+        return [abs(self.beta(base, path)) / (self.base_norm or 1.0)]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self._base_squares = None

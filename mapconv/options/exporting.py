@@ -68,6 +68,13 @@ EXPORT = Command(
         metavar="BASE_OUT",
         in_catalog=False,
     ),
+    Option(
+        "experts",
+        Choice(("split", "fused", "tinker", "sglang")),
+        "Layout of experts in a PEFT folder: one LoRA for each, PEFT's target_parameters, or 3-D stacks. Default: the "
+        "source's, or what the server of --for reads.",
+        in_catalog=False,
+    ),
     RANK.but(help="Rank of the result. Default: the source's own; a DoRA is refitted at it."),
     TOLERANCE,
     MAX_RANK,
@@ -83,7 +90,7 @@ EXPORT = Command(
         Requires("check", "server"),
         *(
             Excludes("check", name, "it writes nothing")
-            for name in ("out", "to", "fold_into", "rank", "tolerance", "base")
+            for name in ("out", "to", "fold_into", "experts", "rank", "tolerance", "base")
         ),
         Excludes("rank", "tolerance"),
         Requires("max_rank", "tolerance"),

@@ -157,7 +157,6 @@ REBASE = Command(
         Excludes("statistics", "statistics_from", "the folder says how they were collected"),
         Excludes("samples", "statistics_from", "the folder says how many there were"),
         Check(("calibrate", "data", "statistics", "statistics_from"), _text_to_train_on),
-        Excludes("calibrate", "all_linear", "the source has no factors of the layers that it adds"),
     ),
 )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mapconv.adapter import Adapter, Module
+from mapconv.checkpoint.gguf.model import notes_beside
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import AdapterError, CheckpointError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter
@@ -158,8 +159,12 @@ def _place_adapters(adapters: Sequence[Adapter], stored: Checkpoint) -> tuple[Pl
     _refuse_shared(placed)
     for _, modules in placed:
         check_tuned(modules)
+    notes = notes_beside(stored.folder, None if stored.source is None else stored.source.require)
     return tuple(
-        PlacedAdapter(adapter, target, _with_scalars(adapter, modules, checkpoint)) for adapter, modules in placed
+        PlacedAdapter(
+            replace(adapter, notes=(*adapter.notes, *notes)), target, _with_scalars(adapter, modules, checkpoint)
+        )
+        for adapter, modules in placed
     )
 
 

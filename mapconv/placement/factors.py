@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 
@@ -45,11 +45,7 @@ class FactorLoader:
             AdapterError: a tensor that holds NaN or infinity.
         """
         module = placed.module
-        if module.method is not None:
-            raise UnsupportedError(
-                f"{module.method.file.parent} is of the method {module.method.name}, which has no factors for this "
-                "to work on: convert it with `mapconv upgrade` first."
-            )
+        require_factors([module])
         A, B = self._pair(module) if placed.experts == 1 else self._of_stack(placed)
         if placed.initialization is not None:
             base = read_weight(placed.weight, self._reader, torch.empty(placed.weight.numel))
@@ -138,3 +134,17 @@ def _require_finite(tensors: Sequence[torch.Tensor], refs: Sequence[TensorRef]) 
     for tensor, ref in zip(tensors, refs, strict=True):
         if not all_finite(tensor):
             raise AdapterError(f"{ref.file}: tensor {ref.name} holds NaN or infinity: the training run diverged.")
+
+
+def require_factors(modules: Iterable[Module]) -> None:
+    """Refuse layers of another method than LoRA, which only ``merge``, ``upgrade`` and ``verify`` know how to build.
+
+    Raises:
+        UnsupportedError: with the way to get factors.
+    """
+    for module in modules:
+        if module.method is not None:
+            raise UnsupportedError(
+                f"{module.method.file.parent} is of the method {module.method.name}, which has no factors for this "
+                "to work on: convert it with `mapconv upgrade`, and take the result."
+            )

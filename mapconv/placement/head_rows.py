@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from mapconv.adapter import Adapter, Module
-from mapconv.checkpoint.derived import PickedRows, derived
-from mapconv.errors import PlacementError
+from mapconv.checkpoint.derived import picked_rows
+from mapconv.errors import PlacementError, UnsupportedError
+from mapconv.untrusted.schema import shown
 
 
 def in_own_order(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
@@ -16,17 +17,29 @@ def in_own_order(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
 
     Raises:
         PlacementError: the base's configuration does not say how many heads there are, or another number.
+        UnsupportedError: the adapter's program orders rows by the model's type, and this one's is not known.
     """
     if not any(module.interleaved for module in adapter.modules):
         return adapter
-    return replace(adapter, modules=tuple(_ordered(module, config) for module in adapter.modules))
+    return replace(adapter, modules=tuple(_ordered(module, adapter, config) for module in adapter.modules))
 
 
-def _ordered(module: Module, config: Mapping[str, Any]) -> Module:
-    if module.interleaved is None:
+def _ordered(module: Module, adapter: Adapter, config: Mapping[str, Any]) -> Module:
+    order = module.interleaved
+    if order is None:
         return module
+    if order.types:
+        kind = config.get("model_type")
+        if kind in order.plain_types:
+            return replace(module, interleaved=None)
+        if kind not in order.types:
+            known = ", ".join(sorted(order.types | order.plain_types))
+            raise UnsupportedError(
+                f"{adapter.path} is of {adapter.dialect}, whose order of q's and k's rows is known to mapconv for "
+                f"{known}, and the base's config.json says {shown(kind)}."
+            )
     heads = config.get("num_attention_heads")
-    if module.interleaved == "k":
+    if order.heads == "k":
         heads = config.get("num_key_value_heads") or heads
     rows = module.lora_B.shape[0]
     if type(heads) is not int or heads < 1 or rows % (2 * heads):
@@ -39,5 +52,5 @@ def _ordered(module: Module, config: Mapping[str, Any]) -> Module:
     picked = tuple(
         head * size + place * 2 + half for head in range(heads) for half in (0, 1) for place in range(size // 2)
     )
-    B = derived(module.lora_B.name, module.lora_B.shape, PickedRows((module.lora_B,), picked))
-    return replace(module, lora_B=B, interleaved=None)
+    magnitude = None if module.magnitude is None else picked_rows(module.magnitude, picked)
+    return replace(module, lora_B=picked_rows(module.lora_B, picked), magnitude=magnitude, interleaved=None)

@@ -74,7 +74,8 @@ def _site(placed: PlacedModule) -> Site:
         kind, shape = "conv", (out, placed.module.lora_A.shape[1], *kernel)
     elif placed.weight.pieces[0].transposed:
         kind, shape = "transposed", (inputs, out)
-    return Site(placed.module, kind, shape, placed.bias is not None)
+    ref = placed.weight.pieces[0].tensor
+    return Site(placed.module, kind, shape, placed.bias is not None, (str(ref.file), ref.start))
 
 
 def _is_turned(kind: LayerKind) -> bool:

@@ -184,3 +184,14 @@ def block_numbers(view: WeightView, piece: Piece, start: int, stop: int) -> tupl
     if piece.transposed:
         return columns[start:stop], rows[piece.start : piece.stop]
     return rows[piece.start + start : piece.start + stop], columns
+
+
+def part_of(view: WeightView, start: int, stop: int) -> WeightView:
+    """Rows ``start`` to ``stop`` of a weight, as a weight of its own."""
+    pieces = []
+    for piece in view.pieces:
+        first, last = max(start, piece.start), min(stop, piece.stop)
+        if first < last:
+            offset = piece.offset + first - piece.start
+            pieces.append(replace(piece, start=first - start, stop=last - start, offset=offset))
+    return WeightView((stop - start, view.shape[1]), tuple(pieces))

@@ -66,9 +66,9 @@ class WorkFolder:
         self._lock.release()
 
     def pinned(self, base: HubReference) -> HubReference:
-        """The base as the first run found it: a branch may have moved since."""
+        """The base as the run found it that sent the first shard: a branch may have moved since."""
         known = self._run
-        if known is None or known["base"] != str(base) or not isinstance(known["commit"], str):
+        if known is None or not self.delivered or known["base"] != str(base) or not isinstance(known["commit"], str):
             return base
         return replace(base, revision=known["commit"])
 
@@ -76,10 +76,13 @@ class WorkFolder:
         """Take ``run``, which says what decides the shards' bytes, as this folder's, or go on with the same.
 
         Raises:
-            OutputError: the folder has an unfinished merge of another kind; the sentence says what differs.
+            OutputError: shards of a merge of another kind have been sent; the sentence says what differs.
         """
         new = json.loads(json.dumps(run))
-        if self._run is None:
+        if self._run is None or not self.delivered:
+            for found in self.base.glob("models--*/snapshots/*"):
+                if found.name != new["commit"]:
+                    shutil.rmtree(found, ignore_errors=True)
             self._run = new
             self._write()
             return

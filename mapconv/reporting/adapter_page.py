@@ -140,8 +140,12 @@ def _history(calibration: Mapping[str, Any]) -> Html | None:
     pairs = [pair for pair in history if isinstance(pair, list) and len(pair) == 2] if isinstance(history, list) else []
     if not pairs:
         return None
-    rows = [(count(number(step)), small(number(value))) for step, value in pairs]
-    numbers = table(("step", "held-out objective"), rows, caption="Calibration, step by step")
+    stored = calibration.get("update_sizes")
+    entries = stored if isinstance(stored, list) else []
+    sizes = {number(entry[0]): number(entry[1]) for entry in entries if isinstance(entry, list) and len(entry) == 2}
+    rows = [(count(number(step)), small(number(value)), small(sizes.get(number(step)))) for step, value in pairs]
+    names = ("step", "held-out objective", "|β|/‖W0‖, median")
+    numbers = table(names, rows, caption="Calibration, step by step")
     return element("details", element("summary", "Calibration, step by step"), numbers, class_="card")
 
 

@@ -160,6 +160,11 @@ def attach_with_peft(model: Any, folder: Path, name: str) -> Any:
             f"{folder} is not a PEFT adapter, and PEFT would have to run it: upgrade it without data first, and use "
             "the result."
         )
+    if str(config["peft_type"]).upper().startswith("MAP_"):
+        raise UnsupportedError(
+            f"{folder} is MAP on another method, with scalars that no release of PEFT knows: upgrade or merge "
+            "it first, and use the result."
+        )
     _refuse_endless_targets(model, folder)
     with quiet_libraries(), translated(f"the adapter in {folder}", CheckpointError):
         from peft import PeftModel
@@ -241,14 +246,18 @@ def quiet_libraries() -> Iterator[None]:
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    # Python forgets what every logger does wherever the level of one is set: not where it is silent already.
+    loud = level != logging.ERROR
+    if loud:
+        logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(level)
+        if loud:
+            logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
 

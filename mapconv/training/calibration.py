@@ -167,6 +167,7 @@ def calibrate_folder(
         modules=modules,
         data={"train": train.fingerprint, "held_out": held_out.fingerprint},
         seconds=time.perf_counter() - started,
+        update_sizes=tuple(progress.sizes),
         notes=(*train.notes, *notes),
     )
     write_calibrated(folder, fresh, into, report)

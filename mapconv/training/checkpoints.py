@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from mapconv.checkpoint.staging import hidden_sibling, replaced_file
+from mapconv.checkpoint.exchange import hidden_sibling
+from mapconv.checkpoint.staging import replaced_file
 from mapconv.errors import DataError, OutputError
 
 _VERSION = 1

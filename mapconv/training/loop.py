@@ -74,6 +74,8 @@ class Progress:
     best: tuple[int, list[torch.Tensor]] = field(default=(0, []))
     #: (steps done, held-out objective), the closed form first.
     history: list[tuple[int, float]] = field(default_factory=list)
+    #: (steps done, median of |β|/‖W0‖ over the weights) at the same steps: how far the weights have moved.
+    sizes: list[tuple[int, float]] = field(default_factory=list)
     #: Why the run ended before its last step.
     stopped: str | None = None
     interrupted: bool = False
@@ -187,6 +189,9 @@ class Trainer:
         start = progress.history[0][1] if progress.history else value
         is_best = not progress.history or value < progress.best_objective
         progress.history.append((progress.step, value))
+        size = self._models.update_size()
+        if size is not None:
+            progress.sizes.append((progress.step, size))
         if is_best:
             # One assignment: Ctrl-C before it leaves the older best whole.
             progress.best = progress.step, [parameter.detach().clone() for parameter in self._models.trained]

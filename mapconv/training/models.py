@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 from mapconv.data import IGNORED, Objective
 from mapconv.errors import UnsupportedError
 from mapconv.nn import detach, load_adapter, set_adapter
-from mapconv.nn.attaching import updates_of
+from mapconv.nn.attaching import layers_of, updates_of
 from mapconv.nn.stacks import StackUpdate
-from mapconv.nn.updates import Update
+from mapconv.nn.updates import DoraUpdate, Update
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.running import load_base
 from mapconv.placement.skeleton import typed_model_config
@@ -111,6 +112,17 @@ class CalibrationModels:
     @property
     def trained(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter, _ in self._sized]
+
+    def update_size(self) -> float | None:
+        """The median of |β|/‖W0‖ over the MAP adapter's weights; None for the direction dora, whose β is costly."""
+        layers = layers_of(self._model, MAP).values()
+        sizes = [
+            size
+            for layer in layers
+            if not isinstance(update := layer.update(MAP), DoraUpdate)
+            for size in update.sizes(layer.base_layer, layer.path)
+        ]
+        return statistics.median(sizes) if sizes else None
 
     @property
     def has_stacks(self) -> bool:

@@ -27,7 +27,8 @@ class CalibrationReport:
     """What a calibration did, in numbers measured on the bytes that were read and written.
 
     ``models`` has the held-out numbers of ``base``, ``source``, ``closed form`` (the adapter as it came) and
-    ``calibrated``; ``history`` the held-out objective after so many steps. ``modules`` are the calibrated scalars.
+    ``calibrated``; ``history`` the held-out objective after so many steps, and ``update_sizes`` the median of |β|/‖W0‖
+    over the weights at the same steps. ``modules`` are the calibrated scalars.
     """
 
     recipe: Recipe
@@ -45,6 +46,7 @@ class CalibrationReport:
     modules: tuple[MapModule, ...]
     data: dict[str, str]
     seconds: float
+    update_sizes: tuple[tuple[int, float], ...] = ()
     notes: tuple[str, ...] = field(default=())
 
     def record(self) -> dict[str, Any]:

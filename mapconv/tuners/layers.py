@@ -6,8 +6,8 @@ each other, the skeleton holds all of them, around weights that take no memory.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Literal
@@ -21,23 +21,27 @@ from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.formats.methods import METHODS
 from mapconv.runtime.models import quiet_libraries, translated
 from mapconv.tuners.config import tuner_config
+from mapconv.tuners.injection import ADAPTER, inject
 
 LayerKind = Literal["linear", "transposed", "conv", "embedding"]
-_ADAPTER = "default"
 _PREFIX = "base_model.model."
 #: PEFT and the warnings filter that silences it have state of the process.
 _BUILDING = Lock()
+#: What is built at a time at most: bytes of the adapter's tensors, and layers.
+GROUP_BYTES, GROUP_LAYERS = 4 << 20, 32
 _CONVOLUTIONS = {3: torch.nn.Conv1d, 4: torch.nn.Conv2d, 5: torch.nn.Conv3d}
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where a layer goes: an adapted module, and its weight's kind and shape as the layer holds it."""
+    """Where a layer goes: an adapted module, and its weight's kind and shape as the layer holds it; where that lies on
+    disk, which is the order in which layers are merged."""
 
     module: Module
     kind: LayerKind
     shape: tuple[int, ...]
     has_bias: bool
+    position: tuple[str, int]
 
     @property
     def path(self) -> str:
@@ -59,6 +63,9 @@ class TunerLayers:
         self._sites = {site.path: site for site in sites}
         self._facts = METHODS[str(method.config["peft_type"]).upper()]
         self._together: dict[str, torch.nn.Module] | None = None
+        self._groups: dict[str, list[Site]] | None = None
+        #: Layers that are built, and not merged yet.
+        self._waiting: dict[str, Any] = {}
 
     @torch.no_grad()
     def merged(
@@ -75,9 +82,11 @@ class TunerLayers:
             AdapterError: the layer cannot be built from the adapter's tensors and configuration.
         """
         site = self._sites[path]
+        scalars = site.module.map_scalars
+        base_weight = None if scalars is None else weight.clone()
         with self._explained(path):
             layer = self._layer(site, weight, bias)
-            layer.merge(adapter_names=[_ADAPTER])
+            layer.merge(adapter_names=[ADAPTER])
             base = layer.get_base_layer()
             merged, merged_bias = base.weight.detach(), getattr(base, "bias", None)
             if self._together is not None:
@@ -87,6 +96,8 @@ class TunerLayers:
                 f"{self._method.file.parent}: {self._method.name} gives {path} a bias, but the base has none, so that "
                 "no merged model of its class can hold it."
             )
+        if scalars is not None and base_weight is not None:
+            merged = _in_map_form(merged, base_weight, *scalars)
         if not all_finite(merged):
             raise AdapterError(
                 f"{self._method.file.parent}: the merged weight of {path} holds NaN or infinity: the training run "
@@ -101,24 +112,55 @@ class TunerLayers:
         """
         if self._facts.reads_base:
             return
-        for sites in [self._sites.values()] if self._facts.together else [[site] for site in self._sites.values()]:
-            paths = [site.path for site in sites]
-            with self._explained(paths[0]):
-                model = self._injected({site.path: _base_layer(site) for site in sites}, without_values=True)
-                self._require_all(model, [ref for site in sites for ref in _keyed(site)])
+        for sites in [[*self._sites.values()]] if self._facts.together else self._alike():
+            try:
+                self._check(sites)
+            except AdapterError:
+                for site in sites if not self._facts.together else []:
+                    self._check([site])  # which names the layer
+                raise
+
+    def _check(self, sites: Sequence[Site]) -> None:
+        with self._explained(sites[0].path):
+            model = self._injected({site.path: _base_layer(site) for site in sites}, without_values=True)
+            self._require_all(model, [ref for site in sites for ref in _keyed(site)])
+
+    def _alike(self) -> list[list[Site]]:
+        """The layers in groups that one configuration serves: an allocator's rank is one field of it."""
+        groups: dict[int, list[Site]] = defaultdict(list)
+        for site in sorted(self._sites.values(), key=lambda site: site.position):
+            groups[site.module.rank].append(site)
+        return list(groups.values())
 
     def _layer(self, site: Site, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
         """The layer with the adapter's tensors, around a weight."""
         with _BUILDING:
-            if not self._facts.together or self._facts.reads_base:
+            if self._facts.reads_base:
                 base = _hold(_base_layer(site), weight, bias)
                 return self._built({site.path: base}, [site])[site.path]
-            if self._together is None:
-                bases = {other.path: _base_layer(other) for other in self._sites.values()}
-                self._together = self._built(bases, self._sites.values())
-            layer: Any = self._together[site.path]
+            if not self._facts.together:
+                if site.path not in self._waiting:
+                    self._waiting |= self._built_around_nothing(self._next(site))
+                layer: Any = self._waiting.pop(site.path)
+            else:
+                if self._together is None:
+                    self._together = self._built_around_nothing([*self._sites.values()])
+                layer = self._together[site.path]
         _hold(layer.get_base_layer(), weight, bias)
         return layer
+
+    def _next(self, site: Site) -> list[Site]:
+        """A layer, and those after it that are built with it, because PEFT takes as long for one as for several."""
+        if self._groups is None:
+            self._groups = {other.path: group for alike in self._alike() for group in _chunks(alike) for other in group}
+        # A layer that is merged again is built alone.
+        group = self._groups.pop(site.path, [site])
+        for other in group:
+            self._groups.pop(other.path, None)
+        return group
+
+    def _built_around_nothing(self, sites: Sequence[Site]) -> dict[str, Any]:
+        return self._built({site.path: _base_layer(site) for site in sites}, sites)
 
     def _built(self, bases: Mapping[str, torch.nn.Module], sites: Iterable[Site]) -> dict[str, Any]:
         """The layers around ``bases``, with every tensor of the adapter in its place."""
@@ -131,11 +173,11 @@ class TunerLayers:
         shared = [(key, ref) for key, ref in self._method.shared.items() if key in expected]
         tensors = {key: self._read(ref) for key, ref in (*own, *shared)}
         with quiet_libraries():
-            set_peft_model_state_dict(model, tensors, adapter_name=_ADAPTER)
+            set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
             if self._facts.together and self._facts.reads_base:
                 # A part of the layer comes from its weight and from shared tensors, which are those of the file now.
                 self._make_again(model, bases)
-                set_peft_model_state_dict(model, tensors, adapter_name=_ADAPTER)
+                set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
         modules = dict(model.base_model.model.named_modules())
         return {path: modules[path] for path in bases}
 
@@ -150,34 +192,19 @@ class TunerLayers:
         for path in paths:
             parent = tuner.model.get_submodule(path.rpartition(".")[0])
             layer, name = tuner.model.get_submodule(path), path.rpartition(".")[2]
-            tuner._create_and_replace(tuner.peft_config[_ADAPTER], _ADAPTER, layer, name, parent, current_key=path)
+            tuner._create_and_replace(tuner.peft_config[ADAPTER], ADAPTER, layer, name, parent, current_key=path)
 
     def _injected(self, bases: Mapping[str, torch.nn.Module], *, without_values: bool = False) -> Any:
         """A PeftModel of a skeleton that holds ``bases`` at their paths."""
-        from peft import PeftModel
-
-        root = torch.nn.Module()
-        for path, base in bases.items():
-            parent = root
-            *parents, name = path.split(".")
-            for part in parents:
-                if part not in parent._modules:
-                    parent.add_module(part, torch.nn.Module())
-                child = parent._modules[part]
-                assert child is not None
-                parent = child
-            parent.add_module(name, base)
         config = tuner_config(self._method, [self._sites[path].module for path in bases])
-        with quiet_libraries(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return PeftModel(root, config, adapter_name=_ADAPTER, low_cpu_mem_usage=without_values).eval()
+        return inject(bases, config, without_values=without_values)
 
     def _require_all(self, model: Any, given: Sequence[tuple[str, TensorRef]]) -> Mapping[str, Any]:
         """Hold the tensors of layers against what PEFT would save of them; returns PEFT's."""
         from peft import get_peft_model_state_dict
 
         with quiet_libraries():
-            expected = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
+            expected = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
         if self._facts.together and self._facts.reads_base and not self._method.shared:
             raise UnsupportedError(
                 f"{self._method.file}: this {self._method.name} adapter lacks what PEFT derived from all base weights "
@@ -205,6 +232,28 @@ class TunerLayers:
 
     def _explained(self, path: str):
         return translated(f"{self._method.name} layer {path} of {self._method.file.parent}", AdapterError)
+
+
+def _in_map_form(merged: torch.Tensor, base: torch.Tensor, alpha: float, beta: float) -> torch.Tensor:
+    """α·W0/‖W0‖ + β·Δ/‖Δ‖ with Δ = ``merged`` − W0; a norm of 0 has no direction."""
+    delta = merged - base
+    base_norm, length = float(base.double().norm()), float(delta.double().norm())
+    return base.mul_(alpha / base_norm if base_norm else 1.0).add_(delta, alpha=beta / length if length else 0.0)
+
+
+def _chunks(sites: Sequence[Site]) -> Iterator[list[Site]]:
+    """Neighbours whose tensors take ``GROUP_BYTES`` together, and one that takes more by itself."""
+    group: list[Site] = []
+    nbytes = 0
+    for site in sites:
+        own = sum(ref.nbytes for _, ref in site.module.own)
+        if group and (nbytes + own > GROUP_BYTES or len(group) == GROUP_LAYERS):
+            yield group
+            group, nbytes = [], 0
+        group.append(site)
+        nbytes += own
+    if group:
+        yield group
 
 
 def _keyed(site: Site) -> list[tuple[str, TensorRef]]:

@@ -98,18 +98,21 @@ def test_workers_that_cannot_start_stop_the_run(fake_work, tmp_path):
         list(make_engine("process", workers=2).run([job("a", "fine", fake_work)]))
 
 
-#: Ray's workers run this when they start: a conversion that is killed in its midst, once or always.
+#: Ray's workers run this when they start: a conversion that is killed in its midst, once or always. A worker that is
+#: killed at once need not have loaded torch for it.
 _DEADLY = """
 import os, signal
 from mapconv.catalog import work
-honest = work.run_job
+honest, prepare, asked = work.run_job, work.prepare, []
+work.prepare = lambda cores: asked.append(cores)
 def run_job(job):
     mark = os.path.join(os.environ["MARKS"], job.entry)
+    if job.entry == "a004":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    prepare(asked[-1])
     if job.entry == "a001" and not os.path.exists(mark):
         open(mark, "w").close()
         os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
-    if job.entry == "a004":
-        os.kill(os.getpid(), signal.SIGSEGV)
     return honest(job)
 work.run_job = run_job
 """

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -14,7 +12,7 @@ import mapconv
 from mapconv.catalog import faults, work
 from mapconv.errors import AdapterError, DiskFullError, HubError
 from tests.catalog.conftest import contents, ledger, lines
-from tests.cli.test_outputs import _bound_by_permissions
+from tests.cli.test_outputs import BOUND_BY_PERMISSIONS
 
 
 @pytest.fixture(autouse=True)
@@ -118,10 +116,11 @@ def test_a_disk_that_fills_in_the_midst_of_a_tensor_or_of_the_ledger(adapters, t
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
-def test_an_output_folder_that_is_read_only(adapters, tmp_path):
+def test_an_output_folder_that_is_read_only(adapters, forked, tmp_path):
     (tmp_path / "out").mkdir(mode=0o555)
-    words = [sys.executable, "-m", "mapconv", "catalog", "run", adapters, "-o", tmp_path / "out"]
-    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=_bound_by_permissions)
+    words = ["mapconv", "catalog", "run", str(adapters), "-o", str(tmp_path / "out")]
+    code = f"{BOUND_BY_PERMISSIONS}\nfrom mapconv.cli import main\nmain()"
+    done = forked.run(code, words, dict(os.environ), tmp_path / "process")
     assert done.returncode == 1
     (sentence,) = done.stderr.splitlines()
     assert "permission" in sentence

@@ -11,9 +11,10 @@ import sys
 import time
 
 import mapconv
+from tests import examples
 from tests.catalog.conftest import contents, ledger
 
-ROUNDS, KILLS = 10, 3
+ROUNDS, KILLS = examples(15), 3
 
 
 def test_killed_at_any_moment_and_gone_on_with(server, adapters, tmp_path):

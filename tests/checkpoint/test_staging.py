@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from mapconv.checkpoint.staging import check_output, remove_file, replace_file, replaced_file, staged_folder
+from mapconv.checkpoint import staging
+from mapconv.checkpoint.staging import (
+    check_output,
+    remove_file,
+    replace_file,
+    replaced_file,
+    staged_folder,
+    staged_with,
+)
 from mapconv.errors import OutputError
 from tests.files import listing
 
@@ -68,7 +76,7 @@ def test_there_is_always_a_result_while_it_is_replaced(tmp_path, monkeypatch):
 @pytest.fixture
 def two_steps(monkeypatch) -> None:
     """A file system that cannot exchange two folders."""
-    monkeypatch.setattr("mapconv.checkpoint.staging._exchanged", lambda *paths: False)
+    monkeypatch.setattr("mapconv.checkpoint.exchange._exchanged", lambda *paths: False)
 
 
 def test_force_replaces_in_two_steps(two_steps, tmp_path):
@@ -179,3 +187,34 @@ def test_a_relative_path_and_missing_parents(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(Path("a/b/out"), "new")
     assert (tmp_path / "a" / "b" / "out" / "config.json").read_text() == "new"
+
+
+def pair(tmp_path: Path, text: str, *, force: bool = False) -> None:
+    adapter = staged_folder(tmp_path / "adapter", force=force)
+    with staged_with(tmp_path / "base", adapter, force=force) as (base, other):
+        for folder in (base, other):
+            (folder / "config.json").write_text(text)
+
+
+@pytest.mark.parametrize("exchanging", [True, False])
+@pytest.mark.parametrize("there", [True, False])
+def test_of_two_outputs_both_appear_or_none(there, exchanging, tmp_path, monkeypatch):
+    if not exchanging:
+        monkeypatch.setattr("mapconv.checkpoint.exchange._exchanged", lambda *paths: False)
+    if there:
+        pair(tmp_path, "old")
+    before, honest = listing(tmp_path), staging.put_in_place
+
+    def no_adapter(folder: Path, out: Path, *, force: bool) -> None:
+        if out.name == "adapter":
+            raise OSError("the disk is gone")
+        honest(folder, out, force=force)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "put_in_place", no_adapter)
+        with pytest.raises(OSError, match="the disk is gone"):
+            pair(tmp_path, "new", force=there)
+    assert listing(tmp_path) == before
+    pair(tmp_path, "new", force=there)
+    assert {(tmp_path / name / "config.json").read_text() for name in ("base", "adapter")} == {"new"}
+    assert len(list(tmp_path.iterdir())) == 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import mapconv
 from mapconv.algebra.mixing import random_key
 from mapconv.errors import MapconvError
 from tests.files import copy
-from tests.models import save_adapter, tiny_config
+from tests.models import load_base, save_adapter, tiny_config
 
 LAYER = "model.layers.1.mlp.up_proj"
 
@@ -35,13 +37,18 @@ def adapters(base: Path, lora: Path, dora: Path, models: Path) -> dict[str, Path
 
 def change(base: Path, adapter: Path, layer: str = LAYER) -> torch.Tensor:
     """T − W0 in float64, as stock PEFT's own layer forms T."""
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base).double(), str(adapter)).double()
-    module = model.get_submodule(f"base_model.model.{layer}")
+    written = (adapter / "adapter_model.safetensors").stat().st_mtime_ns
+    module = deepcopy(_adapted(base, adapter, written).get_submodule(f"base_model.model.{layer}"))
     before = module.weight.detach().clone() if not hasattr(module, "base_layer") else module.base_layer.weight.clone()
     if hasattr(module, "merge"):
         module.merge()
         return (module.base_layer.weight - before).detach()
     return torch.zeros_like(before)
+
+
+@cache
+def _adapted(base: Path, adapter: Path, written: int) -> PeftModel:
+    return PeftModel.from_pretrained(load_base(base).double(), str(adapter)).double()
 
 
 def weight(base: Path, layer: str = LAYER) -> torch.Tensor:

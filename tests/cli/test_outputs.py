@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from mapconv.checkpoint.staging import hidden_sibling
+from mapconv.checkpoint.exchange import hidden_sibling
 from tests.cli.refusals import assert_refused, nothing_written
 from tests.conftest import Run
 from tests.files import copy, read_tensors
 
-# From <linux/prctl.h> and <linux/capability.h>.
-PR_CAPBSET_DROP = 24
-CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
+#: Takes from a process root's power to pass over permissions, CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH of
+#: <linux/capability.h>; others have none.
+BOUND_BY_PERMISSIONS = """
+import ctypes, os
+if os.geteuid() == 0:
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capget(header, sets) == 0
+    sets[0] &= ~(1 << 1 | 1 << 2)
+    assert ctypes.CDLL(None).capset(header, sets) == 0
+"""
 
 
 @pytest.fixture(params=["upgrade", "merge"])
@@ -165,17 +168,13 @@ def test_leftovers_of_a_killed_run_are_removed_and_other_folders_kept(convert, t
 
 
 @pytest.fixture
-def process(own_lora, own_base):
+def process(forked, own_lora, own_base, tmp_path_factory):
     """Run a conversion as a process of its own, under limits that bind only that process."""
 
-    def command(name: str, out: Path, **options) -> Run:
-        done = subprocess.run(
-            [sys.executable, "-m", "mapconv", name, own_lora, "--base", own_base, "-o", out],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            **options,
-        )
+    def command(name: str, out: Path, limits: str) -> Run:
+        words = ["mapconv", name, str(own_lora), "--base", str(own_base), "-o", str(out)]
+        folder = tmp_path_factory.mktemp("process") / "run"
+        done = forked.run(f"{limits}\nfrom mapconv.cli import main\nmain()", words, dict(os.environ), folder)
         return Run(done.returncode, done.stdout, done.stderr)
 
     return command
@@ -187,7 +186,7 @@ def test_no_space(name, limit, process, tmp_path):
     """The system refuses to let a file grow: at the header, and in the midst of the tensors."""
     with nothing_written(tmp_path):
         result = process(
-            name, tmp_path / "out", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            name, tmp_path / "out", f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
         )
         assert_refused(result, "larger than", "limit")
 
@@ -208,24 +207,17 @@ def test_disk_that_fills_while_writing(convert, tmp_path, monkeypatch):
         assert_refused(convert(tmp_path / "out"), "no space left on the disk")
 
 
-def _bound_by_permissions() -> None:
-    """Take from a process that is about to start root's power to pass over permissions; others have none."""
-    if os.geteuid() == 0:
-        for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
-            assert ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0
-
-
 @pytest.mark.parametrize("name", ["upgrade", "merge"])
 def test_no_permission_to_write(name, process, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o555)
     with nothing_written(tmp_path):
-        result = process(name, tmp_path / "locked" / "out", preexec_fn=_bound_by_permissions)
+        result = process(name, tmp_path / "locked" / "out", BOUND_BY_PERMISSIONS)
         assert_refused(result, tmp_path / "locked", "permission")
 
 
 def test_no_permission_to_read(process, own_lora, tmp_path):
     (own_lora / "adapter_model.safetensors").chmod(0)
     with nothing_written(tmp_path):
-        result = process("upgrade", tmp_path / "out", preexec_fn=_bound_by_permissions)
+        result = process("upgrade", tmp_path / "out", BOUND_BY_PERMISSIONS)
         assert_refused(result, own_lora / "adapter_model.safetensors", "permission")
     assert "output" not in result.err

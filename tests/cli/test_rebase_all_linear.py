@@ -136,6 +136,17 @@ def test_padded_ranks_are_one_rank_and_the_same_function(bases, run, tmp_path):
     assert one == pytest.approx(other, rel=1e-4)
 
 
+def test_layers_that_the_source_left_alone_are_trained_too(bases, spread, tmp_path):
+    result = rebase(bases, tmp_path / "out", all_linear=True, calibrate=5)
+    training = result.calibration
+    assert training.models["calibrated"].kl < training.models["closed form"].kl
+    fitted, trained = (load_file(each.out / "adapter_model.safetensors") for each in (spread, result))
+    assert fitted.keys() == trained.keys()
+    added = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
+    assert not torch.equal(fitted[added], trained[added])
+    assert result.plain_lora
+
+
 def test_ranks_by_tolerance_need_no_budget(bases, tmp_path):
     result = rebase(bases, tmp_path / "out", all_linear=True, rank=None, tolerance=0.5)
     assert len(result.modules) == 14

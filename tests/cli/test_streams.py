@@ -11,9 +11,9 @@ import pytest
 MAPCONV = [sys.executable, "-m", "mapconv"]
 
 
-def shell(line: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+def shell(line: str, *arguments: object) -> subprocess.CompletedProcess:
     command = ["bash", "-c", line, "bash", *MAPCONV, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,13 @@ def test_a_full_disk_is_named():
     )
 
 
-def test_an_encoding_that_lacks_a_character():
-    done = shell('"$@"', "inspect", "no-such-folder/α", PYTHONIOENCODING="latin-1")
+def test_an_encoding_that_lacks_a_character(forked, tmp_path):
+    code = (
+        "import sys\nfrom mapconv.cli import main\n"
+        "sys.stdout, sys.stderr = (open(number, 'w', encoding='latin-1', closefd=False) for number in (1, 2))\n"
+        "main()"
+    )
+    done = forked.run(code, ["mapconv", "inspect", "no-such-folder/α"], dict(os.environ), tmp_path / "process")
     assert done.returncode == 1
     assert "\\u03b1" in done.stderr
     assert "Traceback" not in done.stderr

@@ -85,7 +85,8 @@ def test_the_formulas_are_mlx_lm_s(base, tmp_path):
     [
         ({"lora_parameters": {"rank": 3}}, "has the scale null"),
         ({"lora_parameters": {"scale": True}}, "expected a number"),
-        ({"fine_tune_type": "full"}, "mapconv converts lora and dora"),
+        ({"lora_parameters": {"scale": 10**400}}, "expected a number"),
+        ({"fine_tune_type": "ia3"}, "expected lora, dora or full"),
         ({"fine_tune_type": "dora"}, "expected lora_a, lora_b, m"),
     ],
 )

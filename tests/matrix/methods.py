@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 
 from mapconv.formats.methods import METHODS, WHOLE_METHODS
 
+from .bases import copy_of
 from .inputs import text
 from .models import MODELS
 from .sizes import DECODER
@@ -111,7 +112,7 @@ class MethodCase:
             config = PeftConfig.from_peft_type(peft_type=self.method, **settings)
             if hasattr(config, "progressbar"):
                 config.progressbar = False
-            model = get_peft_model(self.tiny.load(base), config)
+            model = get_peft_model(copy_of(self.tiny, base), config)
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.requires_grad:
@@ -131,7 +132,7 @@ def merged_by_peft(tiny: Tiny, base: Path, adapter: Path) -> dict[str, torch.Ten
     """The state of a base that stock PEFT has merged an adapter from disk into."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = PeftModel.from_pretrained(tiny.load(base), str(adapter))
+        model = PeftModel.from_pretrained(copy_of(tiny, base), str(adapter))
         return model.merge_and_unload().state_dict()
 
 

@@ -2,7 +2,7 @@
 
 The truth of a case is the forward pass of the *unmerged* model.  ``merge_and_unload`` equals it except where PEFT
 merges wrongly (two ends of a tied embedding, replicated layers), and in one place PEFT's unmerged forward is wrong
-(trained rows of a tied layer with a bias).  Each option says what to expect, and ``test_oracle.py`` holds PEFT to that.
+(trained rows of a tied layer with a bias).  Each option says what to expect, and ``test_matrix.py`` holds PEFT to that.
 """
 
 from __future__ import annotations

@@ -18,6 +18,29 @@ parametrised = pytest.mark.parametrize(
 
 
 @parametrised
+def test_case_is_sound(tiny, option, workshop: Workshop):
+    """Stock PEFT against itself, before mapconv is judged by it.
+
+    A case is sound if saving and loading gives the same logits, if the adapter matters far more than rounding does,
+    and if ``merge_and_unload`` is right or wrong exactly where the option says so.
+    """
+    case = workshop.case(tiny, option)
+    limit = tolerance(case)
+    if case.untrained is not None:
+        assert distance(case.trained, case.untrained) > 1000 * limit
+    if option.rewrite is not None:
+        return  # the oracle is the adapter before the rewrite, which is a case of its own
+    model = load_adapter(case, case.adapter)
+    # Both sides widen the same float32 numbers, so only the order of float64 sums may differ.
+    assert distance(tiny.logits(model), case.live) < 1e-9
+    merged = tiny.logits(model.merge_and_unload())
+    if option.merge(tiny) == "sound":
+        assert distance(merged, case.live) < 1e-9
+    else:
+        assert distance(merged, case.live) > 100 * limit
+
+
+@parametrised
 def test_merged_checkpoint_computes_what_the_adapter_does(tiny, option, workshop: Workshop, tmp_path):
     case = workshop.case(tiny, option)
     mapconv.merge(case.adapter, tmp_path / "merged", base=case.base, dtype="float32", **option.extra)

@@ -16,6 +16,7 @@ from mapconv.fidelity.comparison import Comparison
 from mapconv.formats.methods import METHODS, NO_FIXED_WEIGHT, WHOLE_METHODS
 from mapconv.placement.adapters import place_adapter
 
+from .bases import copy_of
 from .methods import CASES, MethodCase, merged_by_peft, model_folder
 
 #: One rounding to float32, relative.
@@ -44,7 +45,7 @@ def the(method: str) -> MethodCase:
 def test_merges_to_what_peft_merges_to_and_converts_to_the_same(case, made, tmp_path):
     base, adapter, wanted = made(case)
     mapconv.merge(adapter, tmp_path / "merged", base=base, dtype="float32")
-    before, got = (case.tiny.load(folder).state_dict() for folder in (base, tmp_path / "merged"))
+    before, got = copy_of(case.tiny, base).state_dict(), case.tiny.load(tmp_path / "merged").state_dict()
     changed = [name for name in wanted if not torch.equal(wanted[name], before[name])]
     assert changed
     for name in wanted:
@@ -115,6 +116,48 @@ def test_there_is_no_dora_to_keep(made, tmp_path):
     base, adapter, _ = made(the("HRA"))
     with pytest.raises(UnsupportedError, match="leave --direction dora out"):
         mapconv.upgrade(adapter, tmp_path / "map", base=base, direction="dora")
+
+
+def test_what_needs_factors_says_how_to_get_them(made, tmp_path):
+    base, adapter, _ = made(the("HRA"))
+    with pytest.raises(UnsupportedError, match=r"HRA, which has no factors .*`mapconv upgrade`"):
+        mapconv.rebase(adapter, tmp_path / "out", base=base, onto=base, statistics="none")
+    with pytest.raises(UnsupportedError, match=r"HRA, which has no factors .*`mapconv upgrade`"):
+        mapconv.load_adapter(the("HRA").tiny.load(base), adapter)
+    mapconv.upgrade(adapter, tmp_path / "map", base=base)
+    (tmp_path / "text.txt").write_text("some text")
+    with pytest.raises(UnsupportedError, match="HRA, which cannot be run here to train towards"):
+        mapconv.calibrate(tmp_path / "map", against=adapter, data=tmp_path / "text.txt", base=base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_scales_of_rows_are_the_magnitudes_of_a_dora(tmp_path):
+    case = MethodCase("IA3", "Linear", {"feedforward_modules": []})
+    base = model_folder(case.tiny, tmp_path / "base")
+    wanted = case.make(base, tmp_path / "ia3")
+    result = mapconv.upgrade(tmp_path / "ia3", tmp_path / "map", base=base, direction="dora")
+    assert {(module.direction, module.rank) for module in result.modules} == {("dora", 1)}
+    assert result.worst_error <= 1e-6
+    mapconv.merge(result.out, tmp_path / "merged", base=base, dtype="float32")
+    states = merged_by_peft(case.tiny, base, result.out), case.tiny.load(tmp_path / "merged").state_dict()
+    for state in states:
+        for name in wanted:
+            assert distance(state[name], wanted[name]) <= 8 * ROUNDING * float(wanted[name].norm()), name
+
+
+def test_scales_of_columns_are_not(made, tmp_path):
+    base, adapter, _ = made(the("IA3"))
+    with pytest.raises(UnsupportedError, match="leave --direction dora out"):
+        mapconv.upgrade(adapter, tmp_path / "map", base=base, direction="dora")
+
+
+def test_a_method_of_low_rank_is_exported_exactly(made, tmp_path):
+    case = the("HRA")
+    base, adapter, wanted = made(case)
+    mapconv.export(adapter, tmp_path / "lora", base=base, to="peft")
+    exported = merged_by_peft(case.tiny, base, tmp_path / "lora")
+    for name in wanted:
+        assert distance(exported[name], wanted[name]) <= 8 * ROUNDING * float(wanted[name].norm()), name
 
 
 def _without(tensors, config):

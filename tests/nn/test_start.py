@@ -8,9 +8,9 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from mapconv.nn import MapConfig, get_map_model, map_layers, save_adapter
+from mapconv.nn.config import EPS, RELATIVE_BETA
 from mapconv.nn.functions import UpdateGain
 from mapconv.nn.layers import LAYERS
-from mapconv.nn.training import EPS, RELATIVE_BETA
 from mapconv.nn.updates import Update
 from tests.models import load_adapted, load_base, log_probabilities
 from tests.nn.test_running import close

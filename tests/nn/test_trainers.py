@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import shutil
+import statistics
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 import mapconv
 from mapconv.errors import AdapterError, OutputError, UnsupportedError
 from mapconv.formats import read_adapter
-from mapconv.nn import MapConfig, detach, get_map_model, load_adapter, set_adapter
+from mapconv.nn import MapConfig, detach, get_map_model, load_adapter, map_layers, set_adapter
 from tests.models import load_adapted, load_base, log_probabilities, prompts
 from tests.nn.test_running import close
 
@@ -51,6 +52,25 @@ def a_tokenizer():
 
 def parameters(model) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def test_a_trainer_logs_how_far_the_weights_moved(base, tmp_path):
+    from mapconv.nn.callbacks import LogUpdateSizes
+
+    model = get_map_model(load_base(base), MapConfig(rank=2, targets=("q_proj", "v_proj"), beta="relative", eps=1e-6))
+    trainer = with_trainer(model, tmp_path, max_steps=2)
+    trainer.add_callback(LogUpdateSizes())
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    moved = []
+    for layer in map_layers(model).values():
+        weight = layer.base_layer.weight.detach()
+        a, _ = layer.gains("default")
+        change = layer.merged_weight(layer.update("default"), torch.float32) - a * weight
+        moved.append(float(change.norm() / weight.norm()))
+    assert logged[-1]["update_size_median"] == pytest.approx(statistics.median(moved), rel=1e-5)
+    assert logged[-1]["update_size_q1"] <= logged[-1]["update_size_median"] <= logged[-1]["update_size_q3"]
 
 
 RUNS = {

@@ -10,7 +10,7 @@ import torch
 import mapconv
 from mapconv.errors import BaseMismatchError
 from mapconv.nn import get_map_model, load_adapter, save_adapter
-from mapconv.nn.training import MapConfig
+from mapconv.nn.config import MapConfig
 from tests.cli.refusals import assert_refused, nothing_written
 from tests.files import copy, edit_json, edit_tensors
 from tests.models import load_base

@@ -110,6 +110,7 @@ def test_what_is_recorded(results, closed_form):
     assert entry["models"]["calibrated"]["kl"] == result.models["calibrated"].kl
     assert entry["data"]["train"].startswith("sha256:")
     assert len(entry["history"]) == 7  # the closed form, then every second step
+    assert [step for step, _ in entry["update_sizes"]] == [step for step, _ in entry["history"]]
     assert str(closed_form) not in json.dumps(entry)
     for new, old in zip(record["modules"], before["modules"], strict=True):
         assert (new["alpha_before"], new["beta_before"], new["error_before"]) == (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,10 +113,34 @@ def small_files(place: Path) -> Path:
     return place if _beside(place, read_gguf_model(place)) is None else place.parent
 
 
+def notes_beside(place: Path, require: Require | None = None) -> list[str]:
+    """What a user is told of the ``config.json`` beside a model's GGUF file, where it is not that model's."""
+    if not is_gguf(place):
+        return []
+    model, config = read_gguf_model(place, require), _stored(place)
+    other = None if config is None else _difference(config, model)
+    if config is None or other is None:
+        return []
+    key, size = other
+    return [
+        f"the {MODEL_CONFIG} beside {place.name} is of another model and is not used: its {key} is "
+        f"{config.get(key)}, and that of the file is {size}"
+    ]
+
+
 def _beside(path: Path, model: GgufModel) -> dict[str, Any] | None:
     """The ``config.json`` in the file's folder, if it is this model's: of its class and its sizes."""
+    config = _stored(path)
+    return config if config is not None and _difference(config, model) is None else None
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
     try:
-        config = read_object(path.parent / MODEL_CONFIG, CheckpointError)
+        return read_object(path.parent / MODEL_CONFIG, CheckpointError)
     except FileNotFoundError:
         return None
-    return config if all(config.get(key) == size for key, size in sizes_of(model.first).items()) else None
+
+
+def _difference(config: Mapping[str, Any], model: GgufModel) -> tuple[str, Any] | None:
+    """The first size that a configuration has otherwise, with the model's own."""
+    return next(((key, size) for key, size in sizes_of(model.first).items() if config.get(key) != size), None)

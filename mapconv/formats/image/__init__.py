@@ -18,5 +18,5 @@ from mapconv.formats.image.kohya import KOHYA
 from mapconv.formats.image.lycoris import LYCORIS
 from mapconv.formats.image.xlabs import XLABS
 
-#: The first that has all keys of a file is its dialect.
-IMAGE_FILES = ImageFiles((KOHYA, LYCORIS, XLABS, DIFFUSERS, COMFYUI))
+#: The first that has all keys of a file is its dialect; XLabs' endings are in those of diffusers' old processors.
+IMAGE_FILES = ImageFiles((KOHYA, LYCORIS, DIFFUSERS, XLABS, COMFYUI))

@@ -10,6 +10,8 @@ from mapconv.formats.image.keys import DENOISER, KeyTable, Prefix
 from mapconv.formats.image.reading import ImageDialect
 
 PREFIXES = (
+    # Wan's training scripts (VideoX-Fun) join the prefix and the path by one more.
+    Prefix("lora_unet__", DENOISER, flat=True),
     Prefix("lora_unet_", DENOISER, flat=True),
     Prefix("lora_transformer_", DENOISER, flat=True),
     Prefix("lora_te1_", ("text_encoder",), flat=True),

@@ -63,10 +63,24 @@ def module_of(parts: KeyParts, alpha: float | None) -> Module:
         raise AdapterError(f"{_file(parts)}: {known} make no update: the file is incomplete, or of two dialects.")
     builders = {LOW_RANK: _low_rank, HADAMARD: _hadamard, KRONECKER: _kronecker, DENSE: _dense}
     module = builders[kinds[0]](parts, alpha)
-    scale = named.get("dora_scale") or named.get("magnitude")
+    scale, magnitude = named.get("dora_scale"), named.get("magnitude")
+    if magnitude is not None:
+        return replace(module, magnitude=_of_outputs(module, _float(magnitude)))
     if scale is None:
         return module
     return replace(module, magnitude=_float(scale), rescaling=Rescaling(_axis(module, scale)))
+
+
+def _of_outputs(module: Module, magnitude: TensorRef) -> TensorRef:
+    """PEFT's magnitudes, which diffusers and ai-toolkit write as well: those of the outputs, in any shape.
+
+    Raises:
+        AdapterError: another number of them.
+    """
+    height, _ = module.weight_shape
+    if magnitude.numel != height or max(magnitude.shape, default=0) != height:
+        raise AdapterError(f"{magnitude.file}: {magnitude.name} is {list(magnitude.shape)}, expected {[height]}.")
+    return magnitude
 
 
 def _axis(module: Module, scale: TensorRef) -> Axis | None:
