@@ -5,7 +5,8 @@ when it ends; PEFT's are in the system's cache, so that ``cp`` is timed with ``s
 
     python examples/benchmarks/merge.py /tmp/bench [--runs 3] [--twice] [--cold] [--no-peer]
 
-``--cold`` takes the model out of the system's cache before each run, copies included. ``--twice`` repeats mapconv's merge on a model of twice as many layers, to show that memory does not grow.
+``--cold`` takes the model out of the system's cache before each run, copies included. ``--twice`` repeats mapconv's
+merge on a model of twice as many layers, to show that memory does not grow.
 """
 
 from __future__ import annotations
