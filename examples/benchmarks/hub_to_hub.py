@@ -99,13 +99,13 @@ def main() -> None:
 class Bench:
     def __init__(self, hub: FakeHub, base: Path, adapter: Path, folder: Path) -> None:
         self.hub, self.adapter, self.folder = hub, adapter, folder
-        hub.store.objects = OnDisk(folder / "server" / "objects")
+        self.objects = hub.store.objects = OnDisk(folder / "server" / "objects")
         repo = hub.repo(BASE)
         weights = sorted(base.glob("*.safetensors"))
         hub.store.add_files(repo, {path.name: path.read_bytes() for path in sorted(base.glob("*.json"))})
         for path in weights:  # one after the other: a model may be larger than the memory
             hub.store.add_files(repo, {path.name: path.read_bytes()})
-        self.kept, self.expected = set(hub.store.objects), {}
+        self.kept, self.expected = set(self.objects), {}
         self.sizes = [path.stat().st_size for path in weights]
         self.work, self.home = folder / "work", folder / "home"
         words = ["merge", adapter, "--base", BASE, "--push-to", TO, "--work-dir", self.work, "-q"]
@@ -162,7 +162,7 @@ class Bench:
         print(f"{fell.total()} kills ({places}): each was gone on after to the same commit")
 
     def _progress(self) -> str:
-        uploads = sum(sha256 not in self.kept for sha256 in self.hub.store.objects)
+        uploads = sum(sha256 not in self.kept for sha256 in self.objects)
         return f"{uploads} of {len(self.sizes)} files sent"
 
     def _check(self) -> None:
@@ -178,7 +178,7 @@ class Bench:
     def _forget(self) -> None:
         """No merged model on the Hub, and no cache of it here."""
         self.hub.store.repos.pop(TO, None)
-        self.hub.store.objects.forget(self.kept)
+        self.objects.forget(self.kept)
         self.hub.requests.clear()
         for folder in (self.work, self.home):
             shutil.rmtree(folder, ignore_errors=True)

@@ -129,14 +129,18 @@ def _wrong(path: Path, name: str, what: str) -> CheckpointError:
 
 
 def _naturals(value: Any) -> TypeGuard[list[int]]:
-    # bool is an int to isinstance, and JSON's true must not pass for a size of 1.
-    return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_SIZE for item in value)
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        # bool is an int to isinstance, and JSON's true must not pass for a size of 1.
+        return False
+    return not value or (min(value) >= 0 and max(value) <= MAX_SIZE)
 
 
 def _is_text(value: Any) -> bool:
     """Whether this is a string that can be written again: JSON's escapes can spell half a character (``\\ud800``)."""
     if not isinstance(value, str):
         return False
+    if value.isascii():
+        return True
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Ask the system for what a command is going to read, while torch is still being imported.
+"""Ask the system for what a command is going to read: while torch is still being imported, and before a job's turn.
 
 These are hints: nothing is checked or reported here, because the command reads the same files with care a moment later.
 What a hint costs is bounded, and a system that takes none (macOS has no ``posix_fadvise``) reads as it always does.
@@ -10,12 +10,18 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import TypeVar
+
+Job = TypeVar("Job")
 
 #: Bytes asked for in all: what a fast disk reads while torch is imported, and a small part of any machine's memory.
 BUDGET = 1 << 30
+#: Bytes that jobs have in the making before their turn.
+AHEAD = 256 << 20
 #: A longer header is left to the command: to parse it here would hold up the imports.
 _LONGEST_HEADER = 16 << 20
 #: Ranges with a smaller gap between them are asked for as one.
@@ -34,6 +40,40 @@ def read_ahead(adapters: Sequence[str | Path], base: str | Path | None, *, whole
     thread = threading.Thread(target=_run, args=(adapters, base, whole_base), daemon=True)
     thread.start()
     return thread
+
+
+def reading_ahead(jobs: Iterable[Job], ranges: Callable[[Job], Iterable[tuple[Path, int, int]]]) -> Iterator[Job]:
+    """Hand on jobs in their order, each some time after the system was asked for what it reads.
+
+    The system sees by itself what one reader wants next, but not what several workers want that read one file at
+    several places.
+
+    Args:
+        ranges: of a job: the files that it reads, and the first byte in each and the one behind the last.
+    """
+    waiting: deque[tuple[Job, int]] = deque()
+    asked = 0
+    with ExitStack() as opened:
+        descriptors: dict[Path, int] = {}
+        for job in jobs:
+            size = 0
+            for file, start, stop in ranges(job):
+                count = min(stop - start, AHEAD)
+                size += count
+                # As above: the job itself says what is wrong with its files.
+                with suppress(OSError, AttributeError):
+                    if file not in descriptors:
+                        descriptors[file] = os.open(file, os.O_RDONLY)
+                        opened.callback(os.close, descriptors[file])
+                    os.posix_fadvise(descriptors[file], start, count, os.POSIX_FADV_WILLNEED)
+            waiting.append((job, size))
+            asked += size
+            while asked > AHEAD:
+                first, size = waiting.popleft()
+                asked -= size
+                yield first
+        while waiting:
+            yield waiting.popleft()[0]
 
 
 def _run(adapters: Sequence[str | Path], base: str | Path | None, whole_base: bool) -> None:

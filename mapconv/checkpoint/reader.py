@@ -139,6 +139,8 @@ class TensorReader:
         parts: dict[str, T] = self._local.parts
         if name not in parts:
             parts[name] = make()
+            # It may be made of a weight for which something was kept meanwhile.
+            self._local.owner, self._local.parts = owner, parts
         return parts[name]
 
     def _read_into(self, target: torch.Tensor, ref: TensorRef, start: int) -> None:

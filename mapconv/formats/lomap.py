@@ -51,7 +51,7 @@ class LomapDirectory:
         eps = _eps(config, place)
         plain = {name: value for name, value in config.items() if name.removeprefix("lora_") not in _FIELDS}
         settings = parse_settings(plain, place)
-        refs = read_weights(path, allow_pickle=allow_pickle)
+        refs = read_weights(found, allow_pickle=allow_pickle)
         found_scalars, rest = _apart(refs)
         if not uses_map(config):
             raise AdapterError(

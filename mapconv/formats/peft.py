@@ -44,7 +44,7 @@ class PeftDirectory:
 
     def read(self, found: Found, *, allow_pickle: bool = False) -> Adapter:
         settings = parse_settings(found.config or {}, found.path / CONFIG_FILE)
-        return peft_adapter(found, settings, read_weights(found.path, allow_pickle=allow_pickle))
+        return peft_adapter(found, settings, read_weights(found, allow_pickle=allow_pickle))
 
 
 def peft_adapter(found: Found, settings: LoraSettings, tensors: Sequence[TensorRef]) -> Adapter:
@@ -119,18 +119,21 @@ def weights_name(folder: Path) -> str:
     return PICKLE_FILE if pickled else WEIGHTS_FILE
 
 
-def read_weights(folder: Path, *, allow_pickle: bool) -> tuple[TensorRef, ...]:
-    """The tensors of a folder's weights file, at least one.
+def read_weights(found: Found, *, allow_pickle: bool) -> tuple[TensorRef, ...]:
+    """The tensors of an adapter's weights file, at least one.
 
     Raises:
         AdapterError: none, or a pickle that is not allowed.
     """
+    folder = found.path
     weights = folder / weights_name(folder)
     if weights.name == PICKLE_FILE:
         return read_pickle(weights, allow_pickle=allow_pickle)
     if not weights.exists():
         raise AdapterError(f"{folder} has {CONFIG_FILE} but no {WEIGHTS_FILE}: download the weights.")
-    return some_tensors(read_tensor_file(weights))
+    # Other dialects have looked at the header already.
+    header = found.header
+    return some_tensors(header if header is not None and header.path == weights else read_tensor_file(weights))
 
 
 def _module(path: str, parts: Mapping[str, TensorRef], settings: LoraSettings) -> Module:

@@ -45,7 +45,7 @@ class PeftMethodDirectory:
         is_map = str(config["peft_type"]).upper().startswith(MAP_PREFIX)
         config["peft_type"] = kind = str(config["peft_type"]).upper().removeprefix(MAP_PREFIX)
         settings = parse_shared_settings(config, path / CONFIG_FILE)
-        tensors = read_weights(path, allow_pickle=allow_pickle)
+        tensors = read_weights(found, allow_pickle=allow_pickle)
         shared = {ref.name: ref for ref in tensors if _SHARED.match(ref.name)}
         others = [ref for ref in tensors if ref.name not in shared]
         scalars, others = _scalars(others) if is_map else ({}, others)

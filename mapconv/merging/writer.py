@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 
 from mapconv.checkpoint.flushing import BackgroundFlush
+from mapconv.checkpoint.readahead import reading_ahead
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.writer import FixedFile, NoFile
 from mapconv.merging.merger import MergedTensor, Merger
-from mapconv.merging.plan import Job, MergeJob, MergePlan
+from mapconv.merging.plan import CopyJob, Job, MergeJob, MergePlan
 from mapconv.merging.rounding import Feedback
 from mapconv.runtime.progress import progress_bar
 from mapconv.runtime.threads import in_order, worker_count
@@ -39,9 +40,9 @@ def write_weights(
     ``groups`` are the plan's jobs, where they have an order of their own; ``recompute`` as of ``Merger``; ``done`` is
     called with each job, by the thread that did it; ``grows`` as of ``FixedFile``.
     """
-    total = sum(job.nbytes for job in plan.jobs)
+    total, source = sum(job.nbytes for job in plan.jobs), plan.target.checkpoint.source
     with (
-        TensorReader(plan.target.checkpoint.source) as reader,
+        TensorReader(source) as reader,
         _output_files(plan, staging, grows) as files,
         BackgroundFlush() as flush,
     ):
@@ -49,7 +50,8 @@ def write_weights(
         with progress_bar(total, "merging", quiet=quiet) as advance:
             for jobs, feedback in [(plan.jobs, None)] if groups is None else groups:
                 workers = worker_count(max([_working_bytes(job, feedback) for job in jobs], default=1))
-                results = in_order(partial(_run, merger, feedback, done), jobs, workers)
+                ahead = jobs if source is not None else reading_ahead(jobs, _reads)
+                results = in_order(partial(_run, merger, feedback, done), ahead, workers)
                 for job, result in zip(jobs, results, strict=True):
                     advance(job.nbytes)
                     file = files[str(job.output)]
@@ -65,6 +67,12 @@ def _run(merger: Merger, feedback: Feedback | None, done: Callable[[Job], None],
     result = merger.run(job, feedback)
     done(job)
     return result
+
+
+def _reads(job: Job) -> list[tuple[Path, int, int]]:
+    if isinstance(job, CopyJob):
+        return [(job.source, job.source_offset, job.source_offset + job.nbytes)]
+    return [(ref.file, ref.start, ref.stop) for ref in job.source.stored]
 
 
 def _working_bytes(job: Job, feedback: Feedback | None) -> int:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from mapconv.checkpoint import readahead
-from mapconv.checkpoint.readahead import read_ahead
+from mapconv.checkpoint.readahead import read_ahead, reading_ahead
 from tests.files import read_header
 
 WIDE = (600, 600)  # 1.4 MB: more than the gap over which two ranges are joined
@@ -89,6 +89,19 @@ def test_a_merge_needs_all_up_to_the_budget(folders, asked, monkeypatch):
     monkeypatch.setattr(readahead, "BUDGET", 1 << 20)
     read_ahead([adapter], None, whole_base=True).join()
     assert sum(count for _, _, count in asked) == 1 << 20
+
+
+def test_jobs_wait_until_enough_is_asked_for(folders, asked, monkeypatch):
+    base, _ = folders
+    file, missing = base / "model.safetensors", base / "nothing"
+    monkeypatch.setattr(readahead, "AHEAD", 250)
+    jobs = [(file, 100 * number, 100 * number + 100) for number in range(5)] + [(missing, 0, 100)]
+    seen = []
+    for job in reading_ahead(jobs, lambda job: [job]):
+        seen.append((job, len(asked)))
+    # The third brings more than 250 bytes in the making, so the first may start.
+    assert [job for job, _ in seen] == jobs
+    assert [count for _, count in seen] == [3, 4, 5, 5, 5, 5]
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x02" + bytes(7) + b"[]", b"version https://git-lfs"])

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import mapconv
 from mapconv.checkpoint.staging import staged_folder
@@ -128,6 +128,51 @@ def test_the_command_itself_killed_while_it_writes(run, large_base, large_dora, 
     again = run(*words)
     assert again.status == 0, again.err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture
+def float8_base(large_base, tmp_path_factory) -> Path:
+    """The base in float8 with a scale for each block of 128 × 128."""
+    folder, tensors = tmp_path_factory.mktemp("float8"), {}
+    for name, weight in load_file(large_base / "model.safetensors").items():
+        blocks = weight.float().view(HEIGHT // 128, 128, WIDTH // 128, 128)
+        scales = blocks.abs().amax((1, 3)) / 448
+        codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+        tensors |= {name: codes.view(HEIGHT, WIDTH), f"{name}_scale_inv": scales}
+    save_file(tensors, folder / "model.safetensors")
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    return folder
+
+
+@pytest.fixture
+def choosing(request, tmp_path_factory):
+    """An adapter and the options of a merge that chooses its values as it goes."""
+    if request.param == "keep":
+        base = request.getfixturevalue("float8_base")
+        return request.getfixturevalue("large_dora"), {"base": base, "quantized": "keep"}
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("the cat sat on a mat, and the dog (a big one) ran to it: why? nobody knows.\n" * 200)
+    base = request.getfixturevalue("half_base")
+    return request.getfixturevalue("lora"), {"base": base, "rounding": "feedback", "data": text, "samples": 4}
+
+
+@pytest.mark.parametrize("choosing", ["keep", "feedback"], indirect=True)
+def test_a_merge_that_chooses_its_values_killed_while_it_writes(choosing, server, tmp_path):
+    adapter, arguments = choosing
+    out = tmp_path / "out"
+    process = server.Process(target=mapconv.merge, args=(adapter, out), kwargs=arguments)
+    process.start()
+    while process.is_alive() and not any(tmp_path.glob(".out.partial-*/model.safetensors")):
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not out.exists()
+    mapconv.merge(adapter, out, **arguments)
+    mapconv.merge(adapter, tmp_path / "expected", **arguments)
+    assert {path.name for path in tmp_path.iterdir()} == {"expected", "out"}
+    assert_same(out, tmp_path / "expected")
 
 
 def test_an_old_result_survives_a_kill_while_its_successor_is_written(server, large_base, large_dora, tmp_path):

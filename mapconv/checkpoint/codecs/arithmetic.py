@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from mapconv.adapter import TensorRef
@@ -33,6 +35,8 @@ BYTE_VALUES = {
     "I8": _byte_values(torch.int8),
     "U8": _byte_values(torch.uint8),
 }
+#: Scales that a thread keeps of the weight that it decodes, at most: 8 MB.
+KEPT_SCALES = 1 << 21
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -56,7 +60,23 @@ def expand_nibbles(codes: torch.Tensor, table: torch.Tensor, out: torch.Tensor) 
 
 def expand_bytes(codes: torch.Tensor, dtype: str, out: torch.Tensor) -> None:
     """Write the value of each byte of ``codes`` (n,) into ``out`` (n,), contiguous float32."""
+    if dtype == "F8_E4M3" and not _has_nan(codes):
+        _expand_e4m3(codes, out)
+        return
     torch.index_select(BYTE_VALUES[dtype], 0, codes.int(), out=out)
+
+
+def _has_nan(codes: torch.Tensor) -> bool:
+    """Whether a byte is a NaN of E4M3: 0x7f, the largest signed one, or 0xff, the largest unsigned one."""
+    values = codes.numpy()
+    return bool(values.size) and bool(values.max() == 0xFF or values.view(np.int8).max() == 0x7F)
+
+
+def _expand_e4m3(codes: torch.Tensor, out: torch.Tensor) -> None:
+    """Finite codes by way of float16, whose exponents are 8 larger: exact, and twice as fast as a lookup."""
+    # Widening copies the sign into bit 14 as well, from which it is taken off again.
+    halves = codes.view(torch.int8).to(torch.int16).mul_(1 << 7).bitwise_and_(~(1 << 14))
+    out.copy_(halves.view(torch.float16)).mul_(1 << 8)
 
 
 def unpack_bits(codes: torch.Tensor, bits: int, count: int) -> torch.Tensor:
@@ -95,8 +115,46 @@ def require_scales(scales: torch.Tensor, ref: TensorRef) -> None:
         raise fault(ref, "holds NaN or infinity, which cannot scale a weight: download the model again")
 
 
+def kept_scales(
+    reader: Bytes,
+    owner: TensorRef,
+    ref: TensorRef,
+    shape: tuple[int, int],
+    part: tuple[int, int],
+    make: Callable[[int, int], torch.Tensor],
+) -> tuple[torch.Tensor, bool]:
+    """Some of a weight's scales, and whether all are known to be finite and not zero.
+
+    Those of a weight of moderate size are made once for all of its row blocks, whose decoding they would hold up.
+
+    Args:
+        owner: the weight's codes.
+        ref: where the scales are from, for messages.
+        shape: of all scales, by rows of the weight or by blocks.
+        part: the first row wanted, and the one behind the last.
+        make: rows (start, stop) of the scales, float32.
+    """
+    count, width = shape
+    if count * width > KEPT_SCALES:
+        return make(*part), False
+
+    def whole() -> tuple[torch.Tensor, bool]:
+        scales = make(0, count)
+        require_scales(scales, ref)
+        return scales, bool(scales.all())
+
+    scales, sound = reader.kept(owner, ref.name, whole)
+    return scales[slice(*part)], sound
+
+
 def scale_(
-    values: torch.Tensor, scales: torch.Tensor, width: int, ref: TensorRef, *, zero_is_lost: bool = True
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    width: int,
+    ref: TensorRef,
+    *,
+    zero_is_lost: bool = True,
+    sound: bool = False,
 ) -> None:
     """Multiply each run of ``width`` columns of ``values`` (n, m) by its scale, in place; the last run may be short.
 
@@ -106,13 +164,15 @@ def scale_(
         width: columns that share a scale.
         ref: where the scales are from, for messages.
         zero_is_lost: whether a scale of zero loses codes, so that it is refused unless they are zero too.
+        sound: all scales are known to be finite and not zero.
 
     Raises:
         CheckpointError: a scale that is not finite, or one of zero for codes that are not.
     """
-    require_scales(scales, ref)
+    if not sound:
+        require_scales(scales, ref)
     for part, factors in _runs(values, scales, width):
-        if zero_is_lost and not factors.all():
+        if zero_is_lost and not sound and not factors.all():
             lost = (factors == 0) & (part != 0)
             if lost.any():
                 raise fault(ref, "has a scale of zero for codes that are not zero: download the model again")

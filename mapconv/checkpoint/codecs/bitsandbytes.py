@@ -11,12 +11,20 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from mapconv.adapter import TensorRef
-from mapconv.checkpoint.codecs.arithmetic import expand_nibbles, nibble_table, read_floats, require_scales, scale_
+from mapconv.checkpoint.codecs.arithmetic import (
+    expand_nibbles,
+    kept_scales,
+    nibble_table,
+    read_floats,
+    require_scales,
+    scale_,
+)
 from mapconv.checkpoint.codecs.base import Bytes, EncodedTensor, Encoding, QuantizedModel, fault
 from mapconv.checkpoint.codecs.transposed import Transposed
 from mapconv.errors import UnsupportedError
@@ -82,8 +90,10 @@ class FourBit:
         values = out.view(-1) if fits else torch.empty(high - low + (high - low) % 2)
         codes = reader.read_bytes(self.codes, low // 2, (high + 1) // 2)
         expand_nibbles(codes, reader.kept(self.codes, "table", lambda: self._table(reader)), values)
-        scales = self.absmax.read(reader, block_start, block_stop)
-        scale_(values[None, : high - low], scales[None], self.block, self.absmax.values)
+        blocks, origin = -(-self.numel // self.block), self.absmax.values
+        read = partial(self.absmax.read, reader)
+        scales, sound = kept_scales(reader, self.codes, origin, (blocks, 1), (block_start, block_stop), read)
+        scale_(values[None, : high - low], scales[None], self.block, origin, sound=sound)
         if not fits:
             out.view(-1).copy_(values[first - low : last - low])
 

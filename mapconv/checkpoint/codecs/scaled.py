@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from mapconv.adapter import TensorRef
-from mapconv.checkpoint.codecs.arithmetic import BYTE_VALUES, expand_bytes, read_floats, scale_, shift_
+from mapconv.checkpoint.codecs.arithmetic import BYTE_VALUES, expand_bytes, kept_scales, read_floats, scale_, shift_
 from mapconv.checkpoint.codecs.base import Bytes, fault
 
 
@@ -43,17 +44,20 @@ class ScaledBytes:
     def rows(self, reader: Bytes, start: int, stop: int, out: torch.Tensor) -> None:
         data = reader.read_bytes(self.codes, start * self.width, stop * self.width)
         expand_bytes(data, self.codes_dtype or self.codes.dtype, out.view(-1))
-        row = torch.arange(start, stop)
-        # Blocks begin anew with each matrix of a stack.
-        row = row // self.height * self.grid[0] + row % self.height // self.block[0]
         if self.zero is not None:
-            shift_(out, -self._numbers(reader, self.zero, row), self.block[1])
-        scale_(out, self._numbers(reader, self.scale, row, self.scale_dtype), self.block[1], self.scale)
+            shift_(out, -self._numbers(reader, self.zero, None, start, stop), self.block[1])
+        shape = self.codes.nbytes // self.width, self.grid[1]
+        read = partial(self._numbers, reader, self.scale, self.scale_dtype)
+        scales, sound = kept_scales(reader, self.codes, self.scale, shape, (start, stop), read)
+        scale_(out, scales, self.block[1], self.scale, sound=sound)
         if self.columns is not None:
             scale_(out, read_floats(reader, self.columns, 0, self.width)[None], 1, self.columns)
 
-    def _numbers(self, reader: Bytes, ref: TensorRef, row: torch.Tensor, dtype: str | None = None) -> torch.Tensor:
+    def _numbers(self, reader: Bytes, ref: TensorRef, dtype: str | None, start: int, stop: int) -> torch.Tensor:
         """The scales or zero points of some rows, (rows, columns of the grid)."""
+        row = torch.arange(start, stop)
+        # Blocks begin anew with each matrix of a stack.
+        row = row // self.height * self.grid[0] + row % self.height // self.block[0]
         first, last, width = int(row[0]), int(row[-1]) + 1, self.grid[1]
         numbers = read_floats(reader, ref, first * width, last * width, dtype).view(-1, width)
         return numbers if len(numbers) == len(row) else numbers[row - first]

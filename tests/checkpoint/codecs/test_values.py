@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mapconv.checkpoint.codecs import plain_view
+from mapconv.checkpoint.codecs import arithmetic, plain_view
+from mapconv.checkpoint.codecs.arithmetic import expand_bytes
 from mapconv.checkpoint.index import Checkpoint, read_checkpoint
 from mapconv.checkpoint.quantization import quantization_settings
 from mapconv.checkpoint.reader import TensorReader
@@ -64,3 +65,25 @@ def test_nf4_blocks_run_across_the_ends_of_rows(shape, double, tmp_path):
         assert torch.equal(reader.read(ref), values)
         for start in range(shape[0]):
             assert torch.equal(reader.read_rows(ref, start, start + 1, buffer), values[start : start + 1])
+
+
+def test_every_byte_of_e4m3():
+    codes = torch.arange(256, dtype=torch.uint8)
+    expected = codes.view(torch.float8_e4m3fn).float()
+    for part in (codes, codes[expected.isfinite()]):
+        found = torch.empty(len(part))
+        expand_bytes(part, "F8_E4M3", found)
+        # In bits, which tell −0 and NaN.
+        assert torch.equal(found.view(torch.int32), part.view(torch.float8_e4m3fn).float().view(torch.int32))
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4-double", "fp8-ragged", "fp8-fp4"])
+def test_scales_of_a_large_weight_are_read_with_its_rows(name, tmp_path, monkeypatch):
+    storage = STORAGES[name]
+    tensors, values = storage.encode(weight_of((40, 96)))
+    ref = write(tmp_path / "base", storage, tensors).tensors[f"{NAME}.weight"]
+    monkeypatch.setattr(arithmetic, "KEPT_SCALES", 0)
+    buffer = torch.empty(8 * ref.numel, dtype=torch.uint8)
+    with TensorReader() as reader:
+        for start, stop in [(0, 40), (7, 29)]:
+            assert torch.equal(reader.read_rows(ref, start, stop, buffer), values[start:stop])
