@@ -61,6 +61,16 @@ def _compiled_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _disks_not_waited_for() -> Iterator[None]:
+    """No test cuts the power. Whether and when files are flushed, the tests of that see; forks wait for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fsync", "fdatasync"):
+            if hasattr(os, name):
+                patch.setattr(os, name, lambda descriptor: os.fstat(descriptor) and None)
+        yield
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """One line for each thing that is missing here, instead of one for each test that needs it."""
     skipped = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped"))

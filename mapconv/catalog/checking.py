@@ -181,7 +181,7 @@ def _faults(options: Options) -> Iterator[tuple[str, str, str]]:
             if option.required and option.in_catalog and name not in given and (stage, name) not in _GIVEN_LATER:
                 yield stage, name, f"{name} is missing, which is required"
         later = {name: ... for of, name in _GIVEN_LATER if of == stage}
-        for name, fault in COMMANDS[stage].faults(later | given, _spelled):
+        for name, fault in COMMANDS[stage].faults({**later, **given}, _spelled):
             yield stage, name, fault
 
 

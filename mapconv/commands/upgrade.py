@@ -19,7 +19,7 @@ from mapconv.options.shared import MAX_RANK, SAMPLES, SEQUENCE_LENGTH, STATISTIC
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
 from mapconv.refit.directory import measured
 from mapconv.refit.norms import BaseNorms
-from mapconv.refit.plan import ConvertOptions, Dtype, PlanSummary, UpgradePlan, plan_upgrade
+from mapconv.refit.plan import ConvertOptions, Dtype, PlanSummary, UpgradePlan, plan_upgrade, row_scales
 from mapconv.refit.writer import Sample, read_data, write_map_directory
 from mapconv.runtime.devices import resolve_device
 from mapconv.spelling import Axis, Norm, Rescaling
@@ -125,7 +125,8 @@ def upgrade(
             f"{source} ({placed.adapter.method}) replaces whole tensors and no more, which MAP has no "
             "form for: merge it."
         )
-    method = next((item.module.method for item in placed.modules if item.module.method is not None), None)
+    without = (item.module.method for item in placed.modules if row_scales(item) is None)
+    method = next((method for method in without if method is not None), None)
     if method is not None and direction == "dora":
         raise UnsupportedError(
             f"{source} is of the method {method.name}, which has no factors of a DoRA to keep: leave --direction dora "

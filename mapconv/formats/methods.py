@@ -21,6 +21,7 @@ class MethodFacts:
     module's update at most, from the shapes of its tensors (by their key in the layer) and the configuration; None
     where it is as high as the weight's own. ``changes_bias``: its merge changes the layer's bias as well.
     ``reads_base``: PEFT derives a part of the layer from the base weight's values, which takes as long as an SVD.
+    ``row_scales``: the tensor that its merge multiplies the weight's rows by and nothing else, where it is (out, 1).
     ``together``: tensors of a layer depend on the other layers that are adapted.
     """
 
@@ -30,6 +31,7 @@ class MethodFacts:
     changes_bias: bool = False
     reads_base: bool = False
     together: bool = False
+    row_scales: str | None = None
 
 
 def _rows(key: str) -> Callable[[Shapes, Mapping[str, Any]], int]:
@@ -69,7 +71,7 @@ METHODS: dict[str, MethodFacts] = {
     "GRALORA": MethodFacts("GraLoRA", "gralora_", _gralora),
     "HIRA": MethodFacts("HiRA", "hira_"),
     "HRA": MethodFacts("HRA", "hra_", _columns("hra_u")),
-    "IA3": MethodFacts("IA3", "ia3_", changes_bias=True),
+    "IA3": MethodFacts("IA3", "ia3_", changes_bias=True, row_scales="ia3_l"),
     "LOHA": MethodFacts("LoHa", "hada_"),
     "LOKR": MethodFacts("LoKr", "lokr_"),
     "MISS": MethodFacts("MiSS", "miss_", _miss),

@@ -34,10 +34,11 @@ def figure_png(width: int, height: int, draw: Callable[[Figure], None]) -> bytes
         warnings.simplefilter("ignore", UserWarning)  # a name's script may have no glyphs in the font
         logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
         figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, layout="constrained")
-        FigureCanvasAgg(figure)
+        canvas = FigureCanvasAgg(figure)
         draw(figure)
-        # No version and no date in the file, so that it depends on nothing but the values.
-        figure.savefig(file, format="png", metadata={"Software": None})
+        # No version and no date in the file, so that it depends on nothing but the values. The canvas itself lays out
+        # and draws in one pass, where savefig makes two.
+        canvas.print_png(file, metadata={"Software": None})
     return file.getvalue()
 
 

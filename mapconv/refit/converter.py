@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import torch
 
+from mapconv.adapter import TensorRef
 from mapconv.algebra.dora import AdaptedWeight, merge_rows_
 from mapconv.algebra.fingerprint import (
     Fingerprint,
@@ -28,6 +29,7 @@ from mapconv.algebra.norms import (
     product_difference_norm,
     product_norm,
     row_blocks,
+    row_squares,
     squared_norm,
 )
 from mapconv.checkpoint.reader import TensorReader
@@ -36,7 +38,7 @@ from mapconv.placement.tuned import TunedWeights
 from mapconv.placement.weights import PlacedModule, read_weight
 from mapconv.refit.converted import Converted, converted_module, finite_base, refitted_module
 from mapconv.refit.norms import BaseNorms
-from mapconv.refit.plan import UpgradePlan
+from mapconv.refit.plan import UpgradePlan, row_scales
 from mapconv.refit.products import approximate_product
 from mapconv.refit.solving import Wanted, rounded
 from mapconv.refit.targets.adapted import target_of
@@ -60,7 +62,7 @@ class Converter:
     def convert_all(self, items: Sequence[PlacedModule], root: InputRoot | None = None) -> list[Converted]:
         """Modules in MAP form, their factors read together; refits weigh errors by ``root``, as ``convert`` does."""
         if any(item.module.method is not None for item in items):
-            return [self._refit_tuned(item, root) for item in items]
+            return [self._of_method(item, root) for item in items]
         if any(self._plan.kind_of(item) == "refit" for item in items):
             return [self.convert(item, root) for item in items]
         pairs = zip(items, self._factors.load_all(items), strict=True)
@@ -131,6 +133,23 @@ class Converter:
         error = (error_square / update_square) ** 0.5 if update_square else 0.0
         return converted_module(placed, "dora", 1.0, finite_base(found, placed), norm, error, A, B, factors.magnitude)
 
+    def _keep_rows(self, placed: PlacedModule, scales: TensorRef) -> Converted:
+        """diag(l)·W0 is a DoRA with B = 0 and the magnitudes l·‖W0‖_row, exactly."""
+        base = self._base_matrix(placed)
+        target, bias = tuned_target(placed, base, self._tuned)
+        found, dtype = finite_base(matrix_fingerprint(base), placed), self._options.stored_dtype(placed)
+        A, B = torch.zeros(1, base.shape[1], dtype=dtype), torch.zeros(base.shape[0], 1, dtype=dtype)
+        magnitude = (self._reader.read(scales).double().view(-1) * row_squares(base).sqrt()).float()
+        update_square, error_square = 0.0, 0.0
+        for start, stop in row_blocks(*placed.weight.shape):
+            change, rows = target.S[start:stop].double(), base[start:stop].double()
+            got = merge_rows_(rows.clone(), A.double(), B[start:stop].double(), magnitude=magnitude[start:stop])
+            update_square += squared_norm(got - rows)
+            error_square += squared_norm(got - rows - change)
+        error = (error_square / update_square) ** 0.5 if update_square else 0.0
+        made = converted_module(placed, "dora", 1.0, found, update_square**0.5, error, A, B, magnitude)
+        return made if bias is None else replace(made, bias=bias)
+
     def _keep_map(self, placed: PlacedModule, factors: Factors) -> Converted:
         """a·W0 + b·BA is stored as a·(W0 + D): B times b/a (``mapconv.algebra`` section 6)."""
         assert placed.scalars is not None  # a MAP source's
@@ -167,6 +186,11 @@ class Converter:
         ):
             return self._keep_base(placed, increment, target, found)
         return refitted_module(placed, target, self._wanted(placed), found, root)
+
+    def _of_method(self, placed: PlacedModule, root: InputRoot | None) -> Converted:
+        """A layer of another method than LoRA."""
+        scales = row_scales(placed) if self._plan.kind_of(placed) == "keep-rows" else None
+        return self._refit_tuned(placed, root) if scales is None else self._keep_rows(placed, scales)
 
     def _refit_tuned(self, placed: PlacedModule, root: InputRoot | None) -> Converted:
         """The closest MAP weight to what another method than LoRA merges to."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from mapconv.adapter import Direction
+from mapconv.adapter import Direction, TensorRef
 from mapconv.algebra.dense import dense_bytes
 from mapconv.algebra.lowrank import is_randomized
 from mapconv.algebra.moments import Statistics
@@ -20,6 +20,7 @@ from mapconv.algebra.norms import BLOCK_ELEMENTS
 from mapconv.checkpoint.reader import TORCH_DTYPES
 from mapconv.data import Dataset
 from mapconv.errors import UnsupportedError
+from mapconv.formats.methods import METHODS
 from mapconv.options.shared import MAX_RANK
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.weights import PlacedModule
@@ -31,7 +32,8 @@ Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 #: ``keep-lora``: its own factors, of which the scalars follow from norms. ``keep-dora``: DoRA's own factors and
 #: magnitudes. ``keep-map``: its own gains, and its factors times a number. ``resize``: a LoRA cut to a rank or an
 #: error, by its factors alone. ``refit``: the closest MAP weight. What is kept is exact.
-Kind = Literal["keep-lora", "keep-dora", "keep-map", "resize", "refit"]
+#: ``keep-rows``: another method's scales of rows, as the magnitudes of a DoRA whose B is 0.
+Kind = Literal["keep-lora", "keep-dora", "keep-map", "keep-rows", "resize", "refit"]
 
 #: Why every module of a result with experts is a plain LoRA.
 NO_DORA_OF_STACKS = (
@@ -194,7 +196,7 @@ def _job(placed: PlacedModule, options: ConvertOptions) -> Job:
     kind = _kind(placed, options)
     height, width = placed.weight.shape
     rank = min(options.rank_of(placed) if kind in _SOLVED else placed.effective_rank, height, width)
-    rank = options.rank_at_most or rank
+    rank = 1 if kind == "keep-rows" else options.rank_at_most or rank
     stored = (height + width) * rank * options.stored_dtype(placed).itemsize
     if kind in _LIGHT:
         # No more of the base than its norm, a block at a time; an initialization that is undone reads all of it.
@@ -215,12 +217,24 @@ def _job(placed: PlacedModule, options: ConvertOptions) -> Job:
     return Job(placed, kind, rank, stored + 4 * height, working, work)
 
 
+def row_scales(placed: PlacedModule) -> TensorRef | None:
+    """What the merge of another method than LoRA multiplies the weight's rows by, if that is all it does."""
+    method = placed.module.method
+    if method is None:
+        return None
+    name = METHODS[str(method.config["peft_type"]).upper()].row_scales
+    ref = None if name is None else dict(placed.module.own).get(name)
+    return ref if ref is not None and ref.shape == (placed.weight.shape[0], 1) else None
+
+
 def _kind(placed: PlacedModule, options: ConvertOptions) -> Kind:
     module = placed.module
+    if options.direction == "dora" and row_scales(placed) is not None:
+        return "keep-rows"
     if module.is_dense and options.rank is None and options.tolerance is None:
         raise UnsupportedError(
             f"{module.path} has an update of full rank ({module.rank}), and so no rank of its own for the result: give "
-            "--rank or --tolerance."
+            f"--rank or --tolerance{'' if row_scales(placed) is None else ', or --direction dora, which is exact'}."
         )
     if module.method is not None:
         return "refit"

@@ -95,7 +95,7 @@ def test_two_threads_are_as_good_as_one(spectrum, way):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        check(way, spectrum, SHAPES[0], None, ranks(way, SHAPES[0])[::5])
+        check(way, spectrum, SHAPES[0], None, ranks(way, SHAPES[0])[2::12])
     finally:
         torch.set_num_threads(before)
 

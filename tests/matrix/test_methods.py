@@ -131,6 +131,26 @@ def test_what_needs_factors_says_how_to_get_them(made, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_scales_of_rows_are_the_magnitudes_of_a_dora(tmp_path):
+    case = MethodCase("IA3", "Linear", {"feedforward_modules": []})
+    base = model_folder(case.tiny, tmp_path / "base")
+    wanted = case.make(base, tmp_path / "ia3")
+    result = mapconv.upgrade(tmp_path / "ia3", tmp_path / "map", base=base, direction="dora")
+    assert {(module.direction, module.rank) for module in result.modules} == {("dora", 1)}
+    assert result.worst_error <= 1e-6
+    mapconv.merge(result.out, tmp_path / "merged", base=base, dtype="float32")
+    states = merged_by_peft(case.tiny, base, result.out), case.tiny.load(tmp_path / "merged").state_dict()
+    for state in states:
+        for name in wanted:
+            assert distance(state[name], wanted[name]) <= 8 * ROUNDING * float(wanted[name].norm()), name
+
+
+def test_scales_of_columns_are_not(made, tmp_path):
+    base, adapter, _ = made(the("IA3"))
+    with pytest.raises(UnsupportedError, match="leave --direction dora out"):
+        mapconv.upgrade(adapter, tmp_path / "map", base=base, direction="dora")
+
+
 def test_a_method_of_low_rank_is_exported_exactly(made, tmp_path):
     case = the("HRA")
     base, adapter, wanted = made(case)
