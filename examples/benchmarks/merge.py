@@ -3,14 +3,16 @@
 A LoRA, a DoRA, and the MAP folder of the LoRA, whose base is fingerprinted on the way. mapconv's files are on the disk
 when it ends; PEFT's are in the system's cache, so that ``cp`` is timed with ``sync`` and without.
 
-    python examples/benchmarks/merge.py /tmp/bench [--runs 3] [--twice]
+    python examples/benchmarks/merge.py /tmp/bench [--runs 3] [--twice] [--cold] [--no-peer]
 
-``--twice`` repeats mapconv's merge on a model of twice as many layers, to show that memory does not grow.
+``--cold`` takes the model out of the system's cache before each run, copies included. ``--twice`` repeats mapconv's
+merge on a model of twice as many layers, to show that memory does not grow.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from pathlib import Path
 
@@ -34,6 +36,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--twice", action="store_true")
+    parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--no-peer", action="store_true")
     options = parser.parse_args()
     base, out = write_model(options.folder / "base"), options.folder / "out"
     start_up = median([python(START_UP) for _ in range(options.runs)])
@@ -48,11 +52,13 @@ def main() -> None:
             adapter = write_adapter(options.folder / method, base, use_dora=method == "dora")
         ours, theirs = [], []
         for _ in range(options.runs):
-            ours.append(_fresh(out, lambda a=adapter: mapconv("merge", a, "--base", base, "-o", out, "-q")))
-            theirs.append(_fresh(out, lambda a=adapter: python(PEFT, base, a, out)))
-            copies.append(_fresh(out, lambda: run("cp", "-r", base, out)))
-            synced.append(_fresh(out, lambda: run("sh", "-c", f"cp -r {base} {out} && sync -f {out}")))
-        _report(method, median(ours), median(theirs))
+            cold = base if options.cold else None
+            ours.append(_fresh(out, lambda a=adapter: mapconv("merge", a, "--base", base, "-o", out, "-q"), cold))
+            if not options.no_peer:
+                theirs.append(_fresh(out, lambda a=adapter: python(PEFT, base, a, out), cold))
+            copies.append(_fresh(out, lambda: run("cp", "-r", base, out), cold))
+            synced.append(_fresh(out, lambda: run("sh", "-c", f"cp -r {base} {out} && sync -f {out}"), cold))
+        _report(method, median(ours), median(theirs) if theirs else None)
         _against_copy(median(ours), start_up, median(copies), median(synced))
     if options.twice:
         big = write_model(options.folder / "base-twice", layers=32)
@@ -61,17 +67,22 @@ def main() -> None:
         print(f"twice the layers: mapconv     {twice.seconds:6.2f} s  {twice.megabytes:6.0f} MB")
 
 
-def _fresh(out: Path, action) -> Run:
+def _fresh(out: Path, action, cold: Path | None = None) -> Run:
     shutil.rmtree(out, ignore_errors=True)
+    for file in [] if cold is None else cold.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
     result = action()
     shutil.rmtree(out, ignore_errors=True)
     return result
 
 
-def _report(method: str, ours: Run, theirs: Run) -> None:
-    print(f"{method}: mapconv                 {ours.seconds:6.2f} s  {ours.megabytes:6.0f} MB")
-    print(f"{method}: PEFT load, merge, save  {theirs.seconds:6.2f} s  {theirs.megabytes:6.0f} MB")
-    print(f"{method}: PEFT / mapconv          {theirs.seconds / ours.seconds:6.2f} x")
+def _report(method: str, ours: Run, theirs: Run | None) -> None:
+    print(f"{method}: mapconv                 {ours.seconds:6.2f} s  {ours.megabytes:6.0f} MB  {ours.cpu:6.2f} s CPU")
+    if theirs is not None:
+        print(f"{method}: PEFT load, merge, save  {theirs.seconds:6.2f} s  {theirs.megabytes:6.0f} MB")
+        print(f"{method}: PEFT / mapconv          {theirs.seconds / ours.seconds:6.2f} x")
 
 
 def _against_copy(ours: Run, start_up: Run, copy: Run, synced: Run) -> None:

@@ -168,6 +168,11 @@ def _check_pair(adapter: Adapter, source: Adapter, *, force: bool) -> None:
         raise AdapterError(
             f"{adapter.path} is not a MAP adapter ({adapter.method}): convert it with `mapconv upgrade` first."
         )
+    if (adapter.map_config or {}).get("rebase") is not None:
+        raise UnsupportedError(
+            f"{adapter.path} was rebased, and its source's outputs are those on another base: train it as it is made, "
+            "with `mapconv rebase --calibrate STEPS`."
+        )
     method = next((module.method for module in source.modules if module.method is not None), None)
     if method is not None:
         raise UnsupportedError(

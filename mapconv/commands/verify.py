@@ -26,6 +26,7 @@ from mapconv.fidelity.weight_errors import weight_errors
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
 from mapconv.formats.peft import CONFIG_FILE
 from mapconv.hub.locate import hub_reference, locate_adapter, locate_result, open_model
+from mapconv.jsonfile import read_object
 from mapconv.options.commands import VERIFY
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
 from mapconv.placement.base_check import base_fault
@@ -101,7 +102,7 @@ def verify(
         against: the LoRA or DoRA adapter that it was made from, or the finetuned model that it was extracted from.
         base: the base model's folder or Hub id; None takes it from the source's configuration.
         against_base: the base that the source runs on, where it was trained on another one than the result is for (a
-            quantized copy); None: the same.
+            quantized copy); None: the same, or of a rebased result the one that the source's configuration names.
         data: a text file, or a ``.jsonl`` or ``.parquet`` file with text, chats or labelled texts (``mapconv.data``);
             None uses the text that ships with mapconv.
         samples: sequences of 256 tokens to run.
@@ -129,9 +130,10 @@ def verify(
     own: PlacedAdapter | None = None
     source: PlacedAdapter | None = None
     if (against / CONFIG_FILE).is_file() or not (against / MODEL_CONFIG).is_file():
-        if against_base is not None and (result / CONFIG_FILE).is_file():
+        if (against_base is not None and (result / CONFIG_FILE).is_file()) or _is_rebased(result):
             own = place_adapter(result, base, allow_pickle=allow_pickle)
-        source = place_adapter(against, base if against_base is None else against_base, allow_pickle=allow_pickle)
+        trained_on = base if own is None and against_base is None else against_base
+        source = place_adapter(against, trained_on, allow_pickle=allow_pickle)
         _check_base(result, (own or source).target.folder)
         with _run_by_peft(source) as runs:
             compared = Comparison(result, runs, dtype=dtype, device=place, result_base=own, quiet=quiet)
@@ -218,6 +220,12 @@ def _base_of(result: PlacedAdapter | Path, base: str | Path | None) -> Path:
     if base is None:
         raise AdapterError(f"{result} is a merged model, and so is its source: give the base of both with --base.")
     return open_model(base).folder
+
+
+def _is_rebased(result: Path) -> bool:
+    """Whether a MAP directory is for another base than its source, so that each runs on its own."""
+    path = result / MAP_CONFIG_FILE
+    return path.is_file() and read_object(path, AdapterError).get("rebase") is not None
 
 
 def _check_base(result: Path, base: Path) -> None:

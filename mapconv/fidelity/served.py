@@ -5,7 +5,7 @@ All three are measured against the source on the base that it was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,8 @@ def measure_served(
     Returns:
         the numbers, or None for a model that has no logits.
     """
-    own = attach_with_peft(_base(source, device, dtype), source.adapter.path, "source")
-    other = attach_with_peft(_base(served, device, dtype), served.adapter.path, "as_is")
-    other = attach_with_peft(other, result, "rebased")
+    own = _model(source, {"source": source.adapter.path}, device, dtype)
+    other = _model(served, {"as_is": served.adapter.path, "rebased": result}, device, dtype)
     causal = is_causal(own.get_base_model())
     sums = {name: Sums() for name in ("source", "alone", "as_is", "rebased")}
     with progress_bar(len(rows), "measuring", unit="sequence", quiet=quiet) as advance:
@@ -93,12 +92,21 @@ def measure_served(
     return ServedNumbers(sums["source"].positions, **means)
 
 
-def _base(placed: PlacedAdapter, device: torch.device, dtype: str) -> Any:
-    if dtype != "float32":
-        return load_base(placed, dtype=dtype, device=device)
-    base = load_base(placed, device=device)
-    WideBlocks(base, blocks_of(name for name, _ in base.named_parameters()))
-    return base
+def _model(placed: PlacedAdapter, adapters: Mapping[str, Path], device: torch.device, dtype: str) -> Any:
+    """The base with adapters by name, which computes in ``dtype``."""
+    wide = dtype == "float32"
+    model = load_base(placed, dtype=None if wide else dtype, device=device)
+    if wide:
+        # PEFT holds what an adapter brings whole in the dtype of what it replaces.
+        for parameter in {item.parameter for item in placed.adapter.whole} & dict(
+            model.named_parameters(remove_duplicate=False)
+        ).keys():
+            model.get_submodule(parameter.rpartition(".")[0]).float()
+    for name, folder in adapters.items():
+        model = attach_with_peft(model, folder, name)
+    if wide:
+        WideBlocks(model, blocks_of(name for name, _ in model.named_parameters()))
+    return model
 
 
 def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor | None:

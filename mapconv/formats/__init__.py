@@ -64,7 +64,7 @@ def _instead_of_an_adapter(found: Found) -> str:
     if (path / MODEL_CONFIG).is_file():
         return (
             f"{path} is a full model ({MODEL_CONFIG} and no {CONFIG_FILE}), not an adapter: give the folder of a "
-            "LoRA or DoRA adapter."
+            "LoRA or DoRA adapter, or make one of a finetuned model with `mapconv extract`."
         )
     if header is not None and header.tensors:
         return (

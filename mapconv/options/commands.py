@@ -55,7 +55,7 @@ VERIFY = Command(
     Option(
         "against_base",
         Source(),
-        "Base that SOURCE runs on, if it is not the base of RESULT. Default: the same.",
+        "Base that SOURCE runs on. Default: that of RESULT, or of a rebased one what SOURCE names.",
         metavar="BASE",
         in_catalog=False,
     ),

@@ -47,7 +47,7 @@ def test_a_folder_of_checkpoints_lists_them(run, lora, tmp_path):
 
 
 def test_a_model_is_called_one(run, base):
-    assert_refused(run("inspect", base), f"{base} is a full model")
+    assert_refused(run("inspect", base), f"{base} is a full model", "mapconv extract")
 
 
 def test_a_base_that_is_not_there_is_not_looked_for_on_the_hub(run, lora, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 
 import mapconv
 from mapconv.errors import AdapterError
+from tests.cli.refusals import assert_refused
 from tests.cli.test_rebase import SIZES, rounded_copy
 from tests.cli.test_upgrade_data import write_text
 from tests.files import copy
@@ -41,9 +42,18 @@ def test_verify_prints_and_stores_the_three_models(rebased, run, tmp_path):
     stored = json.loads((tmp_path / "out" / "verify.json").read_text())
     served = stored["served"]
     assert served["rebased"]["kl"] < served["as_is"]["kl"] < served["alone"]["kl"]
+    # Without the bases, each runs on the one that its own configuration names.
+    assert run(*given[:4], *given[8:]).status == 0
+    assert json.loads((tmp_path / "out" / "verify.json").read_text())["served"] == served
     # Two ways to the same number.
     assert served["rebased"]["kl"] == pytest.approx(stored["kl"], rel=1e-3)
     assert served["alone"]["kl"] > stored["kl"]
+
+
+def test_training_towards_the_source_on_the_wrong_base_is_refused(rebased, run, tmp_path):
+    given = ["calibrate", rebased / "out", "--against", rebased / "lora", "--data", rebased / "text.txt"]
+    refused = run(*given, "-o", tmp_path / "trained", "--steps", 1)
+    assert_refused(refused, "mapconv rebase --calibrate STEPS")
 
 
 def test_the_report_says_what_the_rebase_brought(rebased, run, tmp_path):
