@@ -196,13 +196,31 @@ def is_causal(model: Any) -> bool:
 
 
 def model_inputs(model: Any, tokens: torch.Tensor) -> dict[str, Any]:
-    """What a model is called with for one pass over whole sequences, (sequences, length) token ids."""
+    """What a model is called with for one pass over whole sequences, (sequences, length) token ids.
+
+    Raises:
+        DataError: a token that the model has no embedding of.
+    """
+    known, highest = _vocabulary(model), int(tokens.max())
+    if known is not None and highest >= known:
+        raise DataError(
+            f"the tokenizer gives a token {highest}, and the model has embeddings of {known} only: put the tokenizer "
+            "that belongs to the model into its folder."
+        )
     inputs: dict[str, Any] = {"input_ids": tokens}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = tokens
     if hasattr(model.config, "use_cache"):
         inputs["use_cache"] = False
     return inputs
+
+
+def _vocabulary(model: Any) -> int | None:
+    """How many tokens a model has embeddings of, where it says which its embeddings are."""
+    try:
+        return model.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def forward_pass(model: Any, tokens: torch.Tensor) -> Callable[[], Any]:

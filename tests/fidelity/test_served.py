@@ -7,9 +7,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
+from mapconv.errors import DataError
 from mapconv.fidelity.served import measure_served
 from mapconv.placement.adapters import place_adapter
-from tests.models import kl, load_adapted, load_base, save_tokenizer, tiny_config
+from tests.models import VOCABULARY, kl, load_adapted, load_base, save_adapter, save_tokenizer, tiny_config
 
 ROWS = [[1, 7, 20, 33, 9, 41, 3, 12]]
 
@@ -46,3 +47,9 @@ def test_heads_and_token_rows_beside_a_base_of_16_bits(base, tmp_path, whole):
     assert found.rebased.kl == pytest.approx(0, abs=1e-9)
     assert found.as_is.kl == pytest.approx(0, abs=1e-9)
     assert found.alone.kl == pytest.approx(kl(wanted, alone), rel=1e-4)
+
+
+def test_a_tokenizer_of_another_model(base, tmp_path):
+    placed = place_adapter(save_adapter(base, tmp_path / "lora"), base)
+    with pytest.raises(DataError, match=f"a token {VOCABULARY}, and the model has embeddings of {VOCABULARY} only"):
+        measure_served(placed, placed, tmp_path / "lora", [[1, VOCABULARY]], device=torch.device("cpu"))
