@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +266,7 @@ def quiet_libraries() -> Iterator[None]:
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     # Python forgets what every logger does wherever the level of one is set: not where it is silent already.
-    loud = level != logging.ERROR
+    loud = level != ERROR
     if loud:
         logging.set_verbosity_error()
     logging.disable_progress_bar()
