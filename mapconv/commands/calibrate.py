@@ -173,12 +173,6 @@ def _check_pair(adapter: Adapter, source: Adapter, *, force: bool) -> None:
             f"{adapter.path} was rebased, and its source's outputs are those on another base: train it as it is made, "
             "with `mapconv rebase --calibrate STEPS`."
         )
-    method = next((module.method for module in source.modules if module.method is not None), None)
-    if method is not None:
-        raise UnsupportedError(
-            f"{source.path} is of the method {method.name}, which cannot be run here to train towards: --against takes "
-            "a LoRA or DoRA. `mapconv upgrade --data` brings the outputs of a conversion closer to it."
-        )
     if source.method == "MAP":
         raise AdapterError(
             f"{source.path} is a MAP adapter: --against takes the LoRA or DoRA that {adapter.path} was made from."

@@ -26,7 +26,6 @@ from mapconv.nn.replication import Replicated, replicate
 from mapconv.nn.stacks import StackedParameter, stacked_parameters, wrapped_names
 from mapconv.nn.updates import Update
 from mapconv.nn.whole import replacements
-from mapconv.placement.factors import require_factors
 
 
 def load_adapter(
@@ -66,7 +65,6 @@ def load_adapter(
     check_model(model, name)
     folder = locate_adapter(path, allow_pickle=allow_pickle)
     adapter = read_adapter(folder, allow_pickle=allow_pickle)
-    require_factors(adapter.modules)
     replicated = _replicated(model, adapter)
     try:
         _attach(model, adapter, name, trainable, check_base)

@@ -108,7 +108,7 @@ def test_a_device_of_several_is_taken_by_all():
 
 
 def test_a_rule_about_no_option_is_a_mistake_of_ours():
-    with pytest.raises(ValueError, match="has not"):
+    with pytest.raises(ValueError, match="does not have"):
         Command("x", Option("a", Flag(), default=False), rules=(Requires("a", "b"),))
     with pytest.raises(ValueError, match="twice"):
         Command("x", Option("a", Flag()), Option("a", Flag()))
