@@ -13,15 +13,11 @@ from __future__ import annotations
 
 import argparse
 import mmap
-import os
 import random
 import shutil
 import subprocess
 import sys
-import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import llama_shape
@@ -29,6 +25,7 @@ from llama_shape import write_adapter, write_model
 from measure import ROOT, Run, median, run
 
 sys.path.insert(0, ROOT)
+from tests.disk import peak_of
 from tests.fake_hub import FakeHub  # (the tests' server)
 
 BASE, TO = "lab/base", "me/merged"
@@ -117,7 +114,7 @@ class Bench:
         disks: list[int] = []
         for _ in range(runs):
             self._forget()
-            with peak_of(self.work) as peak:
+            with peak_of(self.work, every=0.02) as peak:
                 ours.append(run(*self.command, environment=self._environment()))
             disks.append(peak[0])
             self._check()
@@ -185,32 +182,6 @@ class Bench:
 
     def _environment(self) -> dict[str, str]:
         return self.hub.environment(self.home) | {"PYTHONPATH": ROOT, "HF_HUB_OFFLINE": "0"}
-
-
-@contextmanager
-def peak_of(folder: Path) -> Iterator[list[int]]:
-    """The most bytes that a folder takes on the disk, looked at fifty times a second."""
-    peak, stop = [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.02):
-            files = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
-            peak[0] = max(peak[0], sum(map(taken, files)))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
-
-
-def taken(path: str) -> int:
-    try:
-        return os.lstat(path).st_blocks * 512
-    except FileNotFoundError:
-        return 0
 
 
 if __name__ == "__main__":

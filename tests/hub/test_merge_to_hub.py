@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.disk import peak_of
 from tests.fake_hub import FakeHub
 from tests.fake_hub_store import Blob
 from tests.hub.conftest import QUICK, error_of, files_of
@@ -78,32 +75,6 @@ def words(models, hub, tmp_path) -> list[object]:
     return ["merge", models.wide_lora, "--base", WIDE, "--push-to", TO, "--work-dir", place, "--license", "mit", "-q"]
 
 
-@contextmanager
-def peak_of(folder: Path) -> Iterator[list[int]]:
-    """The most bytes that ``folder`` takes on the disk, looked at all the time."""
-    peak, stop = [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.001):
-            files = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
-            peak[0] = max(peak[0], sum(map(_taken, files)))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _taken(path: str) -> int:
-    try:
-        return os.lstat(path).st_blocks * 512
-    except FileNotFoundError:
-        return 0
-
-
 @pytest.mark.parametrize(
     ("xet", "code"),
     [(False, SMALL_PORTIONS), (True, SMALL_PORTIONS), (False, NO_HOLES)],
@@ -112,7 +83,7 @@ def _taken(path: str) -> int:
 def test_the_commit_is_that_of_a_local_merge_which_is_pushed(models, python, words, expected, tmp_path, xet, code):
     with FakeHub(tmp_path / "own-server", xet=xet) as hub:
         hub.repo(WIDE, files_of(models.wide))
-        with peak_of(tmp_path / "work") as peak:
+        with peak_of(tmp_path / "work", every=0.001) as peak:
             done = python(hub, code, *words, "--json")
         assert done.returncode == 0, done.stderr
         assert hub.files(TO) == expected
