@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from mapconv.errors import UnsupportedError
+from mapconv.errors import UnsupportedError, is_out_of_memory
 from mapconv.formats.methods import METHODS, NO_FIXED_WEIGHT
 from mapconv.nn.bases import weight_of
 from mapconv.nn.updates import Update
@@ -161,9 +161,14 @@ def _require_addition(layer: Any, name: str) -> None:
             adds = delta.shape == before.shape and float((change - delta).norm()) <= _SAME * float(
                 delta.norm() + before.norm()
             )
-    except (AttributeError, TypeError, RuntimeError, NotImplementedError):
-        adds = False
+    except (AttributeError, TypeError, RuntimeError, NotImplementedError) as error:
+        # A layer that cannot be asked for an update adds none; a full memory says nothing of the method.
+        if is_out_of_memory(error):
+            raise
+        raise UnsupportedError(_adds_nothing(name)) from error
     if not adds:
-        raise UnsupportedError(
-            f"MAP cannot take its direction from {name}: its layers do not add an update to the weight."
-        )
+        raise UnsupportedError(_adds_nothing(name))
+
+
+def _adds_nothing(name: str) -> str:
+    return f"MAP cannot take its direction from {name}: its layers do not add an update to the weight."
