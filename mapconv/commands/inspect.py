@@ -85,7 +85,7 @@ def inspect(
         adapter = read_as(source, dora, allow_pickle=allow_pickle)
         modules = adapter.modules
     else:
-        placed = place_adapter(source, base, allow_pickle=allow_pickle, lean=True, dora=dora)
+        placed = place_adapter(source, base, allow_pickle=allow_pickle, fetch="ranges", dora=dora)
         adapter, fits = placed.adapter, placed.target.folder
         # The base's own names say more than underscores do, and its shapes more than another method's tensors.
         told = adapter.is_spelled or any(module.method is not None for module in adapter.modules)

@@ -119,7 +119,8 @@ def merge(
         measured = {"original": original, "data": data, "samples": samples or MEASURED_SAMPLES}
         choice = choose_base(sources[0], base, base_values, **measured, allow_pickle=allow_pickle, quiet=quiet)
         base = choice.base
-    prepared = prepare(wish, base)
+    # Feedback runs the model.
+    prepared = prepare(wish, base, fetch="whole" if rounding == "feedback" else "files")
     plan = prepared.plan
     folder = plan.target.folder
     single = plan.target.checkpoint.is_file

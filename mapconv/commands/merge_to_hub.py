@@ -107,7 +107,7 @@ class _HubMerge:
         first = read_adapter(wish.sources[0], allow_pickle=wish.allow_pickle)
         found = _found(base, first, wish.sources[0])
         pinned = work.pinned(found) if isinstance(found, HubReference) else found
-        self.prepared = prepare(wish, pinned, lean=True, root=work.base)
+        self.prepared = prepare(wish, pinned, fetch="ranges", root=work.base)
         work.begin(_run(self.prepared, found, to))
         self.notes = self.prepared.notes
         if work.delivered:

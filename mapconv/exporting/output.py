@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.staging import check_output, check_output_file, staged_file, staged_folder
@@ -52,6 +53,16 @@ def check_place(out: Path, limits: Limits, inputs: list[Path], *, nbytes: int, f
         check_output(out, force=force, inputs=inputs, nbytes=nbytes)
     else:
         check_output_file(out, force=force, suffix=suffix, inputs=inputs, nbytes=nbytes)
+
+
+@contextmanager
+def discarded(out: Path, limits: Limits) -> Iterator[Path]:
+    """The folder or file to write in place of ``out``, which is gone afterwards."""
+    with TemporaryDirectory(prefix="mapconv-") as folder:
+        place = Path(folder, out.name)
+        if limits.format.suffix is None:
+            place.mkdir()
+        yield place
 
 
 @contextmanager

@@ -128,6 +128,28 @@ def test_truncated_the_error_is_what_is_lost(apart, bases, tmp_path):
     assert 0.1 < result.worst_error < 1
 
 
+@pytest.mark.parametrize("command", ["export", "upgrade"])
+def test_a_tolerance_gives_a_stack_the_rank_of_its_worst_expert(command, bases, tmp_path):
+    """Expert 0 needs rank 1, expert 1 both of its own, and expert 2 is not adapted."""
+    fused, own = bases.folder("qwen3-moe", "fused"), tmp_path / "own"
+    own.mkdir()
+    path = "base_model.model.model.layers.1.mlp.experts"
+    A, B = torch.eye(6, 12), torch.zeros(16, 2, 3)
+    B[0, 0, 0], B[1:3, :, 1] = 2.0, torch.eye(2)
+    save_file({f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B.flatten(1)}, own / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "task_type": "CAUSAL_LM", "target_modules": []}
+    config["target_parameters"] = ["model.layers.1.mlp.experts.down_proj"]
+    (own / "adapter_config.json").write_text(json.dumps(config))
+    if command == "export":
+        result = mapconv.export(own, tmp_path / "out", to="peft", base=fused, tolerance=1e-3)
+    else:
+        result = mapconv.upgrade(own, tmp_path / "out", base=fused, tolerance=1e-3)
+    assert [module.rank for module in result.modules] == [2, 2, 2]
+    assert_same(merged_by_peft(fused, tmp_path / "out"), merged_by_peft(fused, own))
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")[f"{path}.lora_B.weight"].view(16, 2, 3)
+    assert int(torch.linalg.matrix_rank(written[:, :, 0])) == 1
+
+
 def test_missing_experts_are_zeros_where_they_may_be(apart, bases, tmp_path):
     fused, own = bases.folder("qwen3-moe", "fused"), copy(apart, tmp_path / "own")
     tensors = load_file(own / "adapter_model.safetensors")

@@ -68,6 +68,26 @@ def test_a_dora_becomes_the_closest_plain_lora(run, base, dora, tmp_path):
     assert report["worst_error"] == pytest.approx(upgraded.worst_error, rel=1e-6)
 
 
+def test_a_dry_run_measures_and_keeps_nothing(run, base, dora, models, tmp_path):
+    arguments = ("export", dora, "--for", "vllm", "-o", tmp_path / "out")
+    dry = json.loads(run(*arguments, "--dry-run", "--json").out)
+    assert not list(tmp_path.iterdir())
+    real = json.loads(run(*arguments, "--json").out)
+    assert {**dry, "seconds": 0} == {**real, "seconds": 0, "dry_run": True}
+    assert dry["nbytes"] > 1000
+    assert run(*arguments, "--dry-run").status == 1  # it would stop at what is there now
+
+    source = save_adapter(base, models / "dry-embedding", target_modules=["q_proj", "embed_tokens"])
+    arguments = ("export", source, "--for", "sglang", "-o", tmp_path / "other", "--dry-run")
+    refused = run(*arguments)
+    assert (refused.status, "refused without --fold-into BASE_OUT: model.embed_tokens" in refused.out) == (1, True)
+    folded = run(*arguments, "--fold-into", tmp_path / "folded")
+    assert folded.status == 0
+    assert "would be written" in folded.out
+    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "folded").exists()
+
+
 def test_a_map_adapter_is_exported_as_the_function_that_it_is(base, lora, dora, tmp_path):
     mapconv.upgrade(lora, tmp_path / "plain", base=base)
     result = mapconv.export(tmp_path / "plain", tmp_path / "out", server="vllm")
