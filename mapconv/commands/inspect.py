@@ -34,9 +34,10 @@ class TargetGroup:
 class Inspection:
     """What an adapter is.
 
-    ``origin`` is what a MAP directory was made from, by its own record. ``dialect`` is the writer's name for the form of the files, and ``components`` the models of a pipeline that are
-    adapted, where it tells several apart. ``fits`` is the base that it was placed on, or None if no base was given;
-    ``storages`` counts that base's quantized weights by how they are stored.
+    ``origin`` is what a MAP directory was made from, by its own record. ``dialect`` is the writer's name for the form
+    of the files, and ``components`` the models of a pipeline that are adapted, where it tells several apart. ``fits``
+    is the base that it was placed on, or None if no base was given; ``storages`` counts that base's quantized weights
+    by how they are stored.
     """
 
     source: Path
