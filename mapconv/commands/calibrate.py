@@ -96,7 +96,7 @@ def calibrate(
         batch_size: sequences in a step.
         sequence_length: tokens in a sequence.
         held_out: a number of sequences, or below 1 a share of the data; None: a tenth, at most 32 sequences,
-            and of a distillation one for 32 sequences of its steps, but 4.
+            and of a distillation one for 48 sequences of its steps, at least 3.
         device: ``auto``, ``cpu`` or ``cuda``.
         seed: of the held-out choice and of the order of the data.
         resume: go on from the checkpoint of a run of the same settings that was cut off.

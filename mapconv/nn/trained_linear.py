@@ -47,7 +47,7 @@ class TrainedLinear(Function):
         if bias is None:
             y, kept = linear(x, weight), a
         else:
-            y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.t(), alpha=a).view(*x.shape[:-1], -1)
+            y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.t(), alpha=a).view(*x.shape[:-1], B.shape[0])
             kept = 1.0
         y.view(-1, B.shape[0]).addmm_(projected, B.t(), beta=kept, alpha=b)
         ctx.save_for_backward(x, weight, A, B, projected, beta, left, right)

@@ -200,7 +200,7 @@ CALIBRATE = Command(
         "held_out",
         CountOrShare(),
         "Sequences to hold out; below 1, a share of the data. Default: a tenth of the data, at most 32, and in "
-        "distillation one for 32 sequences of training, but 4.",
+        "distillation one for 48 sequences of training, at least 3.",
         metavar="N",
     ),
     DEVICE,

@@ -66,6 +66,15 @@ class TestGradcheck:
 
         assert gradcheck(run, [inputs[name].clone().requires_grad_() for name in chosen])
 
+    def test_a_layer_that_no_token_reaches_has_gradients_of_zero(self):
+        inputs = [wide(RANK, 6, seed=4), wide(5, RANK, seed=5), wide(1, seed=6), wide(1, seed=7)]
+        x = torch.zeros(0, 3, 6, dtype=torch.float64, requires_grad=True)
+        y = TrainedLinear.apply(x, randn(5, 6, seed=2), randn(5, seed=3), *inputs, 0.8, 1.7, 0.0, False)
+        assert y.shape == (0, 3, 5)
+        found = torch.autograd.grad(y.sum(), [x, *inputs])
+        assert [part.shape for part in found] == [part.shape for part in (x, *inputs)]
+        assert not any(part.any() for part in found)
+
     def test_gains(self):
         gain, inputs = UpdateGain.apply, (wide(1, seed=3), wide(RANK, 6, seed=1), wide(5, RANK, seed=2))
         assert gradcheck(lambda *t: gain(*t, 1.7, torch.float64, 0.0), inputs)
