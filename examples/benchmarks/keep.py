@@ -3,7 +3,7 @@
     python examples/benchmarks/keep.py BASE ADAPTER TRAIN.txt UNSEEN.txt --work /tmp/bench [--storage int4 …]
 
 The source is the quantized base with the adapter unmerged; the KL is taken in float32 on text that was not seen. Each
-base is made here, by rounding to nearest with the scales that fit best.
+base is made here, by rounding to nearest with the scales that fit best; in bfloat16 it is BASE itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mapconv.checkpoint.codecs.encode import open_store
 from mapconv.checkpoint.index import read_checkpoint
 from mapconv.checkpoint.reader import TensorReader
 
-WEIGHTS, GROUP = "model.safetensors", 32
+WEIGHTS, GROUP, PLAIN = "model.safetensors", 32, "bfloat16"
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -154,22 +154,22 @@ def quantize(plain: Path, storage: str, folder: Path) -> Path:
 
 
 def rows(options: argparse.Namespace, storage: str) -> Iterator[str]:
-    base = quantize(options.base, storage, options.work / storage.replace(" ", "-"))
-    for way in WAYS:
-        if options.ways is not None and WAYS.index(way) not in options.ways:
+    plain = storage == PLAIN
+    base = options.base if plain else quantize(options.base, storage, options.work / storage.replace(" ", "-"))
+    for number, way in enumerate(WAYS):
+        if (options.ways is not None and number not in options.ways) or (plain and way["scales"] == "recompute"):
             continue
-        data: dict[str, Any] = {}
+        wish: dict[str, Any] = {"rounding": way["rounding"]}
+        wish |= {"dtype": PLAIN} if plain else {"quantized": "keep", "scales": way["scales"]}
         if way["rounding"] == "feedback":
-            data = {"data": options.train, "samples": options.samples}
+            wish |= {"data": options.train, "samples": options.samples}
         started = time.perf_counter()
-        merged = mapconv.merge(
-            options.adapter, options.work / "out", base=base, quantized="keep", force=True, **way, **data
-        )
+        merged = mapconv.merge(options.adapter, options.work / "out", base=base, force=True, **wish)
         seconds = time.perf_counter() - started
         report = mapconv.verify(merged.out, options.adapter, base=base, data=options.unseen)
-        kept = merged.survival
+        kept, scales = merged.survival, "–" if plain else way["scales"]
         yield (
-            f"| {storage} | {way['rounding']} | {way['scales']} | {report.kl:.2e} | {kept.projection:.3f} | "
+            f"| {storage} | {way['rounding']} | {scales} | {report.kl:.2e} | {kept.projection:.3f} | "
             f"{kept.changed_share:.0%} | {kept.error:.2f} | {seconds:.0f} s |"
         )
 
@@ -179,7 +179,7 @@ def main() -> None:
     for name in ("base", "adapter", "train", "unseen"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--storage", nargs="+", choices=STORAGES, default=list(STORAGES))
+    parser.add_argument("--storage", nargs="+", choices=[PLAIN, *STORAGES], default=[PLAIN, *STORAGES])
     parser.add_argument("--samples", type=int, default=32, help="sequences of 256 tokens for feedback")
     parser.add_argument("--ways", type=int, nargs="+", help="which ways, by number")
     options = parser.parse_args()

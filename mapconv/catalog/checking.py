@@ -17,6 +17,15 @@ from mapconv.options.records import Option
 
 #: Options that come later: from the command line (``--push-to``), and the folder that a run merges into.
 _GIVEN_LATER = {("push", "repo_id"), ("merge", "out")}
+#: Stages that need one adapter as the source, by what has none, and why.
+_APART = {
+    "rebase": {"calibrate": "give calibrate as an option below rebase"},
+    "extract": {"calibrate": "there is no adapter to go by"},
+    "combine": {
+        "calibrate": "there is no one adapter to go by",
+        "verify": "there is no one adapter to compare with",
+    },
+}
 _KEYS = ("source", "base", "output", *STAGES)
 _KEY_SET = frozenset(_KEYS)
 
@@ -29,7 +38,7 @@ class Checker:
         self._defaults: dict[str, Any] = {"upgrade": {}}
         self._claims = Claims()
         self._interned: dict[str, Options] = {}
-        self._checked: dict[str, list[tuple[str, str, str]]] = {}
+        self._checked: dict[tuple[str, int], list[tuple[str, str, str]]] = {}
         self._plain = self._merged({})
 
     def set_defaults(self, record: Record) -> None:
@@ -49,23 +58,21 @@ class Checker:
             self._faults.add(record.line, f"expected a table with a source, found {_shown(record.table)}")
             return None
         self._known_keys(record)
-        source = record.table.get("source")
-        if not _is_name(source):
-            found = "source is missing" if "source" not in record.table else f"source is {_shown(source)}"
-            self._faults.add(record.line_of("source"), f"{found}: name an adapter's folder or Hub reference")
+        sources = self._sources(record)
+        if sources is None:
             return None
         base = self._base(record) if "base" in record.table else self._defaults.get("base")
         own = self._stages(record)
         options = self._merged(own) if own else self._plain
-        name = self._name(record, source)
+        name = self._name(record, sources)
         if name is None:
             return None
-        self._check(record, options)
+        self._check(record, options, sources)
         if base is None and "extract" in options.stages:
             self._faults.add(
                 record.line_of("extract"), "extract needs a base: the model that source was finetuned from"
             )
-        entry = Entry(name, self._resolved(source), base, options, record.line)
+        entry = Entry(name, tuple(map(self._resolved, sources)), base, options, record.line)
         for folder in (name, entry.merged):
             self._claim(record.line_of("output"), folder, self._claims.folder)
         repository = options.stages.get("push", {}).get("repo_id")
@@ -77,6 +84,16 @@ class Checker:
             stage = next((stage for stage in STAGES if _takes(stage, key)), None)
             hint = f": an option of {stage} belongs below {stage}" if stage else f", expected {', '.join(_KEYS)}"
             self._faults.add(record.line_of(key), f"unknown key {key!r}{hint}")
+
+    def _sources(self, record: Record) -> tuple[str, ...] | None:
+        """What the entry names; None if that is no name."""
+        source = record.table.get("source")
+        named = source if isinstance(source, list) else [source]
+        if named and all(map(_is_name, named)):
+            return tuple(named)
+        found = "source is missing" if "source" not in record.table else f"source is {_shown(source)}"
+        self._faults.add(record.line_of("source"), f"{found}: name an adapter's folder or Hub reference")
+        return None
 
     def _base(self, record: Record) -> str | None:
         base = record.table.get("base")
@@ -133,17 +150,22 @@ class Checker:
             raise ValueError("a file, and there is none of that name")
         return path
 
-    def _check(self, record: Record, options: Options) -> None:
+    def _check(self, record: Record, options: Options, sources: tuple[str, ...]) -> None:
         """Name the options that a stage lacks, and those that cannot stand together, wherever each was given."""
-        if options.digest not in self._checked:  # entries mostly share their options
-            self._checked[options.digest] = list(_faults(options))
-        for stage, name, fault in self._checked[options.digest]:
+        if len(sources) > 1 and "combine" not in options.stages:
+            self._faults.add(
+                record.line_of("source"), f"source names {len(sources)} adapters, which combine alone takes: add it"
+            )
+        key = options.digest, len(sources)
+        if key not in self._checked:  # entries mostly share their options
+            self._checked[key] = list(_faults(options, sources))
+        for stage, name, fault in self._checked[key]:
             self._faults.add(record.line_of(stage, name), f"{stage}: {fault}")
 
-    def _name(self, record: Record, source: str) -> str | None:
+    def _name(self, record: Record, sources: tuple[str, ...]) -> str | None:
         name, line = record.table.get("output"), record.line_of("output")
         if name is None:
-            name = _last_name(source)
+            name = _last_name(sources[0]) + "-combined" * (len(sources) > 1)
         fault = output_fault(name)
         if fault:
             self._faults.add(line, f"output {_shown(name)} {fault}")
@@ -159,28 +181,34 @@ class Checker:
         return os.path.abspath(path) if os.path.exists(path) else name
 
     def _merged(self, own: Mapping[str, dict[str, Any] | None]) -> Options:
-        """The defaults, with an entry's own options over them."""
-        stages = {name: own.get(name, self._defaults.get(name)) for name in STAGES}
-        options = Options({n: (self._defaults.get(n) or {}) | v for n, v in stages.items() if v is not None})
+        """The defaults, with an entry's own options over them. What an entry does in place of ``upgrade`` takes the
+        place of whatever the defaults would have it do."""
+        defaults = self._defaults
+        if any(own.get(name) is not None for name in INSTEAD):
+            defaults = defaults | {"upgrade": {}} | dict.fromkeys(set(INSTEAD) - own.keys())
+        stages = {name: own.get(name, defaults.get(name)) for name in STAGES}
+        options = Options({n: (defaults.get(n) or {}) | v for n, v in stages.items() if v is not None})
         return self._interned.setdefault(options.digest, options)
 
 
-def _faults(options: Options) -> Iterator[tuple[str, str, str]]:
+def _faults(options: Options, sources: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
     """(stage, option, what is wrong) of options that are each in order."""
     instead = [stage for stage in INSTEAD if stage in options.stages]
     for stage in instead[:1]:
         for name in options.stages["upgrade"]:
             yield "upgrade", name, f"an entry has {stage} in place of upgrade: give its options below {stage}"
-        if "calibrate" in options.stages:
-            own = "give calibrate as an option below rebase" if stage == "rebase" else "there is no adapter to go by"
-            yield "calibrate", "calibrate", f"calibrate does not go with {stage}: {own}"
+        for other, why in _APART[stage].items():
+            if other in options.stages:
+                yield other, other, f"{other} does not go with {stage}: {why}"
     for stage in instead[1:]:
         yield stage, stage, f"an entry has either {instead[0]} or {stage}"
     for stage, given in options.stages.items():
         for name, option in COMMANDS[stage].options.items():
             if option.required and option.in_catalog and name not in given and (stage, name) not in _GIVEN_LATER:
                 yield stage, name, f"{name} is missing, which is required"
-        later = {name: ... for of, name in _GIVEN_LATER if of == stage}
+        later: dict[str, Any] = {name: ... for of, name in _GIVEN_LATER if of == stage}
+        if stage == "combine":
+            later["adapters"] = sources
         for name, fault in COMMANDS[stage].faults({**later, **given}, _spelled):
             yield stage, name, fault
 

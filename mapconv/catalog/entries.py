@@ -1,15 +1,15 @@
-"""What a catalog says of one adapter, and the job that an engine makes of it: paths, names and options, no tensors."""
+"""What a catalog says of one result, and the job that an engine makes of it: paths, names and options, no tensors."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 #: What takes the place of ``upgrade``, which an entry does where it names none of these.
-INSTEAD = ("rebase", "extract")
+INSTEAD = ("rebase", "extract", "combine")
 #: What an entry may ask for, in the order in which it is done.
 STAGES = ("upgrade", *INSTEAD, "calibrate", "verify", "merge", "push")
 
@@ -35,10 +35,13 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One adapter of a catalog: ``output`` is its name, and its folder relative to OUT."""
+    """One result of a catalog, and what it is made from: one source, or with ``combine`` several.
+
+    ``name`` is its folder relative to OUT.
+    """
 
     name: str
-    source: str
+    sources: tuple[str, ...]
     base: str | None
     options: Options
     line: int | None = None
@@ -57,11 +60,21 @@ class Job:
     """What a worker is told: it can be sent to another process or machine as JSON."""
 
     entry: str
-    source: str
+    sources: Sequence[str]
     base: str | None
     output: str
     merged: str | None
     stages: Mapping[str, Mapping[str, Any]]
 
+    @property
+    def command(self) -> str:
+        """What makes the result: ``upgrade``, or what the entry has instead."""
+        return next((stage for stage in INSTEAD if stage in self.stages), "upgrade")
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def told(values: Sequence[str]) -> str | list[str]:
+    """What a ledger has of the sources: of one the value itself, of several a list."""
+    return values[0] if len(values) == 1 else list(values)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 
 from mapconv.catalog.entries import Entry
@@ -26,16 +27,21 @@ def digest(*parts: object) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
-def done_fingerprint(entry: Entry, content: str, base: str | None) -> str:
-    """The fingerprint of a finished entry; ``base`` as it was found when the adapter was converted."""
+def done_fingerprint(entry: Entry, contents: Sequence[str], base: str | None) -> str:
+    """The fingerprint of a finished entry; ``base`` as it was found when the sources were converted."""
     found = None if base is None else base_signature(base)
-    return digest(__version__, entry.source, entry.base, entry.options.digest, content, base, found)
+    return digest(__version__, *entry.sources, entry.base, entry.options.digest, *contents, base, found)
 
 
-def failed_fingerprint(entry: Entry, stat: str) -> str:
+def failed_fingerprint(entry: Entry, stats: Sequence[str]) -> str:
     """The fingerprint of an entry that failed: a changed source, base or option makes it due again."""
     found = None if entry.base is None else base_signature(entry.base)
-    return digest(__version__, entry.source, entry.base, entry.options.digest, stat, found)
+    return digest(__version__, *entry.sources, entry.base, entry.options.digest, *stats, found)
+
+
+def source_signatures(entry: Entry) -> tuple[str, ...]:
+    """The stat signature of each of an entry's sources."""
+    return tuple(source_signature(source) for source in entry.sources)
 
 
 def source_signature(source: str) -> str:

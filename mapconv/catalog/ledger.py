@@ -24,7 +24,8 @@ from mapconv.version import __version__
 LEDGER_FILE = "ledger.jsonl"
 LEDGER_VERSION = 1
 _LONGEST_LINE = 1 << 20
-#: The fields of every line, null where an entry did not come so far.
+#: The fields of every line, null where an entry did not come so far. Of an entry with several sources, ``source``,
+#: ``stat`` and ``content`` are lists.
 FIELDS = (
     "entry", "fingerprint", "status", "kind", "error", "source", "base", "output", "method", "rank", "modules",
     "worst_error", "median_error", "parameters", "nbytes", "kl", "seconds", "attempts", "finished", "stat", "content",
@@ -38,8 +39,9 @@ class Seen:
 
     done: bool
     fingerprint: str
-    stat: str
-    content: str | None
+    #: Of each source, in the entry's order; ``contents`` of what was converted.
+    stats: tuple[str, ...]
+    contents: tuple[str, ...]
     base: str | None
     kind: str | None
     error: str | None
@@ -147,7 +149,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 _TEXTS = ("entry", "fingerprint", "status")
-_TEXTS_OR_NULL = ("kind", "error", "base", "stat", "content", "finished")
+_TEXTS_OR_NULL = ("kind", "error", "base", "finished")
+_OF_SOURCES = ("stat", "content")
 _NUMBERS = ("worst_error", "nbytes", "kl", "seconds")
 
 
@@ -158,8 +161,17 @@ def _is_entry(table: dict[str, Any]) -> bool:
         {type(get(name)) for name in _TEXTS} == {str}
         and table["status"] in ("done", "failed")
         and {type(get(name)) for name in _TEXTS_OR_NULL} <= {str, type(None)}
+        and all(_texts(get(name)) is not None for name in _OF_SOURCES)
         and all(number is None or NUMBER.holds(number) for number in map(get, _NUMBERS))
     )
+
+
+def _texts(value: Any) -> tuple[str, ...] | None:
+    """A value of each source, which a list has of several; None for what is neither text nor a list of texts."""
+    if value is None:
+        return ()
+    values = value if isinstance(value, list) else [value]
+    return tuple(values) if all(isinstance(item, str) for item in values) else None
 
 
 def _seen(line: dict[str, Any]) -> Seen:
@@ -168,8 +180,8 @@ def _seen(line: dict[str, Any]) -> Seen:
     return Seen(
         done=done,
         fingerprint=line["fingerprint"],
-        stat=line.get("stat") or "",
-        content=line.get("content"),
+        stats=_texts(line.get("stat")) or (),
+        contents=_texts(line.get("content")) or (),
         base=None if base is None else intern(base),  # a handful of bases, and thousands of lines
         kind=None if kind is None else intern(kind),
         error=None if done else line.get("error"),

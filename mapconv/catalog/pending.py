@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mapconv.catalog.entries import Entry
-from mapconv.catalog.fingerprints import done_fingerprint, failed_fingerprint, source_signature
+from mapconv.catalog.fingerprints import done_fingerprint, failed_fingerprint, source_signatures
 from mapconv.catalog.ledger import Seen
 from mapconv.errors import CatalogError
 from mapconv.jsonfile import read_object
@@ -43,33 +43,33 @@ def find_pending(
 
 def _is_done(entry: Entry, line: Seen, out: Path) -> bool:
     """Whether the ledger's output is there and still what this entry asks for."""
-    if line.content is None or done_fingerprint(entry, line.content, line.base) != line.fingerprint:
+    if not line.contents or done_fingerprint(entry, line.contents, line.base) != line.fingerprint:
         return False
     folder = f"{out}/{entry.name}"
     if not os.path.exists(f"{folder}/map_config.json"):
         return False
     if entry.merged and not os.path.exists(f"{out}/{entry.merged}/map_merge.json"):
         return False
-    return source_signature(entry.source) == line.stat or _has_content(entry.source, line.content)
+    return source_signatures(entry) == line.stats or _have_contents(entry.sources, line.contents)
 
 
 def _failed_so(entry: Entry, line: Seen) -> bool:
-    """Whether an attempt now would meet the same source, base and options as the one that failed."""
-    return failed_fingerprint(entry, source_signature(entry.source)) == line.fingerprint
+    """Whether an attempt now would meet the same sources, base and options as the one that failed."""
+    return failed_fingerprint(entry, source_signatures(entry)) == line.fingerprint
 
 
-def _has_content(source: str, content: str) -> bool:
+def _have_contents(sources: Sequence[str], contents: Sequence[str]) -> bool:
     from mapconv.metadata.provenance import source_fingerprint
 
     try:
-        return source_fingerprint(Path(source)) == content
+        return [source_fingerprint(Path(source)) for source in sources] == list(contents)
     except OSError:
         return False
 
 
 def _grouped(entries: list[Entry]) -> list[Entry]:
     """In the catalog's order, but those of one base together: a worker keeps its base's headers and norms at hand."""
-    bases = [entry.base or _recorded_base(entry.source) for entry in entries]
+    bases = [entry.base or _recorded_base(entry.sources[0]) for entry in entries]
     first = {base: -position for position, base in reversed(list(enumerate(bases)))}
     if len(Counter(bases)) < 2:
         return entries

@@ -2,11 +2,11 @@
 
     defaults: {base: BASE, upgrade: {OPTION: VALUE}, …}     what every entry takes over, option by option
     adapters:                                               a list; in JSONL, one object a line after the defaults
-      - source: FOLDER or Hub reference                     needed
+      - source: FOLDER or Hub reference                     needed; with combine a list of them
         base: FOLDER or Hub id                              default: what the adapter's configuration names
         output: NAME                                        folder below OUT; default: the source's last name
         upgrade: {…}  verify: {…}  merge: {…}  push: {…}    options of these functions; `true` for none, `false` for off
-        extract: {…}  or  rebase: {…}                       in place of upgrade
+        extract: {…}  rebase: {…}  or  combine: {…}         in place of upgrade
 
 A path is taken from the catalog's own folder if it exists there. Entries without the last three are only upgraded.
 """
@@ -79,7 +79,7 @@ def _folder_entries(folder: Path) -> Iterator[Entry]:
         if root != str(folder) and any(name in files for name in _ADAPTER_NAMES):
             folders.clear()
             found = True
-            yield Entry(Path(root).relative_to(folder).as_posix(), os.path.abspath(root), None, options)
+            yield Entry(Path(root).relative_to(folder).as_posix(), (os.path.abspath(root),), None, options)
             continue
         count += 1
         if count > _MOST_FOLDERS:  # links may multiply without a circle

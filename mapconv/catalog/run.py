@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mapconv.catalog.engines import make_engine
-from mapconv.catalog.entries import Entry, Job
+from mapconv.catalog.entries import Entry, Job, told
 from mapconv.catalog.faults import stops_the_run
-from mapconv.catalog.fingerprints import base_signature, done_fingerprint, failed_fingerprint, source_signature
+from mapconv.catalog.fingerprints import base_signature, done_fingerprint, failed_fingerprint, source_signatures
 from mapconv.catalog.ledger import LEDGER_FILE, Ledger
 from mapconv.catalog.lock import run_lock
 from mapconv.catalog.pending import Pending, find_pending
@@ -87,15 +87,15 @@ class Run:
     def _convert(
         self, engine: Any, due: list[Entry], ledger: Ledger, tally: Tally, advance: Callable[[], None]
     ) -> None:
-        given: dict[str, tuple[Entry, str]] = {}
+        given: dict[str, tuple[Entry, tuple[str, ...]]] = {}
         with closing(engine.run(self._jobs(due, given))) as batches:
             for batch in batches:
                 lines = []
                 for job, outcome in batch:
                     if outcome.stop:
                         continue
-                    entry, stat = given.pop(job.entry)
-                    lines.append(_line(entry, stat, outcome.table))
+                    entry, stats = given.pop(job.entry)
+                    lines.append(_line(entry, stats, outcome.table))
                     tally.add(entry.name, outcome.table)
                 try:
                     ledger.append(lines)
@@ -108,14 +108,14 @@ class Run:
                     if outcome.stop:
                         raise _stopped(outcome.table["error"], tally)
 
-    def _jobs(self, due: Iterable[Entry], given: dict[str, tuple[Entry, str]]) -> Iterator[Job]:
-        """One job after another, as the engine takes them; a source's signature is taken before its files are read."""
+    def _jobs(self, due: Iterable[Entry], given: dict[str, tuple[Entry, tuple[str, ...]]]) -> Iterator[Job]:
+        """One job after another, as the engine takes them; signatures are taken before the sources' files are read."""
         out = self._out.resolve()
         for entry in due:
-            given[entry.name] = entry, source_signature(entry.source)
+            given[entry.name] = entry, source_signatures(entry)
             yield Job(
                 entry=entry.name,
-                source=entry.source,
+                sources=entry.sources,
                 base=entry.base,
                 output=str(out / entry.name),
                 merged=str(out / entry.merged) if entry.merged else None,
@@ -152,18 +152,19 @@ def prepare_output(out: Path) -> Path:
     return own
 
 
-def _line(entry: Entry, stat: str, table: dict[str, Any]) -> dict[str, Any]:
+def _line(entry: Entry, stats: tuple[str, ...], table: dict[str, Any]) -> dict[str, Any]:
     done = table["status"] == "done"
-    fingerprint = done_fingerprint(entry, table["content"], table["base"]) if done else failed_fingerprint(entry, stat)
+    fingerprint = done_fingerprint(entry, table["content"], table["base"]) if done else failed_fingerprint(entry, stats)
+    found = {"content": told(table["content"])} if done else {}
     return {
         "entry": entry.name,
         "fingerprint": fingerprint,
-        "source": entry.source,
+        "source": told(entry.sources),
         "base": entry.base,
         "output": entry.name if done else None,
         "merged": entry.merged if done else None,
-        "stat": stat,
-    } | table
+        "stat": told(stats),
+    } | (table | found)
 
 
 def _stopped(reason: str, tally: Tally) -> DiskFullError:

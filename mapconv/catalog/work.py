@@ -40,7 +40,7 @@ def run_job(job: Job) -> Outcome:
     """Do everything that the job asks for; what may pass is tried again after a wait."""
     started = time.perf_counter()
     for attempt in range(1, faults.ATTEMPTS + 1):
-        table: dict[str, Any] = {"stage": "upgrade"}
+        table: dict[str, Any] = {"stage": job.command}
         try:
             _convert(job, table)
         except Exception as error:
@@ -67,24 +67,26 @@ def _convert(job: Job, table: dict[str, Any]) -> None:
     stages = job.stages
     # What a result of ``rebase`` is measured against runs on another base than the result itself.
     apart: dict[str, Any] = {}
-    if "rebase" in stages:
-        table["stage"] = "rebase"
-        result = mapconv.rebase(job.source, job.output, base=job.base, force=True, **stages["rebase"])
+    source = job.sources[0]
+    if job.command == "rebase":
+        result = mapconv.rebase(source, job.output, base=job.base, force=True, **stages["rebase"])
         base, modules, apart = result.onto, result.modules, {"against_base": result.base}
         if result.served is not None:
             table["kl"] = result.served.rebased.kl
-    elif "extract" in stages:
-        table["stage"] = "extract"
+    elif job.command == "extract":
         assert job.base is not None  # the catalog file's rules ask for it
-        result = mapconv.extract(job.source, job.output, base=job.base, force=True, **stages["extract"])
+        result = mapconv.extract(source, job.output, base=job.base, force=True, **stages["extract"])
+        base, modules = result.base, result.modules
+    elif job.command == "combine":
+        result = mapconv.combine(job.sources, job.output, base=job.base, force=True, **stages["combine"])
         base, modules = result.base, result.modules
     else:
-        result = mapconv.upgrade(job.source, job.output, base=job.base, force=True, **stages["upgrade"])
+        result = mapconv.upgrade(source, job.output, base=job.base, force=True, **stages["upgrade"])
         base, modules = result.base, result.modules
     if "calibrate" in stages:
         table["stage"] = "calibrate"
         trained = mapconv.calibrate(
-            job.output, against=job.source, base=base, out=job.output, force=True, **stages["calibrate"]
+            job.output, against=source, base=base, out=job.output, force=True, **stages["calibrate"]
         )
         assert trained is not None  # a job is the only process of its training
         modules = trained.modules
@@ -99,11 +101,11 @@ def _convert(job: Job, table: dict[str, Any]) -> None:
         "median_error": statistics.median(errors),
         "parameters": result.parameters,
         "nbytes": sum(path.stat().st_size for path in result.out.rglob("*") if path.is_file()),
-        "content": record["source"]["fingerprint"],
+        "content": [item["fingerprint"] for item in (record["source"], *record.get("more_sources", ()))],
     }
     if "verify" in stages:
         table["stage"] = "verify"
-        report = mapconv.verify(job.output, job.source, base=base, **apart, **stages["verify"])
+        report = mapconv.verify(job.output, source, base=base, **apart, **stages["verify"])
         table["kl"] = report.kl
     if job.merged is not None:
         table["stage"] = "merge"

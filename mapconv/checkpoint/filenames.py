@@ -5,6 +5,8 @@ from __future__ import annotations
 MODEL_CONFIG = "config.json"
 #: Written into a merged model: what it was made from. transformers leaves a file of this name alone.
 MERGE_RECORD = "map_merge.json"
+#: In a folder that took its place before another output that belongs to it: what that is.
+AWAITING = ".mapconv-awaiting"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json",

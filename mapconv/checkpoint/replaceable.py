@@ -15,7 +15,7 @@ _NAMED = 5
 _WEIGHTS = (*names.WEIGHT_FILES, *names.INDEX_FILES)
 _KNOWN = (
     names.MODEL_CONFIG, *names.RECORD_FILES, *names.COMPANION_FILES, *names.TOKENIZER_FILES, *names.MODEL_FILES,
-    *_WEIGHTS, names.PIPELINE_FILE, "scheduler_config.json",
+    *_WEIGHTS, names.PIPELINE_FILE, "scheduler_config.json", names.AWAITING,
 )  # fmt: skip
 
 

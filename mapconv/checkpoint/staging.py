@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mapconv.checkpoint.exchange import hidden_sibling, put_in_place, take_back, token
+from mapconv.checkpoint.filenames import AWAITING
 from mapconv.checkpoint.replaceable import check_replaceable
 from mapconv.errors import DiskFullError, OutputError
 
@@ -150,19 +151,33 @@ def staged_folder(out: Path, *, force: bool) -> Iterator[Path]:
         put_in_place(staging, out, force=force)
 
 
-@contextmanager
-def staged_with(folder: Path, other: AbstractContextManager[Path], *, force: bool) -> Iterator[tuple[Path, Path]]:
-    """Yield what ``staged_folder`` does for ``folder``, and what ``other``, a staging too, does: both appear, or none.
+def awaits(folder: Path, other_out: Path) -> bool:
+    """Whether a killed run left ``folder`` in its place before ``other_out``, which never came (``staged_with``)."""
+    try:
+        written = (folder / AWAITING).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return written == str(other_out.resolve()) and not os.path.lexists(other_out)
 
-    No system renames two paths in one step. What fails after the first of them is in its place takes it back; a kill
-    between the two leaves the folder, whole, without the other.
+
+@contextmanager
+def staged_with(
+    folder: Path, other: AbstractContextManager[Path], other_out: Path, *, force: bool
+) -> Iterator[tuple[Path, Path]]:
+    """Yield what ``staged_folder`` does for ``folder``, and what ``other``, a staging of ``other_out``, does: both
+    appear, or none.
+
+    No system renames two paths in one step. What fails after the first of them is in its place takes it back. A kill
+    between the two leaves the folder with a note in it of what it awaits, and the next run of the pair replaces it.
     """
     folder = folder.resolve()
+    force = force or awaits(folder, other_out)
     with _staging(folder) as staging:
         own = os.stat(staging)
         try:
             with other as second:
                 yield staging, second
+                write_file(staging / AWAITING, str(other_out.resolve()))
                 # Now, so that all that is left to be done after the first renaming is the second one.
                 _flush(second if second.is_dir() else second.parent)
                 _flush(staging)
@@ -171,6 +186,7 @@ def staged_with(folder: Path, other: AbstractContextManager[Path], *, force: boo
             if os.path.lexists(folder) and os.path.samestat(os.stat(folder), own):
                 take_back(staging, folder)
             raise
+        (folder / AWAITING).unlink()
 
 
 @contextmanager

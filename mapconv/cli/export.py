@@ -38,7 +38,7 @@ def export(chosen: Chosen) -> None:
     else:
         _report(result)
     notes(result.notes)
-    if result.faults:
+    if result.faults or result.refused:
         sys.exit(1)
 
 
@@ -50,12 +50,14 @@ def _verdict(result: ExportResult) -> None:
     show(f"{what}: {result.server} would not load it, or would compute something else:", "yellow")
     for fault in result.faults:
         show(f"  - {fault}")
-    show(f"  write one that it loads: mapconv export {shown(result.source)} --for {result.server} -o OUT")
+    out = f"OUT{result.suffix or ''}"
+    show(f"  write one that it loads: mapconv export {shown(result.source)} --for {result.server} -o {out}")
 
 
 def _report(result: ExportResult) -> None:
     reader = f" for {result.server}" if result.server else ""
-    show(f"{shown(result.source)} ({result.method}) → {result.out} ({result.format}{reader})")
+    dry = "would be written: " if result.dry_run else ""
+    show(f"{dry}{shown(result.source)} ({result.method}) → {result.out} ({result.format}{reader})")
     show()
     errors = [module.error for module in result.modules]
     if any(errors):
@@ -67,11 +69,16 @@ def _report(result: ExportResult) -> None:
     show()
     rank = f"rank {result.rank}" if result.rank else "each at its own rank"
     exact = "exact" if not any(errors) else f"ε worst {small(max(errors))}, median {small(statistics.median(errors))}"
+    if result.dry_run and any(errors):
+        kept = sum(not error for error in errors)
+        exact = f"{kept} exact, {len(errors) - kept} refitted: {exact}"
     show(f"  {counted(len(errors), 'module')}, {rank}, {size(result.nbytes)}, {result.seconds:.1f} s; {exact}")
     if max(errors) > LARGE_ERROR and result.method != "LoRA":
         show("  advice: a higher --rank, or --tolerance EPS, brings it closer to the source")
     if result.fold_into is not None:
         show(f"  merged into the base {result.fold_into}: {', '.join(result.folded)}")
+    if result.refused:
+        show(f"  refused without --fold-into BASE_OUT: {', '.join(result.refused)}", "yellow")
 
 
 def _row(name: str, modules: list[ExportedModule]) -> list[str]:

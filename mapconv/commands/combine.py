@@ -191,7 +191,8 @@ def _write(
             progress_bar(total, "combining", quiet=quiet) as advance,
         ):
             norms.load([item.item.weight for item in shared], reader)
-            combiner = Combiner(reader, norms, options, names, with_magnitude=with_magnitude, force=force)
+            contents = [record["fingerprint"] for record in records]
+            combiner = Combiner(reader, norms, options, names, contents, with_magnitude=with_magnitude, force=force)
             workers = worker_count(max(combiner.work(item) for item in shared))
 
             def run(stack: Sequence[Shared]):

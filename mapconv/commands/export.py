@@ -17,12 +17,12 @@ from mapconv.exporting.choices import cannot_hold, format_for, layout_for, requi
 from mapconv.exporting.experts import relaid
 from mapconv.exporting.formats import FORMATS
 from mapconv.exporting.limits import Limits
-from mapconv.exporting.output import check_place, staged, write
+from mapconv.exporting.output import check_place, discarded, staged, write
 from mapconv.exporting.servers import BY_NAME, Server, faults
 from mapconv.formats import read_adapter
 from mapconv.formats.base import Found
 from mapconv.formats.peft import PeftDirectory
-from mapconv.hub.locate import locate_adapter, open_base
+from mapconv.hub.locate import Fetch, locate_adapter, open_base
 from mapconv.metadata.provenance import base_name
 from mapconv.options.exporting import EXPORT
 from mapconv.options.shared import MAX_RANK
@@ -52,8 +52,10 @@ class ExportedModule:
 class ExportResult:
     """What an export wrote; with ``check`` nothing, and ``faults`` say why the server would not load the source.
 
+    With ``check``, ``suffix`` is that of the file that an export for the server would write; None: it is a folder.
     ``rank`` is that of every module, or None where they differ. ``folded`` names what went into the base that
-    ``fold_into`` holds.
+    ``fold_into`` holds. A dry run measured all of this on files that are gone, and ``refused`` names what an export
+    would stop at.
     """
 
     out: Path | None
@@ -67,6 +69,9 @@ class ExportResult:
     nbytes: int
     seconds: float
     faults: tuple[str, ...] = ()
+    suffix: str | None = None
+    dry_run: bool = False
+    refused: tuple[str, ...] = ()
     folded: tuple[str, ...] = ()
     fold_into: Path | None = None
     notes: tuple[str, ...] = ()
@@ -101,6 +106,7 @@ def export(
     dora_norm: Norm = "merged",
     allow_pickle: bool = False,
     force: bool = False,
+    dry_run: bool = False,
     quiet: bool = True,
 ) -> ExportResult:
     """Write an adapter in the format, and within the limits, of another program.
@@ -125,6 +131,7 @@ def export(
         dora_norm: what they are divided by: the norm of the ``merged`` weight, or of the ``base``'s.
         allow_pickle: read weights from a ``.bin`` file (with torch's weights-only loader).
         force: replace ``out`` and ``fold_into``.
+        dry_run: convert and measure all, keep nothing; what the format does not take is named and no error.
         quiet: no progress bar.
 
     Raises:
@@ -141,7 +148,11 @@ def export(
     out, limits = Path(out), Limits(FORMATS[format_for(to, row)], row)
     signatures = signatures_of([source], ADAPTER_FILES)
     method, placed = _place(
-        source, base, Rescaling(dora_axis, dora_norm), allow_pickle=allow_pickle, lean=fold_into is None
+        source,
+        base,
+        Rescaling(dora_axis, dora_norm),
+        allow_pickle=allow_pickle,
+        fetch="ranges" if fold_into is None else "files",
     )
     require_model(placed, row)
     layout = layout_for(experts, limits.format.name, row, placed)
@@ -159,7 +170,8 @@ def export(
             f"{limits.format.title} has no names for the modules of {placed.target.folder}, or does not take their "
             f"kind ({left_over[0]} and the like): choose another --to, or merge the adapter with `mapconv merge`."
         )
-    if left_over and folding is None:
+    refused = left_over if folding is None else []
+    if refused and not dry_run:
         raise UnsupportedError(cannot_hold(source, limits, left_over))
     plan = plan_upgrade(kept, _options(kept, limits, rank, tolerance, max_rank, dtype, device))
     check_place(out, limits, [source, placed.target.folder], nbytes=2 * plan.nbytes, force=force)
@@ -171,11 +183,12 @@ def export(
         notes.append(f"{limits.reader} holds all of the adapter: nothing is left to fold, and no base is written")
     signatures |= placed.target.checkpoint.signatures
     with ExitStack() as stack:
-        place = staged(out, limits, force=force)
-        if folding is None:
+        place = discarded(out, limits) if dry_run else staged(out, limits, force=force)
+        folder = None
+        if folding is None or dry_run:
             target = stack.enter_context(place)
         else:
-            folder, target = stack.enter_context(folding.staged(place, force=force))
+            folder, target = stack.enter_context(folding.staged(place, out, force=force))
         stack.enter_context(unchanged(signatures))
         modules, one_rank = write(plan, limits, base_now, target, leaves=laid.leaves, quiet=quiet)
         nbytes = sum(path.stat().st_size for path in ([target] if target.is_file() else target.iterdir()))
@@ -195,7 +208,9 @@ def export(
         rank=one_rank,
         nbytes=nbytes,
         seconds=time.perf_counter() - started,
-        folded=tuple(left_over),
+        dry_run=dry_run,
+        refused=tuple(refused),
+        folded=() if folding is None else tuple(left_over),
         fold_into=None if folding is None else Path(fold_into or ""),
         notes=(*notes, *server_notes(row, max(module.rank for module in modules))),
     )
@@ -218,6 +233,7 @@ def _checked(source: Path, server: Server, *, allow_pickle: bool, started: float
         nbytes=adapter.nbytes,
         seconds=time.perf_counter() - started,
         faults=tuple(found),
+        suffix=FORMATS[server.formats[0]].suffix,
         notes=tuple(server_notes(server, max(ranks, default=0))),
     )
 
@@ -228,14 +244,14 @@ def _as_peft(source: Path, *, allow_pickle: bool) -> Adapter:
 
 
 def _place(
-    source: Path, base: str | Path | None, dora: Rescaling, *, allow_pickle: bool, lean: bool
+    source: Path, base: str | Path | None, dora: Rescaling, *, allow_pickle: bool, fetch: Fetch
 ) -> tuple[str, PlacedAdapter]:
     """(method, the adapter on its base); a MAP adapter as the LoRA or DoRA that stock PEFT takes it for."""
     adapter = read_adapter(source, allow_pickle=allow_pickle)
     if adapter.method != "MAP":
-        return adapter.method, place_adapter(source, base, allow_pickle=allow_pickle, lean=lean, dora=dora)
+        return adapter.method, place_adapter(source, base, allow_pickle=allow_pickle, fetch=fetch, dora=dora)
     adapter = _as_peft(source, allow_pickle=allow_pickle)
-    checkpoint, config = plain_base(open_base(base, adapter.base, adapter.revision, source, lean=lean))
+    checkpoint, config = plain_base(open_base(base, adapter.base, adapter.revision, source, fetch=fetch))
     return "MAP", place_described(adapter, checkpoint, config)
 
 

@@ -116,8 +116,8 @@ def extract(
     """
     started = time.perf_counter()
     refitting = Refitting.of_model(finetuned, out, "map")
-    tuned_checkpoint, tuned_config = plain_base(open_model(finetuned, lean=data is None))
-    base_checkpoint, base_config = plain_base(open_base(base, None, None, tuned_checkpoint.folder, lean=True))
+    tuned_checkpoint, tuned_config = plain_base(open_model(finetuned, fetch="ranges" if data is None else "whole"))
+    base_checkpoint, base_config = plain_base(open_base(base, None, None, tuned_checkpoint.folder, fetch="ranges"))
     if not force:
         refuse_swapped(tuned_checkpoint.folder, base_checkpoint.folder)
     found = pair_finetune(
@@ -144,8 +144,9 @@ def extract(
             prefetch(checkpoint.source, checkpoint.tensors.values(), quiet=quiet)
         with torch.inference_mode():
             changes = find_changes(found, readers)
-        require_lineage(found, changes, force=force)
+        accepted = require_lineage(found, changes, force=force)
         matrices, wholes, left, notes = selected(found, changes, targets, exclude)
+        notes += accepted
         if any(pair.stack is not None for pair in matrices) and not lora_compatible:
             options = replace(options, lora_compatible=True)
             notes.append(NO_DORA_OF_STACKS)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mapconv.checkpoint.filenames import MERGE_RECORD
-from mapconv.checkpoint.staging import check_output, staged_with, write_file
+from mapconv.checkpoint.staging import awaits, check_output, staged_with, write_file
 from mapconv.errors import OutputError, UnsupportedError
 from mapconv.exporting.limits import Limits
 from mapconv.merging.companions import write_companions
@@ -45,18 +45,21 @@ class Folding:
                 "the base a folder apart."
             )
         inputs = [self._rest.adapter.path, self._plan.target.folder]
+        force = force or awaits(self._folder, adapter_out)
         check_output(self._folder, force=force, inputs=inputs, nbytes=self._plan.nbytes)
 
     def staged(
-        self, adapter: AbstractContextManager[Path], *, force: bool
+        self, adapter: AbstractContextManager[Path], adapter_out: Path, *, force: bool
     ) -> AbstractContextManager[tuple[Path, Path]]:
         """The folder to write the base to, and that or the file of the adapter's staging: both appear, or none."""
-        return staged_with(self._folder, adapter, force=force)
+        return staged_with(self._folder, adapter, adapter_out, force=force)
 
-    def write(self, staging: Path, *, quiet: bool) -> list[str]:
-        """Write the base with the rest in it into ``staging``; returns notes for the user."""
+    def write(self, staging: Path | None, *, quiet: bool) -> list[str]:
+        """Write the base with the rest in it into ``staging`` (None: nowhere); returns notes for the user."""
         source, target = self._rest.adapter.path, self._plan.target
         merged = write_weights(self._plan, staging, quiet=quiet)
+        if staging is None:
+            return [*target.notes]
         notes = write_companions(self._plan, source, staging, "auto", copied=False)
         record = merge_record([self._rest], None) | {"survival": survival_record(merged)}
         write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")

@@ -119,7 +119,8 @@ def merge(
         measured = {"original": original, "data": data, "samples": samples or MEASURED_SAMPLES}
         choice = choose_base(sources[0], base, base_values, **measured, allow_pickle=allow_pickle, quiet=quiet)
         base = choice.base
-    prepared = prepare(wish, base)
+    # Feedback runs the model.
+    prepared = prepare(wish, base, fetch="whole" if rounding == "feedback" else "files")
     plan = prepared.plan
     folder = plan.target.folder
     single = plan.target.checkpoint.is_file
@@ -148,8 +149,7 @@ def merge(
         staging = Path(name)
         groups = None if run is None else run.groups(plan)
         merged = write_weights(plan, None if dry_run else staging, groups=groups, recompute=wish.recompute, quiet=quiet)
-        if not force:
-            check_base(prepared.placed, merged)
+        notes += check_base(prepared.placed, merged, force=force)
         notes += write_companions(plan, sources[0], staging, dtype, copied=wish.in_codes)
         notes += [*([] if run is None else run.notes), *advice(merged, rounding), *saturation(merged)]
         record = prepared.record(merged, rounding, None if run is None else run.record)

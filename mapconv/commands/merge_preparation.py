@@ -11,6 +11,7 @@ from mapconv.checkpoint.codecs import storages
 from mapconv.checkpoint.filenames import ADAPTER_FILES
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.checkpoint.unchanged import FileSignature, signatures_of
+from mapconv.hub.locate import Fetch
 from mapconv.hub.reference import HubReference, shown
 from mapconv.merging.merger import MergedTensor, survival_record
 from mapconv.merging.plan import MergePlan, plan_merge
@@ -99,16 +100,16 @@ class Preparation:
 
 
 def prepare(
-    wish: MergeWish, base: str | Path | HubReference | None, *, lean: bool = False, root: Path | None = None
+    wish: MergeWish, base: str | Path | HubReference | None, *, fetch: Fetch, root: Path | None = None
 ) -> Preparation:
-    """Place the adapters, and plan what a merge writes; ``lean`` and ``root`` as of ``place_adapters``.
+    """Place the adapters, and plan what a merge writes; ``fetch`` and ``root`` as of ``place_adapters``.
 
     Raises:
         MapconvError: of the kind that fits; nothing has been written.
     """
     signatures = signatures_of(wish.sources, ADAPTER_FILES)
     as_placed = placed = place_adapters(
-        wish.sources, base, allow_pickle=wish.allow_pickle, lean=lean, root=root, dora=wish.dora
+        wish.sources, base, allow_pickle=wish.allow_pickle, fetch=fetch, root=root, dora=wish.dora
     )
     if wish.in_codes:
         rule = None if wish.lift is None else module_rule(wish.lift, "--lift")

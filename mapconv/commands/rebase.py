@@ -125,8 +125,8 @@ def rebase(
     refitting = Refitting.of([source], out, "rebased", allow_pickle=allow_pickle)
     source = refitting.source
     runs = (statistics != "none" and statistics_from is None) or data is not None
-    trained = place_adapter(source, base, allow_pickle=allow_pickle, lean=not runs)
-    served = place_adapter(source, onto, allow_pickle=allow_pickle, lean=not runs)
+    trained = place_adapter(source, base, allow_pickle=allow_pickle, fetch="whole" if runs else "ranges")
+    served = place_adapter(source, onto, allow_pickle=allow_pickle, fetch="whole" if runs else "ranges")
     if all_linear:
         trained, served = with_changed_linears(trained, served)
     if not trained.modules:

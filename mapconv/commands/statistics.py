@@ -76,7 +76,7 @@ def statistics(
     """
     started = time.perf_counter()
     samples, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
-    stored = open_base(base, None, None, Path(base), lean=False)
+    stored = open_base(base, None, None, Path(base))
     checkpoint, _ = plain_base(stored)
     target, out, place = plain_target(checkpoint), Path(out), resolve_device(device)
     check_output(out, force=force, inputs=[target.folder], nbytes=0)

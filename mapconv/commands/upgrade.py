@@ -115,9 +115,8 @@ def upgrade(
         rank_at_most,
     )
     # To run the model takes all of it; else a base on the Hub stays there but for what is read.
-    placed = place_adapter(
-        source, base, allow_pickle=allow_pickle, lean=data is None, dora=Rescaling(dora_axis, dora_norm)
-    )
+    fetch, dora = "ranges" if data is None else "whole", Rescaling(dora_axis, dora_norm)
+    placed = place_adapter(source, base, allow_pickle=allow_pickle, fetch=fetch, dora=dora)
     if placed.adapter.method == "MAP":
         raise UnsupportedError(f"{source} is a MAP adapter already: upgrade the adapter that it was made from.")
     if not placed.modules:

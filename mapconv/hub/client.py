@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from mapconv.hub.limits import limit_session
 
@@ -25,25 +26,45 @@ class Secret:
 def quiet_client(*, bars: bool | None = None) -> Iterator[None]:
     """Silence the client's log lines and warnings; its bars stay where a terminal watches, unless ``bars`` is False.
 
-    What it logs while it waits and retries reaches the user as an error's sentence if it comes to that.
+    What it logs while it waits and retries reaches the user as an error's sentence if it comes to that. All of this is
+    the process's: of several threads the first one silences it, and the last one lets it speak again.
     """
-    from huggingface_hub import utils
-
-    if bars is None:
-        bars = sys.stderr.isatty()
-    logger = logging.getLogger("huggingface_hub")
-    level, had_bars = logger.level, not utils.are_progress_bars_disabled()
-    logger.setLevel(logging.ERROR)
-    if not bars and had_bars:
-        utils.disable_progress_bars()
+    _SILENCE.begin(bars=sys.stderr.isatty() if bars is None else bars)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        logger.setLevel(level)
-        if not bars and had_bars:
-            utils.enable_progress_bars()
+        _SILENCE.end()
+
+
+class _Silence:
+    """What is to be put back when nobody wants it any more."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._undo = threading.Lock(), 0, ExitStack()
+
+    def begin(self, *, bars: bool) -> None:
+        from huggingface_hub import utils
+
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                logger = logging.getLogger("huggingface_hub")
+                self._undo.callback(logger.setLevel, logger.level)
+                logger.setLevel(logging.ERROR)
+                self._undo.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+            if not bars and not utils.are_progress_bars_disabled():
+                self._undo.callback(utils.enable_progress_bars)
+                utils.disable_progress_bars()
+
+    def end(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._undo.close()
+
+
+_SILENCE = _Silence()
 
 
 def limit_waits() -> None:

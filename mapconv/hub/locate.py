@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from mapconv.checkpoint.filenames import (
     MODEL_CONFIG,
@@ -16,6 +17,7 @@ from mapconv.checkpoint.filenames import (
 from mapconv.checkpoint.gguf.header import is_gguf
 from mapconv.checkpoint.index import Checkpoint, read_checkpoint
 from mapconv.errors import AdapterError, CheckpointError, UnsupportedError
+from mapconv.hub.arriving import arriving_checkpoint
 from mapconv.hub.model_files import (
     SMALL_MODEL_FILES,
     has_weights,
@@ -33,6 +35,9 @@ from mapconv.hub.snapshots import snapshot
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ADAPTER_PICKLE = "adapter_model.bin"
 _ADAPTER_FILES = (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS, "map_config.json", CARD_FILE, *TOKENIZER_FILES)
+#: How much of a model on the Hub comes here: all of it before anything is read, for what runs the model; its headers,
+#: and ``files`` that come whole while others are read; or its headers and the byte ``ranges`` that are read.
+Fetch = Literal["whole", "files", "ranges"]
 _OR_BASE = "or give the base model's folder with --base"
 
 
@@ -89,21 +94,21 @@ def open_base(
     revision: str | None,
     adapter: Path,
     *,
-    lean: bool = False,
+    fetch: Fetch = "whole",
     root: Path | None = None,
 ) -> Checkpoint:
-    """The base model's headers; with ``lean`` a base on the Hub stays there, but for the bytes that are asked for.
+    """The base model's headers; ``fetch`` says how much of a base on the Hub comes here besides.
 
-    ``root`` is the folder for these (``hub.ranges.ranged_checkpoint``).
+    ``root`` is the folder for byte ranges (``hub.ranges.ranged_checkpoint``).
 
     Raises:
         CheckpointError: neither names a model that can be had. HubError: the Hub does not give it.
     """
     found = find_base(base, recorded, revision, adapter)
-    return read_checkpoint(found) if isinstance(found, Path) else _opened(found, _OR_BASE, lean=lean, root=root)
+    return read_checkpoint(found) if isinstance(found, Path) else _opened(found, _OR_BASE, fetch, root)
 
 
-def open_model(model: str | Path, *, lean: bool = False) -> Checkpoint:
+def open_model(model: str | Path, *, fetch: Fetch = "whole") -> Checkpoint:
     """A model's headers, as of ``open_base``, where it is no adapter's base but named itself.
 
     Raises:
@@ -111,7 +116,7 @@ def open_model(model: str | Path, *, lean: bool = False) -> Checkpoint:
     """
     reference = hub_reference(model)
     if reference is not None:
-        return _opened(reference, "", lean=lean)
+        return _opened(reference, "", fetch)
     if (Path(model) / _ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"{model} is an adapter, not a model with all its weights: use `mapconv upgrade` on it.")
     if not is_folder(str(model)) and not (is_gguf(Path(model)) and _exists(str(model))):
@@ -119,18 +124,20 @@ def open_model(model: str | Path, *, lean: bool = False) -> Checkpoint:
     return read_checkpoint(Path(model))
 
 
-def _opened(reference: HubReference, hint: str, *, lean: bool, root: Path | None = None) -> Checkpoint:
-    if lean:
-        place, file = split_weights(reference)
+def _opened(reference: HubReference, hint: str, fetch: Fetch, root: Path | None = None) -> Checkpoint:
+    place, file = split_weights(reference)
+    # What makes a checkpoint of a GGUF file reads more of it than its header.
+    if fetch == "ranges" or (fetch == "files" and not str(file).endswith(".gguf")):
         folder = snapshot(place, SMALL_MODEL_FILES, hint)
         parts = pipeline_parts(folder)
         if parts:
             folder = snapshot(place, in_parts(SMALL_MODEL_FILES, parts), hint)
         if not (has_weights(folder) if file is None else (folder / file).exists()):
             try:
-                return ranged_checkpoint(place, folder, file, parts=parts or ("",), root=root)
+                found = ranged_checkpoint(place, folder, file, parts=parts or ("",), root=root)
+                return found if fetch == "ranges" else arriving_checkpoint(found, folder, hint)
             except RangesUnsupportedError:
-                pass  # a mirror that knows no byte ranges: fetch the whole files, as a merge does
+                pass  # a mirror that knows no byte ranges: fetch the whole files, as a command that runs the model does
     return read_checkpoint(whole_model(reference, hint))
 
 

@@ -94,7 +94,7 @@ class RangedSource:
     """The remote files of one model (a ``ByteSource``); safe to call from several threads."""
 
     def __init__(self, pinned: HubReference, folder: Path) -> None:
-        self._pinned, self._folder = pinned, folder
+        self._pinned, self.folder = pinned, folder
         self._files: dict[Path, RangedFile] = {}
         self._lock = threading.Lock()
 
@@ -117,7 +117,7 @@ class RangedSource:
                 self._open(prefix + single)
                 return True
             except EntryNotFoundError:
-                if not (self._folder / (prefix + index)).exists():
+                if not (self.folder / (prefix + index)).exists():
                     continue
             for name in self._shards(prefix + index):
                 self._open(prefix + name)
@@ -141,7 +141,7 @@ class RangedSource:
 
     def _shards(self, index: str) -> list[str]:
         try:
-            table = read_object(self._folder / index, CheckpointError, limit=LARGE)
+            table = read_object(self.folder / index, CheckpointError, limit=LARGE)
             return sorted({os.path.basename(name) for name in table["weight_map"].values()})
         except (OSError, CheckpointError, KeyError, TypeError, AttributeError):
             raise RangesUnsupportedError("no safetensors weights") from None
@@ -194,8 +194,8 @@ class RangedSource:
 
         url = hf_hub_url(self._pinned.repo_id, name, subfolder=self._pinned.subfolder, revision=self._pinned.revision)
         assert self._pinned.revision is not None  # a commit
-        (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
-        remote = RangedFile(url, self._folder / name, self._pinned.revision)
+        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        remote = RangedFile(url, self.folder / name, self._pinned.revision)
         if header:
             remote.open_header()
         else:
@@ -205,7 +205,7 @@ class RangedSource:
     @contextmanager
     def _only_one(self) -> Iterator[None]:
         """One thread of one process at a time: two runs on the same base share what the first one fetches."""
-        with self._lock, FileLock(self._folder / ".lock", mode=0o600, poll_interval=0.02):
+        with self._lock, FileLock(self.folder / ".lock", mode=0o600, poll_interval=0.02):
             for remote in self._files.values():
                 remote.read_record()
             yield

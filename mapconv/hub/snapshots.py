@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mapconv.errors import HubError
 from mapconv.files import open_regular
+from mapconv.hub.client_errors import deepest, is_offline
 from mapconv.hub.faults import ask_hub
 from mapconv.hub.reference import HubReference
 
@@ -43,6 +44,36 @@ def snapshot(reference: HubReference, patterns: Iterable[str], hint: str = "") -
         )
     _check_hashes(blobs, _names_in(blobs) - before, reference)
     return Path(folder, reference.subfolder or "")
+
+
+def fetch_file(pinned: HubReference, name: str, hint: str = "") -> None:
+    """Fetch one file of a commit into the client's cache, unless it is there; safe to call from several threads.
+
+    ``hint`` as of ``snapshot``.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
+
+    from mapconv.hub.client import limit_waits, quiet_client
+
+    where = {"repo_id": pinned.repo_id, "revision": pinned.revision}
+    path = f"{pinned.subfolder}/{name}" if pinned.subfolder else name
+    if isinstance(try_to_load_from_cache(filename=path, **where), str):
+        return
+
+    def fetch() -> str:
+        limit_waits()
+        try:
+            return hf_hub_download(filename=path, **where)
+        except LocalEntryNotFoundError as error:
+            if is_offline(deepest(error)):
+                # Other files of the commit are here: what the client says of a snapshot then is the better sentence.
+                raise IncompleteSnapshotError(str(error), "") from error
+            raise
+
+    with quiet_client():
+        blob = Path(os.path.realpath(ask_hub(fetch, str(pinned), "read", hint=lambda error: hint)))
+    _check_hashes(blob.parent, {blob.name}, pinned)
 
 
 def _names_in(folder: Path) -> set[str]:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from mapconv.checkpoint.flushing import BackgroundFlush
+from mapconv.checkpoint.index import ByteSource
 from mapconv.checkpoint.readahead import reading_ahead
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.writer import FixedFile, NoFile
@@ -50,7 +51,7 @@ def write_weights(
         with progress_bar(total, "merging", quiet=quiet) as advance:
             for jobs, feedback in [(plan.jobs, None)] if groups is None else groups:
                 workers = worker_count(max([_working_bytes(job, feedback) for job in jobs], default=1))
-                ahead = jobs if source is not None else reading_ahead(jobs, _reads)
+                ahead = reading_ahead(jobs, _reads) if source is None else _arrived(jobs, source)
                 results = in_order(partial(_run, merger, feedback, done), ahead, workers)
                 for job, result in zip(jobs, results, strict=True):
                     advance(job.nbytes)
@@ -67,6 +68,14 @@ def _run(merger: Merger, feedback: Feedback | None, done: Callable[[Job], None],
     result = merger.run(job, feedback)
     done(job)
     return result
+
+
+def _arrived(jobs: Iterable[Job], source: ByteSource) -> Iterator[Job]:
+    """Hand on jobs in their order, each when what it reads is here: a user can interrupt who waits, and no worker."""
+    for job in jobs:
+        for file, start, stop in _reads(job):
+            source.require(file, start, stop)
+        yield job
 
 
 def _reads(job: Job) -> list[tuple[Path, int, int]]:

@@ -14,6 +14,7 @@ from mapconv.options.shared import (
     DEVICE,
     DORA_AXIS,
     DORA_NORM,
+    DRY_RUN,
     DTYPE,
     MAX_RANK,
     OUT,
@@ -83,6 +84,7 @@ EXPORT = Command(
     DORA_AXIS,
     DORA_NORM,
     ALLOW_PICKLE,
+    DRY_RUN.but(help="Do all but write: show what would be exact, refitted and refused."),
     TALK,
     rules=(
         Check(("to", "server"), _something_to_do),
@@ -90,7 +92,7 @@ EXPORT = Command(
         Requires("check", "server"),
         *(
             Excludes("check", name, "it writes nothing")
-            for name in ("out", "to", "fold_into", "experts", "rank", "tolerance", "base")
+            for name in ("out", "to", "fold_into", "experts", "rank", "tolerance", "base", "dry_run")
         ),
         Excludes("rank", "tolerance"),
         Requires("max_rank", "tolerance"),

@@ -90,7 +90,7 @@ COMBINE = Command(
     Option("adapters", Source(), metavar="ADAPTER", positional=True, many=True, required=True, in_catalog=False),
     BASE,
     OUT.but(help="Folder to write. Default: the first ADAPTER's name with -combined."),
-    WEIGHTS,
+    WEIGHTS.but(in_catalog=True),
     Option(
         "method",
         Choice(("sum", "ties", "dare", "dare-ties")),

@@ -12,11 +12,12 @@ from mapconv.checkpoint.gguf.model import notes_beside
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.errors import AdapterError, CheckpointError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter
-from mapconv.hub.locate import open_base
+from mapconv.hub.locate import Fetch, open_base
 from mapconv.hub.reference import HubReference
 from mapconv.placement.authors_scalars import with_gains
 from mapconv.placement.bases import plain_base
 from mapconv.placement.by_name import linear_paths, place, require_all_targets
+from mapconv.placement.experts_in_turn import in_own_stacks
 from mapconv.placement.head_rows import in_own_order
 from mapconv.placement.skeleton import knows_type, names_class, typed_model_config
 from mapconv.placement.starting_point import resolve_target
@@ -53,11 +54,11 @@ def place_adapter(
     base: str | Path | None,
     *,
     allow_pickle: bool = False,
-    lean: bool = False,
+    fetch: Fetch = "whole",
     dora: Rescaling = AS_TRAINED,
 ) -> PlacedAdapter:
     """Read one adapter and the base's headers, and place every tensor; as ``place_adapters``."""
-    return place_adapters([source], base, allow_pickle=allow_pickle, lean=lean, dora=dora)[0]
+    return place_adapters([source], base, allow_pickle=allow_pickle, fetch=fetch, dora=dora)[0]
 
 
 def place_adapters(
@@ -65,14 +66,14 @@ def place_adapters(
     base: str | Path | HubReference | None,
     *,
     allow_pickle: bool = False,
-    lean: bool = False,
+    fetch: Fetch = "whole",
     root: Path | None = None,
     dora: Rescaling = AS_TRAINED,
 ) -> tuple[PlacedAdapter, ...]:
     """Read adapters and the base's headers, and place every tensor of each on one target model.
 
-    ``dora`` says what the magnitudes of their DoRAs mean. With ``lean`` a base on the Hub stays there, but for the
-    bytes that are read, which lie below ``root`` (``mapconv.hub.ranges``).
+    ``dora`` says what the magnitudes of their DoRAs mean, ``fetch`` how much of a base on the Hub comes here
+    (``hub.locate``), and ``root`` where byte ranges of it lie (``hub.ranges``).
 
     Raises:
         MapconvError: of the kind that fits; nothing has been computed or written.
@@ -80,7 +81,7 @@ def place_adapters(
     with collector_paused():
         adapters = [read_as(source, dora, allow_pickle=allow_pickle) for source in sources]
         first = adapters[0]
-        checkpoint = open_base(base, first.base, first.revision, sources[0], lean=lean, root=root)
+        checkpoint = open_base(base, first.base, first.revision, sources[0], fetch=fetch, root=root)
         return _place_adapters(adapters, checkpoint)
 
 
@@ -92,7 +93,7 @@ def place_apart(
     with collector_paused():
         adapters = [read_adapter(source, allow_pickle=allow_pickle) for source in sources]
         first = adapters[0]
-        checkpoint, config = plain_base(open_base(base, first.base, first.revision, sources[0], lean=True))
+        checkpoint, config = plain_base(open_base(base, first.base, first.revision, sources[0], fetch="ranges"))
         found = [_place([adapter], checkpoint, config) for adapter in adapters]
         for _, placed in found:
             _refuse_other_dtypes(placed)
@@ -153,7 +154,6 @@ def read_as(source: Path, dora: Rescaling, *, allow_pickle: bool = False) -> Ada
 
 def _place_adapters(adapters: Sequence[Adapter], stored: Checkpoint) -> tuple[PlacedAdapter, ...]:
     checkpoint, config = plain_base(stored)
-    adapters = [in_own_order(adapter, config) for adapter in adapters]
     target, placed = _place(adapters, checkpoint, config)
     _refuse_other_dtypes(placed)
     _refuse_shared(placed)
@@ -170,6 +170,7 @@ def _place_adapters(adapters: Sequence[Adapter], stored: Checkpoint) -> tuple[Pl
 
 def _place(adapters: Sequence[Adapter], checkpoint: Checkpoint, config: Mapping[str, Any]) -> Placed:
     """The quick way where it suffices, else by the model's class, or where there is none by shapes."""
+    adapters = [in_own_stacks(in_own_order(adapter, config), config) for adapter in adapters]
     if any(adapter.is_spelled for adapter in adapters):
         return stored_target(checkpoint, adapters, config)
     plain = _place_plain(adapters, checkpoint, config)

@@ -66,7 +66,9 @@ class Combiner:
         reader: of the base's files.
         norms: of the base's weights; those of ``light`` weights are loaded.
         options: what is asked.
-        names: of the adapters, as the user gave them: what the random choices of ``dare`` depend on.
+        names: of the adapters, as the user gave them.
+        contents: their fingerprints, which the random choices of ``dare`` depend on: not on where they lie, nor on
+            their order.
         with_magnitude: every module needs one for stock PEFT, because another one does.
         force: accept a base that a MAP adapter was not made for.
     """
@@ -77,11 +79,13 @@ class Combiner:
         norms: BaseNorms,
         options: CombineOptions,
         names: Sequence[str],
+        contents: Sequence[str],
         *,
         with_magnitude: bool,
         force: bool,
     ) -> None:
         self._reader, self._norms, self._options, self._names = reader, norms, options, names
+        self._contents = contents
         self._factors, self._with_magnitude, self._force = FactorLoader(reader), with_magnitude, force
 
     @staticmethod
@@ -118,7 +122,7 @@ class Combiner:
         if options.method == "sum":
             target = SumTarget(base, weighted_sum(effects, shares))
         else:
-            keys = [random_key(options.seed, self._names[n], str(item.key)) for n, _ in weight.parts]
+            keys = [random_key(options.seed, self._contents[n], str(item.key)) for n, _ in weight.parts]
             target = MixedTarget(base, effects, shares, options.method, options.density, keys)
         if options.direction == "dora":
             return directed_module(item, target, wanted, found)

@@ -97,7 +97,11 @@ def _chosen(names: Sequence[str], rule: str | None) -> int:
     """The number of the adapter whose tensors count."""
     if rule in (None, FIRST, MEAN):
         return 0
-    found = [number for number, name in enumerate(names) if rule in (name, name.rstrip("/").rpartition("/")[2])]
+    found = [number for number, name in enumerate(names) if rule == name]
+    if not found:
+        # By the end of a path, which a catalog has whole.
+        end = "/" + str(rule).removeprefix("./").strip("/")
+        found = [number for number, name in enumerate(names) if f"/{name.rstrip('/')}".endswith(end)]
     if len(found) != 1:
         raise UnsupportedError(
             f"--whole {rule} names none of the adapters, or several: give first, mean or one of them."

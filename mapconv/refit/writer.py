@@ -20,7 +20,7 @@ from mapconv.formats.mapdir import (
 )
 from mapconv.hub.ranges import prefetch
 from mapconv.placement.target_model import TargetModel
-from mapconv.placement.weights import PlacedModule
+from mapconv.placement.weights import PlacedModule, in_stacks
 from mapconv.refit.activations import input_roots
 from mapconv.refit.converted import Converted
 from mapconv.refit.converter import Converter
@@ -91,10 +91,14 @@ def converted_modules(
         for modules, roots in _groups(plan, sample, quiet=quiet):
             jobs = [(batch, roots.get(batch[0].module.path)) for batch in _batches(modules, plan)]
             results = in_order(lambda job: converter.convert_all(*job), jobs, plan.workers)
-            for item, result in zip(modules, chain.from_iterable(results), strict=True):
-                yield item, result
-                advance(costs[item.key])
-                log.info("%s: %s, rank %d, ε %.3g", *_told(item, plan, result))
+            pairs = zip(modules, chain.from_iterable(results), strict=True)
+            for stack in in_stacks(pairs, lambda pair: pair[0].experts):
+                # The factors of a stack are one tensor, of one rank.
+                rank = max(len(result.A) for _, result in stack)
+                for item, result in stack:
+                    yield item, result.with_rank(rank)
+                    advance(costs[item.key])
+                    log.info("%s: %s, rank %d, ε %.3g", *_told(item, plan, result))
 
 
 def _told(item: PlacedModule, plan: UpgradePlan, result: Converted) -> tuple[str, str, int, float]:

@@ -111,5 +111,7 @@ def _entry(found: Mapping[str, Any]) -> Entry:
         "rank", "modules", "worst_error", "median_error", "parameters", "nbytes", "kl", "seconds", "attempts",
     )  # fmt: skip
     fields: dict[str, Any] = {word: text(found.get(word)) for word in words}
+    if isinstance(found.get("source"), list):
+        fields["source"] = text(" + ".join(map(text, found["source"])))
     fields |= {name: number(found.get(name)) for name in counts}
     return Entry(name=found["entry"], **fields)

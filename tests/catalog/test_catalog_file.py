@@ -161,7 +161,7 @@ def test_any_entry_is_read_or_refused(tmp_path_factory, entry):
         (found,) = read_catalog(path)
     except CatalogError:
         return
-    assert found.source == entry["source"]
+    assert list(found.sources) == (entry["source"] if isinstance(entry["source"], list) else [entry["source"]])
     assert output_fault(found.name) is None
 
 
@@ -176,9 +176,9 @@ def test_defaults_are_taken_over_option_by_option(tmp_path):
         "- {source: ./more/songs}\n"
     )
     first, second, third = read_catalog(path)
-    assert (first.name, first.source, first.base) == ("poems", "far/poems@main", str(tmp_path / "near"))
+    assert (first.name, first.sources, first.base) == ("poems", ("far/poems@main",), str(tmp_path / "near"))
     assert first.options.stages == {"upgrade": {"dtype": "bfloat16", "rank": 9}, "verify": {}}
-    assert (second.name, second.source, second.base) == ("a/b", str(tmp_path / "near"), "other")
+    assert (second.name, second.sources, second.base) == ("a/b", (str(tmp_path / "near"),), "other")
     assert second.options.stages == {"upgrade": {"dtype": "bfloat16", "rank": 8}, "merge": {}}
     assert second.merged == "a/b-merged"
     assert (third.name, third.line) == ("songs", 5)

@@ -45,11 +45,12 @@ def fake_work(monkeypatch, tmp_path) -> Path:
         "def run_job(job):\n"
         "    with open(os.path.join(job.output, f'{job.entry}.{os.getpid()}'), 'w'):\n"
         "        pass\n"
-        "    if job.source == 'killer':\n"
+        "    source = job.sources[0]\n"
+        "    if source == 'killer':\n"
         "        os.kill(os.getpid(), signal.SIGSEGV)\n"
-        "    if job.source == 'once' and len([n for n in os.listdir(job.output) if n.startswith(job.entry)]) == 1:\n"
+        "    if source == 'once' and len([n for n in os.listdir(job.output) if n.startswith(job.entry)]) == 1:\n"
         "        os._exit(3)\n"
-        "    if job.source == 'sleeper':\n"
+        "    if source == 'sleeper':\n"
         "        time.sleep(600)\n"
         "    return work.Outcome({'status': 'done', 'attempts': 1, 'seconds': 0.0})\n"
         "work.run_job = run_job\n"
@@ -61,7 +62,7 @@ def fake_work(monkeypatch, tmp_path) -> Path:
 
 
 def job(entry: str, source: str, marks: Path) -> Job:
-    return Job(entry, source, None, str(marks), None, {})
+    return Job(entry, (source,), None, str(marks), None, {})
 
 
 def test_a_worker_that_dies_is_replaced_and_its_job_tried_once_more(fake_work):

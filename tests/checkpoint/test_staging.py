@@ -10,6 +10,7 @@ import pytest
 
 from mapconv.checkpoint import staging
 from mapconv.checkpoint.staging import (
+    awaits,
     check_output,
     remove_file,
     replace_file,
@@ -191,7 +192,7 @@ def test_a_relative_path_and_missing_parents(tmp_path, monkeypatch):
 
 def pair(tmp_path: Path, text: str, *, force: bool = False) -> None:
     adapter = staged_folder(tmp_path / "adapter", force=force)
-    with staged_with(tmp_path / "base", adapter, force=force) as (base, other):
+    with staged_with(tmp_path / "base", adapter, tmp_path / "adapter", force=force) as (base, other):
         for folder in (base, other):
             (folder / "config.json").write_text(text)
 
@@ -218,3 +219,33 @@ def test_of_two_outputs_both_appear_or_none(there, exchanging, tmp_path, monkeyp
     pair(tmp_path, "new", force=there)
     assert {(tmp_path / name / "config.json").read_text() for name in ("base", "adapter")} == {"new"}
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_kill_between_two_outputs_is_finished_by_the_next_run(there, tmp_path, monkeypatch):
+    if there:
+        pair(tmp_path, "old")
+    honest = staging.put_in_place
+
+    def killed(folder: Path, out: Path, *, force: bool) -> None:
+        if out.name == "adapter":
+            os._exit(9)
+        honest(folder, out, force=force)
+
+    process = os.fork()
+    if process == 0:
+        monkeypatch.setattr(staging, "put_in_place", killed)
+        try:
+            pair(tmp_path, "new", force=there)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+    assert (tmp_path / "base" / "config.json").read_text() == "new"
+    assert awaits(tmp_path / "base", tmp_path / "adapter") != there
+    assert not awaits(tmp_path / "base", tmp_path / "another")
+    pair(tmp_path, "newer", force=there)
+    assert {(tmp_path / name / "config.json").read_text() for name in ("base", "adapter")} == {"newer"}
+    assert [path.name for path in (tmp_path / "base").iterdir()] == ["config.json"]
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(OutputError, match="created in the meantime"):
+        pair(tmp_path, "newest")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import mapconv
 from mapconv.algebra.mixing import random_key
 from mapconv.errors import MapconvError
+from mapconv.metadata.provenance import source_fingerprint
 from tests.files import copy
 from tests.models import load_base, save_adapter, tiny_config
 
@@ -143,7 +144,10 @@ def test_ties_and_dare_are_those_of_the_dense_changes(base: Path, adapters, tmp_
             least = dense.abs().flatten().topk(int(0.4 * dense.numel())).values[-1]
             mixed.append(w * torch.where(dense.abs() >= least, dense, 0.0))
         else:
-            mask = _splitmix(random_key(3, str(part), str((LAYER, None))), dense.numel()).view(dense.shape) < 0.4
+            mask = (
+                _splitmix(random_key(3, source_fingerprint(part), str((LAYER, None))), dense.numel()).view(dense.shape)
+                < 0.4
+            )
             mixed.append(w * dense * mask / 0.4)
     stack = torch.stack(mixed)
     positive = stack.sum(0) >= 0

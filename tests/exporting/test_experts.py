@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import mapconv
+from mapconv.checkpoint.gguf.header import GgufFile, read_gguf
 from mapconv.errors import UnsupportedError
 from tests.files import copy, edit_json
 from tests.matrix.bases import Bases
@@ -128,6 +131,28 @@ def test_truncated_the_error_is_what_is_lost(apart, bases, tmp_path):
     assert 0.1 < result.worst_error < 1
 
 
+@pytest.mark.parametrize("command", ["export", "upgrade"])
+def test_a_tolerance_gives_a_stack_the_rank_of_its_worst_expert(command, bases, tmp_path):
+    """Expert 0 needs rank 1, expert 1 both of its own, and expert 2 is not adapted."""
+    fused, own = bases.folder("qwen3-moe", "fused"), tmp_path / "own"
+    own.mkdir()
+    path = "base_model.model.model.layers.1.mlp.experts"
+    A, B = torch.eye(6, 12), torch.zeros(16, 2, 3)
+    B[0, 0, 0], B[1:3, :, 1] = 2.0, torch.eye(2)
+    save_file({f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B.flatten(1)}, own / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "task_type": "CAUSAL_LM", "target_modules": []}
+    config["target_parameters"] = ["model.layers.1.mlp.experts.down_proj"]
+    (own / "adapter_config.json").write_text(json.dumps(config))
+    if command == "export":
+        result = mapconv.export(own, tmp_path / "out", to="peft", base=fused, tolerance=1e-3)
+    else:
+        result = mapconv.upgrade(own, tmp_path / "out", base=fused, tolerance=1e-3)
+    assert [module.rank for module in result.modules] == [2, 2, 2]
+    assert_same(merged_by_peft(fused, tmp_path / "out"), merged_by_peft(fused, own))
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")[f"{path}.lora_B.weight"].view(16, 2, 3)
+    assert int(torch.linalg.matrix_rank(written[:, :, 0])) == 1
+
+
 def test_missing_experts_are_zeros_where_they_may_be(apart, bases, tmp_path):
     fused, own = bases.folder("qwen3-moe", "fused"), copy(apart, tmp_path / "own")
     tensors = load_file(own / "adapter_model.safetensors")
@@ -173,6 +198,49 @@ def test_mlx_lm_loads_its_own_stacks(source, bases, tmp_path, request):
             stacked = wanted[f"{parent}.{'down_proj' if leaf == 'down_proj' else 'gate_up_proj'}"]
             parts = {"gate_proj": stacked[:, :12], "up_proj": stacked[:, 12:], "down_proj": stacked}
             torch.testing.assert_close(weight, parts[leaf], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["stack", "apart"])
+def test_llama_cpp_gets_a_stack_for_each_projection(source, bases, tmp_path, request):
+    base, fused = (bases.folder("qwen3-moe", spelling) for spelling in ("default", "fused"))
+    adapter = request.getfixturevalue(source)
+    result = mapconv.export(adapter, tmp_path / "out.gguf", server="llama.cpp", base=base)
+    assert result.worst_error < 1e-7
+    before, wanted = load_file(base / "model.safetensors"), merged(adapter, fused, tmp_path / "wanted")
+    got = merged(tmp_path / "out.gguf", base, tmp_path / "merged")
+    header = read_gguf(tmp_path / "out.gguf")
+    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
+    for layer in range(2):
+        for role, width, height in (("gate", 16, 12), ("up", 16, 12), ("down", 12, 16)):
+            name = f"blk.{layer}.ffn_{role}_exps.weight"
+            assert shapes[f"{name}.lora_a"] == (3, result.rank, width)
+            assert shapes[f"{name}.lora_b"] == (3, height, result.rank)
+            # As llama.cpp multiplies them: the matrices of the chosen expert, alpha by the rank of lora_b.
+            A, B = (values_of(header, f"{name}.{part}") for part in ("lora_a", "lora_b"))
+            stack = wanted[f"model.layers.{layer}.mlp.experts.{'down' if role == 'down' else 'gate_up'}_proj"]
+            part = {"gate": stack[:, :12], "up": stack[:, 12:], "down": stack}[role]
+            for expert in range(3):
+                weight = before[f"model.layers.{layer}.mlp.experts.{expert}.{role}_proj.weight"]
+                update = B[expert] @ A[expert] * (header.metadata["adapter.lora.alpha"] / result.rank)
+                torch.testing.assert_close(weight + update, part[expert], rtol=0, atol=3e-6)
+    assert_same(merged(tmp_path / "out.gguf", fused, tmp_path / "again"), wanted)
+    for name, weight in got.items():
+        if ".experts." not in name:
+            torch.testing.assert_close(weight, wanted[name], rtol=0, atol=3e-6)
+
+
+def values_of(header: GgufFile, name: str) -> torch.Tensor:
+    tensor = next(tensor for tensor in header.tensors if tensor.name == name)
+    values = np.fromfile(header.path, np.float32, math.prod(tensor.shape), offset=tensor.start)
+    return torch.from_numpy(values).view(tensor.shape)
+
+
+def test_llama_cpp_has_no_names_for_all_experts(bases, tmp_path):
+    base = bases.folder("gpt-oss", "default")
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"], task_type="CAUSAL_LM")
+    get_peft_model(MODELS["gpt-oss"].load(base), config).save_pretrained(tmp_path / "own")
+    with pytest.raises(UnsupportedError, match="GGUF has no names for the modules"):
+        mapconv.export(tmp_path / "own", tmp_path / "out.gguf", to="gguf", base=base)
 
 
 def test_experts_that_were_always_one_tensor(bases, tmp_path):

@@ -68,6 +68,26 @@ def test_a_dora_becomes_the_closest_plain_lora(run, base, dora, tmp_path):
     assert report["worst_error"] == pytest.approx(upgraded.worst_error, rel=1e-6)
 
 
+def test_a_dry_run_measures_and_keeps_nothing(run, base, dora, models, tmp_path):
+    arguments = ("export", dora, "--for", "vllm", "-o", tmp_path / "out")
+    dry = json.loads(run(*arguments, "--dry-run", "--json").out)
+    assert not list(tmp_path.iterdir())
+    real = json.loads(run(*arguments, "--json").out)
+    assert {**dry, "seconds": 0} == {**real, "seconds": 0, "dry_run": True}
+    assert dry["nbytes"] > 1000
+    assert run(*arguments, "--dry-run").status == 1  # it would stop at what is there now
+
+    source = save_adapter(base, models / "dry-embedding", target_modules=["q_proj", "embed_tokens"])
+    arguments = ("export", source, "--for", "sglang", "-o", tmp_path / "other", "--dry-run")
+    refused = run(*arguments)
+    assert (refused.status, "refused without --fold-into BASE_OUT: model.embed_tokens" in refused.out) == (1, True)
+    folded = run(*arguments, "--fold-into", tmp_path / "folded")
+    assert folded.status == 0
+    assert "would be written" in folded.out
+    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "folded").exists()
+
+
 def test_a_map_adapter_is_exported_as_the_function_that_it_is(base, lora, dora, tmp_path):
     mapconv.upgrade(lora, tmp_path / "plain", base=base)
     result = mapconv.export(tmp_path / "plain", tmp_path / "out", server="vllm")
@@ -124,6 +144,8 @@ def test_check_says_why(run, own_lora, own_dora, changes, fault):
     result = run("export", source, "--for", "sglang", "--check")
     assert result.status == 1
     assert (fault or "DoRA is not supported") in result.out
+    assert result.out.rstrip().endswith("--for sglang -o OUT")
+    assert "--for ollama -o OUT.gguf" in run("export", source, "--for", "ollama", "--check").out
 
 
 def test_a_rank_that_needs_an_option_or_is_too_large(run, base, models, tmp_path):
@@ -149,6 +171,9 @@ def test_outputs(run, lora, base, tmp_path):
         assert_refused(run("export", lora, "--for", "vllm", "-o", tmp_path / "there"), "--force")
         assert_refused(run("export", lora, "--to", "gguf", "-o", tmp_path / "lora.gguf"), "--force")
         assert_refused(run("export", lora, "--to", "gguf", "-o", tmp_path / "lora.bin"), ".gguf")
+        assert_refused(
+            run("export", lora, "--to", "peft", "-o", tmp_path / "x.safetensors"), "a folder", "a file's name"
+        )
         assert_refused(
             run("export", lora, "--to", "mlx", "--for", "vllm", "-o", tmp_path / "x"), "does not read MLX-LM"
         )

@@ -98,5 +98,14 @@ def test_an_adapter_that_cannot_be_put_in_place_leaves_no_base(base, tmp_path, m
         patch.setattr(staging, "put_in_place", full)
         assert run(*arguments, "--fold-into", tmp_path / "folded").status == 1
     assert listing(tmp_path) == before
+    with monkeypatch.context() as patch:
+        # As a kill between the two leaves them.
+        patch.setattr(staging, "put_in_place", full)
+        patch.setattr(staging, "take_back", lambda *paths: None)
+        run(*arguments, "--fold-into", tmp_path / "folded")
+    assert (tmp_path / "folded").exists()
+    wrong = run(*arguments[:-1], tmp_path / "elsewhere", "--fold-into", tmp_path / "folded")
+    assert (wrong.status, "exists already" in wrong.err) == (1, True)
     assert run(*arguments, "--fold-into", tmp_path / "folded").status == 0
     assert (tmp_path / "folded" / "model.safetensors").exists()
+    assert not [path.name for path in (tmp_path / "folded").iterdir() if path.name.startswith(".")]

@@ -145,7 +145,7 @@ from pathlib import Path
 import torch
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.hub.locate import open_base
-checkpoint = open_base(sys.argv[1], None, None, Path("x"), lean=True)
+checkpoint = open_base(sys.argv[1], None, None, Path("x"), fetch="ranges")
 def digest(tensor):
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 with TensorReader(checkpoint.source) as reader:

@@ -24,8 +24,8 @@ class Engine(Protocol):
 def died(job: Job, how: str, deaths: int) -> Outcome:
     """The outcome of a job whose workers died under it."""
     error = (
-        f"the worker that converted {job.source} died, {deaths} times in all ({how}): a crash, or the system's answer "
-        "to too little memory; convert it alone with `mapconv upgrade`, or with fewer workers."
+        f"the worker that converted {' and '.join(job.sources)} died, {deaths} times in all ({how}): a crash, or the "
+        f"system's answer to too little memory; do it alone with `mapconv {job.command}`, or with fewer workers."
     )
     table = {"status": "failed", "kind": WorkerDiedError.__name__, "error": error, "stage": None}
     return Outcome(table | {"attempts": deaths, "seconds": None})
