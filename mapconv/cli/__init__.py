@@ -9,6 +9,7 @@ import gc
 import io
 import os
 import sys
+import warnings
 from difflib import get_close_matches
 from importlib import import_module
 from typing import NoReturn
@@ -90,6 +91,7 @@ def run() -> NoReturn:
     gc.set_threshold(100_000, 50, 50)
     _share_heaps()
     _open_closed_streams()
+    _leave_warnings_to_developers()
     status: object = 0
     try:
         main()
@@ -103,6 +105,12 @@ def run() -> NoReturn:
         except (OSError, ValueError):
             status = status or 1
     os._exit(status if isinstance(status, int) else 0)
+
+
+def _leave_warnings_to_developers() -> None:
+    """What Python and libraries warn the writers of code of is not for users: of their files, commands speak."""
+    if not sys.warnoptions and os.environ.get("MAPCONV_DEBUG") != "1":
+        warnings.simplefilter("ignore")
 
 
 def _share_heaps() -> None:

@@ -50,7 +50,8 @@ def _verdict(result: ExportResult) -> None:
     show(f"{what}: {result.server} would not load it, or would compute something else:", "yellow")
     for fault in result.faults:
         show(f"  - {fault}")
-    show(f"  write one that it loads: mapconv export {shown(result.source)} --for {result.server} -o OUT")
+    out = f"OUT{result.suffix or ''}"
+    show(f"  write one that it loads: mapconv export {shown(result.source)} --for {result.server} -o {out}")
 
 
 def _report(result: ExportResult) -> None:

@@ -34,6 +34,8 @@ def inspect(chosen: Chosen) -> None:
     if found.components:
         show(f"  written   as {found.dialect} does; adapts {', '.join(found.components)}")
     show(f"  base      {found.base or 'not recorded'}{f' @ {found.revision}' if found.revision else ''}")
+    if found.origin:
+        show(f"  made      from {found.origin}")
     if found.fits is not None:
         show(f"  placed    every tensor fits {shown(found.fits)}")
     if found.storages:

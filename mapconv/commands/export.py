@@ -52,6 +52,7 @@ class ExportedModule:
 class ExportResult:
     """What an export wrote; with ``check`` nothing, and ``faults`` say why the server would not load the source.
 
+    With ``check``, ``suffix`` is that of the file that an export for the server would write; None: it is a folder.
     ``rank`` is that of every module, or None where they differ. ``folded`` names what went into the base that
     ``fold_into`` holds. A dry run measured all of this on files that are gone, and ``refused`` names what an export
     would stop at.
@@ -68,6 +69,7 @@ class ExportResult:
     nbytes: int
     seconds: float
     faults: tuple[str, ...] = ()
+    suffix: str | None = None
     dry_run: bool = False
     refused: tuple[str, ...] = ()
     folded: tuple[str, ...] = ()
@@ -231,6 +233,7 @@ def _checked(source: Path, server: Server, *, allow_pickle: bool, started: float
         nbytes=adapter.nbytes,
         seconds=time.perf_counter() - started,
         faults=tuple(found),
+        suffix=FORMATS[server.formats[0]].suffix,
         notes=tuple(server_notes(server, max(ranks, default=0))),
     )
 

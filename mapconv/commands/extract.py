@@ -144,8 +144,9 @@ def extract(
             prefetch(checkpoint.source, checkpoint.tensors.values(), quiet=quiet)
         with torch.inference_mode():
             changes = find_changes(found, readers)
-        require_lineage(found, changes, force=force)
+        accepted = require_lineage(found, changes, force=force)
         matrices, wholes, left, notes = selected(found, changes, targets, exclude)
+        notes += accepted
         if any(pair.stack is not None for pair in matrices) and not lora_compatible:
             options = replace(options, lora_compatible=True)
             notes.append(NO_DORA_OF_STACKS)

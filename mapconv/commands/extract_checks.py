@@ -35,16 +35,22 @@ def refuse_swapped(tuned: Path, base: Path) -> None:
             )
 
 
-def require_lineage(found: Finetune, changes: Changes, *, force: bool) -> None:
-    """Refuse models of equal shape whose weights have nothing to do with each other, and models that are equal."""
+def require_lineage(found: Finetune, changes: Changes, *, force: bool) -> list[str]:
+    """Refuse models of equal shape whose weights have nothing to do with each other, and models that are equal.
+
+    With ``force`` the former are accepted, and the note that says so returned.
+    """
     base, tuned = found.base.folder, found.tuned.folder
-    if changes.cosine < LEAST_COSINE and not force:
-        raise BaseMismatchError(
-            f"the weights of {tuned} have a cosine of {changes.cosine:.3f} with those of {base}, so it is a finetune "
-            "of another model: give that one with --base, or pass --force to go on."
-        )
     if not changes.matrices and not changes.wholes:
         raise UnsupportedError(f"{tuned} holds the same weights as {base}: there is nothing to extract.")
+    if not changes.cosine < LEAST_COSINE:  # of NaN neither is true: the tensor that holds one is named by its refit
+        return []
+    measured = f"the weights of {tuned} have a cosine of {changes.cosine:.3f} with those of {base}"
+    if not force:
+        raise BaseMismatchError(
+            f"{measured}, so it is a finetune of another model: give that one with --base, or pass --force to go on."
+        )
+    return [f"accepted with --force: {measured}"]
 
 
 def selected(

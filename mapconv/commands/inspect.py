@@ -34,9 +34,10 @@ class TargetGroup:
 class Inspection:
     """What an adapter is.
 
-    ``dialect`` is the writer's name for the form of the files, and ``components`` the models of a pipeline that are
-    adapted, where it tells several apart. ``fits`` is the base that it was placed on, or None if no base was given;
-    ``storages`` counts that base's quantized weights by how they are stored.
+    ``origin`` is what a MAP directory was made from, by its own record. ``dialect`` is the writer's name for the form
+    of the files, and ``components`` the models of a pipeline that are adapted, where it tells several apart. ``fits``
+    is the base that it was placed on, or None if no base was given; ``storages`` counts that base's quantized weights
+    by how they are stored.
     """
 
     source: Path
@@ -45,6 +46,7 @@ class Inspection:
     components: tuple[str, ...]
     base: str | None
     revision: str | None
+    origin: str | None
     peft_version: str | None
     task_type: str | None
     modules: int
@@ -101,6 +103,7 @@ def inspect(
         components=_components(adapter),
         base=adapter.base,
         revision=adapter.revision,
+        origin=_origin(adapter),
         peft_version=adapter.config.get("peft_version"),
         task_type=adapter.config.get("task_type"),
         modules=len(adapter.modules),
@@ -115,6 +118,15 @@ def inspect(
         storages=found,
         notes=(*adapter.notes, *notes),
     )
+
+
+def _origin(adapter: Adapter) -> str | None:
+    """What a MAP directory was made from, and for a rebased one where that was trained."""
+    record = adapter.map_config or {}
+    sources = (record.get("source"), *(record.get("more_sources") or ()))
+    made = " + ".join(f"{one['name']} ({one.get('method')})" for one in sources if one and one.get("name"))
+    trained_on = ((record.get("rebase") or {}).get("from") or {}).get("name")
+    return f"{made}, trained on {trained_on} and rebased" if made and trained_on else made or None
 
 
 def _components(adapter: Adapter) -> tuple[str, ...]:

@@ -149,8 +149,7 @@ def merge(
         staging = Path(name)
         groups = None if run is None else run.groups(plan)
         merged = write_weights(plan, None if dry_run else staging, groups=groups, recompute=wish.recompute, quiet=quiet)
-        if not force:
-            check_base(prepared.placed, merged)
+        notes += check_base(prepared.placed, merged, force=force)
         notes += write_companions(plan, sources[0], staging, dtype, copied=wish.in_codes)
         notes += [*([] if run is None else run.notes), *advice(merged, rounding), *saturation(merged)]
         record = prepared.record(merged, rounding, None if run is None else run.record)

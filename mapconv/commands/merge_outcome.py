@@ -109,24 +109,34 @@ def saturation(merged: Sequence[MergedTensor]) -> list[str]:
     ]
 
 
-def check_base(placed: Iterable[PlacedAdapter], merged: Sequence[MergedTensor], *, so_far: bool = False) -> None:
+def check_base(
+    placed: Iterable[PlacedAdapter], merged: Sequence[MergedTensor], *, force: bool, so_far: bool = False
+) -> list[str]:
     """Refuse a base whose weights are not those that a MAP adapter was made for: fingerprints come with the merge.
 
-    With ``so_far``, weights of which a tensor is still to be merged are left for later.
+    With ``force`` such a base is accepted, and the note that says so returned. With ``so_far``, weights of which a
+    tensor is still to be merged are left for later.
     """
     found: dict[tuple, Fingerprint] = defaultdict(Fingerprint)
     for tensor in merged:
         for identity, part in tensor.base.items():
             found[identity] += part
     there = {tensor.tensor for tensor in merged}
+    strange = []
     for item in (item for adapter in placed for item in adapter.modules):
         if item.scalars is None:
             continue
         if so_far and not there.issuperset(piece.tensor.name for piece in item.weight.pieces):
             continue
         fault = base_fault(item.scalars, found[item.identity])
-        if fault is not None:
+        if fault is None:
+            continue
+        if not force:
             raise BaseMismatchError(
                 f"{item.weight.pieces[0].tensor.file}: {item.weight.name} {fault}: give that base with --base, or "
                 "accept this one with --force."
             )
+        strange.append(f"{item.weight.name} {fault}")
+    if not strange:
+        return []
+    return [f"accepted with --force: {counted(len(strange), 'weight')} of another base; {strange[0]}"]

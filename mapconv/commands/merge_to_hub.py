@@ -166,8 +166,7 @@ class _HubMerge:
             stream = stream_shards(plan, pending, self._work.shards, recompute=recompute, quiet=self._quiet)
             with closing(stream):
                 for shard, path, merged in stream:
-                    if not self._force:
-                        check_base(self.prepared.placed, [*self.merged, *merged], so_far=True)
+                    check_base(self.prepared.placed, [*self.merged, *merged], force=self._force, so_far=True)
                     self._send(shard.file.name, path, merged)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -196,13 +195,14 @@ class _HubMerge:
         """Commit all files; those that the Hub has lost by then are made and sent once more."""
         lost: set[str] = set()
         while True:
-            if not self._force:
-                check_base(self.prepared.placed, self.merged)
+            accepted = check_base(self.prepared.placed, self.merged, force=self._force)
             self._write_record(self.merged)
             stored = {name: one.file for name, one in self._work.delivered.items()}
             try:
                 bars = False if self._quiet else None
-                return send(self._pack(), self.to, Secret(None), stored=stored, bars=bars)
+                sent = send(self._pack(), self.to, Secret(None), stored=stored, bars=bars)
+                self.notes += accepted
+                return sent
             except HubError as error:
                 if error.status not in _NOT_FOUND:
                     raise

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from mapconv.errors import UnsupportedError
-from mapconv.exporting.experts import Layout
+from mapconv.exporting.experts import Layout, adapts_experts
 from mapconv.exporting.formats import FORMATS
+from mapconv.exporting.ggufnames import gguf_config, has_expert_stacks
 from mapconv.exporting.limits import Limits
 from mapconv.exporting.servers import Server
 from mapconv.placement.adapters import PlacedAdapter
@@ -49,6 +50,8 @@ def layout_for(given: Layout | None, to: str, server: Server | None, placed: Pla
         )
     if to == "mlx":
         return "switch"
+    if to == "gguf":
+        return "gguf" if adapts_experts(placed) and has_expert_stacks(gguf_config(placed)) else None
     stacked = any(item.experts > 1 for item in placed.modules)
     return server.experts[0] if given is None and server is not None and server.experts and stacked else given
 

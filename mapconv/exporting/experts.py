@@ -6,6 +6,7 @@ fused       PEFT's ``target_parameters`` on transformers 5's fused parameters: g
 tinker      three-dimensional stacks ``w1``, ``w2``, ``w3`` of all experts
 sglang      three-dimensional stacks ``gate_up_proj``, ``down_proj`` of all experts
 switch      those of MLX-LM, ``switch_mlp.gate_proj`` and so on
+gguf        those of llama.cpp, ``ffn_gate_exps`` and so on
 ==========  ==========================================================================================================
 
 All of them hold the same functions. A fused parameter that is split has each of its parts keep the whole rank; parts
@@ -29,9 +30,9 @@ from mapconv.placement.regions import StoredParameters
 from mapconv.placement.skeleton import LiveModel, names_class, typed_model_config
 from mapconv.placement.weights import PlacedModule, part_of
 
-Layout = Literal["split", "fused", "tinker", "sglang", "switch"]
+Layout = Literal["split", "fused", "tinker", "sglang", "switch", "gguf"]
 #: Layouts of one tensor for all experts, which must therefore all be there and of one rank.
-STACKED = ("tinker", "sglang", "switch")
+STACKED = ("tinker", "sglang", "switch", "gguf")
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,18 @@ class Relaid:
     leaves: frozenset[str] = frozenset()
 
 
+def adapts_experts(placed: PlacedAdapter) -> bool:
+    """Whether some of an adapter's modules are experts, in stacks or apart."""
+    return any(item.experts > 1 or ".experts." in item.module.path for item in placed.modules)
+
+
 def relaid(placed: PlacedAdapter, layout: Layout | None) -> Relaid:
     """The adapter with its experts in a layout; None leaves them as they are.
 
     Raises:
         UnsupportedError: experts that the layout, or the model's class, has no place for.
     """
-    if layout is None or not any(item.experts > 1 or ".experts." in item.module.path for item in placed.modules):
+    if layout is None or not adapts_experts(placed):
         return Relaid(placed)
     experts = _Experts(placed)
     if layout == "fused":

@@ -2,22 +2,25 @@
 
 Version 3 of the format, little-endian: a header with typed keys, a list of tensors with their sizes fastest first, and
 their values, each aligned to 32 bytes (ggml's ``docs/gguf.md``). The reader scales by alpha/r with one alpha for all,
-and by 1 where alpha is 0 (``src/llama-adapter.h``); the scaling is in ``lora_b``.
+and by 1 where alpha is 0 (``src/llama-adapter.h``); the scaling is in ``lora_b``. The factors of all experts of a layer
+are (E, r, in) and (E, out, r), of which the matrices that a token chose are multiplied (``src/llama-graph.cpp``,
+``build_lora_mm_id``).
 """
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from mapconv.checkpoint.model_config import read_model_config
-from mapconv.exporting.ggufnames import ARCHITECTURES, gguf_name, heads_of, interleaved
+from mapconv.exporting.ggufnames import ARCHITECTURES, gguf_config, gguf_name, heads_of, interleaved, layer_of
 from mapconv.exporting.plain import Export, PlainModule
+from mapconv.exporting.stacks import apart
 from mapconv.placement.adapters import PlacedAdapter
 
 _ALIGNMENT = 32
@@ -28,33 +31,37 @@ _FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 
 
 @dataclass(frozen=True)
-class _Factor:
-    """One tensor of the file, by the module that it is made from."""
+class _Tensor:
+    """One tensor of the file: what it is called there, and how it is made."""
 
     name: str
-    shape: tuple[int, int]
-    module: PlainModule
-    first: bool
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        return self.shape[0] * self.shape[1] * dtype.itemsize
+        return math.prod(self.shape) * dtype.itemsize
 
 
 def gguf_names(placed: PlacedAdapter) -> dict[tuple[str, int | None], str]:
     """What llama.cpp calls each module's weight, where it has one."""
-    config = _config(placed)
+    config = gguf_config(placed)
     names = {item.key: gguf_name(item.module.path, config) for item in placed.modules}
     return {key: name for key, name in names.items() if name is not None}
 
 
 def write_gguf(export: Export, out: Path) -> None:
     """Write the file that ``llama-cli --lora`` takes."""
-    config = _config(export.placed)
+    config = gguf_config(export.placed)
     architecture, _ = ARCHITECTURES[str(config["model_type"])]
     dtype = export.reader.read(export.modules[0].A).dtype
+    modules, stacks = apart(export)
     names = gguf_names(export.placed)
-    factors = [factor for module in export.modules for factor in _factors(module, names[module.placed.key])]
-    ranks = {module.rank for module in export.modules}
+    tensors = [tensor for module in modules for tensor in _factors(export, module, names[module.placed.key], config)]
+    for path, A, B in stacks:
+        name = f"blk.{layer_of(path)}.{path.rpartition('.')[2]}.weight"
+        for part, factor in (("lora_a", A), ("lora_b", B)):
+            tensors.append(_Tensor(f"{name}.{part}", tuple(factor.shape), lambda factor=factor: factor))
+    ranks = {module.rank for module in modules} if export.rank is None else {export.rank}
     # One alpha serves one rank alone; with 0 the reader takes the factors as they are.
     alpha = float(ranks.pop()) if len(ranks) == 1 else 0.0
     header = [
@@ -66,41 +73,34 @@ def write_gguf(export: Export, out: Path) -> None:
         _key("adapter.lora.alpha", _FLOAT32) + struct.pack("<f", alpha),
     ]
     with open(out, "xb") as file:
-        file.write(b"GGUF" + struct.pack("<IQQ", 3, len(factors), len(header)) + b"".join(header))
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(header)) + b"".join(header))
         offset = 0
-        for factor in factors:
-            sizes = struct.pack("<IQQ", 2, *reversed(factor.shape))
-            file.write(_string(factor.name) + sizes + struct.pack("<IQ", _TENSOR_TYPES[dtype], offset))
-            offset += -(-factor.nbytes(dtype) // _ALIGNMENT) * _ALIGNMENT
+        for tensor in tensors:
+            sizes = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))
+            file.write(_string(tensor.name) + sizes + struct.pack("<IQ", _TENSOR_TYPES[dtype], offset))
+            offset += -(-tensor.nbytes(dtype) // _ALIGNMENT) * _ALIGNMENT
         _align(file)
-        for factor in factors:
-            tensor = export.reader.read(factor.module.A if factor.first else factor.module.B)
-            heads = None if factor.first else heads_of(factor.name.rpartition(".")[0], factor.shape[0], config)
-            file.write(_stored(tensor, factor, heads))
+        for tensor in tensors:
+            file.write(tensor.make().contiguous().view(-1).view(torch.uint8).numpy().data)
             _align(file)
 
 
-def _config(placed: PlacedAdapter) -> dict[str, Any]:
-    try:
-        return read_model_config(placed.target.folder)
-    except FileNotFoundError:
-        return {}  # llama.cpp then has no architecture for it
+def _factors(export: Export, module: PlainModule, name: str, config: Mapping[str, Any]) -> Iterator[_Tensor]:
+    embedding = module.placed.module.embedding
+    rank, height, width = export.rank or module.rank, module.B.shape[0], module.A.shape[1]
+    heads = heads_of(name, height, config)
 
+    def first() -> torch.Tensor:
+        A, _ = export.factors(module)
+        # Rows of an embedding's first factor are looked up by their tokens.
+        return A.T if embedding else A
 
-def _factors(module: PlainModule, name: str) -> Iterator[_Factor]:
-    A, B = module.A.shape, module.B.shape
-    # Rows of an embedding's first factor are looked up by their tokens.
-    first = (A[1], A[0]) if module.placed.module.embedding else (A[0], A[1])
-    yield _Factor(f"{name}.lora_a", first, module, first=True)
-    yield _Factor(f"{name}.lora_b", (B[0], B[1]), module, first=False)
+    def second() -> torch.Tensor:
+        _, B = export.factors(module)
+        return B if heads is None else interleaved(B, heads)
 
-
-def _stored(tensor: torch.Tensor, factor: _Factor, heads: int | None) -> memoryview:
-    if factor.first:
-        tensor = tensor.T if factor.module.placed.module.embedding else tensor
-    elif heads is not None:
-        tensor = interleaved(tensor, heads)
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    yield _Tensor(f"{name}.lora_a", (width, rank) if embedding else (rank, width), first)
+    yield _Tensor(f"{name}.lora_b", (height, rank), second)
 
 
 def _align(file: BinaryIO) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from mapconv.checkpoint.gguf.families import FAMILIES
+from mapconv.checkpoint.gguf.families import FAMILIES, MIXTURES
+from mapconv.checkpoint.model_config import read_model_config
 from mapconv.errors import CheckpointError
+from mapconv.placement.adapters import PlacedAdapter
 from mapconv.untrusted.schema import shown
 
 #: transformers' model type → (llama.cpp's architecture, whether the rows of q and k are interleaved): those that
@@ -45,21 +47,51 @@ _LAYERS = {
     "mlp.c_proj": "ffn_down",
 }
 _OUTSIDE = {"model.embed_tokens": "token_embd", "lm_head": "output"}
+#: Of each model type with experts: what one's matrix is called in its layer, its number replaced by a star, in a stack.
+_EXPERTS = {
+    family.model_type: {path: f"{name}.weight" for name, path in family.experts.items()} for family in MIXTURES.values()
+}
+_NUMBER = re.compile(r"(?<=\.experts\.)[0-9]+(?=\.)")
 _IN_LAYER = re.compile(r"model\.layers\.(?P<layer>\d{1,6})\.(?P<name>.+)")
 
 
 def gguf_name(path: str, config: Mapping[str, Any]) -> str | None:
     """``blk.0.attn_q.weight`` for ``model.layers.0.self_attn.q_proj``; None where llama.cpp has no such tensor.
 
-    A head that is tied to the embeddings is one of those: the file of such a model has no output matrix.
+    The experts of a layer have one name together, ``blk.0.ffn_up_exps.weight``: they are one tensor there. A head that
+    is tied to the embeddings is one of those: the file of such a model has no output matrix.
     """
     if config.get("model_type") not in ARCHITECTURES or (path == "lm_head" and config.get("tie_word_embeddings")):
         return None
     match = _IN_LAYER.fullmatch(path)
     if match is None:
         return None if path not in _OUTSIDE else f"{_OUTSIDE[path]}.weight"
+    layer, experts = f"blk.{int(match['layer'])}.", _EXPERTS.get(str(config["model_type"]), {})
+    stack = experts.get(_NUMBER.sub("*", match["name"]))
+    if stack is not None:
+        return layer + stack
     name = _LAYERS.get(match["name"])
-    return None if name is None else f"blk.{int(match['layer'])}.{name}.weight"
+    return None if name is None else f"{layer}{name}.weight"
+
+
+def layer_of(path: str) -> int:
+    """The layer that a module lies in."""
+    match = _IN_LAYER.fullmatch(path)
+    assert match is not None  # a module that has a name within a layer
+    return int(match["layer"])
+
+
+def gguf_config(placed: PlacedAdapter) -> dict[str, Any]:
+    """The base's configuration; empty where it has none, for which llama.cpp has no architecture."""
+    try:
+        return read_model_config(placed.target.folder)
+    except FileNotFoundError:
+        return {}
+
+
+def has_expert_stacks(config: Mapping[str, Any]) -> bool:
+    """Whether llama.cpp's names for the experts of such a model are known."""
+    return config.get("model_type") in _EXPERTS
 
 
 def heads_of(name: str, rows: int, config: Mapping[str, Any]) -> int | None:

@@ -17,6 +17,7 @@ _ROLES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate
 _STACKS = {
     "tinker": {"experts.w1": ("gate",), "experts.w3": ("up",), "experts.w2": ("down",)},
     "sglang": {"experts.gate_up_proj": ("gate", "up"), "experts.down_proj": ("down",)},
+    "gguf": {"ffn_gate_exps": ("gate",), "ffn_up_exps": ("up",), "ffn_down_exps": ("down",)},
     "switch": {
         "switch_mlp.gate_proj": ("gate",),
         "switch_mlp.up_proj": ("up",),

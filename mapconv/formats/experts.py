@@ -73,11 +73,11 @@ def _of_experts(path: str, parts: Parts, A: str, B: str) -> Iterator[tuple[str, 
         for half, role in enumerate(roles):
             first = half * rank if down.shape[1] > rank else 0
             rows = half * height // halves, (half + 1) * height // halves
-            factors = {A: _matrix(down, number, first, first + rank), B: _matrix(up, number, *rows)}
+            factors = {A: matrix_of(down, number, first, first + rank), B: matrix_of(up, number, *rows)}
             yield expert_name(match["parent"], number, role), factors
 
 
-def _matrix(stack: TensorRef, number: int, start: int, stop: int) -> TensorRef:
+def matrix_of(stack: TensorRef, number: int, start: int, stop: int) -> TensorRef:
     """Some rows of one of a stack's matrices, which lie together in the file."""
     _, height, width = stack.shape
     first = (min(number, stack.shape[0] - 1) * height + start) * width

@@ -1,8 +1,9 @@
 """LoRA adapters of llama.cpp: one GGUF file, under llama.cpp's names and in its order of rows.
 
 ``general.type`` is ``adapter``, and one ``adapter.lora.alpha`` speaks for all modules (0 or absent: the scaling is 1).
-Rows of q and k are interleaved by heads as in a model's file, and the first factor of an embedding is transposed
-(llama.cpp, ``convert_lora_to_gguf.py`` and ``src/llama-adapter.cpp``).
+Rows of q and k are interleaved by heads as in a model's file, and the first factor of an embedding is transposed. The
+experts of a layer are one stack, with A (E, r, in) and B (E, out, r) (llama.cpp, ``convert_lora_to_gguf.py``,
+``src/llama-adapter.cpp`` and ``src/llama-graph.cpp``).
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from mapconv.adapter import Adapter, Module, TensorRef
 from mapconv.checkpoint.derived import TransposedTensor, derived
-from mapconv.checkpoint.gguf.families import FAMILIES, Family
+from mapconv.checkpoint.gguf.families import FAMILIES, MIXTURES, Family
 from mapconv.checkpoint.gguf.header import GgufFile, GgufTensor, is_gguf, read_gguf
 from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.formats.base import Found, adapter_of
+from mapconv.formats.experts import matrix_of
 from mapconv.spelling import HeadRows
 from mapconv.untrusted.schema import shown
 
@@ -48,7 +51,8 @@ class GgufLora:
             raise AdapterError(f"{path} holds no tensors.")
         modules = tuple(
             replace(_module(path, name, tensors, alpha), interleaved=interleaved.get(name))
-            for name, tensors in parts.items()
+            for whole, of_all in parts.items()
+            for name, tensors in _apart(path, whole, of_all)
         )
         return adapter_of(path, modules, "llama.cpp (GGUF)")
 
@@ -81,12 +85,30 @@ def _named(file: GgufFile, family: Family, tensor: GgufTensor) -> tuple[str, str
     name = "" if match is None else match["name"]
     if match is not None and match["layer"] is None and name in _ENDS:
         return _ENDS[name], match["part"], None
-    if match is None or match["layer"] is None or name not in family.layer:
+    mixture = MIXTURES.get(str(file.metadata["general.architecture"]), family)
+    names = {**family.layer, **mixture.layer, **mixture.experts}
+    if match is None or match["layer"] is None or name not in names:
         raise UnsupportedError(
             f"{file.path}: {tensor.name} is not a LoRA of a layer of {family.model_class} as mapconv knows it."
         )
     heads = {"attn_q": HeadRows("q"), "attn_k": HeadRows("k")}.get(name) if family.interleaved else None
-    return f"model.layers.{int(match['layer'])}.{family.layer[name]}", match["part"], heads
+    return f"model.layers.{int(match['layer'])}.{names[name]}", match["part"], heads
+
+
+def _apart(path: Path, name: str, parts: dict[str, TensorRef]) -> Iterator[tuple[str, dict[str, TensorRef]]]:
+    """The factors of each expert of a stack by its own name; what is no stack, as it is."""
+    if "*" not in name:
+        yield name, parts
+        return
+    shapes = {part: ref.shape for part, ref in parts.items()}
+    if {len(shape) for shape in shapes.values()} != {3} or len({shape[0] for shape in shapes.values()}) != 1:
+        known = ", ".join(f"{ref.name} {list(ref.shape)}" for ref in parts.values())
+        raise AdapterError(f"{path}: {known} make no stack of experts' factors (E, r, in) and (E, out, r).")
+    for number in range(next(iter(shapes.values()))[0]):
+        yield (
+            name.replace("*", str(number)),
+            {part: matrix_of(ref, number, 0, ref.shape[1]) for part, ref in parts.items()},
+        )
 
 
 def _plain(path: Path, tensor: GgufTensor) -> TensorRef:

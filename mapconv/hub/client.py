@@ -29,8 +29,7 @@ def quiet_client(*, bars: bool | None = None) -> Iterator[None]:
     What it logs while it waits and retries reaches the user as an error's sentence if it comes to that. All of this is
     the process's: of several threads the first one silences it, and the last one lets it speak again.
     """
-    bars = sys.stderr.isatty() if bars is None else bars
-    _SILENCE.begin(bars=bars)
+    _SILENCE.begin(bars=sys.stderr.isatty() if bars is None else bars)
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from mapconv.hub.reference import HubReference
 from mapconv.placement.authors_scalars import with_gains
 from mapconv.placement.bases import plain_base
 from mapconv.placement.by_name import linear_paths, place, require_all_targets
+from mapconv.placement.experts_in_turn import in_own_stacks
 from mapconv.placement.head_rows import in_own_order
 from mapconv.placement.skeleton import knows_type, names_class, typed_model_config
 from mapconv.placement.starting_point import resolve_target
@@ -153,7 +154,6 @@ def read_as(source: Path, dora: Rescaling, *, allow_pickle: bool = False) -> Ada
 
 def _place_adapters(adapters: Sequence[Adapter], stored: Checkpoint) -> tuple[PlacedAdapter, ...]:
     checkpoint, config = plain_base(stored)
-    adapters = [in_own_order(adapter, config) for adapter in adapters]
     target, placed = _place(adapters, checkpoint, config)
     _refuse_other_dtypes(placed)
     _refuse_shared(placed)
@@ -170,6 +170,7 @@ def _place_adapters(adapters: Sequence[Adapter], stored: Checkpoint) -> tuple[Pl
 
 def _place(adapters: Sequence[Adapter], checkpoint: Checkpoint, config: Mapping[str, Any]) -> Placed:
     """The quick way where it suffices, else by the model's class, or where there is none by shapes."""
+    adapters = [in_own_stacks(in_own_order(adapter, config), config) for adapter in adapters]
     if any(adapter.is_spelled for adapter in adapters):
         return stored_target(checkpoint, adapters, config)
     plain = _place_plain(adapters, checkpoint, config)

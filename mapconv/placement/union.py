@@ -92,12 +92,17 @@ def combined_adapter(
                     "combine adapters that agree in it."
                 )
     kept = {key: value for key, value in first.config.items() if key not in _OF_MODULES}
-    config: dict[str, Any] = kept | {
-        "target_modules": _targets(placed, shared),
-        "target_parameters": _union(placed, "target_parameters"),
-        "modules_to_save": _union(placed, "modules_to_save"),
-        "lora_bias": any(part.module.bias is not None for item in shared for _, part in item.parts),
-    }
+    # A file of another program has no configuration of PEFT's.
+    config: dict[str, Any] = (
+        {"peft_type": "LORA"}
+        | kept
+        | {
+            "target_modules": _targets(placed, shared),
+            "target_parameters": _union(placed, "target_parameters"),
+            "modules_to_save": _union(placed, "modules_to_save"),
+            "lora_bias": any(part.module.bias is not None for item in shared for _, part in item.parts),
+        }
+    )
     config = {key: value for key, value in config.items() if value is not None}
     adapter = replace(
         first,

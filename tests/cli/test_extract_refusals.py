@@ -36,7 +36,9 @@ def rewrite(folder: Path, change) -> None:
 
 def test_another_lineage_and_force(base: Path, other_base: Path, tmp_path: Path) -> None:
     refused(other_base, base, tmp_path, r"have a cosine of -?0\.0\d+ with those of .*pass --force")
-    assert mapconv.extract(other_base, tmp_path / "out", base=base, force=True, rank=2).worst_error > 0.5
+    forced = mapconv.extract(other_base, tmp_path / "out", base=base, force=True, rank=2)
+    assert forced.worst_error > 0.5
+    assert [note for note in forced.notes if note.startswith("accepted with --force: the weights of ")]
 
 
 def test_swapped_arguments(base: Path, tuned: Path, tmp_path: Path) -> None:

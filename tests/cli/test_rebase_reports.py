@@ -56,6 +56,13 @@ def test_training_towards_the_source_on_the_wrong_base_is_refused(rebased, run, 
     assert_refused(refused, "mapconv rebase --calibrate STEPS")
 
 
+def test_inspect_says_where_it_comes_from(rebased, run):
+    shown = run("inspect", rebased / "out").out
+    lora, base = (rebased / name for name in ("lora", "base"))
+    assert f"  made      from {lora} (LoRA), trained on {base} and rebased\n" in shown
+    assert "  made " not in run("inspect", lora).out
+
+
 def test_the_report_says_what_the_rebase_brought(rebased, run, tmp_path):
     result = run("report", rebased / "out", "-o", tmp_path / "report.html")
     assert result.status == 0, result.err

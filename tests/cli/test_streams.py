@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.files import edit_json
+
 MAPCONV = [sys.executable, "-m", "mapconv"]
 
 
@@ -57,3 +59,12 @@ def test_a_file_name_that_is_no_text(tmp_path):
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "\\udcff\\n\\x1b does not exist" in done.stderr
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_warnings_are_for_developers(own_lora, forked, tmp_path, debug):
+    edit_json(own_lora / "adapter_config.json", rank_pattern={"[[q]_proj": 2})  # Python warns of "[["
+    code = "from mapconv.cli import run\nrun()"
+    env = dict(os.environ) | ({"MAPCONV_DEBUG": "1"} if debug else {})
+    done = forked.run(code, ["mapconv", "inspect", str(own_lora)], env, tmp_path / "process")
+    assert ("FutureWarning" in done.stderr) == debug

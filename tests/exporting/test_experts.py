@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import mapconv
+from mapconv.checkpoint.gguf.header import GgufFile, read_gguf
 from mapconv.errors import UnsupportedError
 from tests.files import copy, edit_json
 from tests.matrix.bases import Bases
@@ -195,6 +198,49 @@ def test_mlx_lm_loads_its_own_stacks(source, bases, tmp_path, request):
             stacked = wanted[f"{parent}.{'down_proj' if leaf == 'down_proj' else 'gate_up_proj'}"]
             parts = {"gate_proj": stacked[:, :12], "up_proj": stacked[:, 12:], "down_proj": stacked}
             torch.testing.assert_close(weight, parts[leaf], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["stack", "apart"])
+def test_llama_cpp_gets_a_stack_for_each_projection(source, bases, tmp_path, request):
+    base, fused = (bases.folder("qwen3-moe", spelling) for spelling in ("default", "fused"))
+    adapter = request.getfixturevalue(source)
+    result = mapconv.export(adapter, tmp_path / "out.gguf", server="llama.cpp", base=base)
+    assert result.worst_error < 1e-7
+    before, wanted = load_file(base / "model.safetensors"), merged(adapter, fused, tmp_path / "wanted")
+    got = merged(tmp_path / "out.gguf", base, tmp_path / "merged")
+    header = read_gguf(tmp_path / "out.gguf")
+    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
+    for layer in range(2):
+        for role, width, height in (("gate", 16, 12), ("up", 16, 12), ("down", 12, 16)):
+            name = f"blk.{layer}.ffn_{role}_exps.weight"
+            assert shapes[f"{name}.lora_a"] == (3, result.rank, width)
+            assert shapes[f"{name}.lora_b"] == (3, height, result.rank)
+            # As llama.cpp multiplies them: the matrices of the chosen expert, alpha by the rank of lora_b.
+            A, B = (values_of(header, f"{name}.{part}") for part in ("lora_a", "lora_b"))
+            stack = wanted[f"model.layers.{layer}.mlp.experts.{'down' if role == 'down' else 'gate_up'}_proj"]
+            part = {"gate": stack[:, :12], "up": stack[:, 12:], "down": stack}[role]
+            for expert in range(3):
+                weight = before[f"model.layers.{layer}.mlp.experts.{expert}.{role}_proj.weight"]
+                update = B[expert] @ A[expert] * (header.metadata["adapter.lora.alpha"] / result.rank)
+                torch.testing.assert_close(weight + update, part[expert], rtol=0, atol=3e-6)
+    assert_same(merged(tmp_path / "out.gguf", fused, tmp_path / "again"), wanted)
+    for name, weight in got.items():
+        if ".experts." not in name:
+            torch.testing.assert_close(weight, wanted[name], rtol=0, atol=3e-6)
+
+
+def values_of(header: GgufFile, name: str) -> torch.Tensor:
+    tensor = next(tensor for tensor in header.tensors if tensor.name == name)
+    values = np.fromfile(header.path, np.float32, math.prod(tensor.shape), offset=tensor.start)
+    return torch.from_numpy(values).view(tensor.shape)
+
+
+def test_llama_cpp_has_no_names_for_all_experts(bases, tmp_path):
+    base = bases.folder("gpt-oss", "default")
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"], task_type="CAUSAL_LM")
+    get_peft_model(MODELS["gpt-oss"].load(base), config).save_pretrained(tmp_path / "own")
+    with pytest.raises(UnsupportedError, match="GGUF has no names for the modules"):
+        mapconv.export(tmp_path / "own", tmp_path / "out.gguf", to="gguf", base=base)
 
 
 def test_experts_that_were_always_one_tensor(bases, tmp_path):

@@ -144,6 +144,8 @@ def test_check_says_why(run, own_lora, own_dora, changes, fault):
     result = run("export", source, "--for", "sglang", "--check")
     assert result.status == 1
     assert (fault or "DoRA is not supported") in result.out
+    assert result.out.rstrip().endswith("--for sglang -o OUT")
+    assert "--for ollama -o OUT.gguf" in run("export", source, "--for", "ollama", "--check").out
 
 
 def test_a_rank_that_needs_an_option_or_is_too_large(run, base, models, tmp_path):
@@ -169,6 +171,9 @@ def test_outputs(run, lora, base, tmp_path):
         assert_refused(run("export", lora, "--for", "vllm", "-o", tmp_path / "there"), "--force")
         assert_refused(run("export", lora, "--to", "gguf", "-o", tmp_path / "lora.gguf"), "--force")
         assert_refused(run("export", lora, "--to", "gguf", "-o", tmp_path / "lora.bin"), ".gguf")
+        assert_refused(
+            run("export", lora, "--to", "peft", "-o", tmp_path / "x.safetensors"), "a folder", "a file's name"
+        )
         assert_refused(
             run("export", lora, "--to", "mlx", "--for", "vllm", "-o", tmp_path / "x"), "does not read MLX-LM"
         )

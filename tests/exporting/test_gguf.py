@@ -58,6 +58,15 @@ def test_gguf_changes_the_converted_base_as_the_source_changes_its_own(source, b
     assert 2 * changed == len(tensors)
 
 
+def test_gguf_combines_as_the_adapter_that_it_is(base, lora, tmp_path):
+    """Its rows of q and k are in llama.cpp's order, which only the base's heads tell."""
+    mapconv.export(lora, tmp_path / "own.gguf", to="gguf")
+    mapconv.combine([tmp_path / "own.gguf", lora], tmp_path / "out", base=base, weights=[0.25, 0.75])
+    got, wanted = merged_by_peft(base, tmp_path / "out"), merged_by_peft(base, lora)
+    for name, weight in wanted.items():
+        torch.testing.assert_close(got[name], weight, rtol=0, atol=2e-6)
+
+
 def test_gguf_of_embeddings_is_read_by_tokens(base, models, tmp_path):
     source = save_adapter(base, models / "embedded", target_modules=["embed_tokens", "q_proj"])
     mapconv.export(source, tmp_path / "out.gguf", to="gguf")

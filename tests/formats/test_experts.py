@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import mapconv
 from mapconv.errors import AdapterError
 from tests.matrix.bases import Bases
+from tests.matrix.models import MODELS
 
 EXPERTS, HIDDEN, INNER, RANK, SCALE = 3, 16, 12, 2, 1.5
 SHAPES = {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
@@ -145,6 +147,48 @@ def test_mixtral_s_names_have_numbers(bases, tmp_path):
         for leaf, (A, B) in own.items():
             name = f"{parent}.{number}.{leaf}.weight"
             torch.testing.assert_close(after[name], before[name] + SCALE * B[number] @ A[number], rtol=1e-5, atol=1e-5)
+
+
+def test_gpt_oss_has_gate_and_up_in_turn(bases, tmp_path):
+    base = bases.folder("gpt-oss", "default")
+    before = load_file(base / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    parent, tensors, wanted = "model.layers.1", {}, dict(before)
+
+    def factors(experts: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # Tinker's experts share what meets the hidden states.
+        shared = (experts, 1) if height == HIDDEN else (1, experts)
+        A = torch.randn(shared[0], RANK, width, generator=generator)
+        return A, torch.randn(shared[1], height, RANK, generator=generator)
+
+    gate, up = slice(0, None, 2), slice(1, None, 2)
+    for leaf, name, rows in (
+        ("w1", "gate_up_proj", gate),
+        ("w3", "gate_up_proj", up),
+        ("w2", "down_proj", slice(None)),
+    ):
+        stack = wanted[f"{parent}.mlp.experts.{name}"].clone()  # (experts, in, out)
+        part = stack[:, :, rows]
+        A, B = factors(len(stack), part.shape[2], part.shape[1])
+        part += SCALE * (B.double() @ A.double()).transpose(1, 2)
+        wanted[f"{parent}.mlp.experts.{name}"] = stack
+        tensors |= {f"{parent}.mlp.experts.{leaf}.lora_A.weight": A, f"{parent}.mlp.experts.{leaf}.lora_B.weight": B}
+    weight = f"{parent}.self_attn.q_proj.weight"
+    A, B = torch.randn(RANK, before[weight].shape[1]), torch.randn(before[weight].shape[0], RANK)
+    tensors |= {f"{parent}.attn.q_proj.lora_A.weight": A, f"{parent}.attn.q_proj.lora_B.weight": B}
+    wanted[weight] = before[weight] + SCALE * B @ A
+    peft_folder(tmp_path / "own", tensors)
+    mapconv.merge(tmp_path / "own", tmp_path / "merged", base=base)
+    mapconv.upgrade(tmp_path / "own", tmp_path / "map", base=base)
+    mapconv.merge(tmp_path / "map", tmp_path / "again", base=base)
+    for folder in ("merged", "again"):
+        after = load_file(tmp_path / folder / "model.safetensors")
+        assert after.keys() == wanted.keys()
+        for name, weight in wanted.items():
+            torch.testing.assert_close(after[name], weight, rtol=1e-5, atol=1e-5, msg=name)
+    by_peft = PeftModel.from_pretrained(MODELS["gpt-oss"].load(base), str(tmp_path / "map")).merge_and_unload()
+    for name, weight in by_peft.state_dict().items():
+        torch.testing.assert_close(wanted[name], weight, rtol=1e-5, atol=2e-5, msg=name)
 
 
 @pytest.mark.parametrize(

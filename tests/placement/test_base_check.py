@@ -97,6 +97,9 @@ def test_a_directory_of_an_older_version_is_read_and_its_norms_are_compared(map_
     assert json.loads((tmp_path / "again" / "map_config.json").read_text())["modules"] == entries
     with pytest.raises(BaseMismatchError, match="has norm"):
         mapconv.merge(old, tmp_path / "out", base=other_base)
+    forced = mapconv.merge(old, tmp_path / "out", base=other_base, force=True)
+    weights = f"accepted with --force: {len(entries)} weights of another base; model.layers."
+    assert [note for note in forced.notes if note.startswith(weights) and "has norm" in note]
 
 
 def test_an_adapter_that_was_trained_records_it_too(base, lora, tmp_path):

@@ -72,6 +72,10 @@ FAMILIES = {
 }
 
 
+#: Those whose experts are stacks, by llama.cpp's architecture, which may be that of a model without experts as well.
+MIXTURES = {name: family for name, family in FAMILIES.items() if family.experts} | {"llama": _MIXTRAL}
+
+
 def family_of(file: GgufFile) -> Family:
     """The family of a file.
 
@@ -89,8 +93,8 @@ def family_of(file: GgufFile) -> Family:
             f"{file.path} is a GGUF of the architecture {architecture!r}, and mapconv knows {', '.join(FAMILIES)}: "
             "give the 16-bit or 32-bit model with --base."
         )
-    if architecture == "llama" and file.metadata.get("llama.expert_count"):
-        return _MIXTRAL
+    if file.metadata.get(f"{architecture}.expert_count"):
+        return MIXTURES.get(str(architecture), family)
     return family
 
 
