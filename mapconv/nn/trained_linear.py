@@ -79,9 +79,8 @@ class TrainedLinear(Function):
                 grad_alpha = inner(flat, grad_x).reshape(1)
                 if share != 1.0:
                     grad_alpha.mul_(share)
-            if for_x:
-                grad_x.addmm_(back, A, beta=a, alpha=b)
-        return grad_x.view(x.shape) if for_x else None, None, None, grad_A, grad_B, grad_alpha, grad_beta, *[None] * 4
+            grad_x = grad_x.addmm_(back, A, beta=a, alpha=b).view(x.shape) if for_x else None
+        return grad_x, None, None, grad_A, grad_B, grad_alpha, grad_beta, *[None] * 4
 
 
 def _inverse_norm(A: torch.Tensor, B: torch.Tensor, floor: float) -> tuple[float, torch.Tensor, torch.Tensor]:

@@ -52,8 +52,9 @@ def read_training_data(
     classes = target_classes(source.target)
     tokenizer = load_tokenizer(folder if brings_tokenizer(folder) else source.target.tokenizer)
     # A sorted text is one position, of which a few say nothing.
-    few = trained is not None and classes is None and objective == "distill"
-    most = min(HELD_OUT_SEQUENCES, max(FEWEST, trained // PER_HELD_OUT)) if few else HELD_OUT_SEQUENCES
+    most = HELD_OUT_SEQUENCES
+    if trained is not None and classes is None and objective == "distill":
+        most = min(most, max(FEWEST, trained // PER_HELD_OUT))
     settings = {"held_out": held_out, "most_held_out": most, "seed": seed, "objective": objective}
     parts = read_dataset(rows, tokenizer, length=length, classes=classes, **settings)
     return TrainingData(*parts, classes, tokenizer.pad_token_id)
