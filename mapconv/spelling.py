@@ -76,9 +76,12 @@ class TunerMethod:
 
 @dataclass(frozen=True)
 class AuthorsScalars:
-    """α and β of one module as MAP's authors store them: absolute, over norms that are at least ``eps``."""
+    """α and β of one module as MAP's authors store them: absolute, over norms that are at least ``eps``.
 
-    path: str
+    ``factor`` is the name of the module's A in its file, which says whose they are wherever the module is placed.
+    """
+
+    factor: str
     alpha: float
     beta: float
     eps: float

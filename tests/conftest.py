@@ -166,6 +166,16 @@ def dora(models: Path, base: Path) -> Path:
     return save_adapter(base, models / "dora", use_dora=True)
 
 
+@pytest.fixture(scope="session")
+def text(models: Path) -> Path:
+    """The sample of prose that ships with mapconv."""
+    from mapconv.data.shipped import packaged_text
+
+    path = models / "sample.txt"
+    path.write_text(packaged_text("sample.txt"))
+    return path
+
+
 @pytest.fixture
 def own_lora(lora: Path, tmp_path: Path) -> Path:
     """A LoRA adapter that the test may break."""

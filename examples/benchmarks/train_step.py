@@ -93,7 +93,8 @@ def build(method: str, options: argparse.Namespace):
         model = get_peft_model(model, config)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return model, torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
+    # ``transformers.Trainer``'s default.
+    return model, torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
 
 
 def step(model, optimizer, options: argparse.Namespace) -> float:

@@ -11,7 +11,7 @@ from mapconv.cli.output import EPSILON, explain, notes, print_json, print_table,
 from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.surgery import COMBINE
-from mapconv.wording import counted, fixed, size, small, spread
+from mapconv.wording import NONE, counted, fixed, size, small, spread
 
 if TYPE_CHECKING:
     from mapconv.adapter import MapModule
@@ -23,10 +23,11 @@ def combine(chosen: Chosen) -> None:
     """Combine several adapters (ADAPTER) of one base: W0 + Σ w·(T − W0), with T the weight that each makes alone.
 
     A sum of LoRAs is exact: their ranks add up, and what depends on the rest is left out. With --rank or --tolerance
-    the result is the optimum of the sum. DoRA and MAP adapters count with what they do by themselves; two DoRAs on one
-    weight add up too, where merging one after the other would depend on their order.
+    the result is the optimum of the sum, with --data that of its layers' outputs. DoRA and MAP adapters count with what
+    they do by themselves; two DoRAs on one weight add up too, where merging one after the other would depend on their
+    order.
     """
-    with starting(chosen["adapters"], chosen["base"], quiet=chosen["quiet"]):
+    with starting(chosen["adapters"], chosen["base"], whole_base=chosen["data"] is not None, quiet=chosen["quiet"]):
         from mapconv.commands.combine import combine
 
     result = combine(**chosen.arguments)
@@ -50,9 +51,11 @@ def _report(result: CombineResult) -> None:
     groups: dict[str, list[MapModule]] = defaultdict(list)
     for module in result.modules:
         groups[module.path.rpartition(".")[2]].append(module)
+    with_data = any(module.output_error is not None for module in result.modules)
     print_table(
-        ["target", "modules", "rank", "α/‖W0‖", "ε worst", "ε median"],
-        [_row(name, modules) for name, modules in groups.items()],
+        ["target", "modules", "rank", "α/‖W0‖", "ε worst", "ε median"]
+        + (["of outputs: worst", "median"] if with_data else []),
+        [_row(name, modules, with_data=with_data) for name, modules in groups.items()],
     )
     show()
     errors = [module.error or 0.0 for module in result.modules]
@@ -64,8 +67,10 @@ def _report(result: CombineResult) -> None:
     show(f"  stock PEFT loads it as {also} adapter: PeftModel.from_pretrained(base, {str(result.out)!r})")
 
 
-def _row(name: str, modules: list[MapModule]) -> list[str]:
+def _row(name: str, modules: list[MapModule], *, with_data: bool) -> list[str]:
     errors = [module.error or 0.0 for module in modules]
+    seen = [module.output_error for module in modules if module.output_error is not None]
+    of_outputs = [small(max(seen)), small(statistics.median(seen))] if seen else [NONE, NONE]
     return [
         name,
         str(len(modules)),
@@ -73,4 +78,5 @@ def _row(name: str, modules: list[MapModule]) -> list[str]:
         spread([module.base_gain for module in modules], fixed),
         small(max(errors)),
         small(statistics.median(errors)),
+        *(of_outputs if with_data else []),
     ]

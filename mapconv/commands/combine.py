@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.mixing import Method
-from mapconv.checkpoint.reader import TensorReader
-from mapconv.commands.refitting import Refitting, Result
+from mapconv.algebra.moments import Statistics
+from mapconv.commands.refitting import Refitting, Result, data_notes
 from mapconv.errors import UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude
-from mapconv.metadata.provenance import source_record
-from mapconv.options.shared import MAX_RANK
+from mapconv.options.shared import MAX_RANK, SAMPLES, SEQUENCE_LENGTH, STATISTICS
 from mapconv.options.surgery import COMBINE
 from mapconv.placement.adapters import PlacedAdapter, place_apart
 from mapconv.placement.union import Shared, combined_adapter, shared_weights, whole_tensors
-from mapconv.placement.weights import in_stacks
 from mapconv.refit.combination import CombineOptions, Combiner
-from mapconv.refit.directory import MapDirectory, measured
+from mapconv.refit.combine_writer import Combination, write_combination
+from mapconv.refit.directory import measured
 from mapconv.refit.norms import BaseNorms
 from mapconv.refit.plan import NO_DORA_OF_STACKS, Dtype
 from mapconv.refit.targets.sums import needs_base
-from mapconv.refit.whole import Wholes, settle_whole
+from mapconv.refit.whole import settle_whole
+from mapconv.refit.writer import read_data
 from mapconv.runtime.devices import resolve_device
-from mapconv.runtime.progress import progress_bar
-from mapconv.runtime.threads import in_order, worker_count
 from mapconv.wording import counted
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +57,10 @@ def combine(
     direction: Direction = "low-rank",
     lora_compatible: bool = False,
     dtype: Dtype = "float32",
+    data: str | Path | None = None,
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    statistics: Statistics | None = None,
     device: str = "auto",
     allow_pickle: bool = False,
     force: bool = False,
@@ -92,6 +89,10 @@ def combine(
         direction: ``low-rank``: Δ = BA. ``dora``: keep T's row norms, and approximate the rows' directions.
         lora_compatible: keep a = 1, so that the result is a plain LoRA adapter as well.
         dtype: of the stored factors: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the first adapter's own.
+        data: text that the result is for. What a rank leaves out is then weighed by the inputs that the combined
+            model gives its layers on it; ``tolerance`` is of the outputs as well.
+        samples: sequences of ``data`` to run (32), each of ``sequence_length`` tokens (256).
+        statistics: of a layer's inputs: ``full`` second moments, or their ``diagonal``, which takes less memory.
         device: ``auto``, ``cpu`` or ``cuda``: where refits run.
         allow_pickle: read weights from ``.bin`` files.
         force: replace ``out``, and accept a base that a MAP adapter was not made for.
@@ -105,7 +106,9 @@ def combine(
     started = time.perf_counter()
     names = [str(adapter) for adapter in adapters]
     refitting = Refitting.of(adapters, out, "combined", allow_pickle=allow_pickle)
-    placed = place_apart(refitting.sources, base, allow_pickle=allow_pickle)
+    # To run the model takes all of a base on the Hub.
+    fetch = "ranges" if data is None else "whole"
+    placed = place_apart(refitting.sources, base, allow_pickle=allow_pickle, fetch=fetch)
     options = CombineOptions(
         tuple(weights or [1.0] * len(adapters)),
         method,
@@ -118,6 +121,7 @@ def combine(
         lora_compatible,
         dtype,
         resolve_device(device),
+        None if data is None else statistics or STATISTICS.fallback,
     )
     for item, name in zip(placed, names, strict=True):
         _require_factors(item, name)
@@ -135,13 +139,22 @@ def combine(
     nbytes = sum(sum(item.item.weight.shape) * options.wanted(item).rank * 4 for item in shared) + wholes.nbytes
     target = combined.target
     refitting.check_output(target.checkpoint, nbytes=nbytes, force=force)
+    thin = method == "sum" and direction == "low-rank"
+    thin = thin and not any(needs_base(part) for item in shared for _, part in item.parts)
+    sample, wanted = None, samples or SAMPLES.fallback
+    if data is not None:
+        _require_loss(options, shared, thin=thin)
+        length = sequence_length or SEQUENCE_LENGTH.fallback
+        sample = read_data(Path(data), target, samples=wanted, length=length)
     modules: tuple[MapModule, ...] = ()
     parameters, norms = 0, BaseNorms(target.checkpoint)
     if not dry_run:
         with refitting.staged(target.checkpoint, force=force) as staging:
-            modules = _write(combined, placed, shared, wholes, options, names, norms, staging, force=force, quiet=quiet)
+            made = Combination(combined, placed, shared, wholes, options, names, norms, force)
+            modules = write_combination(made, staging, sample, quiet=quiet)
             parameters, nbytes = measured(staging, modules)
-    thin = method == "sum" and options.keeps_all and direction == "low-rank"
+    if sample is not None:
+        notes += data_notes(sample, wanted, modules)
     notes += dict.fromkeys(note for item in placed for note in (*item.adapter.notes, *item.target.notes))
     return CombineResult(
         out=refitting.out,
@@ -152,7 +165,7 @@ def combine(
         modules=modules,
         weights_combined=len(shared),
         carried=wholes.count,
-        exact=thin and not any(needs_base(part) for item in shared for _, part in item.parts),
+        exact=thin and options.keeps_all,
         parameters=parameters,
         nbytes=nbytes,
         seconds=time.perf_counter() - started,
@@ -160,57 +173,6 @@ def combine(
         plain_lora=not needs_magnitude(modules),
         notes=(*_other_bases(placed), *notes, *wholes.notes, *norms.notes),
     )
-
-
-def _write(
-    combined: PlacedAdapter,
-    placed: Sequence[PlacedAdapter],
-    shared: Sequence[Shared],
-    wholes: Wholes,
-    options: CombineOptions,
-    names: Sequence[str],
-    norms: BaseNorms,
-    staging: Path,
-    *,
-    force: bool,
-    quiet: bool,
-) -> tuple[MapModule, ...]:
-    """Combine every weight into ``staging``; returns the modules' scalars."""
-    records = [source_record(item.adapter) for item in placed]
-    source = combined.target.checkpoint.source
-    directory = MapDirectory(combined, staging, sources=records)
-    # Where one module's gain may differ from 1, stock PEFT takes all modules for DoRAs.
-    with_magnitude = Combiner.needs_gains(options, shared) and not (
-        options.lora_compatible and options.direction == "low-rank"
-    )
-    total = sum(item.item.weight.nbytes for item in shared)
-    try:
-        with (
-            torch.inference_mode(),
-            TensorReader(source) as reader,
-            progress_bar(total, "combining", quiet=quiet) as advance,
-        ):
-            norms.load([item.item.weight for item in shared], reader)
-            contents = [record["fingerprint"] for record in records]
-            combiner = Combiner(reader, norms, options, names, contents, with_magnitude=with_magnitude, force=force)
-            workers = worker_count(max(combiner.work(item) for item in shared))
-
-            def run(stack: Sequence[Shared]):
-                with torch.inference_mode():
-                    return combiner.combine(stack)
-
-            stacks = list(in_stacks(shared, lambda weight: weight.item.experts))
-            for stack, results in zip(stacks, in_order(run, stacks, workers), strict=True):
-                for item, result in zip(stack, results, strict=True):
-                    directory.add(item.item, result)
-                    advance(item.item.weight.nbytes)
-                    log.info("%s: ε %.3g", item.item.module.path, result.scalars.error or 0.0)
-            for name, spec, blocks in wholes.made(reader, shared, options.weights):
-                directory.carry(name, spec, blocks)
-        asked = asdict(options) | {"device": str(options.device), "weights": list(options.weights)}
-        return directory.finish(asked, None)
-    finally:
-        directory.close()
 
 
 def _require_factors(placed: PlacedAdapter, name: str) -> None:
@@ -233,6 +195,20 @@ def _require_factors(placed: PlacedAdapter, name: str) -> None:
         raise UnsupportedError(
             f"{name} changes {what} in a way that factors do not hold: make a MAP adapter of it with `mapconv upgrade "
             "--rank N` first, and combine that."
+        )
+
+
+def _require_loss(options: CombineOptions, shared: Sequence[Shared], *, thin: bool) -> None:
+    """Refuse a text where nothing is left out that its inputs could weigh.
+
+    Raises:
+        UnsupportedError: with the rank that would leave something out.
+    """
+    most = max(item.rank for item in shared)
+    if thin and (options.keeps_all or (options.rank is not None and options.rank >= most)):
+        raise UnsupportedError(
+            "the sum of these LoRAs is exact, so that --data has nothing to improve: leave it out, or cut the sum with "
+            f"--tolerance or a --rank below {most}."
         )
 
 

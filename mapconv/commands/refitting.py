@@ -15,8 +15,10 @@ from mapconv.checkpoint.staging import check_output, staged_folder
 from mapconv.checkpoint.unchanged import FileSignature, signatures_of, unchanged
 from mapconv.commands.outputs import output_beside
 from mapconv.hub.locate import locate_adapter
+from mapconv.wording import counted
 
 if TYPE_CHECKING:
+    from mapconv.refit.writer import Sample
     from mapconv.training.calibration import CalibrationReport
 
 
@@ -100,6 +102,21 @@ class RefitResult(Result):
     def to_dict(self) -> dict[str, Any]:
         calibration = None if self.calibration is None else self.calibration.record()
         return super().to_dict() | {"calibration": calibration}
+
+
+def data_notes(sample: Sample, wanted: int, refitted: Sequence[MapModule]) -> list[str]:
+    """What is wrong with a text of which ``wanted`` sequences were to run, and which of the ``refitted`` modules it
+    could not serve; a dry run has none."""
+    notes, found = list(sample.sequences.notes), len(sample.sequences)
+    if found < wanted:
+        notes.append(f"--data gives {counted(found, 'sequence')} beside those held out, fewer than the {wanted} to run")
+    unseen = [module.path for module in refitted if module.output_error is None and module.error]
+    if unseen:
+        shown = ", ".join(unseen[:3]) + (", …" if len(unseen) > 3 else "")
+        notes.append(
+            f"--data gave no input vectors to {counted(len(unseen), 'module')}, refitted by the weights alone: {shown}"
+        )
+    return notes
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.moments import Statistics
-from mapconv.commands.refitting import RefitResult, Refitting
+from mapconv.commands.refitting import RefitResult, Refitting, data_notes
 from mapconv.errors import UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude
 from mapconv.options.commands import UPGRADE
@@ -124,9 +124,9 @@ def upgrade(
             f"{source} ({placed.adapter.method}) replaces whole tensors and no more, which MAP has no "
             "form for: merge it."
         )
-    without = (item.module.method for item in placed.modules if row_scales(item) is None)
-    method = next((method for method in without if method is not None), None)
-    if method is not None and direction == "dora":
+    methods = [item.module.method for item in placed.modules if row_scales(item) is None]
+    method = next((method for method in methods if method is not None), None)
+    if method is not None and direction == "dora" and len(methods) == len(placed.modules):
         raise UnsupportedError(
             f"{source} is of the method {method.name}, which has no factors of a DoRA to keep: leave --direction dora "
             "out, to have it refitted."
@@ -202,6 +202,13 @@ def _calibrate(
 def _notes(placed: PlacedAdapter, options: ConvertOptions) -> list[str]:
     adapter = placed.adapter
     notes = list(adapter.notes)
+    columns = [item for item in placed.modules if item.module.method is not None and row_scales(item) is None]
+    if options.direction == "dora" and columns:
+        notes.append(
+            f"{adapter.method} scales the inputs of {counted(len(columns), 'module')}, as no DoRA does: refitted at "
+            f"rank {options.rank_of(columns[0])}, with the row norms that they give (without --direction dora, --rank "
+            "or --tolerance chooses the rank)"
+        )
     if adapter.whole:
         notes.append(f"kept as they are: {counted(len(adapter.whole), 'whole tensor')} (heads, biases or token rows)")
     if adapter.method == "LoRA" and options.direction == "dora":
@@ -218,14 +225,5 @@ def _data_notes(plan: UpgradePlan, sample: Sample | None, wanted: int, refitted:
         return []
     if sample is None:
         return ["every module keeps its own factors, which is exact: --data and --calibrate change nothing"]
-    notes, found = list(sample.sequences.notes), len(sample.sequences)
-    if found < wanted:
-        notes.append(f"--data gives {counted(found, 'sequence')} beside those held out, fewer than the {wanted} to run")
     exact = {job.placed.key for job in plan.jobs if job.kind != "refit"}
-    unseen = [m.path for m in refitted if m.output_error is None and m.error and (m.path, m.expert) not in exact]
-    if unseen:
-        shown = ", ".join(unseen[:3]) + (", …" if len(unseen) > 3 else "")
-        notes.append(
-            f"--data gave no input vectors to {counted(len(unseen), 'module')}, refitted by the weights alone: {shown}"
-        )
-    return notes
+    return data_notes(sample, wanted, [module for module in refitted if (module.path, module.expert) not in exact])

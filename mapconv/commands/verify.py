@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -16,13 +13,13 @@ import torch
 from mapconv.checkpoint.filenames import MODEL_CONFIG
 from mapconv.checkpoint.gguf.model import small_files
 from mapconv.checkpoint.reader import TensorReader
+from mapconv.commands.formula_sources import beside_merged, errors_by_formula, is_map_on_a_method, run_by_peft
 from mapconv.data import Rows, read_blocks, read_rows
 from mapconv.errors import AdapterError, BaseMismatchError
 from mapconv.fidelity.against_model import ModelComparison
 from mapconv.fidelity.comparison import Agreement, Comparison, ModuleError
 from mapconv.fidelity.saved import check_report_place, save_report
 from mapconv.fidelity.served import ServedNumbers, measure_served
-from mapconv.fidelity.weight_errors import weight_errors
 from mapconv.formats.mapdir import MAP_CONFIG_FILE
 from mapconv.formats.peft import CONFIG_FILE
 from mapconv.hub.locate import hub_reference, locate_adapter, locate_result, open_model
@@ -31,8 +28,6 @@ from mapconv.options.commands import VERIFY
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
 from mapconv.placement.base_check import base_fault
 from mapconv.refit.norms import BaseNorms
-from mapconv.refit.plan import ConvertOptions, plan_upgrade
-from mapconv.refit.writer import write_map_directory
 from mapconv.runtime.devices import resolve_device
 from mapconv.runtime.models import load_tokenizer
 from mapconv.runtime.progress import progress_bar
@@ -135,8 +130,11 @@ def verify(
         trained_on = base if own is None and against_base is None else against_base
         source = place_adapter(against, trained_on, allow_pickle=allow_pickle)
         _check_base(result, (own or source).target.folder)
-        with _run_by_peft(source) as runs:
-            compared = Comparison(result, runs, dtype=dtype, device=place, result_base=own, quiet=quiet)
+        if is_map_on_a_method(source):
+            compared = beside_merged(source, own, result, dtype=dtype, device=place, allow_pickle=allow_pickle)
+        else:
+            with run_by_peft(source) as runs:
+                compared = Comparison(result, runs, dtype=dtype, device=place, result_base=own, quiet=quiet)
         base_folder, tokenizer = source.target.folder, source.target.folder
     else:
         if against_base is not None:
@@ -157,7 +155,7 @@ def verify(
         other = place_adapter(against, own.target.folder, allow_pickle=allow_pickle)
         served = measure_served(source, other, result, rows_run, device=place, dtype=dtype, quiet=quiet)
     with torch.inference_mode():
-        by_formula = None if source is None else _errors_by_formula(source, own, result)
+        by_formula = None if source is None else errors_by_formula(source, own, result)
         modules = by_formula or tuple(compared.module_errors())
         log.info("compared %d weights", len(modules))
     report = VerifyReport(
@@ -174,28 +172,6 @@ def verify(
     if save:
         save_report(result, report.to_dict())
     return report
-
-
-@contextmanager
-def _run_by_peft(source: PlacedAdapter) -> Iterator[PlacedAdapter]:
-    """The source where stock PEFT computes it: that of MAP's authors, which no release does, in a MAP directory."""
-    if source.adapter.method != "LoMAP":
-        yield source
-        return
-    with TemporaryDirectory(prefix="mapconv-") as folder:
-        plan = plan_upgrade(source, ConvertOptions())
-        write_map_directory(plan, BaseNorms(source.target.checkpoint), None, Path(folder), quiet=True)
-        yield replace(source, adapter=replace(source.adapter, path=Path(folder)))
-
-
-def _errors_by_formula(
-    source: PlacedAdapter, own: PlacedAdapter | None, result: Path
-) -> tuple[ModuleError, ...] | None:
-    """Errors against the formula of MAP's authors and the files of theirs; None where stock PEFT can be asked."""
-    if source.adapter.method != "LoMAP" or not (result / CONFIG_FILE).is_file():
-        return None
-    errors = weight_errors(source, own or place_adapter(result, source.target.folder))
-    return tuple(ModuleError(path, error) for (path, _), error in errors.items())
 
 
 def _located(source: str | Path, *, allow_pickle: bool) -> Path:

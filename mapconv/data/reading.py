@@ -25,6 +25,7 @@ def read_dataset(
     length: int,
     samples: int | None = None,
     held_out: int | float | None = None,
+    most_held_out: int = HELD_OUT_SEQUENCES,
     seed: int = 0,
     objective: Objective = "distill",
     classes: Mapping[str, int] | None = None,
@@ -37,7 +38,7 @@ def read_dataset(
         length: tokens of a sequence. Documents are packed into blocks of exactly this, chats and labelled texts are
             cut to it.
         samples: at most this many training sequences, the first ones; None for all.
-        held_out: a number of sequences, or below 1 a share; None: a tenth, at most 32 sequences.
+        held_out: a number of sequences, or below 1 a share; None: a tenth, at most ``most_held_out`` sequences.
         seed: of the choice of what is held out.
         objective: ``task`` needs labels: a classifier's classes; for chats, the assistant's turns alone count.
         classes: for a classifier, its classes' numbers by name; None for a causal language model.
@@ -47,12 +48,12 @@ def read_dataset(
     """
     reader = _Reader(rows, tokenizer, length, objective, classes)
     units = reader.units()
-    chosen = _held_out(units, reader, held_out, seed)
+    chosen = _held_out(units, reader, held_out, most_held_out, seed)
     parts = [[unit for unit, out in zip(units, chosen, strict=True) if out is side] for side in (False, True)]
     train, kept = (reader.sequences(part) for part in parts)
     if not train or not kept:
         raise reader.too_short(units)
-    limit = _held_out_limit(held_out)
+    limit = _held_out_limit(held_out, most_held_out)
     return reader.dataset(train[:samples]), reader.dataset(kept[:limit])
 
 
@@ -232,7 +233,9 @@ class _Reader:
         ]
 
 
-def _held_out(units: Sequence[Tokens], reader: _Reader, held_out: int | float | None, seed: int) -> list[bool]:
+def _held_out(
+    units: Sequence[Tokens], reader: _Reader, held_out: int | float | None, most: int, seed: int
+) -> list[bool]:
     """Which units are held out: at random, until their weight is enough, always leaving one sequence to train on.
 
     Equal units go to the same side: a text that is in the file twice must not be trained on and held out.
@@ -247,7 +250,7 @@ def _held_out(units: Sequence[Tokens], reader: _Reader, held_out: int | float | 
         wanted = share * left
     else:
         wanted = float("inf")
-    limit = _held_out_limit(held_out)
+    limit = _held_out_limit(held_out, most)
     wanted = max(one, wanted if limit is None else min(wanted, limit * one))
     order = list(groups)
     random.Random(seed).shuffle(order)
@@ -263,7 +266,7 @@ def _held_out(units: Sequence[Tokens], reader: _Reader, held_out: int | float | 
     return chosen
 
 
-def _held_out_limit(held_out: int | float | None) -> int | None:
+def _held_out_limit(held_out: int | float | None, most: int) -> int | None:
     if held_out is None:
-        return HELD_OUT_SEQUENCES
+        return most
     return int(held_out) if held_out >= 1 else None

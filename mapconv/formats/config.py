@@ -252,3 +252,8 @@ class _Fields:
 
 def _is_empty(value: Any) -> bool:
     return value is None or value is False or value == [] or value == {}
+
+
+def names_parameter(settings: LoraSettings, parameter: str) -> bool:
+    """Whether ``target_parameters`` names a parameter, by which PEFT then looks its rank up."""
+    return any(f".{parameter}".endswith(f".{target}") for target in settings.target_parameters)

@@ -2,18 +2,19 @@
 
 W' = α·W/max(‖W‖, ε) + β·s·BA/max(‖s·BA‖, ε), with ``map_alpha`` and ``map_beta`` absolute numbers, ``map_eps`` (1e-6)
 in the configuration, and s that of a LoRA. No release of PEFT computes it, so the formula is what results are held to.
-Another spelling begins each of these names with ``lora_``.
+Another spelling begins each of these names with ``lora_``; it is also in diffusers' files, which have no configuration.
 """
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mapconv.adapter import Adapter, TensorRef
+from mapconv.adapter import Adapter, Module, TensorRef
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.formats.base import CONFIG_FILE, Found
@@ -48,14 +49,15 @@ class LomapDirectory:
     def read(self, found: Found, *, allow_pickle: bool = False) -> Adapter:
         path, config = found.path, dict(found.config or {})
         place = path / CONFIG_FILE
-        eps = _eps(config, place)
-        plain = {name: value for name, value in config.items() if name.removeprefix("lora_") not in _FIELDS}
+        eps = floor_of(config, place)
+        plain = without_map(config)
         settings = parse_settings(plain, place)
         refs = read_weights(found, allow_pickle=allow_pickle)
         found_scalars, rest = _apart(refs)
         if not uses_map(config):
+            ref = next(ref for own in found_scalars.values() for ref in own.values())
             raise AdapterError(
-                f"{place} does not say use_map, but {next(iter(found_scalars.values())).name} is a scalar of MAP: take "
+                f"{place} does not say use_map, but {ref.name} is a scalar of MAP: take "
                 "both files from one training run."
             )
         adapter = peft_adapter(found, settings, rest)
@@ -66,10 +68,11 @@ class LomapDirectory:
                 )
         paths = [module.path for module in adapter.modules]
         with TensorReader() as reader:
-            scalars = tuple(_scalars(name, found_scalars, eps, refs[0].file, reader) for name in paths)
-        for name, which in found_scalars:
-            if name not in paths:
-                ref = found_scalars[name, which]
+            scalars = tuple(
+                scalars_of(module, found_scalars.get(module.path, {}), eps, reader) for module in adapter.modules
+            )
+        for name in found_scalars.keys() - set(paths):
+            for ref in found_scalars[name].values():
                 raise AdapterError(f"{ref.file}: {ref.name} belongs to a module that has no factors.")
         return replace(adapter, method="LoMAP", config=plain, authors_scalars=scalars, dialect="MAP's authors")
 
@@ -79,7 +82,12 @@ def uses_map(config: Mapping[str, Any]) -> bool:
     return bool(config.get("use_map") or config.get("lora_use_map"))
 
 
-def _eps(config: Mapping[str, Any], place: Path) -> float:
+def without_map(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the LoRA alone."""
+    return {name: value for name, value in config.items() if name.removeprefix("lora_") not in _FIELDS}
+
+
+def floor_of(config: Mapping[str, Any], place: Path) -> float:
     """The floor under both norms, once the configuration is one of the formula."""
     for name, reason in _REFUSED.items():
         if config.get(name):
@@ -102,30 +110,36 @@ def _field(config: Mapping[str, Any], name: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def _apart(refs: tuple[TensorRef, ...]) -> tuple[dict[tuple[str, str], TensorRef], tuple[TensorRef, ...]]:
+def _apart(refs: tuple[TensorRef, ...]) -> tuple[dict[str, dict[str, TensorRef]], tuple[TensorRef, ...]]:
     """The scalars by module and name, and all other tensors."""
-    scalars: dict[tuple[str, str], TensorRef] = {}
+    scalars: dict[str, dict[str, TensorRef]] = defaultdict(dict)
     rest = []
     for ref in refs:
         match = _SCALAR.fullmatch(ref.name)
         if match is None:
             rest.append(ref)
             continue
-        key = match["path"].removeprefix(KEY_PREFIX), match["which"]
-        if key in scalars:
-            raise AdapterError(f"{ref.file}: {ref.name} and {scalars[key].name} are the same scalar of one module.")
-        scalars[key] = ref
+        own, which = scalars[match["path"].removeprefix(KEY_PREFIX)], match["which"]
+        if which in own:
+            raise AdapterError(f"{ref.file}: {ref.name} and {own[which].name} are the same scalar of one module.")
+        own[which] = ref
     return scalars, tuple(rest)
 
 
-def _scalars(
-    path: str, found: Mapping[tuple[str, str], TensorRef], eps: float, file: Path, reader: TensorReader
-) -> AuthorsScalars:
+def scalars_of(module: Module, found: Mapping[str, TensorRef], eps: float, reader: TensorReader) -> AuthorsScalars:
+    """A module's two scalars, ``found`` by the names ``alpha`` and ``beta``.
+
+    Raises:
+        AdapterError: one is missing, not one number, or not finite.
+    """
     values = {}
     for which in ("alpha", "beta"):
-        ref = found.get((path, which))
+        ref = found.get(which)
         if ref is None:
-            raise AdapterError(f"{file}: module {path} has no map_{which}, although the configuration says use_map.")
+            raise AdapterError(
+                f"{module.lora_A.file}: module {module.path} has no map_{which}, but the adapter is one of MAP's "
+                "authors."
+            )
         if ref.numel != 1:
             raise AdapterError(
                 f"{ref.file}: {ref.name} is {list(ref.shape)}, expected one number (more of them belong to a "
@@ -135,4 +149,4 @@ def _scalars(
         if not abs(value) < float("inf"):
             raise AdapterError(f"{ref.file}: {ref.name} is {value}, expected a number.")
         values[which] = value
-    return AuthorsScalars(path, values["alpha"], values["beta"], eps)
+    return AuthorsScalars(module.lora_A.name, values["alpha"], values["beta"], eps)

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from mapconv.adapter import MapModule
 from mapconv.hub.reference import is_repo_id
-from mapconv.metadata.markdown import calibration_table, number, python_code, share, table
+from mapconv.metadata.loading import how_to_load, pipeline_of
+from mapconv.metadata.markdown import calibration_table, number, share, table
 from mapconv.metadata.readme import Readme, compose, read_readme
 from mapconv.metadata.rebased import rebase_section
 from mapconv.metadata.survived import survival_table
@@ -31,14 +32,8 @@ _OWNED = (
     "base_model", "base_model_relation", "base_model_revision", "library_name", "source_adapter",
     "source_adapter_revision",
 )  # fmt: skip
-_TASKS = {
-    "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
-    "SEQ_2_SEQ_LM": (None, "AutoModelForSeq2SeqLM"),
-    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
-    "TOKEN_CLS": ("token-classification", "AutoModelForTokenClassification"),
-    "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
-    "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
-}
+#: What a ``form`` begins with that is MAP on another method, in a file of its own kind.
+ON_METHOD = "MAP on "
 _ABOUT = (
     "[MAP](https://arxiv.org/abs/2505.23094) treats a weight matrix as one vector and writes the adapted weight as "
     "`W' = α·W0/‖W0‖ + β·Δ/‖Δ‖`: a direction, and two scalars that scale the base and the update independently. "
@@ -48,7 +43,11 @@ _ABOUT = (
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says. ``base`` is a Hub id, or None while it is only known as a folder of this machine."""
+    """What a card says. ``base`` is a Hub id, or None while it is only known as a folder of this machine.
+
+    ``form`` is what stock PEFT loads the adapter as (LoRA, DoRA, LoHa); where it begins with ``MAP on``, no release of
+    PEFT loads it.
+    """
 
     kind: Literal["adapter", "merged"]
     base: str | None
@@ -56,9 +55,13 @@ class CardFacts:
     record: Mapping[str, Any]
     modules: Sequence[MapModule]
     task: str | None
-    plain_lora: bool
+    form: str
     report: Mapping[str, Any] | None = None
     has_plot: bool = False
+
+    @property
+    def runs_in_peft(self) -> bool:
+        return not self.form.startswith(ON_METHOD)
 
     @property
     def source(self) -> Mapping[str, Any]:
@@ -72,9 +75,13 @@ def card_facts(folder: Path) -> dict[str, Any]:
 
 
 def local_card(
-    config: Mapping[str, Any], record: Mapping[str, Any], modules: Sequence[MapModule], own: Readme | None = None
+    config: Mapping[str, Any],
+    record: Mapping[str, Any],
+    modules: Sequence[MapModule],
+    own: Readme | None = None,
+    form: str | None = None,
 ) -> str:
-    """The README.md of a MAP directory as it is first written, before anybody publishes it."""
+    """The README.md of an adapter as it is first written, before anybody publishes it; ``form`` as in ``CardFacts``."""
     name = record["base"].get("name")
     facts = CardFacts(
         kind="adapter",
@@ -83,9 +90,14 @@ def local_card(
         record=record,
         modules=modules,
         task=config.get("task_type"),
-        plain_lora=not config.get("use_dora"),
+        form=form or adapter_form(config),
     )
     return write_card(facts, own or Readme(), title="MAP adapter", repo_id=None, license_=None)
+
+
+def adapter_form(config: Mapping[str, Any]) -> str:
+    """What stock PEFT loads a MAP directory as."""
+    return "DoRA" if config.get("use_dora") else "LoRA"
 
 
 def write_card(facts: CardFacts, own: Readme, *, title: str, repo_id: str | None, license_: str | None) -> str:
@@ -100,25 +112,30 @@ def _metadata(facts: CardFacts, own: Mapping[str, Any], license_: str | None) ->
         "base_model": facts.base,
         "base_model_relation": "adapter" if facts.kind == "adapter" else "finetune",
         "base_model_revision": facts.base_revision if facts.base else None,
-        "library_name": "peft" if facts.kind == "adapter" else "transformers",
+        "library_name": "transformers" if facts.kind == "merged" else "peft" if facts.runs_in_peft else None,
         "source_adapter": adapter,
         "source_adapter_revision": facts.source.get("revision") if adapter else None,
     }
     copied = (facts.record.get("base") or {}).get("card") or {}
     copied = copied | (facts.source.get("card") or {}) | {key: own[key] for key in _COPIED if own.get(key)}
-    copied.setdefault("pipeline_tag", _TASKS.get(facts.task or "", (None, ""))[0])
+    copied.setdefault("pipeline_tag", pipeline_of(facts.task))
     if license_ is not None:
         # A name and a link belong to the licence "other" that they came with.
         copied = {key: value for key, value in copied.items() if not key.startswith("license")} | {"license": license_}
     data |= {key: copied.get(key) for key in _COPIED}
-    ours = ["map", "lora" if facts.plain_lora else "dora"] if facts.kind == "adapter" else ["map", "merge"]
+    ours = ["map", facts.form.removeprefix(ON_METHOD).lower()] if facts.kind == "adapter" else ["map", "merge"]
     data["tags"] = [*ours, *(tag for tag in own.get("tags") or [] if tag not in ours)]
     data |= {key: value for key, value in own.items() if key not in data and key not in _OWNED}
     return {key: value for key, value in data.items() if value is not None}
 
 
 def _block(facts: CardFacts, title: str, repo_id: str | None) -> str:
-    sections = [f"# {title}", _summary(facts), f"## What MAP is\n\n{_ABOUT}", _loading(facts, repo_id)]
+    sections = [
+        f"# {title}",
+        _summary(facts),
+        f"## What MAP is\n\n{_ABOUT}",
+        how_to_load(facts.task, repo_id, facts.base, merged=facts.kind == "merged", by_peft=facts.runs_in_peft),
+    ]
     rebase = facts.record.get("rebase")
     if rebase:
         name, revision = rebase["from"].get("name"), rebase["from"].get("revision")
@@ -148,33 +165,13 @@ def _summary(facts: CardFacts) -> str:
         made = f"What a full finetune changed in {base}, extracted as an adapter by mapconv."
     elif not facts.source:
         made = f"A MAP adapter of {base}, trained with mapconv."
-    elif facts.source.get("method") == "MAP":
+    elif str(facts.source.get("method")).startswith("MAP"):
         made = f"A MAP adapter of {base}, trained further with mapconv."
-    return f"{made} Stock PEFT loads it as a {'plain LoRA' if facts.plain_lora else 'DoRA'} adapter."
-
-
-def _loading(facts: CardFacts, repo_id: str | None) -> str:
-    auto = _TASKS.get(facts.task or "", ("", "AutoModelForCausalLM"))[1]
-    name, base = repo_id or "path/to/this/folder", facts.base or "path/to/the/base"
-    if facts.kind == "merged":
-        return python_code(
-            "## How to load it", f"from transformers import {auto}", f'model = {auto}.from_pretrained("{name}")'
+    if not facts.runs_in_peft:
+        return (
+            f"{made} Its direction is the update of {facts.form.removeprefix(ON_METHOD)}: no release of PEFT loads it."
         )
-    peft = python_code(
-        "## How to load it\n\nWith PEFT:",
-        f"from peft import PeftModel\nfrom transformers import {auto}",
-        f'base = {auto}.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, "{name}")',
-    )
-    inspect = (
-        "With mapconv, which shows its scalars and checks that it fits:\n\n"
-        f"```\nmapconv inspect {name} --base {base}\n```"
-    )
-    merged = python_code(
-        f"Merged into the base, with no adapter left to run:\n\n```\nmapconv merge {name} -o merged\n```",
-        f"from transformers import {auto}",
-        f'model = {auto}.from_pretrained("merged")',
-    )
-    return "\n\n".join([peft, inspect, merged])
+    return f"{made} Stock PEFT loads it as a {'plain LoRA' if facts.form == 'LoRA' else facts.form} adapter."
 
 
 def _fidelity(facts: CardFacts) -> str:
@@ -217,7 +214,7 @@ def _scalars(facts: CardFacts) -> str:
         (
             markdown_text(name),
             str(len(modules)),
-            spread([module.rank for module in modules], str),
+            spread([module.rank for module in modules], lambda rank: str(rank or "full")),
             spread([module.base_gain for module in modules], fixed),
             spread([module.beta / module.alpha if module.alpha else 0.0 for module in modules], fixed),
             small(max((module.error for module in modules if module.error is not None), default=None)),

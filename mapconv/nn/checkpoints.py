@@ -120,7 +120,18 @@ def _plain(path: str) -> str:
 
 
 def _without_base(model: nn.Module, keys: Any) -> None:
-    """Do not call the base's own parameters missing where a checkpoint holds the adapters alone."""
+    """Do not call the base's own parameters missing where a checkpoint holds the adapters alone.
+
+    Raises:
+        AdapterError: it holds a part of an adapter that the model has not, which ``strict=False`` would leave out: a
+            run of another ``MapConfig`` would go on from a mixture of both.
+    """
+    foreign = next((key for key in keys.unexpected_keys if _UPDATE.search(key)), None)
+    if foreign is not None:
+        raise AdapterError(
+            f"the checkpoint holds {foreign}, which this model has not: make the model with the MapConfig of the run "
+            "that the checkpoint is of (its targets, direction and units)."
+        )
     missing = set(keys.missing_keys)
     own = {key for key in model.state_dict() if _UPDATE.search(key)}
     if not missing & own and len(missing) == len(model.state_dict()) - len(own):

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, cast, get_args
 
 from mapconv.adapter import Direction
+from mapconv.nn.updates import Units
 
 #: The least ‖BA‖ that β is divided by where training starts at B = 0: the first steps are then those of a LoRA, with
 #: gradients of the size that the later ones have. It is between 0.03 and 1, where a floor was found to do for what the
@@ -63,6 +64,9 @@ class MapConfig(metaclass=_PeftNames):
         eps: the least value of ‖BA‖ that β is divided by; below it the update is a plain LoRA's of gain β/eps. None:
             ``EPS`` for ``paper``, 0 for ``random``. The authors have 1e-6, and clip gradients at a norm of 1: without
             that, the first gradient is some 1e5 times as large as all others, and Adam remembers it.
+        units: what the trained scalars are held in. ``relative``: α/‖W0‖ and β/‖W0‖, of the size of 1, so that one
+            learning rate serves them and the factors. ``absolute``: α and β themselves, as the authors train them; a
+            rate of 1e-3 then moves a weight of norm 50 a fiftieth as far as in relative units.
         frozen: scalars that are not trained: ``alpha``, ``beta``.
         detach_norm: send no gradient through ‖BA‖ (low-rank).
         exclude: names or a regular expression of layers to leave out.
@@ -80,6 +84,7 @@ class MapConfig(metaclass=_PeftNames):
     init: Literal["paper", "random"] = "paper"
     beta: float | Literal["relative"] | None = None
     eps: float | None = None
+    units: Units = "relative"
     frozen: tuple[str, ...] = ()
     detach_norm: bool = False
     exclude: str | tuple[str, ...] = ()
@@ -115,6 +120,18 @@ class MapConfig(metaclass=_PeftNames):
         """Whether the direction is another method's of PEFT."""
         return hasattr(self.direction, "peft_type")
 
+    @property
+    def base_model_name_or_path(self) -> str:
+        """What PEFT's ``get_peft_model`` asks a configuration for first.
+
+        Raises:
+            TypeError: always, and with what to call instead.
+        """
+        raise TypeError(
+            "get_peft_model knows the methods of PEFT's own list alone, and MAP is none of them: call "
+            "mapconv.get_map_model(model, config)."
+        )
+
     def _take_method(self) -> None:
         if self.rank != MapConfig.rank or self.init != "paper":
             raise ValueError("rank and init belong to the low-rank direction: PEFT's configuration says its own")
@@ -127,6 +144,10 @@ class MapConfig(metaclass=_PeftNames):
             raise ValueError(f"init is {self.init!r}, expected paper or random")
         if self.direction == "dora" and (self.init, self.beta, self.eps) != ("paper", None, None):
             raise ValueError("init, beta and eps belong to the low-rank direction: dora starts as DoRA does")
+        if self.units not in get_args(Units):
+            raise ValueError(f"units is {self.units!r}, expected one of {', '.join(get_args(Units))}")
+        if self.direction == "dora" and self.units != "relative":
+            raise ValueError("units belongs to the low-rank direction: dora's β is a share of ‖Δ‖, 0 at the start")
         if self.beta not in (None, "relative") and not _is_finite(self.beta):
             raise ValueError(f"beta is {self.beta!r}, expected a finite number, or relative")
         if self.eps is not None and not (_is_finite(self.eps) and self.eps >= 0):

@@ -7,7 +7,6 @@ Double backward is refused: nothing here needs it.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -118,7 +117,7 @@ class Scale(Function):
 
 #: Below this share of the terms' own size their sum ‖BA‖² is formed in float64. Each term is off by a few 6e-8 of its
 #: size in float32, so that a norm is off by at most a few 3e-7 where they cancel less.
-_CANCELLING = 0.1
+CANCELLING = 0.1
 
 
 def inverse_norm(
@@ -132,7 +131,7 @@ def inverse_norm(
     left, right = wide_B.mT @ wide_B, wide_A @ wide_A.mT
     terms = left.double() * right.double()
     square = terms.sum((-2, -1))
-    if dtype is not torch.float64 and not (square >= _CANCELLING * terms.abs().sum((-2, -1))).all():
+    if dtype is not torch.float64 and not (square >= CANCELLING * terms.abs().sum((-2, -1))).all():
         return inverse_norm(A, B, torch.float64, floor)
     inverse = torch.where(square > 0, square.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
     if floor:
@@ -158,28 +157,14 @@ class UpdateGain(Function):
         floor: float,
     ) -> torch.Tensor:
         ctx.unit, ctx.floor = unit, floor
-        if _is_quick(A, dtype):
-            inverse, left, right = _quick_inverse_norm(A, B, dtype, floor)
-            ctx.save_for_backward(beta, A, B, left, right)
-            ctx.inverse = inverse
-            return beta.new_full((), float(beta) * float(unit) * inverse)
         inverse, left, right = inverse_norm(A, B, dtype, floor)
         ctx.save_for_backward(beta, A, B, left, right, inverse)
-        ctx.inverse = None
         return (beta.reshape(inverse.shape) * (unit * inverse)).to(beta.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         for_beta, for_A, for_B, _, _, _ = ctx.needs_input_grad
-        if ctx.inverse is not None:
-            beta, A, B, left, right = ctx.saved_tensors
-            slope = float(grad) * ctx.unit * ctx.inverse
-            counts = not ctx.floor or ctx.inverse < 1 / ctx.floor
-            factor = -slope * float(beta) * ctx.inverse**2 if counts else 0.0
-            grad_A = (left * factor).to(A.dtype) @ A if for_A else None
-            grad_B = B @ (right * factor).to(B.dtype) if for_B else None
-            return beta.new_full((1,), slope) if for_beta else None, grad_A, grad_B, None, None, None
         beta, A, B, left, right, inverse = ctx.saved_tensors
         slope = grad * (ctx.unit * inverse)
         grad_A = grad_B = None
@@ -191,26 +176,6 @@ class UpdateGain(Function):
             grad_A = ((factor * left) @ A.to(left.dtype)).to(A.dtype) if for_A else None
             grad_B = (B.to(left.dtype) @ (factor * right)).to(B.dtype) if for_B else None
         return slope.to(beta.dtype).reshape(beta.shape) if for_beta else None, grad_A, grad_B, None, None, None
-
-
-def _is_quick(A: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether numbers of Python's may stand for 0-d tensors: on a GPU they would wait for it, and break a graph."""
-    return A.dim() == 2 and A.device.type == "cpu" and dtype is not torch.float64
-
-
-def _quick_inverse_norm(
-    A: torch.Tensor, B: torch.Tensor, dtype: torch.dtype, floor: float
-) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """``inverse_norm`` of two matrices with a number in the place of the tensor, and a third of its operations."""
-    wide_A, wide_B = A.to(dtype), B.to(dtype)
-    left, right = wide_B.t() @ wide_B, wide_A @ wide_A.t()
-    terms = left.double().mul_(right)
-    square = float(terms.sum())
-    if not square >= _CANCELLING * float(terms.abs_().sum()):
-        inverse, left, right = inverse_norm(A, B, torch.float64, floor)
-        return float(inverse), left, right
-    inverse = 1 / math.sqrt(max(square, torch.finfo(torch.float64).tiny)) if square else 0.0
-    return (1 / floor if floor and not square > floor**2 else inverse), left, right
 
 
 def gram_dtype(A: torch.Tensor) -> torch.dtype:

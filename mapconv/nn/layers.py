@@ -14,9 +14,11 @@ from torch.nn import functional
 
 from mapconv.algebra.dora import merge_rows_
 from mapconv.nn.bases import kind_of, matrix
+from mapconv.nn.dora import DoraUpdate
 from mapconv.nn.functions import MapLinear, Scale
 from mapconv.nn.methods import MethodUpdate
-from mapconv.nn.updates import DoraUpdate, Update
+from mapconv.nn.trained_linear import TrainedLinear
+from mapconv.nn.updates import Update
 
 
 class MapLayer(nn.Module):
@@ -176,6 +178,10 @@ class MapLinearLayer(MapLayer):
         if not _runs_as_defined(base):
             return super()._low_rank(x, update)
         weight = base.weight.t() if self.transposed else base.weight
+        if _takes_numbers(x, base.weight, update):
+            return TrainedLinear.apply(
+                x, weight, base.bias, update.A, update.B, *update.scalars, *update.step_settings()
+            )
         return MapLinear.apply(x, weight, base.bias, update.A, update.B, *update.gains(), _compute_dtype(x))
 
     def _project(self, x: torch.Tensor, A: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -238,6 +244,13 @@ def _runs_as_defined(base: nn.Module) -> bool:
     own = type(base).forward
     trains = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
     return (own is nn.Linear.forward or own is Conv1D.forward) and not trains
+
+
+def _takes_numbers(x: torch.Tensor, weight: torch.Tensor, update: Update) -> bool:
+    """Whether the step is ``TrainedLinear``'s: factors in training, everything on the CPU and of one dtype."""
+    if x.device.type != "cpu" or not update.is_training() or torch.compiler.is_compiling():
+        return False
+    return x.dtype is weight.dtype is update.A.dtype and not torch.is_autocast_enabled("cpu")
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:

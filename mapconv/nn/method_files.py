@@ -16,16 +16,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mapconv.adapter import Adapter
+from mapconv.adapter import Adapter, MapModule
 from mapconv.checkpoint.sidecars import copy_tokenizer
 from mapconv.checkpoint.staging import write_file
 from mapconv.checkpoint.writer import SpooledFile
 from mapconv.errors import AdapterError, OutputError
 from mapconv.formats.peft import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
 from mapconv.formats.peft_methods import MAP_PREFIX, SCALAR_NAMES
+from mapconv.metadata.card import CARD_FILE, ON_METHOD, local_card
 from mapconv.nn.attaching import Attached
 from mapconv.nn.bases import base_fingerprint
 from mapconv.nn.methods import MethodUpdate, PeftMethod
+from mapconv.nn.origin import live_record
 from mapconv.nn.reading import UpdateReader
 from mapconv.tuners.config import tuner_config
 
@@ -46,8 +48,8 @@ def write_method(
         tensors = {key: value.detach().cpu().contiguous() for key, value in method.state().items()}
         if not is_plain:
             for path, update in updates.items():
-                scalars = (update.alpha(), update.exact("relative_beta") * update.share() * (update.base_norm or 1.0))
-                for name, value in zip(SCALAR_NAMES, scalars, strict=True):
+                facts = _facts(path, update)
+                for name, value in zip(SCALAR_NAMES, (facts.alpha, facts.beta), strict=True):
                     tensors[f"{KEY_PREFIX}{path}.{name}"] = torch.tensor(value, dtype=torch.float64)
         strange = next((key for key, value in tensors.items() if not torch.isfinite(value).all()), None)
         if strange is not None:
@@ -64,6 +66,10 @@ def write_method(
     config = dict(attached.adapter.config) if attached.adapter else method.config.to_dict()
     config |= {"base_model_name_or_path": base["name"], "revision": base["revision"], "inference_mode": True}
     config |= {"target_modules": sorted(updates), "peft_type": method.kind if is_plain else MAP_PREFIX + method.kind}
+    record = live_record(attached, base, [], changed=True)
+    form = method.name if is_plain else f"{ON_METHOD}{method.name}"
+    scalars = [_facts(path, update) for path, update in updates.items()]
+    write_file(staging / CARD_FILE, local_card(config, record, scalars, form=form))
     write_file(staging / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True, default=_plain) + "\n")
 
 
@@ -100,12 +106,28 @@ def load_method(
     return method, updates
 
 
+def _facts(path: str, update: MethodUpdate) -> MapModule:
+    """What the card says of a layer; its update is of any rank."""
+    beta = update.exact("beta") * update.share() * (update.base_norm or 1.0)
+    return MapModule(
+        path=path,
+        direction="low-rank",
+        rank=update.rank,
+        alpha=update.alpha(),
+        beta=beta,
+        base_norm=update.base_norm,
+        base_projection=None,
+        direction_norm=update.length(),
+        error=None,
+    )
+
+
 @contextmanager
 def _as_peft_computes(updates: Mapping[str, MethodUpdate]) -> Iterator[bool]:
     """Put every b into a tensor of its layer for the time of the block; False where that cannot be done for all."""
     changed: list[tuple[nn.Parameter, torch.Tensor]] = []
     try:
-        yield all(update.exact("relative_alpha") == 1.0 for update in updates.values()) and all(
+        yield all(update.exact("alpha") == 1.0 for update in updates.values()) and all(
             _absorb(update, changed) for update in updates.values()
         )
     finally:

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from mapconv.errors import UnsupportedError, is_out_of_memory
 from mapconv.formats.methods import METHODS, NO_FIXED_WEIGHT
 from mapconv.nn.bases import weight_of
-from mapconv.nn.updates import Update
+from mapconv.nn.updates import Units, Update
 from mapconv.runtime.models import quiet_libraries
 from mapconv.tuners.injection import ADAPTER, inject
 
@@ -83,11 +83,12 @@ class MethodUpdate(Update):
         relative_beta: float,
         base_norm: float,
         floor: float,
+        units: Units = "relative",
     ) -> None:
         nn.Module.__init__(self)
         self.layer = method.layers[path]
         self._names = [name for name, parameter in self.layer.named_parameters() if parameter.requires_grad]
-        self._start(relative_alpha, relative_beta, like=self.factors[0], base_norm=base_norm, floor=floor)
+        self._start(relative_alpha, relative_beta, like=self.factors[0], base_norm=base_norm, floor=floor, units=units)
 
     @property
     def rank(self) -> int:
@@ -103,9 +104,8 @@ class MethodUpdate(Update):
 
     def restart(self, relative_alpha: float, relative_beta: float) -> None:
         """Give the scalars other values, as those to start from."""
-        for name, value in (("relative_alpha", relative_alpha), ("relative_beta", relative_beta)):
-            getattr(self, name).data.fill_(value)
-            self._exact[name] = [value]
+        self._set("alpha", relative_alpha)
+        self._set("beta", relative_beta)
 
     @torch.no_grad()
     def length(self) -> float:
@@ -115,10 +115,10 @@ class MethodUpdate(Update):
     @property
     def is_unscaled(self) -> bool:
         """Whether b is 1 but for rounding, so that Δ is the update itself."""
-        return abs(float(self.gains()[1].detach()) - 1.0) <= 2 * torch.finfo(self.relative_beta.dtype).eps
+        return abs(float(self.gains()[1].detach()) - 1.0) <= 2 * torch.finfo(self.scalar("beta").dtype).eps
 
     def gains(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.relative_alpha.reshape(()), self._gain(self.delta())
+        return self.base_gain(), self._gain(self.delta())
 
     def _gain(self, delta: torch.Tensor) -> torch.Tensor:
         square = delta.square().sum(dtype=torch.float64)
@@ -126,13 +126,14 @@ class MethodUpdate(Update):
         counts = square > self.floor**2
         inverse = torch.where(counts, square, 1.0).rsqrt()
         inverse = torch.where(counts, inverse, 1 / self.floor if self.floor else 0.0)
-        return (self.relative_beta.reshape(()) * (self._unit_norm * inverse)).to(self.relative_beta.dtype)
+        beta = self.scalar("beta")
+        return (beta.reshape(()) * (self._unit * inverse)).to(beta.dtype)
 
     def merged(self, weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """W', in ``dtype`` (None: that of ``weight``)."""
         delta = self.delta()
         wide = torch.promote_types(weight.dtype, delta.dtype)
-        merged = self.relative_alpha.reshape(()) * weight.to(wide) + self._gain(delta) * delta
+        merged = self.base_gain() * weight.to(wide) + self._gain(delta) * delta
         return merged.to(dtype or weight.dtype)
 
     def run(self, base_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from mapconv.adapter import Module
 from mapconv.checkpoint.reader import SAFETENSORS_DTYPES
+from mapconv.formats.config import names_parameter
 from mapconv.hub.reference import is_repo_id
 from mapconv.metadata.card import card_facts
 from mapconv.metadata.provenance import map_record, recorded_name
@@ -54,9 +55,13 @@ def live_record(
     return map_record(entries, base=base, source=source, options=attached.options, data=data)
 
 
-def pattern_name(layer: MapLayer, module: Module) -> str:
-    """What PEFT looks a module's rank up by: its path, or a parameter's name."""
-    return layer.target.parameter if isinstance(layer, MapParameterLayer) else module.path
+def pattern_name(layer: MapLayer, module: Module, attached: Attached) -> str:
+    """What PEFT looks a module's rank up by: its path, or the name of what ``target_parameters`` names."""
+    if isinstance(layer, MapParameterLayer):
+        return layer.target.parameter
+    weight = f"{module.path}.weight"
+    is_parameter = attached.adapter is not None and names_parameter(attached.adapter.settings, weight)
+    return weight if is_parameter else module.path
 
 
 def source_config(model: nn.Module, attached: Attached, layers: Sequence[MapLayer]) -> dict[str, Any]:

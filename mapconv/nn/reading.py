@@ -19,8 +19,9 @@ from mapconv.errors import AdapterError, BaseMismatchError, PlacementError, Unsu
 from mapconv.formats.peft import KEY_PREFIX, WEIGHTS_FILE
 from mapconv.merging.merger import DIRECTION_TOLERANCE
 from mapconv.nn.bases import kind_of, values_of
+from mapconv.nn.dora import DoraUpdate
 from mapconv.nn.stacks import StackedParameter, StackUpdate
-from mapconv.nn.updates import DoraUpdate, Origin, Update
+from mapconv.nn.updates import Origin, Update
 from mapconv.placement.authors_scalars import as_map
 from mapconv.placement.base_check import TOLERANCE, base_fault
 
@@ -32,7 +33,7 @@ class UpdateReader:
         self._adapter = adapter
         self._reader = TensorReader()
         self._scalars = {(scalars.path, scalars.expert): scalars for scalars in adapter.map_modules}
-        self._authors = {scalars.path: scalars for scalars in adapter.authors_scalars}
+        self._authors = {scalars.factor: scalars for scalars in adapter.authors_scalars}
         entries = (adapter.map_config or {}).get("modules", [])
         self._entries = {(str(entry["path"]), entry.get("expert")): entry for entry in entries}
         weights = adapter.path / WEIGHTS_FILE
@@ -61,14 +62,14 @@ class UpdateReader:
                     base = weight.float()
                     B0, A0 = initial_factors(self._adapter.settings.initialization, base, module.rank, module.scaling)
                 A, B = torch.cat([A, A0.cpu()]), torch.cat([B, -B0.cpu()], dim=1)
-            if module.path not in self._authors:
+            if module.lora_A.name not in self._authors:
                 B *= module.scaling
         with values_of(layer, live) if scalars is None or check_base else nullcontext() as weight:
             norm, projection = self._base_facts(module, None, weight, live)
-        if module.path in self._authors:
+        if module.lora_A.name in self._authors:
             assert projection is not None  # the weight was measured: there is no record
             found = Fingerprint(norm**2, projection)
-            scalars = as_map(module, self._authors[module.path], found, product_norm(B, A))
+            scalars = as_map(module, self._authors[module.lora_A.name], found, product_norm(B, A))
         update = self._dora(module, scalars, norm, A, B) if module.magnitude else self._low_rank(scalars, norm, A, B)
         update.base_projection = projection
         ref = self._refs.get(f"{KEY_PREFIX}{module.path}.lora_magnitude_vector")

@@ -25,12 +25,13 @@ from mapconv.formats.peft import WEIGHTS_FILE
 from mapconv.metadata.card import CARD_FILE, local_card
 from mapconv.nn.attaching import Attached, layers_of, named, updates_of
 from mapconv.nn.bases import kind_of, merged_row_norms, values_of
+from mapconv.nn.dora import DoraUpdate, direction_norm
 from mapconv.nn.layers import MapLayer
 from mapconv.nn.method_files import write_method
 from mapconv.nn.methods import MethodUpdate
 from mapconv.nn.origin import base_facts, is_respelled, live_base, live_record, pattern_name, source_config
 from mapconv.nn.stacks import MapParameterLayer, StackUpdate
-from mapconv.nn.updates import DoraUpdate, Update, direction_norm
+from mapconv.nn.updates import Update
 from mapconv.refit.solving import SMALLEST_GAIN
 
 
@@ -116,7 +117,9 @@ def write_adapter(model: nn.Module, staging: Path, name: str, base: Mapping[str,
         for each, facts in zip(item.scalars, base_facts(layer, update, len(item.scalars)), strict=True)
     ]
     record = live_record(attached, base, entries, changed=changed)
-    paths = {item.module.path: pattern_name(layer, item.module) for item, layer in zip(saved, layers, strict=True)}
+    paths = {
+        item.module.path: pattern_name(layer, item.module, attached) for item, layer in zip(saved, layers, strict=True)
+    }
     source, respelled = source_config(model, attached, layers), is_respelled(attached, paths)
     config = peft_config(source, scalars, paths, base=base["name"], respelled=respelled)
     config["revision"] = base["revision"]
@@ -150,10 +153,10 @@ def _saved(layer: MapLayer, update: Update) -> Saved:
 def _saved_low_rank(update: Update, module: Module) -> Saved:
     """b·BA as a·D: B takes the quotient of the gains."""
     A, B = update.A.detach().cpu().float(), update.B.detach().cpu()
-    a, norm = update.exact("relative_alpha"), product_norm(update.B.detach().cpu(), A)
+    a, norm = update.exact("alpha"), product_norm(update.B.detach().cpu(), A)
     _require_gain(a, module, "its base gain")
     length = max(norm, update.floor)
-    b = update.exact("relative_beta") * (update.base_norm or 1.0) / length if length else 0.0
+    b = update.exact("beta") * (update.base_norm or 1.0) / length if length else 0.0
     B = _stored(B if b == a else B.double() * (b / a), module)
     length = product_norm(B, A)
     return Saved(module, (_scalars(module, update, a, a, length),), A, B, None)
@@ -196,7 +199,7 @@ def _saved_dora(layer: MapLayer, update: DoraUpdate, module: Module) -> Saved:
     """W' = diag(g)(W0 + diag(c)BA) with g = a − b + b·d and c = b·d/g: a DoRA of its own, at a = b = 1."""
     with values_of(layer.base_layer, layer.path) as weight:
         A, B, magnitude = (factor.detach().to(weight.device) for factor in update.factors)
-        a, b = update.exact("relative_alpha"), update.exact("relative_beta")
+        a, b = update.exact("alpha"), update.exact("beta")
         if a != 1.0 or b != 1.0:
             norms = merged_row_norms(weight, A, B)
             d = torch.where(norms > 0, magnitude.double() / norms, 0.0)

@@ -92,9 +92,9 @@ class StackUpdate(Update):
         base_projections: Sequence[float | None],
     ) -> None:
         super().__init__(A, B, relative_alpha=1.0, relative_beta=0.0, base_norm=0.0)
-        del self.relative_alpha, self.base_norm, self.base_projection
+        del self.relative_alpha, self._exact["alpha"], self.base_norm, self.base_projection
         self.relative_beta = nn.Parameter(torch.tensor(relative_betas, dtype=A.dtype), requires_grad=False)
-        self._exact = {"relative_beta": list(relative_betas)}
+        self._exact["beta"] = list(relative_betas)
         self.base_norms, self.base_projections = tuple(base_norms), tuple(base_projections)
 
     @property
@@ -102,7 +102,7 @@ class StackUpdate(Update):
         return [self.relative_beta]
 
     @property
-    def _unit_norm(self) -> torch.Tensor:
+    def _unit(self) -> torch.Tensor:
         return torch.tensor([norm or 1.0 for norm in self.base_norms], dtype=torch.float64, device=self.A.device)
 
     def hold_gain(self) -> None:
@@ -116,9 +116,9 @@ class StackUpdate(Update):
     def betas(self) -> list[float]:
         """β of every weight, in the unit of the weights."""
         given = self.origin.scalars if self.origin else ()
-        if given and self._is_as_given("relative_beta"):
+        if given and self._is_as_given("beta"):
             return [scalars.beta for scalars in given]
-        relative = self.all_exact("relative_beta")
+        relative = self.all_exact("beta")
         return [value * (norm or 1.0) for value, norm in zip(relative, self.base_norms, strict=True)]
 
     def sizes(self, base: nn.Module, path: str) -> list[float]:

@@ -15,8 +15,9 @@ from mapconv.nn.attaching import Attached, adaptable, attach, check_model, has_a
 from mapconv.nn.bases import base_fingerprint, is_grouped, kind_of, matrix_shape, row_squares, values_of
 from mapconv.nn.checkpoints import serve_trainers
 from mapconv.nn.config import MapConfig
+from mapconv.nn.dora import DoraUpdate
 from mapconv.nn.methods import MethodUpdate, PeftMethod
-from mapconv.nn.updates import DoraUpdate, Update
+from mapconv.nn.updates import Update
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
@@ -29,8 +30,9 @@ def get_map_model(model: nn.Module, config: MapConfig, *, name: str = "default")
     ``init="random"`` has random A and B and β = 0: β gets a gradient at once, A and B as soon as β ≠ 0. For ``dora``,
     as DoRA itself: random A, B = 0, magnitudes ‖W0‖_row.
 
-    The parameters are named ``<layer>.updates.<name>.A``, ``.B``, ``.relative_alpha``, ``.relative_beta`` and, for
-    ``dora``, ``.magnitude``. Do not apply weight decay to the scalars: it would pull the base weight itself to zero.
+    The parameters are named ``<layer>.updates.<name>.A``, ``.B``, ``.relative_alpha``, ``.relative_beta`` (with
+    ``units="absolute"``: ``.absolute_alpha``, ``.absolute_beta``) and, for ``dora``, ``.magnitude``. Do not apply
+    weight decay to the scalars: it would pull the base weight itself to zero.
     Train with any loop, ``transformers.Trainer`` or TRL's, then call ``save_adapter``. The model's ``save_pretrained``,
     which trainers call, writes a MAP directory while an adapter is attached.
 
@@ -66,7 +68,7 @@ def get_map_model(model: nn.Module, config: MapConfig, *, name: str = "default")
     attach(model, name, updates, Attached(None, tuple(updates), options, method=method), "all")
     for update in updates.values():
         for scalar in config.frozen:
-            getattr(update, f"relative_{scalar}").requires_grad_(False)
+            update.scalar(scalar).requires_grad_(False)
     serve_trainers(model)
     return model
 
@@ -100,7 +102,8 @@ def _fresh(layer: nn.Module, path: str, config: MapConfig, generator: torch.Gene
             B.normal_(std=height**-0.5, generator=generator)
         beta = config.start(found.norm) / (found.norm or 1.0)
         scalars = {"relative_alpha": 1.0, "relative_beta": beta, "base_norm": found.norm}
-        update = Update(A, B, **scalars, detach_norm=config.detach_norm, floor=config.floor)
+        settings = {"detach_norm": config.detach_norm, "floor": config.floor, "units": config.units}
+        update = Update(A, B, **scalars, **settings)
     update.base_projection = found.projection
     return update
 
@@ -111,7 +114,7 @@ def _fresh_of_method(method: PeftMethod, layer: nn.Module, path: str, config: Ma
         raise PlacementError(f"{path}: the model's weight holds NaN or infinity.")
     beta = config.start(found.norm) / (found.norm or 1.0)
     scalars = {"relative_alpha": 1.0, "relative_beta": beta, "base_norm": found.norm}
-    update = MethodUpdate(method, path, **scalars, floor=config.floor)
+    update = MethodUpdate(method, path, **scalars, floor=config.floor, units=config.units)
     if config.beta is None and (length := update.length()):
         update.restart(1.0, length / (found.norm or 1.0))
     return update

@@ -8,6 +8,9 @@ scalars only if the scalars are of the size of 1. They are held relative to a no
   scalars move the weight equally far;
 - ``relative_beta`` = β/‖Δ‖ = b for the direction ``dora``: there ‖Δ‖ = ‖T − W0‖ starts at 0 in a fresh adapter, and
   following it in training would take a pass over the weight.
+
+``absolute_alpha`` and ``absolute_beta`` are α and β themselves, as the method's authors train them: a step of Adam's
+then moves a weight by the learning rate, whatever ‖W0‖ is.
 """
 
 from __future__ import annotations
@@ -16,16 +19,17 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from mapconv.adapter import Direction, MapModule, Module
-from mapconv.algebra.dora import merge_rows_
-from mapconv.algebra.norms import product_norm, row_blocks, squared_norm
-from mapconv.nn.bases import merged_row_norms, row_squares, values_of
+from mapconv.algebra.norms import product_norm
 from mapconv.nn.functions import UpdateGain, gram_dtype, inverse_norm
+
+#: What the scalars are held in: norms, as above, or the unit of the weights.
+Units = Literal["relative", "absolute"]
 
 
 @dataclass(frozen=True)
@@ -64,23 +68,28 @@ class Update(nn.Module):
         base_norm: float,
         detach_norm: bool = False,
         floor: float = 0.0,
+        units: Units = "relative",
     ) -> None:
         super().__init__()
         self.A = nn.Parameter(A, requires_grad=False)
         self.B = nn.Parameter(B, requires_grad=False)
-        self._start(relative_alpha, relative_beta, like=A, base_norm=base_norm, floor=floor)
+        self._start(relative_alpha, relative_beta, like=A, base_norm=base_norm, floor=floor, units=units)
         self.detach_norm = detach_norm
 
-    def _start(self, alpha: float, beta: float, *, like: torch.Tensor, base_norm: float, floor: float) -> None:
-        """Set what every update has besides its factors."""
-        self.relative_alpha = _scalars([alpha], like)
-        self.relative_beta = _scalars([beta], like)
+    def _start(
+        self, alpha: float, beta: float, *, like: torch.Tensor, base_norm: float, floor: float, units: Units
+    ) -> None:
+        """Set what every update has besides its factors; ``alpha`` and ``beta`` are shares of ‖W0‖."""
+        self.units: Units = units
         self.base_norm = base_norm
+        self._exact: dict[str, list[float]] = {}
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            self.register_parameter(f"{units}_{name}", _scalars([0.0], like))
+            self._set(name, value)
         self.base_projection: float | None = None
         self.detach_norm = False
         self.floor = floor
         self.origin: Origin | None = None
-        self._exact = {"relative_alpha": [alpha], "relative_beta": [beta]}
         self._cache: torch.Tensor | None = None
         self._versions: tuple[int, ...] = ()
 
@@ -94,26 +103,46 @@ class Update(nn.Module):
 
     @property
     def scalars(self) -> list[nn.Parameter]:
-        return [self.relative_alpha, self.relative_beta]
+        return [self.scalar("alpha"), self.scalar("beta")]
+
+    def scalar(self, name: str) -> nn.Parameter:
+        """The parameter of ``alpha`` or ``beta``."""
+        parameter = self._parameters[f"{self.units}_{name}"]
+        assert parameter is not None  # it was registered with a value
+        return parameter
+
+    def _set(self, name: str, relative: float) -> None:
+        """Give a scalar the value to start from, as a share of ‖W0‖."""
+        value = relative if self.units == "relative" else relative * (self.base_norm or 1.0)
+        self._exact[name] = [value]
+        self.scalar(name).data.fill_(value)
+
+    def _shares(self, values: Any) -> Any:
+        """A scalar's values as shares of ‖W0‖."""
+        return values if self.units == "relative" else values / (self.base_norm or 1.0)
 
     def hold_gain(self) -> None:
         """Keep α as it is in training."""
-        self.relative_alpha.requires_grad_(False)
+        self.scalar("alpha").requires_grad_(False)
 
     def gains(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(a, b) as 0-d tensors that gradients flow through; ‖BA‖ is kept while the factors are frozen."""
-        return self.relative_alpha.reshape(()), self.update_gain()
+        return self.base_gain(), self.update_gain()
+
+    def base_gain(self) -> torch.Tensor:
+        """a = α/‖W0‖."""
+        return self._shares(self.scalar("alpha")).reshape(())
 
     def update_gain(self) -> torch.Tensor:
         """b = β/‖BA‖."""
-        beta = self.relative_beta
-        if self._is_training():
+        beta = self.scalar("beta")
+        if self.is_training():
             self._cache = None
             factors = [factor.detach() if self.detach_norm else factor for factor in self.factors]
-            return UpdateGain.apply(beta, *factors, self._unit_norm, gram_dtype(self.A), self.floor)
+            return UpdateGain.apply(beta, *factors, self._unit, gram_dtype(self.A), self.floor)
         if self._is_stale():
-            with _lasting():
-                self._keep(self._unit_norm * inverse_norm(self.A, self.B, floor=self.floor)[0])
+            with lasting():
+                self._keep(self._unit * inverse_norm(self.A, self.B, floor=self.floor)[0])
         assert self._cache is not None  # or it would be stale
         return (beta.reshape(self._cache.shape) * self._cache).to(beta.dtype)
 
@@ -129,40 +158,46 @@ class Update(nn.Module):
             return ()
         return tuple(0 if factor.is_inference() else factor._version for factor in self.factors)
 
-    def _is_training(self) -> bool:
+    def step_settings(self) -> tuple[float, float, float, bool]:
+        """What one of α is worth as a, one of β as β, the floor, and whether no gradient flows through ‖BA‖."""
+        self._cache = None
+        return self._shares(1.0), self._unit, self.floor, self.detach_norm
+
+    def is_training(self) -> bool:
+        """Whether a factor is trained."""
         return any(factor.requires_grad for factor in self.factors)
 
     @property
-    def _unit_norm(self) -> Any:
-        """The unit of the scalars; a weight of zeros has none, and takes 1."""
-        return self.base_norm or 1.0
+    def _unit(self) -> Any:
+        """What one of β's parameter is in the unit of the weights; a weight of zeros has no norm, and takes 1."""
+        return (self.base_norm or 1.0) if self.units == "relative" else 1.0
 
     # Absolute values, for reading
 
     def exact(self, name: str) -> float:
-        """A scalar in float64: as it was given where the parameter still rounds to the same value."""
-        return self.all_exact(name)[0]
+        """A scalar as a share of ‖W0‖: the number that was given, where the parameter still rounds to it."""
+        return self._shares(self.all_exact(name)[0])
 
     def all_exact(self, name: str) -> list[float]:
-        """``exact`` of every weight of the update."""
+        """A scalar of every weight of the update, in the parameter's unit."""
         return [
             given if value in (given, float(torch.tensor(given, dtype=torch.float32))) else value
-            for value, given in zip(getattr(self, name).tolist(), self._exact[name], strict=True)
+            for value, given in zip(self.scalar(name).tolist(), self._exact[name], strict=True)
         ]
 
     def alpha(self) -> float:
-        if self.origin and self.origin.scalars and self._is_as_given("relative_alpha"):
+        if self.origin and self.origin.scalars and self._is_as_given("alpha"):
             return self.origin.scalars[0].alpha
-        return self.exact("relative_alpha") * self.base_norm
+        return self.exact("alpha") * self.base_norm
 
     def beta(self, base: nn.Module, path: str) -> float:
-        if self.origin and self.origin.scalars and self._is_as_given("relative_beta"):
+        if self.origin and self.origin.scalars and self._is_as_given("beta"):
             return self.origin.scalars[0].beta
-        return self.exact("relative_beta") * self._unit_norm
+        return self.all_exact("beta")[0] * self._unit
 
     def sizes(self, base: nn.Module, path: str) -> list[float]:
         """‖W' − a·W0‖/‖W0‖ of every weight of the update."""
-        return [abs(beta) * self.share() for beta in self.relative_beta.tolist()]
+        return [abs(self._shares(beta)) * self.share() for beta in self.scalar("beta").tolist()]
 
     def share(self) -> float:
         """‖Δ‖ over what stands for it: less than 1 under the floor, where β·Δ/‖Δ‖ is only so long."""
@@ -206,78 +241,11 @@ class Update(nn.Module):
         super()._load_from_state_dict(*arguments, **keywords)
 
 
-class DoraUpdate(Update):
-    """``W' = (a − b)·W0 + b·diag(d)(W0 + BA)`` with d = magnitude ⊘ ‖W0 + BA‖_row (``mapconv.algebra`` section 5).
-
-    The row norms are computed once while A and B are frozen, and anew in each forward pass while they train; no
-    gradient flows through them, as in DoRA.
-    """
-
-    direction: Direction = "dora"
-
-    def __init__(self, A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor, **settings: Any) -> None:
-        super().__init__(A, B, **settings)
-        self.magnitude = nn.Parameter(magnitude, requires_grad=False)
-        self._base_squares: torch.Tensor | None = None
-
-    @property
-    def factors(self) -> list[nn.Parameter]:
-        return [self.A, self.B, self.magnitude]
-
-    def gains(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.relative_alpha.reshape(()), self.relative_beta.reshape(())
-
-    def scales(self, base: nn.Module, path: str) -> torch.Tensor:
-        """d, (out,), in the parameters' dtype; 0 for a row of zeros, as row_scales has it."""
-        if self._is_training() or self._is_stale():
-            # A frozen direction is exact; one in training can do with float32 products.
-            dtype = torch.promote_types(self.A.dtype, torch.float32) if self._is_training() else torch.float64
-            with _lasting():
-                norms = self.row_norms(base, path, dtype)
-                inverse = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
-            self._keep(inverse)
-        assert self._cache is not None  # or it would be stale
-        return (self.magnitude * self._cache).to(self.magnitude.dtype)
-
-    def row_norms(self, base: nn.Module, path: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        with values_of(base, path) as weight:
-            if self._base_squares is None:
-                self._base_squares = row_squares(weight)
-            A, B = self.A.to(weight.device), self.B.to(weight.device)
-            norms = merged_row_norms(weight, A, B, base_squares=self._base_squares, dtype=dtype)
-        return norms.to(self.A.device)
-
-    def beta(self, base: nn.Module, path: str) -> float:
-        gain = self.exact("relative_beta")
-        if self.origin and self.origin.scalars and self.is_as_loaded:
-            return self.origin.scalars[0].beta
-        with values_of(base, path) as weight:
-            A, B, magnitude = (factor.detach().to(weight.device) for factor in self.factors)
-            return gain * direction_norm(weight, A, B, magnitude)
-
-    def sizes(self, base: nn.Module, path: str) -> list[float]:
-        return [abs(self.beta(base, path)) / (self.base_norm or 1.0)]
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        self._base_squares = None
-        return super()._apply(fn, recurse)
-
-
 @contextmanager
-def _lasting() -> Iterator[None]:
+def lasting() -> Iterator[None]:
     """For what is kept from one pass to the next: no graph, and no inference tensor, which cannot train later."""
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def direction_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor) -> float:
-    """‖T − W0‖ of a DoRA, row block by row block in float64; W0 (out, in) of any strides."""
-    total = 0.0
-    for start, stop in row_blocks(*weight.shape):
-        rows = weight[start:stop].double()
-        merged = merge_rows_(rows.clone(), A.double(), B[start:stop].double(), magnitude=magnitude[start:stop])
-        total += squared_norm(merged.sub_(rows))
-    return total**0.5
 
 
 def _scalars(values: Sequence[float], like: torch.Tensor) -> nn.Parameter:

@@ -199,7 +199,8 @@ CALIBRATE = Command(
     Option(
         "held_out",
         CountOrShare(),
-        "Sequences to hold out; below 1, a share of the data. Default: a tenth of the data, at most 32.",
+        "Sequences to hold out; below 1, a share of the data. Default: a tenth of the data, at most 32, and in "
+        "distillation one for 48 sequences of training, at least 3.",
         metavar="N",
     ),
     DEVICE,

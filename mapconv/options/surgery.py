@@ -32,6 +32,8 @@ from mapconv.options.shared import (
 #: What is right for most finetunes: PEFT's own default is 8, and published LoRAs mostly have 16 to 64.
 EXTRACT_RANK = RANK.but(help="Rank of the result.", fallback=16)
 
+_WITH_DATA = tuple(Requires(name, "data") for name in ("samples", "sequence_length", "statistics"))
+
 EXTRACT = Command(
     "extract",
     Option("finetuned", Source(), positional=True, required=True, in_catalog=False),
@@ -69,7 +71,7 @@ EXTRACT = Command(
         Excludes("rank", "tolerance"),
         Requires("max_rank", "tolerance"),
         Excludes("lora_compatible", ("direction", "dora"), "a DoRA direction is not a plain LoRA"),
-        *(Requires(name, "data") for name in ("samples", "sequence_length", "statistics")),
+        *_WITH_DATA,
     ),
 )
 
@@ -111,6 +113,10 @@ COMBINE = Command(
     DIRECTION.but(help="low-rank: Δ = BA. dora: the wanted row norms are kept, and BA gives the direction."),
     LORA_COMPATIBLE,
     DTYPE.but(help="Dtype of the stored factors; auto takes the first adapter's."),
+    DATA.but(help="Sample text; weighs what a rank leaves out by the inputs that the combined model's layers get."),
+    SAMPLES,
+    SEQUENCE_LENGTH,
+    STATISTICS,
     DEVICE,
     ALLOW_PICKLE,
     DRY_RUN,
@@ -121,5 +127,6 @@ COMBINE = Command(
         Excludes("rank", "tolerance"),
         Requires("max_rank", "tolerance"),
         Excludes("lora_compatible", ("direction", "dora"), "a DoRA direction is not a plain LoRA"),
+        *_WITH_DATA,
     ),
 )

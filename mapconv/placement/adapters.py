@@ -86,14 +86,14 @@ def place_adapters(
 
 
 def place_apart(
-    sources: Sequence[Path], base: str | Path | None, *, allow_pickle: bool = False
+    sources: Sequence[Path], base: str | Path | None, *, allow_pickle: bool = False, fetch: Fetch = "ranges"
 ) -> tuple[PlacedAdapter, ...]:
-    """As ``place_adapters`` with a base that stays where it is, but each adapter by itself: what they do to one weight
-    or bring whole need not go together."""
+    """As ``place_adapters``, but each adapter by itself: what they do to one weight or bring whole need not go
+    together."""
     with collector_paused():
         adapters = [read_adapter(source, allow_pickle=allow_pickle) for source in sources]
         first = adapters[0]
-        checkpoint, config = plain_base(open_base(base, first.base, first.revision, sources[0], fetch="ranges"))
+        checkpoint, config = plain_base(open_base(base, first.base, first.revision, sources[0], fetch=fetch))
         found = [_place([adapter], checkpoint, config) for adapter in adapters]
         for _, placed in found:
             _refuse_other_dtypes(placed)

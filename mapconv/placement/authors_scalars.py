@@ -23,7 +23,7 @@ def with_gains(adapter: Adapter, modules: tuple[PlacedModule, ...], checkpoint: 
     Raises:
         CheckpointError: a base weight that holds NaN or infinity.
     """
-    scalars = {item.path: item for item in adapter.authors_scalars}
+    scalars = {item.factor: item for item in adapter.authors_scalars}
     with TensorReader(checkpoint.source) as reader:
         loader = FactorLoader(reader)
 
@@ -34,9 +34,8 @@ def with_gains(adapter: Adapter, modules: tuple[PlacedModule, ...], checkpoint: 
                 raise CheckpointError(f"{item.weight.pieces[0].tensor.file}: {item.weight.name} holds NaN or infinity.")
             length = product_norm(factors.B, factors.A)
             # The gain has the scaling in it, as that of a MAP directory has.
-            return replace(
-                item.with_scalars(as_map(item.module, scalars[item.module.path], found, length)), scaling=1.0
-            )
+            own = scalars[item.module.lora_A.name]
+            return replace(item.with_scalars(as_map(item.module, own, found, length)), scaling=1.0)
 
         return tuple(in_order(gained, modules, worker_count(16 << 20)))
 

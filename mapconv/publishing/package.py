@@ -28,7 +28,7 @@ from mapconv.formats.mapdir import MAP_CONFIG_FILE, map_modules, read_record
 from mapconv.formats.peft import CONFIG_FILE, WEIGHTS_FILE
 from mapconv.hub.reference import is_repo_id
 from mapconv.jsonfile import read_object
-from mapconv.metadata.card import CARD_FILE, PLOT_FILE, REPORT_FILE, CardFacts, write_card
+from mapconv.metadata.card import CARD_FILE, PLOT_FILE, REPORT_FILE, CardFacts, adapter_form, write_card
 from mapconv.metadata.public import first_private, is_hub_id
 from mapconv.metadata.readme import Readme, check_card, merge_readmes, parse_readme
 
@@ -117,7 +117,7 @@ def pack(folder: Path, *, base_id: str | None = None, license_: str | None = Non
         record=public,
         modules=modules,
         task=config.get("task_type") if kind == "adapter" else _task(config),
-        plain_lora=not config.get("use_dora"),
+        form=adapter_form(config),
         report=read_report(folder),
     )
     plot = _plot(folder, modules)

@@ -10,6 +10,7 @@ import torch
 from mapconv.adapter import Direction
 from mapconv.algebra.fingerprint import Fingerprint
 from mapconv.algebra.mixing import Method, random_key
+from mapconv.algebra.moments import InputRoot, Statistics
 from mapconv.algebra.norms import product_norm
 from mapconv.checkpoint.reader import TORCH_DTYPES, TensorReader
 from mapconv.errors import BaseMismatchError
@@ -46,6 +47,8 @@ class CombineOptions:
     lora_compatible: bool
     dtype: Dtype
     device: torch.device
+    #: Of the inputs of the layers, that errors are weighed by; None: all weights alike.
+    statistics: Statistics | None = None
 
     @property
     def keeps_all(self) -> bool:
@@ -94,13 +97,16 @@ class Combiner:
         mixed = options.method != "sum" or options.direction == "dora"
         return mixed or any(needs_base(part) for weight in weights for _, part in weight.parts)
 
-    def combine(self, weights: Sequence[Shared]) -> list[Converted]:
-        """Modules in MAP form: one weight, or the experts of a stack, whose factors get one rank."""
-        made = [self._combine(weight) for weight in weights]
+    def combine(self, weights: Sequence[Shared], root: InputRoot | None = None) -> list[Converted]:
+        """Modules in MAP form: one weight, or the experts of a stack, whose factors get one rank.
+
+        Errors are weighed by ``root``, the root of the inputs' second moment.
+        """
+        made = [self._combine(weight, root) for weight in weights]
         rank = max(len(item.A) for item in made)
         return [item.with_rank(rank) for item in made]
 
-    def _combine(self, weight: Shared) -> Converted:
+    def _combine(self, weight: Shared, root: InputRoot | None) -> Converted:
         item, options = weight.item, self._options
         base = None
         if self.reads_base(weight):
@@ -116,7 +122,7 @@ class Combiner:
             factor = _common(total)
             gain = 1.0 + factor if factor is not None else 0.0
             if total.excess is None or (options.keeps_all and factor is not None and wanted.gain is None and gain):
-                return self._thin(weight, total, gain, wanted, found, base)
+                return self._thin(weight, total, gain, wanted, found, base, root)
         assert base is not None  # whatever is not thin reads it
         target: RowsTarget
         if options.method == "sum":
@@ -125,9 +131,9 @@ class Combiner:
             keys = [random_key(options.seed, self._contents[n], str(item.key)) for n, _ in weight.parts]
             target = MixedTarget(base, effects, shares, options.method, options.density, keys)
         if options.direction == "dora":
-            return directed_module(item, target, wanted, found)
+            return directed_module(item, target, wanted, found, root)
         solved = target if options.device.type == "cpu" else target.dense(options.device)
-        return refitted_module(item, solved, wanted, found)
+        return refitted_module(item, solved, wanted, found, root)
 
     def _thin(
         self,
@@ -137,18 +143,19 @@ class Combiner:
         wanted: Wanted,
         found: Fingerprint,
         base: torch.Tensor | None,
+        root: InputRoot | None,
     ) -> Converted:
         """A sum that is gain·(W0 + BA) already: its factors side by side, or the best approximation of BA."""
-        refitted: Refitted = approximate_product(total.B / gain, total.A, wanted, whole=self._options.keeps_all)
+        whole = self._options.keeps_all
+        refitted: Refitted = approximate_product(total.B / gain, total.A, wanted, whole=whole, root=root)
         A, B = refitted.A, refitted.B
         magnitude = None
         if base is not None:
             magnitude = gain * SumTarget(base, Effect(None, B.double(), A.float())).approximation_row_norms(
                 B.float(), A.float()
             )
-        return converted_module(
-            weight.item, "low-rank", gain, found, product_norm(B, A), refitted.error, A, B, magnitude
-        )
+        norm, errors = product_norm(B, A), (refitted.error, refitted.output_error)
+        return converted_module(weight.item, "low-rank", gain, found, norm, errors[0], A, B, magnitude, errors[1])
 
     def reads_base(self, weight: Shared) -> bool:
         """Whether the weight's values are read, rather than its norm alone."""
@@ -164,7 +171,8 @@ class Combiner:
             return thin
         mixed = 0 if self._options.method == "sum" else dense_bytes(shape, len(weight.parts))
         directed = 4 * weight.item.weight.numel if self._options.direction == "dora" else 0
-        return thin + 4 * weight.item.weight.numel + mixed + directed
+        seen = 0 if self._options.statistics is None else 16 * weight.item.weight.numel
+        return thin + 4 * weight.item.weight.numel + mixed + directed + seen
 
     def _load(self, weight: Shared) -> list:
         return [self._factors.load(part) for _, part in weight.parts]

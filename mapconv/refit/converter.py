@@ -40,6 +40,7 @@ from mapconv.refit.converted import Converted, converted_module, finite_base, re
 from mapconv.refit.norms import BaseNorms
 from mapconv.refit.plan import UpgradePlan, row_scales
 from mapconv.refit.products import approximate_product
+from mapconv.refit.rows_direction import directed_module
 from mapconv.refit.solving import Wanted, rounded
 from mapconv.refit.targets.adapted import target_of
 from mapconv.refit.targets.base import DenseTarget
@@ -199,7 +200,10 @@ class Converter:
         target, bias = tuned_target(placed, base, self._tuned)
         if self._device.type != "cpu":
             target = DenseTarget(target.S.to(self._device), target.base.to(self._device))
-        result = refitted_module(placed, target, self._wanted(placed), found, root)
+        if self._options.direction == "dora":
+            result = directed_module(placed, target, self._wanted(placed), found, root)
+        else:
+            result = refitted_module(placed, target, self._wanted(placed), found, root)
         return result if bias is None else replace(result, bias=bias)
 
     def _keep_base(

@@ -16,6 +16,7 @@ from mapconv.checkpoint.sidecars import copy_tokenizer
 from mapconv.checkpoint.staging import write_file
 from mapconv.checkpoint.writer import SpooledFile, TensorSpec
 from mapconv.errors import AdapterError
+from mapconv.formats.config import names_parameter
 from mapconv.formats.mapdir import (
     MAP_CONFIG_FILE,
     lora_settings_of,
@@ -93,7 +94,13 @@ class MapDirectory:
         self._keep_the_rest()
         self._spool.finish()
         copy_tokenizer(placed.adapter.path, self._staging)
-        names = {item.module.path: item.parameter if item.experts > 1 else item.module.path for item in placed.modules}
+        settings = placed.adapter.settings
+        names = {item.module.path: item.module.path for item in placed.modules}
+        names |= {
+            item.module.path: item.parameter
+            for item in placed.modules
+            if item.experts > 1 or names_parameter(settings, item.parameter)
+        }
         own_paths = {module.path for module in placed.adapter.modules}
         respelled = any(item.module.path not in own_paths for item in placed.modules)
         source = placed.adapter.config

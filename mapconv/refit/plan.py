@@ -22,6 +22,7 @@ from mapconv.data import Dataset
 from mapconv.errors import UnsupportedError
 from mapconv.formats.methods import METHODS
 from mapconv.options.shared import MAX_RANK
+from mapconv.options.surgery import EXTRACT_RANK
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.weights import PlacedModule
 from mapconv.refit.solving import SMALLEST_GAIN
@@ -32,7 +33,8 @@ Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 #: ``keep-lora``: its own factors, of which the scalars follow from norms. ``keep-dora``: DoRA's own factors and
 #: magnitudes. ``keep-map``: its own gains, and its factors times a number. ``resize``: a LoRA cut to a rank or an
 #: error, by its factors alone. ``refit``: the closest MAP weight. What is kept is exact.
-#: ``keep-rows``: another method's scales of rows, as the magnitudes of a DoRA whose B is 0.
+#: ``keep-rows``: another method's scales of rows, as the magnitudes of a DoRA whose B is 0. Weights whose columns such
+#: an adapter scales are refitted beside them, with the row norms that it gives them.
 Kind = Literal["keep-lora", "keep-dora", "keep-map", "keep-rows", "resize", "refit"]
 
 #: Why every module of a result with experts is a plain LoRA.
@@ -69,6 +71,8 @@ class ConvertOptions:
 
     def rank_of(self, placed: PlacedModule) -> int:
         """The rank that a refit of this module solves for."""
+        if self.direction == "dora" and placed.module.method is not None:
+            return EXTRACT_RANK.fallback
         return self.rank or min(placed.effective_rank, self.rank_at_most or placed.effective_rank)
 
     def stored_dtype(self, placed: PlacedModule) -> torch.dtype:
@@ -231,6 +235,8 @@ def _kind(placed: PlacedModule, options: ConvertOptions) -> Kind:
     module = placed.module
     if options.direction == "dora" and row_scales(placed) is not None:
         return "keep-rows"
+    if options.direction == "dora" and module.method is not None:
+        return "refit"
     if module.is_dense and options.rank is None and options.tolerance is None:
         raise UnsupportedError(
             f"{module.path} has an update of full rank ({module.rank}), and so no rank of its own for the result: give "

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from mapconv.algebra.moments import InputRoot
 from mapconv.algebra.norms import product_norm
 from mapconv.algebra.stacked import decompose, difference_norm
 from mapconv.refit.solving import Refitted, Wanted, rounded
 
 
-def approximate_product(B: torch.Tensor, A: torch.Tensor, wanted: Wanted, *, whole: bool = False) -> Refitted:
+def approximate_product(
+    B: torch.Tensor, A: torch.Tensor, wanted: Wanted, *, whole: bool = False, root: InputRoot | None = None
+) -> Refitted:
     """The best approximation of BA, with ε measured on the factors as stored; the gain is 1.
 
     Args:
@@ -17,20 +20,29 @@ def approximate_product(B: torch.Tensor, A: torch.Tensor, wanted: Wanted, *, who
         A: (r, m): the update, scaling included.
         wanted: rank or tolerance, and dtype.
         whole: keep all of it; what depends on the rest is still left out.
+        root: P of the layer's inputs: ‖(BA − R)·P‖ is what is small, and what a tolerance is of.
 
     Raises:
         OutputError: a value that overflows in the factors' dtype.
     """
-    found, norm = decompose(B, A), product_norm(B, A)
+    weighed = root if not whole else None
+    seen = A if weighed is None else weighed.multiply(A.float())
+    found = decompose(B, seen)
 
     def stored(rank: int) -> Refitted:
         if whole and found.rank == A.shape[0]:
             left, right = _balanced(B, A)
         else:
-            left, right = found.cut(B, A, rank)
+            left, right = found.cut(B, seen, rank)
+            right = right if weighed is None else weighed.divide(right)
         kept_A, kept_B = (rounded(factor, wanted.dtype, wanted.path) for factor in (right, left))
-        error = difference_norm(B, A, kept_B, kept_A) / norm if norm else 0.0
-        return Refitted(1.0, kept_A, kept_B, error, None)
+        error, of_outputs = _relative(B, A, kept_B, kept_A), None
+        if root is not None:
+            of_outputs = _relative(B, root.multiply(A.float()), kept_B, root.multiply(kept_A.float()))
+        return Refitted(1.0, kept_A, kept_B, error, of_outputs)
+
+    def told(refitted: Refitted) -> float:
+        return refitted.error if refitted.output_error is None else refitted.output_error
 
     if whole:
         return stored(found.rank)
@@ -39,10 +51,16 @@ def approximate_product(B: torch.Tensor, A: torch.Tensor, wanted: Wanted, *, who
     rank = found.least_rank(wanted.tolerance, wanted.max_rank)
     refitted = stored(rank)
     # Rounding to 16 bits adds to what is left out.
-    while refitted.error > wanted.tolerance and rank < min(wanted.max_rank, found.rank):
+    while told(refitted) > wanted.tolerance and rank < min(wanted.max_rank, found.rank):
         rank += 1
         refitted = stored(rank)
     return refitted
+
+
+def _relative(B: torch.Tensor, A: torch.Tensor, kept_B: torch.Tensor, kept_A: torch.Tensor) -> float:
+    """‖BA − kept_B·kept_A‖ / ‖BA‖."""
+    norm = product_norm(B, A)
+    return difference_norm(B, A, kept_B, kept_A) / norm if norm else 0.0
 
 
 def _balanced(B: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -228,9 +228,8 @@ def _measure(
             parameter.copy_(value)
     names = {"base": None, "source": SOURCE, "closed form": MAP, "calibrated": WRITTEN}
     with models.attached(fresh):
-        return evaluator.numbers(
-            {label: (lambda batch, name=name: models.logits(name, batch)) for label, name in names.items()}, device
-        )
+        runs = {label: (lambda batch, name=name: models.logits(name, batch)) for label, name in names.items()}
+        return evaluator.numbers(runs | {"source": None}, device)
 
 
 def _is_better(numbers: dict[str, ModelNumbers], objective: Objective) -> bool:

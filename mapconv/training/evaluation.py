@@ -48,9 +48,11 @@ class Evaluator:
 
     @torch.no_grad()
     def numbers(
-        self, models: Mapping[str, Callable[[dict[str, torch.Tensor]], torch.Tensor]], device: torch.device
+        self, models: Mapping[str, Callable[[dict[str, torch.Tensor]], torch.Tensor] | None], device: torch.device
     ) -> tuple[dict[str, ModelNumbers], int]:
-        """(numbers of each model by its name, positions). ``models`` are functions of a batch to logits."""
+        """(numbers of each model by its name, positions). ``models`` are functions of a batch to logits, None for the
+        source's.
+        """
         sums = {name: Sums() for name in models}
         for batch in self._batches:
             inputs = self._data.batch(batch, device)
@@ -59,7 +61,7 @@ class Evaluator:
             targets = targets[counts]
             source = self._models.logits(SOURCE, inputs)[counts]
             for name, model in models.items():
-                logits = model(inputs)[counts]
+                logits = source if model is None else model(inputs)[counts]
                 sums[name].add(source, logits, targets, known)
         return {name: total.means(causal=self._causal) for name, total in sums.items()}, sums[
             next(iter(sums))

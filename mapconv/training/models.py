@@ -14,8 +14,9 @@ from mapconv.data import IGNORED, Objective
 from mapconv.errors import UnsupportedError
 from mapconv.nn import detach, load_adapter, set_adapter
 from mapconv.nn.attaching import layers_of, updates_of
+from mapconv.nn.dora import DoraUpdate
 from mapconv.nn.stacks import StackUpdate
-from mapconv.nn.updates import DoraUpdate, Update
+from mapconv.nn.updates import Update
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.running import load_base
 from mapconv.placement.skeleton import typed_model_config
@@ -210,4 +211,4 @@ class CalibrationModels:
 def _size(factor: torch.Tensor, update: Update) -> float:
     """A factor's root mean square entry over β/‖W0‖, of which a value near zero says nothing."""
     size = float(factor.detach().double().square().mean().sqrt()) or 1.0
-    return size / max(float(update.relative_beta.detach().abs().mean()), _SMALLEST_SHARE)
+    return size / max(float(update.scalar("beta").detach().abs().mean()), _SMALLEST_SHARE)

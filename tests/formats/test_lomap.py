@@ -178,7 +178,7 @@ def test_refused_by_name(small, case):
 
 
 BROKEN = {
-    "none": (lambda t: [t.pop(k) for k in list(t) if "map_" in k], "has no map_alpha, although .* use_map"),
+    "none": (lambda t: [t.pop(k) for k in list(t) if "map_" in k], "has no map_alpha, but .* MAP"),
     "one": (lambda t: t.pop(f"{KEY}.map_beta"), "has no map_beta"),
     "vector": (lambda t: t.update({f"{KEY}.map_beta": torch.ones(12, 1)}), r"is \[12, 1\], expected one number"),
     "empty": (lambda t: t.update({f"{KEY}.map_beta": torch.ones(0)}), r"is \[0\], expected one number"),

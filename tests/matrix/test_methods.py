@@ -141,10 +141,21 @@ def test_scales_of_rows_are_the_magnitudes_of_a_dora(tmp_path):
             assert distance(state[name], wanted[name]) <= 8 * ROUNDING * float(wanted[name].norm()), name
 
 
-def test_scales_of_columns_are_not(made, tmp_path):
-    base, adapter, _ = made(the("IA3"))
-    with pytest.raises(UnsupportedError, match="leave --direction dora out"):
-        mapconv.upgrade(adapter, tmp_path / "map", base=base, direction="dora")
+def test_scales_of_columns_are_refitted_beside_those_of_rows(made, tmp_path):
+    base, adapter, wanted = made(the("IA3"))
+    result = mapconv.upgrade(adapter, tmp_path / "map", base=base, direction="dora")
+    found = {module.path: module for module in result.modules}
+    assert {module.direction for module in result.modules} == {"dora"}
+    before, after = load_file(base / "model.safetensors"), merged_by_peft(the("IA3").tiny, base, result.out)
+    for path, module in found.items():
+        name = f"{path}.weight"
+        update = float((wanted[name] - before[name].double()).norm())
+        assert module.rank == (16 if path.endswith("down_proj") else 1)
+        assert float((after[name] - wanted[name]).norm()) == pytest.approx(module.error * update, abs=1e-5 * update)
+    assert any(
+        note.startswith("IA3 scales the inputs of 1 module, as no DoRA does: refitted at rank 16")
+        for note in result.notes
+    )
 
 
 def test_a_method_of_low_rank_is_exported_exactly(made, tmp_path):

@@ -10,9 +10,11 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from mapconv.nn.bases import kind_of, matrix, matrix_shape
+from mapconv.nn.dora import DoraUpdate
 from mapconv.nn.functions import MapLinear, Scale, UpdateGain, scaled
 from mapconv.nn.layers import LAYERS
-from mapconv.nn.updates import DoraUpdate, Update
+from mapconv.nn.trained_linear import TrainedLinear
+from mapconv.nn.updates import Update
 
 RANK = 3
 
@@ -49,6 +51,29 @@ class TestGradcheck:
             return MapLinear.apply(values["x"], weight, None, *(values[n] for n in "ABab"), torch.float64)
 
         assert gradcheck(run, (inputs[trains].clone().requires_grad_(),))
+
+    @pytest.mark.parametrize("bias", [randn(5, seed=3), None], ids=["bias", "plain"])
+    @pytest.mark.parametrize("floor", [0.5, 50.0])
+    @pytest.mark.parametrize("trains", ["x", "A", "B", "alpha", "beta", "all"])
+    def test_a_linear_layer_whole(self, bias, floor, trains):
+        inputs = {"x": randn(2, 3, 6, seed=1), "A": randn(RANK, 6, seed=4), "B": randn(5, RANK, seed=5)}
+        inputs |= {"alpha": randn(1, seed=6), "beta": randn(1, seed=7)}
+        weight, chosen = randn(5, 6, seed=2), list(inputs) if trains == "all" else [trains]
+
+        def run(*values: torch.Tensor) -> torch.Tensor:
+            x, *others = (inputs | dict(zip(chosen, values, strict=True))).values()
+            return TrainedLinear.apply(x, weight, bias, *others, 0.8, 1.7, floor, False)
+
+        assert gradcheck(run, [inputs[name].clone().requires_grad_() for name in chosen])
+
+    def test_a_layer_that_no_token_reaches_has_gradients_of_zero(self):
+        inputs = [wide(RANK, 6, seed=4), wide(5, RANK, seed=5), wide(1, seed=6), wide(1, seed=7)]
+        x = torch.zeros(0, 3, 6, dtype=torch.float64, requires_grad=True)
+        y = TrainedLinear.apply(x, randn(5, 6, seed=2), randn(5, seed=3), *inputs, 0.8, 1.7, 0.0, False)
+        assert y.shape == (0, 3, 5)
+        found = torch.autograd.grad(y.sum(), [x, *inputs])
+        assert [part.shape for part in found] == [part.shape for part in (x, *inputs)]
+        assert not any(part.any() for part in found)
 
     def test_gains(self):
         gain, inputs = UpdateGain.apply, (wide(1, seed=3), wide(RANK, 6, seed=1), wide(5, RANK, seed=2))

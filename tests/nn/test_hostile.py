@@ -115,6 +115,11 @@ def test_a_model_that_peft_has_wrapped(base, lora, map_dir):
         get_map_model(load_adapted(base, lora), MapConfig())
 
 
+def test_pefts_get_peft_model_says_what_to_call(base):
+    with pytest.raises(TypeError, match=r"call mapconv\.get_map_model"):
+        get_peft_model(load_base(base), MapConfig())
+
+
 def test_a_model_without_values(map_dir):
     with torch.device("meta"):
         model = LlamaForCausalLM(tiny_config())

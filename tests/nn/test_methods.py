@@ -17,7 +17,7 @@ from mapconv.nn.methods import MethodUpdate
 from tests.files import copy
 from tests.models import load_adapted, load_base, log_probabilities, prompts
 from tests.nn.test_running import close
-from tests.training.conftest import SETTINGS, text  # noqa: F401 (a fixture)
+from tests.training.conftest import SETTINGS
 
 CONFIGS = {
     "LoHa": lambda: peft.LoHaConfig(r=4),
@@ -99,8 +99,12 @@ def test_what_is_saved_is_the_same_everywhere(base, method, frozen, tmp_path):
         assert kind == f"MAP_{method.upper()}"
         with pytest.raises(KeyError):
             load_adapted(base, folder)
-        with pytest.raises(UnsupportedError, match="no release of PEFT"):
-            mapconv.verify(tmp_path / "merged", folder, base=base)
+        report = mapconv.verify(tmp_path / "merged", folder, base=base, samples=1)
+        assert report.kl < 1e-9 < report.kl_base
+        assert report.worst_module.error < 1e-5
+    card = (folder / "README.md").read_text()
+    assert ("Stock PEFT loads it" in card, "no release of PEFT" in card) == (bool(frozen), not frozen)
+    assert f"- {method.lower()}" in card
     again = load_adapter(load_base(base), folder, trainable="all")
     save_adapter(again, tmp_path / "again")
     assert close(log_probabilities(load_adapter(load_base(base), tmp_path / "again")), live)
@@ -116,9 +120,13 @@ def test_upgrade_gives_a_map_directory(base, tmp_path):
         assert module.alpha == pytest.approx(map_layers(model)[module.path].alpha("default"), rel=1e-5)
         assert module.beta == pytest.approx(abs(map_layers(model)[module.path].beta("default")), rel=1e-4)
     assert close(log_probabilities(load_adapted(base, tmp_path / "map")), log_probabilities(model))
+    verified = mapconv.verify(tmp_path / "map", tmp_path / "vera", base=base, samples=1, save=True)
+    assert verified.kl < 1e-9 < verified.kl_base
+    assert {error.path for error in verified.modules} == set(map_layers(model))
+    assert verified.worst_module.error < 1e-5
 
 
-def test_calibrate_against_another_method(base, text, run, tmp_path):  # noqa: F811
+def test_calibrate_against_another_method(base, text, run, tmp_path):
     save_adapter(trained(base, "LoHa"), tmp_path / "loha")
     assert run("upgrade", tmp_path / "loha", "--base", base, "--rank", 4, "--out", tmp_path / "map").status == 0
     words = ["--sequence-length", 32, "--held-out", 6, "--lr", SETTINGS["learning_rate"], "--steps", 5]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import functools
+import json
 
 import pytest
 import torch
@@ -27,9 +28,13 @@ from tests.models import load_adapted, load_base, log_probabilities, save_tokeni
 from tests.models import save_adapter as save_with_peft
 from tests.nn.test_running import close
 from tests.nn.test_saving import WRITTEN
-from tests.training.conftest import SETTINGS, read_record, text  # noqa: F401 (a fixture)
+from tests.training.conftest import SETTINGS, read_record
 
 TWICE = {"layer_replication": [[0, 2], [1, 2]]}
+
+
+def read_json(path):
+    return json.loads(path.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +64,24 @@ def repeated(models, base):
     save_with_peft(base, models / "repeated", use_dora=True, **TWICE)
     mapconv.upgrade(models / "repeated", models / "repeated-map", base=base)
     return models / "repeated", models / "repeated-map"
+
+
+def test_a_router_of_another_rank_has_it_in_stock_peft(moe, tmp_path):
+    """PEFT looks the rank of what ``target_parameters`` names up by the parameter, not by its module."""
+    targets = {"target_modules": ["q_proj", "k_proj"], "target_parameters": ["gate.weight"]}
+    save_with_peft(moe, tmp_path / "lora", **targets, rank_pattern={"gate.weight": 2})
+    wanted = log_probabilities(load_adapted(moe, tmp_path / "lora"))
+    mapconv.upgrade(tmp_path / "lora", tmp_path / "map", base=moe)
+    model = load_adapter(load_base(moe), tmp_path / "map", trainable="scalars")
+    with torch.no_grad():
+        for scalar in scalar_parameters(model, "default"):
+            scalar.mul_(1 + (1e-6 if scalar.requires_grad else 0))
+    save_adapter(model, tmp_path / "saved")
+    for folder in ("map", "saved"):
+        assert read_json(tmp_path / folder / "adapter_config.json")["rank_pattern"].keys() == {
+            f"model.layers.{layer}.mlp.gate.weight" for layer in (0, 1)
+        }
+        assert close(log_probabilities(load_adapted(moe, tmp_path / folder)), wanted, atol=1e-4)
 
 
 def test_the_source_and_its_conversion_share_the_stacks(moe, stacked):
@@ -153,7 +176,7 @@ def test_adapters_with_other_layers_do_not_share_a_model(base, repeated, lora):
 
 
 @pytest.mark.parametrize("kind", ["stacked", "repeated"])
-def test_calibrate(kind, request, text, run, tmp_path):  # noqa: F811
+def test_calibrate(kind, request, text, run, tmp_path):
     """As a user types it: a LoRA's form, which is exact, learns a task; a DoRA's comes nearer to its source."""
     source, converted = request.getfixturevalue(kind)
     words = ["--sequence-length", 32, "--held-out", 6, "--lr", SETTINGS["learning_rate"], "--steps", 5]

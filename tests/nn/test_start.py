@@ -55,11 +55,36 @@ def test_forward_and_gradients_are_those_of_the_formula(rank, size, eps):
     wanted = published(x.double(), base.weight.double(), *wide, *scalars, eps)
     wanted.backward(seen.double())
     assert relative_error(y.detach(), wanted.detach()) < 1e-6
-    # A gradient is the difference of two parts of like size, each rounded.
     for parameter, other in zip((update.A, update.B), wide, strict=True):
-        assert relative_error(parameter.grad, other.grad) < 3e-6
+        assert relative_error(parameter.grad, other.grad) < 1e-6
     for parameter, other in zip(update.scalars, scalars, strict=True):
         assert float(parameter.grad) == pytest.approx(float(other.grad) * norm, rel=1e-5, abs=1e-5)
+
+
+def test_absolute_scalars_are_the_numbers_of_the_formula(base, tmp_path):
+    """Their values, their gradients, what a step of Adam's moves them by, and what is saved."""
+    model = get_map_model(load_base(base), MapConfig(rank=4, units="absolute", targets=("q_proj",), eps=1e-6))
+    layer = next(iter(map_layers(model).values()))
+    update, weight = layer.update("default"), layer.base_layer.weight.detach()
+    norm = float(weight.double().norm())
+    assert [name for name, _ in update.named_parameters()] == ["A", "B", "absolute_alpha", "absolute_beta"]
+    assert [float(scalar.detach()) for scalar in update.scalars] == pytest.approx([norm, 1.0])
+    assert layer.gains("default")[0] == pytest.approx(1.0, abs=1e-7)
+    with torch.no_grad():
+        update.B.normal_(generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(1))
+    layer(x).square().sum().backward()
+    wide = [tensor.detach().double().requires_grad_() for tensor in (update.A, update.B, *update.scalars)]
+    published(x.double(), weight.double(), *wide, 1e-6).square().sum().backward()
+    for parameter, other in zip((update.A, update.B, *update.scalars), wide, strict=True):
+        assert relative_error(parameter.grad, other.grad) < 1e-6
+    torch.optim.Adam(update.scalars, lr=0.25).step()
+    assert layer.alpha("default") == pytest.approx(norm - 0.25, rel=1e-6)
+    assert abs(layer.beta("default") - 1.0) == pytest.approx(0.25, rel=1e-6)
+    assert update.sizes(layer.base_layer, "") == pytest.approx([layer.beta("default") / norm], rel=1e-6)
+    ran = log_probabilities(model)
+    save_adapter(model, tmp_path / "map")
+    assert close(log_probabilities(load_adapted(base, tmp_path / "map")), ran)
 
 
 @pytest.mark.parametrize("floor", [0.5, 50.0])
@@ -145,6 +170,8 @@ def test_below_the_floor_what_is_saved_is_the_plain_lora_that_ran(base, tmp_path
         ({"frozen": ["A"]}, "frozen"),
         ({"frozen": "alpha"}, "frozen"),
         ({"direction": "dora", "beta": 1.0}, "low-rank direction"),
+        ({"units": "norms"}, "expected one of relative, absolute"),
+        ({"direction": "dora", "units": "absolute"}, "low-rank direction"),
     ],
 )
 def test_a_start_without_meaning_is_refused(settings, word):

@@ -123,6 +123,17 @@ def test_the_best_checkpoint_is_loaded_at_the_end(base, tmp_path):
     assert lost in model.load_state_dict(best, strict=False).missing_keys
 
 
+@pytest.mark.parametrize("other", [{"units": "absolute"}, {"targets": ("v_proj", "q_proj")}, {"direction": "dora"}])
+def test_a_checkpoint_of_another_configuration_is_refused(base, tmp_path, other):
+    """Trainer loads it with ``strict=False``, and would go on with what fits of it."""
+    settings = {"rank": 2, "targets": ("q_proj",)}
+    model = get_map_model(load_base(base), MapConfig(**settings | other))
+    model.save_pretrained(tmp_path / "checkpoint-2")
+    state = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    with pytest.raises(AdapterError, match=r"which this model has not: make the model with the MapConfig of the run"):
+        get_map_model(load_base(base), MapConfig(**settings)).load_state_dict(state, strict=False)
+
+
 def test_save_pretrained_is_save_adapter_until_the_adapter_goes(base, tmp_path):
     model = load_base(base)
     get_map_model(model, MapConfig(rank=2))

@@ -1,4 +1,4 @@
-"""A DoRA, its MAP form, and text for both."""
+"""A DoRA and its MAP form."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import mapconv
-from mapconv.data.shipped import packaged_text
 from tests.models import save_adapter
 
 #: Short enough for a step to take some milliseconds; the default rates are those of real models, which start closer.
@@ -25,13 +24,6 @@ def source(models, base) -> Path:
 def closed_form(models, source) -> Path:
     mapconv.upgrade(source, models / "calibrate-map")
     return models / "calibrate-map"
-
-
-@pytest.fixture(scope="session")
-def text(models) -> Path:
-    path = models / "calibrate.txt"
-    path.write_text(packaged_text("sample.txt"))
-    return path
 
 
 @pytest.fixture

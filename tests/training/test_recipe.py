@@ -10,6 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mapconv.data import read_rows
+from mapconv.placement.adapters import place_adapter
+from mapconv.training.data import read_training_data
 from mapconv.training.loop import Recipe
 from tests import examples
 
@@ -44,3 +47,15 @@ def test_the_rate_warms_up_and_falls():
 @pytest.mark.parametrize(("steps", "every"), [(1, 1), (4, 1), (25, 5), (250, 50), (5000, 50)])
 def test_held_out_data_is_measured_five_times_or_more(steps, every):
     assert replace(RECIPE, steps=steps).evaluate_every == every
+
+
+def test_a_short_distillation_holds_out_few_sequences(closed_form, source, text):
+    """Each is run 16 times, so that 32 of them would take longer than 25 steps."""
+    rows, placed = read_rows(text), place_adapter(source, None)
+
+    def held_out(**settings) -> int:
+        return len(read_training_data(rows, closed_form, placed, length=8, **settings).held_out)
+
+    assert [held_out(trained=trained) for trained in (4, 100, 480, 100_000)] == [3, 3, 10, 32]
+    assert held_out(trained=100, objective="task") == held_out() == 32
+    assert held_out(trained=100, held_out=20) == 20

@@ -13,6 +13,8 @@ from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.formats.base import Found
 from mapconv.formats.image.keys import KeyParts, KeyTable
 from mapconv.formats.image.updates import additions_of, finite, module_of, update_of
+from mapconv.formats.lomap import EPS, scalars_of
+from mapconv.spelling import AuthorsScalars
 from mapconv.untrusted.schema import shown
 from mapconv.wording import counted
 
@@ -20,13 +22,17 @@ from mapconv.wording import counted
 _NAMED = 3
 #: The scaling of a module by its key's prefix and name, for a dialect that has it elsewhere than beside the factors.
 Scaling = Callable[[KeyParts], float | None]
+#: The floor under the norms of MAP's authors, where the header says that the module is theirs; None where it does not.
+Floor = Callable[[KeyParts], float | None]
+_SCALARS = {"alpha": "map_alpha", "beta": "map_beta"}
 
 
 @dataclass(frozen=True)
 class ImageDialect:
     """A dialect that a table of keys describes; a file is its own where one of ``signs`` (endings) occurs in it.
 
-    ``mixes``: one file may have factors under several endings. ``alphas`` reads alphas from the header, where they are.
+    ``mixes``: one file may have factors under several endings. ``alphas`` reads alphas from the header, where they are,
+    and ``floors`` what it says of MAP.
     """
 
     name: str
@@ -34,6 +40,7 @@ class ImageDialect:
     signs: frozenset[str]
     mixes: bool = False
     alphas: Callable[[TensorFile], Scaling] | None = None
+    floors: Callable[[TensorFile], Floor] | None = None
 
     def recognise(self, found: Found) -> bool:
         if found.header is None:
@@ -51,7 +58,15 @@ class ImageDialect:
         updates = [update for update in map(update_of, parts) if update is not None]
         with TensorReader() as reader:
             modules = tuple(_module(item, reader, scaling) for item in updates)
-        method: Literal["LoRA", "DoRA"] = "DoRA" if any(module.magnitude for module in modules) else "LoRA"
+            authors = self._authors_scalars(file, list(zip(updates, modules, strict=True)), reader)
+        additions = tuple(addition for item in parts for addition in additions_of(item))
+        has_magnitudes = any(module.magnitude for module in modules)
+        if authors and (has_magnitudes or additions):
+            raise UnsupportedError(
+                f"{file.path} has the scalars of MAP together with {'magnitudes' if has_magnitudes else 'biases'}, "
+                "which is nothing that MAP's authors train."
+            )
+        method: Literal["LoRA", "DoRA", "LoMAP"] = "LoMAP" if authors else "DoRA" if has_magnitudes else "LoRA"
         return Adapter(
             path=file.path,
             method=method,
@@ -63,8 +78,23 @@ class ImageDialect:
             base=None,
             revision=None,
             dialect=self.name,
-            additions=tuple(addition for item in parts for addition in additions_of(item)),
+            additions=additions,
+            authors_scalars=authors,
         )
+
+    def _authors_scalars(
+        self, file: TensorFile, updates: Sequence[tuple[KeyParts, Module]], reader: TensorReader
+    ) -> tuple[AuthorsScalars, ...]:
+        """Those of every module where any has them, or the header says so."""
+        floors: Floor = (lambda parts: None) if self.floors is None else self.floors(file)
+        if not any(_SCALARS.values() & item.tensors.keys() or floors(item) is not None for item, _ in updates):
+            return ()
+        result = []
+        for item, module in updates:
+            own = {which: item.tensors[part] for which, part in _SCALARS.items() if part in item.tensors}
+            floor = floors(item)
+            result.append(scalars_of(module, own, EPS if floor is None else floor, reader))
+        return tuple(result)
 
     def _foreign(self, file: TensorFile, foreign: Sequence[TensorRef]) -> AdapterError:
         named = ", ".join(ref.name for ref in foreign[:_NAMED]) + ", …" * (len(foreign) > _NAMED)
