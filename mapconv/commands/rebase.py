@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from mapconv.refit.ranks import mean_rank, spread_ranks
 from mapconv.refit.rebase import Rebased, RebaseOptions, Rebaser, notes_on_inputs
 from mapconv.refit.rebase_plan import RebasePlan, plan_rebase
 from mapconv.runtime.devices import resolve_device
+from mapconv.runtime.memory import release_freed
 from mapconv.runtime.progress import progress_bar
 
 
@@ -167,7 +167,7 @@ def rebase(
                     options = _spread(trained, served, options, refits)
                 results = _refit(trained, served, options, refits, directory, quiet=quiet)
                 del refits  # and with it the models that ran, whose hooks refer to them in circles
-                gc.collect()
+                release_freed()
                 changed = any(item.changed > 0 for item in results)
                 record = _record(trained, results)
                 # The ranks stand with the modules.
