@@ -17,7 +17,8 @@ import torch
 
 from mapconv.algebra.norms import product_norm
 
-#: In parts of the largest singular value. Far below what rounding a factor to float32 costs.
+#: In parts of the largest singular value, or of the largest term where terms cancel. Far below what rounding a factor
+#: to float32 costs.
 NEGLIGIBLE = 1e-7
 
 
@@ -72,7 +73,9 @@ def decompose(B: torch.Tensor, A: torch.Tensor) -> Stacked:
     energies, V = torch.linalg.eigh((gram + gram.T) / 2)
     energies, V = energies.flip(0).clamp_min(0), V.flip(1)
     values = energies.sqrt()
-    wanted = values > NEGLIGIBLE * values[:1].sum()
+    # Terms that cancel leave the rounding of their own size, which their sum does not show.
+    largest = max(float(values[:1].sum()), float(torch.linalg.vector_norm(wide_B, dim=0).amax() * lengths[-1:].sum()))
+    wanted = values > NEGLIGIBLE * largest
     values, V = values[wanted], V[:, wanted]
     return Stacked(values, sizes[:, None] * (half @ V), (V.T @ (U / lengths).T) / sizes)
 

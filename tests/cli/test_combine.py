@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import mapconv
 from mapconv.algebra.mixing import random_key
+from mapconv.algebra.stacked import decompose
 from mapconv.errors import MapconvError
 from mapconv.metadata.provenance import source_fingerprint
 from tests.files import copy
@@ -94,6 +95,14 @@ def test_what_depends_on_the_rest_is_left_out_without_loss(base: Path, lora: Pat
     result = mapconv.combine([lora, lora, lora], tmp_path / "out", weights=[1, 2, -1.5])
     assert {module.rank for module in result.modules} == {4}
     assert distance(change(base, tmp_path / "out"), 1.5 * change(base, lora)) < 1e-6
+
+
+def test_what_cancels_leaves_nothing(base: Path, lora: Path, tmp_path: Path) -> None:
+    result = mapconv.combine([lora, lora], tmp_path / "out", weights=[1, -1])
+    assert {module.rank for module in result.modules} == {1}
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+    assert decompose(torch.ones(3, 2), torch.zeros(2, 4)).rank == 0
 
 
 @pytest.mark.parametrize("options", [{"rank": 3}, {"tolerance": 0.3}])
