@@ -16,6 +16,7 @@ from mapconv.formats.mapdir import needs_magnitude
 from mapconv.options.shared import MAX_RANK, SAMPLES, SEQUENCE_LENGTH, STATISTICS
 from mapconv.options.surgery import COMBINE
 from mapconv.placement.adapters import PlacedAdapter, place_apart
+from mapconv.placement.base_check import accepted_note
 from mapconv.placement.union import Shared, combined_adapter, shared_weights, whole_tensors
 from mapconv.refit.combination import CombineOptions, Combiner
 from mapconv.refit.combine_writer import Combination, write_combination
@@ -151,7 +152,8 @@ def combine(
     if not dry_run:
         with refitting.staged(target.checkpoint, force=force) as staging:
             made = Combination(combined, placed, shared, wholes, options, names, norms, force)
-            modules = write_combination(made, staging, sample, quiet=quiet)
+            modules, accepted = write_combination(made, staging, sample, quiet=quiet)
+            notes += accepted_note(accepted)
             parameters, nbytes = measured(staging, modules)
     if sample is not None:
         notes += data_notes(sample, wanted, modules)

@@ -15,7 +15,7 @@ from mapconv.errors import BaseMismatchError
 from mapconv.merging.merger import MergedTensor
 from mapconv.merging.survival import DAMAGED, Survival, total
 from mapconv.placement.adapters import PlacedAdapter
-from mapconv.placement.base_check import base_fault
+from mapconv.placement.base_check import accepted_note, base_fault
 from mapconv.wording import counted
 
 
@@ -137,6 +137,4 @@ def check_base(
                 "accept this one with --force."
             )
         strange.append(f"{item.weight.name} {fault}")
-    if not strange:
-        return []
-    return [f"accepted with --force: {counted(len(strange), 'weight')} of another base; {strange[0]}"]
+    return accepted_note(strange)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mapconv.adapter import MapModule
 from mapconv.algebra.fingerprint import Fingerprint
+from mapconv.wording import counted
 
 #: In parts of ‖W0‖. Fingerprints of the same values agree far better than this; those of others do not.
 TOLERANCE = 1e-9
@@ -31,3 +34,10 @@ def base_fault(
             f"another order): their random projection is {found.projection:.9g}, expected {projection:.9g}"
         )
     return None
+
+
+def accepted_note(faults: Sequence[str]) -> list[str]:
+    """That ``--force`` accepted weights of another base, each named with its ``base_fault``; nothing where none was."""
+    if not faults:
+        return []
+    return [f"accepted with --force: {counted(len(faults), 'weight')} of another base; {faults[0]}"]

@@ -90,6 +90,8 @@ class Combiner:
         self._reader, self._norms, self._options, self._names = reader, norms, options, names
         self._contents = contents
         self._factors, self._with_magnitude, self._force = FactorLoader(reader), with_magnitude, force
+        #: Why the base was accepted against what an adapter records of its own.
+        self.accepted: list[str] = []
 
     @staticmethod
     def needs_gains(options: CombineOptions, weights: Sequence[Shared]) -> bool:
@@ -184,8 +186,10 @@ class Combiner:
             BaseMismatchError: an adapter was made for another base.
         """
         for number, part in weight.parts:
-            fault = None if part.scalars is None or self._force else base_fault(part.scalars, found)
-            if fault is not None:
+            fault = None if part.scalars is None else base_fault(part.scalars, found)
+            if fault is not None and self._force:
+                self.accepted.append(f"{part.weight.name} {fault} ({self._names[number]})")
+            elif fault is not None:
                 raise BaseMismatchError(
                     f"{part.weight.pieces[0].tensor.file}: {part.weight.name} {fault} ({self._names[number]}): combine "
                     "adapters of one base, or accept this one with --force."

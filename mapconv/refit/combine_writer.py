@@ -50,8 +50,8 @@ class Combination:
 
 def write_combination(
     made: Combination, staging: Path, sample: Sample | None, *, label: str = "combining", quiet: bool
-) -> tuple[MapModule, ...]:
-    """Combine every weight into ``staging``; returns the modules' scalars.
+) -> tuple[tuple[MapModule, ...], list[str]]:
+    """Combine every weight into ``staging``; returns the modules' scalars, and what ``force`` accepted.
 
     Args:
         made: what is combined.
@@ -94,7 +94,8 @@ def write_combination(
                 for name, spec, blocks in made.wholes.made(reader, shared, options.weights):
                     directory.carry(name, spec, blocks)
         asked = asdict(options) | {"device": str(options.device), "weights": list(options.weights)}
-        return directory.finish(asked, None if sample is None else sample.record)
+        modules = directory.finish(asked, None if sample is None else sample.record)
+        return modules, combiner.accepted
     finally:
         directory.close()
 

@@ -238,7 +238,8 @@ def test_adapters_of_other_bases_are_told_by_their_norms(
     with pytest.raises(MapconvError, match=r"the MAP adapter was made for a base where .*combine adapters of one"):
         mapconv.combine([adapters["lora"], foreign], tmp_path / "out", base=base)
     assert not (tmp_path / "out").exists()
-    assert mapconv.combine([adapters["lora"], foreign], tmp_path / "out", base=base, force=True).modules
+    forced = mapconv.combine([adapters["lora"], foreign], tmp_path / "out", base=base, force=True)
+    assert [note for note in forced.notes if note.startswith("accepted with --force: ") and str(foreign) in note]
 
 
 def test_nan_and_a_missing_adapter(base: Path, lora: Path, tmp_path: Path) -> None:
