@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import multiprocessing
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import mapconv
 from mapconv.formats import read_adapter
 from mapconv.nn import MapConfig, get_map_model
+from tests.forked import ROOT
 from tests.models import load_base, prompts
 from tests.nn.test_trainers import parameters, with_trainer
 
@@ -41,7 +43,6 @@ def one_of_two(rank: int, base: Path, folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     AcceleratorState._reset_state(reset_partial_state=True)
     assert not PartialState._shared_state
@@ -62,20 +63,26 @@ def one_of_two(rank: int, base: Path, folder: Path) -> None:
         save_file({name: value for name, value in whole.items() if name in names}, folder / "fsdp.safetensors")
 
 
+def both(base: str, folder: str) -> None:
+    context = multiprocessing.get_context("fork")
+    pair = [context.Process(target=one_of_two, args=(rank, Path(base), Path(folder))) for rank in (0, 1)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join()
+    sys.exit(any(process.exitcode for process in pair))
+
+
 @pytest.fixture(scope="module")
-def together(base, tmp_path_factory) -> Path:
+def together(base, forked, tmp_path_factory) -> Path:
     """What two processes trained, in one folder."""
     folder = tmp_path_factory.mktemp("pair")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MASTER_ADDR", "127.0.0.1")
-        patch.setenv("MASTER_PORT", str(40_000 + os.getpid() % 20_000))
-        context = multiprocessing.get_context("fork")
-        pair = [context.Process(target=one_of_two, args=(rank, base, folder)) for rank in (0, 1)]
-        for process in pair:
-            process.start()
-        for process in pair:
-            process.join()
-            assert process.exitcode == 0
+    # Not forks of this process: it may have started OpenMP's threads for another test, which forks would wait for.
+    code = "import sys\nfrom tests.nn.test_distributed import both\nboth(*sys.argv[1:])"
+    env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(40_000 + os.getpid() % 20_000)}
+    done = forked.run(code, ["python", str(base), str(folder)], env, folder / "process")
+    assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
