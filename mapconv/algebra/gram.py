@@ -9,6 +9,7 @@ bracket.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +24,10 @@ LEAST_CURVATURE = 1e-4
 #: Eigenvalues closer than this fraction of the largest are taken for a crossing.
 NEARLY_EQUAL = {torch.float64: 1e-12, torch.float32: 1e-6}
 MAX_STEPS = 20
-#: Where at most FEW_LEFT eigenvalues are left over, or the matrix is SMALL, f_k has valleys, and t is scanned first.
-SMALL, FEW_LEFT, SCANNED = 64, 16, 41
+#: Where the matrix is SMALL, or more than half of its eigenvalues are taken, t is scanned: at SCANNED places, then at
+#: REFINED ones in each of the lowest VALLEYS, which are narrow where an eighth of the eigenvalues or less is left over.
+SMALL, SCANNED, VALLEYS = 64, 41, 4
+REFINED, REFINED_NARROW = 9, 25
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class GramPencil:
         self.complete = complete
         self.ss, self.sw, self.ww, self.norms = ss, None if sw is None else sw + sw.T, ww, norms
         self.noise, self.enough = rounding * norms[0], enough
+        self._scanned: list[tuple[float, torch.Tensor]] = []
 
     def solve(self, rank: int, *, t: float | None = None, start: float = 0.0) -> Spectrum:
         """The spectrum at the t of least error for ``rank``, or at a given ``t``."""
@@ -137,21 +141,36 @@ class GramPencil:
         return self.sw is None or self.norms[2] == 0 or rank >= len(self.ss)
 
     def _has_valleys(self, rank: int) -> bool:
-        """Whether so few eigenvalues are left over that each crossing makes a valley of its own in f_k."""
-        return self.complete and (len(self.ss) <= SMALL or len(self.ss) - rank <= FEW_LEFT)
+        """Whether f_k may have several valleys.
+
+        Of a DoRA, E(t) is mostly rows of W0, each scaled by how much it grew, less t. What is left over are the rows
+        whose growth is closest to t: all but a few have one mean, and of a few each cluster of rows is a valley.
+        """
+        return self.complete and (len(self.ss) <= SMALL or 2 * rank > len(self.ss))
 
     def _scan(self, rank: int, middle: float) -> float:
-        """The t of least error among some around ``middle``, closer together near it."""
+        """The t of least error among some around ``middle``, closest together there, and some in the lowest valleys."""
+        if not self._scanned:
+            norm_s, _, norm_w = self.norms
+            reach = 2 * (norm_s / norm_w) ** 0.5
+            steps = torch.linspace(-1, 1, SCANNED, dtype=torch.float64).tolist()
+            self._scanned = [(t, self._errors(t)) for t in (middle + reach * x * abs(x) for x in steps)]
+        places = [t for t, _ in self._scanned]
+        errors = [float(found[rank]) for _, found in self._scanned]
+        tried = dict(zip(places, errors, strict=True))
+        narrow = 8 * (len(self.ss) - rank) <= len(self.ss)
+        finer = REFINED_NARROW if narrow else REFINED
+        for valley in sorted(_valleys(errors), key=lambda place: errors[place])[:VALLEYS]:
+            ends = places[max(valley - 1, 0)], places[min(valley + 1, SCANNED - 1)]
+            for t in torch.linspace(*ends, finer, dtype=torch.float64).tolist():
+                tried[t] = float(self._errors(t)[rank])
+        return min(tried, key=lambda t: tried[t])
+
+    def _errors(self, t: float) -> torch.Tensor:
+        """The squared errors of every rank, as ``at`` has them, from the eigenvalues alone."""
         norm_s, inner, norm_w = self.norms
-        reach = 2 * (norm_s / norm_w) ** 0.5
-        places = torch.linspace(-1, 1, SCANNED, dtype=torch.float64)
-        tried = [middle + reach * x * abs(x) for x in places.tolist()]
-        errors = [
-            norm_s - 2 * t * inner + t * t * norm_w
-            - float(torch.linalg.eigvalsh(self.ss - t * self.sw + t * t * self.ww)[len(self.ss) - rank :].sum())
-            for t in tried
-        ]  # fmt: skip
-        return tried[errors.index(min(errors))]
+        values = torch.linalg.eigvalsh(self.ss - t * self.sw + t * t * self.ww).flip(0).clamp_min(0).double()
+        return norm_s - 2 * t * inner + t * t * norm_w - _sums(values)
 
     def _best(self, here: Spectrum, rank: int) -> Spectrum:
         """The spectrum of least error for ``rank``, found from ``here``."""
@@ -188,6 +207,12 @@ class GramPencil:
             return best
         zero = self.at(0.0)
         return zero if zero.squared_errors[rank] <= best.squared_errors[rank] + self.noise else best
+
+
+def _valleys(errors: Sequence[float]) -> list[int]:
+    """The places that no neighbour lies below."""
+    walled = [float("inf"), *errors, float("inf")]
+    return [place for place, error in enumerate(errors) if error <= min(walled[place], walled[place + 2])]
 
 
 def _sums(values: torch.Tensor) -> torch.Tensor:

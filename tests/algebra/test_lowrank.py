@@ -90,6 +90,24 @@ def test_every_rank_is_within_one_percent_of_the_optimum(spectrum, shape, shift,
     check(way, spectrum, shape, shift, ranks(way, shape))
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_rows_that_grew_unequally_leave_valleys_and_the_lowest_is_found(seed):
+    """As a DoRA's do, where a rank leaves few rows over: which of them are closest to one growth is a matter of t."""
+    draw = torch.Generator().manual_seed(seed)
+    W = torch.randn(80, 96, generator=draw)
+    growth = 0.02 * torch.randn(80, generator=draw).double()
+    thin = 0.01 * torch.randn(80, 4, generator=draw) @ torch.randn(4, 96, generator=draw)
+    S = (growth[:, None] * W + thin).float()
+    grid = torch.linspace(-0.08, 0.08, 1281).double()
+    grams = [one.double() @ two.double().T for one, two in ((S, S), (S, W), (W, W))]
+    turned = grams[0] - grid[:, None, None] * (grams[1] + grams[1].T) + (grid**2)[:, None, None] * grams[2]
+    best = torch.linalg.eigvalsh(turned).clamp_min(0).cumsum(1).amin(0).sqrt()
+    for rank in range(20, 80, 3):
+        solution = best_low_rank(DensePencil(S, W), rank, dense=True)
+        error = residual_norm(DensePencil(S, W), solution.shift, solution.left, solution.right, torch.float64)
+        assert error <= 1.01 * float(best[79 - rank]), rank
+
+
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_two_threads_are_as_good_as_one(spectrum, way):
     before = torch.get_num_threads()
