@@ -169,6 +169,8 @@ class GramPencil:
     def _errors(self, t: float) -> torch.Tensor:
         """The squared errors of every rank, as ``at`` has them, from the eigenvalues alone."""
         norm_s, inner, norm_w = self.norms
+        assert self.sw is not None
+        assert self.ww is not None  # where there is no W, no t is looked for
         values = torch.linalg.eigvalsh(self.ss - t * self.sw + t * t * self.ww).flip(0).clamp_min(0).double()
         return norm_s - 2 * t * inner + t * t * norm_w - _sums(values)
 
