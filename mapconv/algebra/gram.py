@@ -148,11 +148,11 @@ class GramPencil:
         """
         return self.complete and (len(self.ss) <= SMALL or 2 * rank > len(self.ss))
 
-    def _scan(self, rank: int, middle: float) -> float:
-        """The t of least error among some around ``middle``, closest together there, and some in the lowest valleys."""
+    def _scan(self, rank: int) -> float:
+        """The t of least error among some around the best of rank 0, closer together there, and in low valleys."""
         if not self._scanned:
-            norm_s, _, norm_w = self.norms
-            reach = 2 * (norm_s / norm_w) ** 0.5
+            norm_s, inner, norm_w = self.norms
+            middle, reach = inner / norm_w, 2 * (norm_s / norm_w) ** 0.5
             steps = torch.linspace(-1, 1, SCANNED, dtype=torch.float64).tolist()
             self._scanned = [(t, self._errors(t)) for t in (middle + reach * x * abs(x) for x in steps)]
         places = [t for t, _ in self._scanned]
@@ -178,7 +178,7 @@ class GramPencil:
         """The spectrum of least error for ``rank``, found from ``here``."""
         best = self._descend(here, lambda spectrum: rank)
         if self._has_valleys(rank):
-            other = self._descend(self.at(self._scan(rank, here.t)), lambda spectrum: rank)
+            other = self._descend(self.at(self._scan(rank)), lambda spectrum: rank)
             best = min(best, other, key=lambda spectrum: float(spectrum.squared_errors[rank]))
         return best
 

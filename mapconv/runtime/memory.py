@@ -12,7 +12,7 @@ def release_freed() -> None:
     """Collect what refers to itself in circles, and give the system back what was freed.
 
     glibc keeps freed memory for the next request, and what a stage leaves between the pieces that live on fits none of
-    the larger ones that follow: behind a rebase's passes that was a third of a gigabyte.
+    the larger ones that follow.
     """
     gc.collect()
     if sys.platform == "linux":
