@@ -204,10 +204,11 @@ def _notes(placed: PlacedAdapter, options: ConvertOptions) -> list[str]:
     notes = list(adapter.notes)
     columns = [item for item in placed.modules if item.module.method is not None and row_scales(item) is None]
     if options.direction == "dora" and columns:
+        at = f"at rank {options.rank_of(columns[0])}{'' if options.rank else ' (--rank or --tolerance chooses)'}"
+        at = at if options.tolerance is None else f"to ε ≤ {options.tolerance:g}"
         notes.append(
-            f"{adapter.method} scales the inputs of {counted(len(columns), 'module')}, as no DoRA does: refitted at "
-            f"rank {options.rank_of(columns[0])}, with the row norms that they give (without --direction dora, --rank "
-            "or --tolerance chooses the rank)"
+            f"{adapter.method} scales the inputs of {counted(len(columns), 'module')}, as no DoRA does: refitted "
+            f"{at}, with the row norms that they give"
         )
     if adapter.whole:
         notes.append(f"kept as they are: {counted(len(adapter.whole), 'whole tensor')} (heads, biases or token rows)")

@@ -69,10 +69,14 @@ class ConvertOptions:
     #: Every module gets this rank: those above it are cut, and those below it padded with zeros.
     rank_at_most: int | None = None
 
+    @property
+    def limits_rank(self) -> bool:
+        return self.rank is not None or self.tolerance is not None
+
     def rank_of(self, placed: PlacedModule) -> int:
         """The rank that a refit of this module solves for."""
         if self.direction == "dora" and placed.module.method is not None:
-            return EXTRACT_RANK.fallback
+            return self.rank or EXTRACT_RANK.fallback
         return self.rank or min(placed.effective_rank, self.rank_at_most or placed.effective_rank)
 
     def stored_dtype(self, placed: PlacedModule) -> torch.dtype:
@@ -192,8 +196,19 @@ class UpgradePlan:
 
 
 def plan_upgrade(placed: PlacedAdapter, options: ConvertOptions) -> UpgradePlan:
-    """Decide for every module; reads nothing."""
-    return UpgradePlan(placed, options, tuple(_job(item, options) for item in placed.modules))
+    """Decide for every module; reads nothing.
+
+    Raises:
+        UnsupportedError: a module that the options do not fit.
+    """
+    jobs = tuple(_job(item, options) for item in placed.modules)
+    kinds = {job.kind for job in jobs}
+    if options.limits_rank and ("keep-dora" in kinds or kinds == {"keep-rows"}):
+        raise UnsupportedError(
+            f"{placed.adapter.path}: --direction dora keeps {placed.adapter.method}'s own values, exactly and at their "
+            "own rank: leave --rank and --tolerance out, or --direction dora, to have it refitted."
+        )
+    return UpgradePlan(placed, options, jobs)
 
 
 def _job(placed: PlacedModule, options: ConvertOptions) -> Job:
@@ -237,7 +252,7 @@ def _kind(placed: PlacedModule, options: ConvertOptions) -> Kind:
         return "keep-rows"
     if options.direction == "dora" and module.method is not None:
         return "refit"
-    if module.is_dense and options.rank is None and options.tolerance is None:
+    if module.is_dense and not options.limits_rank:
         raise UnsupportedError(
             f"{module.path} has an update of full rank ({module.rank}), and so no rank of its own for the result: give "
             f"--rank or --tolerance{'' if row_scales(placed) is None else ', or --direction dora, which is exact'}."
