@@ -2,6 +2,7 @@
 
     python examples/benchmarks/rebase.py FOLDER [--adapter lora] [--bits 4 --group 32] [--tokens 8192]
         [--storage grid|nf4|fp8] [--ranks 16 64] [--rows running source own none stored eora]
+        [--all-linear] [--calibrate STEPS]
 
 FOLDER is what ``smollm2_dora.py`` writes: base, an adapter, train.txt and held-out.txt. Every row is KL(source on its
 own base ‖ model) on held-out text, measured on the files as written. EoRA (Liu et al. 2024) compensates the rounding in
@@ -117,6 +118,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--rows", nargs="+", default=["none", "running", "source", "own", "stored", "eora"])
+    parser.add_argument("--all-linear", action="store_true", help="fit the layers that the adapter leaves alone, too")
+    parser.add_argument("--calibrate", type=int, default=0, metavar="STEPS", help="train each result afterwards")
     parser.add_argument("--held-out", type=int, default=8, help="sequences of 256 tokens to measure on")
     options = parser.parse_args()
     folder, work = options.folder, options.folder / "rebased"
@@ -128,6 +131,8 @@ def main() -> None:
         "fp8": (as_fp8, "fp8"),
     }[options.storage]
     rounded = write_rounded(base, work / f"base-{name}", rounding)
+    wanted = {"all_linear": options.all_linear, "calibrate": options.calibrate}
+    also = "".join(f", {key} {value}" for key, value in wanted.items() if value)
     judge = Judge(base, adapter, folder / "held-out.txt", options.held_out)
     as_is = judge.kl(rounded, adapter)
     print(f"{options.adapter} on {rounded.name}, {options.tokens:,} tokens")
@@ -156,9 +161,10 @@ def main() -> None:
                 "statistics": "running" if row == "own" else row, "samples": samples, "sequence_length": LENGTH,
                 "data": None if row == "own" else text,
             }  # fmt: skip
-            mapconv.rebase(adapter, out, base=base, onto=rounded, rank=rank, force=True, keep_worse=True, **given)
+            given |= {"force": True, "keep_worse": True, **wanted}
+            mapconv.rebase(adapter, out, base=base, onto=rounded, rank=rank, **given)
             seconds = time.perf_counter() - started
-            report(f"rebased, {row}, rank {rank}", judge.kl(rounded, out), seconds)
+            report(f"rebased, {row}, rank {rank}{also}", judge.kl(rounded, out), seconds)
 
 
 if __name__ == "__main__":

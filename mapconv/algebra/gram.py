@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -24,10 +25,20 @@ LEAST_CURVATURE = 1e-4
 #: Eigenvalues closer than this fraction of the largest are taken for a crossing.
 NEARLY_EQUAL = {torch.float64: 1e-12, torch.float32: 1e-6}
 MAX_STEPS = 20
-#: Where the matrix is SMALL, or more than half of its eigenvalues are taken, t is scanned: at SCANNED places, then at
-#: REFINED ones in each of the lowest VALLEYS, which are narrow where an eighth of the eigenvalues or less is left over.
-SMALL, SCANNED, VALLEYS = 64, 41, 4
-REFINED, REFINED_NARROW = 9, 25
+#: Where the matrix is at most this large, or more than half of its eigenvalues are taken, t is scanned.
+SMALL = 64
+
+
+class Scan(NamedTuple):
+    """At how many places f_k is looked at, in how many of the lowest valleys again, and at how many places there."""
+
+    places: int
+    valleys: int
+    refined: int
+
+
+#: Where an eighth of the eigenvalues or less is left over, the valleys are many and narrow.
+WIDE, NARROW = Scan(31, 3, 9), Scan(81, 4, 25)
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ class GramPencil:
         self.complete = complete
         self.ss, self.sw, self.ww, self.norms = ss, None if sw is None else sw + sw.T, ww, norms
         self.noise, self.enough = rounding * norms[0], enough
-        self._scanned: list[tuple[float, torch.Tensor]] = []
+        self._scanned: dict[Scan, list[tuple[float, torch.Tensor]]] = {}
 
     def solve(self, rank: int, *, t: float | None = None, start: float = 0.0) -> Spectrum:
         """The spectrum at the t of least error for ``rank``, or at a given ``t``."""
@@ -150,19 +161,18 @@ class GramPencil:
 
     def _scan(self, rank: int) -> float:
         """The t of least error among some around the best of rank 0, closer together there, and in low valleys."""
-        if not self._scanned:
+        scan = NARROW if 8 * (len(self.ss) - rank) <= len(self.ss) else WIDE
+        if scan not in self._scanned:
             norm_s, inner, norm_w = self.norms
             middle, reach = inner / norm_w, 2 * (norm_s / norm_w) ** 0.5
-            steps = torch.linspace(-1, 1, SCANNED, dtype=torch.float64).tolist()
-            self._scanned = [(t, self._errors(t)) for t in (middle + reach * x * abs(x) for x in steps)]
-        places = [t for t, _ in self._scanned]
-        errors = [float(found[rank]) for _, found in self._scanned]
+            steps = torch.linspace(-1, 1, scan.places, dtype=torch.float64).tolist()
+            self._scanned[scan] = [(t, self._errors(t)) for t in (middle + reach * x * abs(x) for x in steps)]
+        places = [t for t, _ in self._scanned[scan]]
+        errors = [float(found[rank]) for _, found in self._scanned[scan]]
         tried = dict(zip(places, errors, strict=True))
-        narrow = 8 * (len(self.ss) - rank) <= len(self.ss)
-        finer = REFINED_NARROW if narrow else REFINED
-        for valley in sorted(_valleys(errors), key=lambda place: errors[place])[:VALLEYS]:
-            ends = places[max(valley - 1, 0)], places[min(valley + 1, SCANNED - 1)]
-            for t in torch.linspace(*ends, finer, dtype=torch.float64).tolist():
+        for valley in sorted(_valleys(errors), key=lambda place: errors[place])[: scan.valleys]:
+            ends = places[max(valley - 1, 0)], places[min(valley + 1, scan.places - 1)]
+            for t in torch.linspace(*ends, scan.refined, dtype=torch.float64).tolist():
                 tried[t] = float(self._errors(t)[rank])
         return min(tried, key=lambda t: tried[t])
 

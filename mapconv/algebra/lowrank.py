@@ -52,7 +52,8 @@ def best_low_rank(
         sketch = Sketch(pencil, rank, t=shift, seed=seed)
         if sketch.settled:
             return sketch.cut(sketch.spectrum, rank)
-    for dtype in _precisions(dense or rank == min(pencil.shape)):
+    # Beyond half of the rank little is left over, and t is searched for at many places: once, then, and surely.
+    for dtype in _precisions(dense or 2 * rank > min(pencil.shape)):
         decomposition = Dense(pencil, t=shift, dtype=dtype)
         spectrum = decomposition.solve(rank)
         if decomposition.is_fine(spectrum, rank):

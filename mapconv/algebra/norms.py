@@ -48,7 +48,13 @@ def product_difference_norm(B1: torch.Tensor, A1: torch.Tensor, B2: torch.Tensor
     would lose every difference below 1e-8 of the norm.
     """
     B1, A1, B2, A2 = B1.double(), A1.double(), B2.double(), A2.double()
-    return product_norm(torch.cat([B1 - B2, B2], dim=1), torch.cat([A1, A1 - A2], dim=0))
+    moved_B, moved_A = B1 - B2, A1 - A2
+    # Factors of float32 are often stored as they are, one or both of them: their term is nothing.
+    if not bool(moved_A.any()):
+        return product_norm(moved_B, A1)
+    if not bool(moved_B.any()):
+        return product_norm(B2, moved_A)
+    return product_norm(torch.cat([moved_B, B2], dim=1), torch.cat([A1, moved_A], dim=0))
 
 
 def squared_norm(values: torch.Tensor, buffer: torch.Tensor | None = None) -> float:

@@ -31,13 +31,14 @@ class RegressionInputs:
     cross: torch.Tensor | None
     tokens: int
 
-    def pencil(self, change: torch.Tensor, W: torch.Tensor, *, gains: bool) -> DensePencil:
+    def pencil(self, change: torch.Tensor, W: torch.Tensor | None, *, gains: bool) -> DensePencil:
         """M as the pencil E(t) = M(1) − t·W·P, for T − W and W (n, m) float32; the gain is 1 + t.
 
-        Without ``gains`` t = 0 alone will be looked at, and W·P is left out.
+        Without ``gains`` t = 0 alone will be looked at, and W·P is left out; W is then needed where x̃ ≠ x alone.
         """
         if self.cross is None:
-            return DensePencil(self.root.multiply(change), self.root.multiply(W) if gains else None)
+            return DensePencil(self.root.multiply(change), self.root.multiply(W) if gains and W is not None else None)
+        assert W is not None  # what x̃ makes of it is a part of M
         seen = self.root.multiply(W)
         return DensePencil(torch.mm(change + W, self._reached).sub_(seen), seen if gains else None)
 

@@ -34,7 +34,8 @@ class TargetGroup:
 class Inspection:
     """What an adapter is.
 
-    ``origin`` is what a MAP directory was made from, by its own record. ``dialect`` is the writer's name for the form
+    ``origin`` is what a MAP directory was made from, by its own record. ``peft_version`` is what the configuration
+    says, and ``written_by`` the program, where the files tell. ``dialect`` is the writer's name for the form
     of the files, and ``components`` the models of a pipeline that are adapted, where it tells several apart. ``fits``
     is the base that it was placed on, or None if no base was given; ``storages`` counts that base's quantized weights
     by how they are stored.
@@ -48,6 +49,7 @@ class Inspection:
     revision: str | None
     origin: str | None
     peft_version: str | None
+    written_by: str | None
     task_type: str | None
     modules: int
     parameters: int
@@ -105,6 +107,7 @@ def inspect(
         revision=adapter.revision,
         origin=_origin(adapter),
         peft_version=adapter.config.get("peft_version"),
+        written_by=_writer(adapter),
         task_type=adapter.config.get("task_type"),
         modules=len(adapter.modules),
         parameters=adapter.parameters,
@@ -118,6 +121,14 @@ def inspect(
         storages=found,
         notes=(*adapter.notes, *notes),
     )
+
+
+def _writer(adapter: Adapter) -> str | None:
+    """Which program wrote the files; a MAP adapter's configuration has the PEFT version of what it was made from."""
+    if adapter.method.startswith("MAP"):
+        return f"mapconv {(adapter.map_config or {}).get('mapconv_version') or ''}".rstrip()
+    version = adapter.config.get("peft_version")
+    return f"PEFT {version}" if version else None
 
 
 def _origin(adapter: Adapter) -> str | None:

@@ -167,7 +167,8 @@ def rebase(
                     options = _spread(trained, served, options, refits)
                 results = _refit(trained, served, options, refits, directory, quiet=quiet)
                 del refits  # and with it the models that ran, whose hooks refer to them in circles
-                release_freed()
+                if evidence.text is not None:  # others are going to run
+                    release_freed()
                 changed = any(item.changed > 0 for item in results)
                 record = _record(trained, results)
                 # The ranks stand with the modules.

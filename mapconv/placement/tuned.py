@@ -10,7 +10,8 @@ import torch
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.placement.weights import PlacedModule, read_weight
 from mapconv.spelling import TunerMethod
-from mapconv.tuners.layers import LayerKind, Site, TunerLayers
+from mapconv.tuners.layers import TunerLayers
+from mapconv.tuners.sites import LayerKind, Site
 
 
 class TunedWeights:

@@ -169,6 +169,18 @@ def read_weight(view: WeightView, reader: TensorReader, out: torch.Tensor) -> to
     return matrix
 
 
+def subtract_weight_(matrix: torch.Tensor, view: WeightView, reader: TensorReader) -> Fingerprint:
+    """matrix − W (out, in), float32, in the matrix's memory, block by block; returns W's fingerprint."""
+    total = Fingerprint()
+    for piece, start, stop, rows in stored_blocks(view, reader):
+        total += block_fingerprint(rows, *block_numbers(view, piece, start, stop))
+        if piece.transposed:
+            matrix[piece.start : piece.stop, start:stop] -= rows.T
+        else:
+            matrix[piece.start + start : piece.start + stop] -= rows
+    return total
+
+
 def weight_fingerprint(view: WeightView, reader: TensorReader) -> Fingerprint:
     """‖W0‖ and W0's random projection in one pass over the stored bytes, accumulated in float64."""
     wide = torch.empty(max(BLOCK_ELEMENTS, *(piece.grid[2] for piece in view.pieces)), dtype=torch.float64)

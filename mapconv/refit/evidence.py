@@ -178,7 +178,9 @@ def _stored(folder: Path, text: Text | None) -> tuple[Refits, Evidence]:
 
     def survey(modules: Sequence[PlacedModule]) -> Iterator[tuple[PlacedModule, RegressionInputs | None]]:
         with TensorReader() as reader:
-            yield from zip(modules, stored.inputs_of((item.module.path for item in modules), reader), strict=True)
+            known = stored.inputs_of((item.module.path for item in modules), reader)
+            for item, read in zip(modules, known, strict=True):
+                yield item, None if read is None else read()
 
     return Refits(refits, survey), Evidence(record, text)
 

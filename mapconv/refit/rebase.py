@@ -7,7 +7,7 @@ else that of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,7 +24,7 @@ from mapconv.errors import BaseMismatchError
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.base_check import base_fault
 from mapconv.placement.factors import FactorLoader
-from mapconv.placement.weights import PlacedModule, read_weight
+from mapconv.placement.weights import PlacedModule, read_weight, subtract_weight_
 from mapconv.refit.converted import Converted, converted_module, finite_base
 from mapconv.refit.mixture import Run
 from mapconv.refit.plan import Dtype
@@ -33,11 +33,13 @@ from mapconv.refit.solving import ModuleRefit, Wanted
 from mapconv.refit.stored_statistics import StoredStatistics
 from mapconv.refit.targets.adapted import adapted_weight_
 from mapconv.refit.targets.moved import update_of
-from mapconv.runtime.threads import in_order, worker_count
+from mapconv.runtime.threads import in_order, workers_for
 from mapconv.wording import counted
 
-#: A module, what is known of its inputs, and the statistics that hold them, to check its base by.
-_Job = tuple[PlacedModule, RegressionInputs | None, StoredStatistics | None]
+#: A module, what reads what is known of its inputs, and the statistics that hold them, to check its base by.
+_Job = tuple[PlacedModule, Callable[[], RegressionInputs] | None, StoredStatistics | None]
+#: Of refits that run side by side.
+MEMORY = 600 << 20
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ class Rebaser:
         by_path = {item.module.path: item for item in self._served.modules if item.experts == 1}
         for layer in run.run(batches):
             item = by_path[layer.path]
-            rebased, W = self._rebase(item, layer.inputs)
+            W = self._weight(item)
+            rebased = self._rebase(item, layer.inputs, W)
             run.fit(layer.path, _merged_(W, rebased.converted))
             del waiting[item.key]
             yield rebased
@@ -134,7 +137,7 @@ class Rebaser:
         paths = (item.module.path if item.experts == 1 else None for item in modules)
         with TensorReader() as reader:
             known = zip(modules, stored.inputs_of(paths, reader), strict=True)
-            yield from self._side_by_side((item, inputs, None if inputs is None else stored) for item, inputs in known)
+            yield from self._side_by_side((item, read, None if read is None else stored) for item, read in known)
 
     def spectra(self, inputs: Iterable[tuple[PlacedModule, RegressionInputs | None]]) -> Iterator[Spectrum]:
         """What each rank of a module will be worth, as far as its inputs are known beforehand."""
@@ -153,16 +156,24 @@ class Rebaser:
         """Modules that wait for nothing of each other, on as many cores as their memory allows."""
 
         def refit(job: _Job) -> Rebased:
+            item, read, stored = job
             with torch.inference_mode():  # which is a setting of each thread
-                return self._rebase(*job)[0]
+                W = self._weight(item) if self._options.wanted(item).gain is None else None
+                return self._rebase(item, None if read is None else read(), W, stored)
 
-        largest = max((working_bytes(item, self._options.wanted(item)) for item in self._served.modules), default=0)
-        yield from in_order(refit, jobs, worker_count(largest))
+        sizes = refit_bytes(self._served.modules, self._options)
+        if sizes:
+            workers = workers_for(list(sizes.values()), MEMORY)
+            yield from in_order(refit, jobs, workers, nbytes=lambda job: sizes[job[0].key], budget=MEMORY)
 
     def _rebase(
-        self, item: PlacedModule, inputs: RegressionInputs | None, stored: StoredStatistics | None = None
-    ) -> tuple[Rebased, torch.Tensor]:
-        """The module, and the other base's weight."""
+        self,
+        item: PlacedModule,
+        inputs: RegressionInputs | None,
+        W: torch.Tensor | None,
+        stored: StoredStatistics | None = None,
+    ) -> Rebased:
+        """The module. ``W`` is the other base's weight; None, where nothing but the difference is needed of it."""
         trained = self._trained[item.key]
         base = self._base(trained)
         own = matrix_fingerprint(base)
@@ -172,9 +183,11 @@ class Rebaser:
         if fault is not None:
             raise BaseMismatchError(f"{trained.weight.name} of --base {fault}: give the base it was made for.")
         update = update_of(trained, self._factors, base)
-        W = self._weight(item)
-        found = finite_base(matrix_fingerprint(W), item)
-        change = base.sub_(W)
+        if W is None:
+            change, found = base, subtract_weight_(base, item.weight, self._readers[1])
+        else:
+            change, found = base.sub_(W), matrix_fingerprint(W)
+        found = finite_base(found, item)
         moved = torch.linalg.vector_norm(change).item()
         change = update.add_to_(change)
         wanted = self._options.wanted(item)
@@ -193,14 +206,14 @@ class Rebaser:
             left = torch.linalg.vector_norm(update.taken_from_(seen.S, inputs.root)).item()
             before = left / size if size else 0.0
         magnitude = None
-        if refitted.gain != 1.0:
+        if refitted.gain != 1.0 and W is not None:
             magnitude = row_squares(torch.addmm(W, B.float(), A.float())).sqrt_().mul_(refitted.gain)
         converted = converted_module(
             item, "low-rank", refitted.gain, found, product_norm(B, A), refitted.error, A, B, magnitude,
             refitted.output_error,
         )  # fmt: skip
         tokens = None if inputs is None else inputs.tokens
-        return Rebased(item, converted, moved / own.norm if own.norm else moved, before, tokens), W
+        return Rebased(item, converted, moved / own.norm if own.norm else moved, before, tokens)
 
     def _base(self, trained: PlacedModule) -> torch.Tensor:
         return read_weight(trained.weight, self._readers[0], torch.empty(trained.weight.numel))
@@ -232,8 +245,17 @@ def _merged_(W: torch.Tensor, converted: Converted) -> torch.Tensor:
     return W.addmm_(converted.B.float(), converted.A.float()).mul_(converted.scalars.base_gain)
 
 
-def working_bytes(item: PlacedModule, wanted: Wanted) -> int:
-    """Memory of one refit: both bases' weights and what the layer's outputs see of them, P, and Gram matrices."""
-    most = wanted.rank if wanted.tolerance is None else wanted.max_rank
-    grams = 0 if is_randomized(item.weight.shape, most, 0) else dense_bytes(item.weight.shape)
-    return 4 * (4 * item.weight.numel + item.weight.shape[1] ** 2) + grams
+def refit_bytes(modules: Sequence[PlacedModule], options: RebaseOptions) -> dict[tuple[str, int | None], int]:
+    """Memory of each refit, by the modules' keys: the weight, what the layer's outputs see of it, P, Gram matrices.
+
+    Of a layer's weight that is scaled as well, or that it was trained to as a whole, there are two of each.
+    """
+    sizes = {}
+    for item in modules:
+        wanted, shape = options.wanted(item), item.weight.shape
+        most = wanted.rank if wanted.tolerance is None else wanted.max_rank
+        grams = 0 if is_randomized(shape, most, 0) else dense_bytes(shape)
+        thin = wanted.gain is not None and item.module.magnitude is None and item.module.has_factors
+        # Of P, what lies above the diagonal is not touched.
+        sizes[item.key] = 4 * ((2 if thin else 4) * item.weight.numel + shape[1] ** 2 // 2) + grams
+    return sizes

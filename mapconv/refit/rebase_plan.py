@@ -8,9 +8,9 @@ from typing import Any, Literal
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.refit.plan import IMPORTS, IMPORTS_WITH_MODEL, operations_a_second
-from mapconv.refit.rebase import RebaseOptions, working_bytes
+from mapconv.refit.rebase import MEMORY, RebaseOptions, refit_bytes
 from mapconv.runtime.cores import core_count
-from mapconv.runtime.threads import worker_count
+from mapconv.runtime.threads import workers_for
 
 #: What the layers' inputs are known from; ``weights``: from nothing.
 Source = Literal["data", "samples", "statistics", "weights"]
@@ -19,7 +19,7 @@ _PRODUCTS, _MORE_COLUMNS = 10, 8
 #: Passes of a training step in forward passes: the source's, the result's, and its gradients.
 _PASSES_A_STEP = 4
 #: Sequences of a training step, sequences written together, and bytes of weights read a second by one that writes.
-_BATCH, _WRITTEN_TOGETHER, _READ = 4, 16, 8e9
+_BATCH, _WRITTEN_TOGETHER, _READ = 4, 32, 8e9
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,14 @@ def _seconds(
 def _memory(
     trained: PlacedAdapter, served: PlacedAdapter, options: RebaseOptions, text: PlannedText, models: int, steps: int
 ) -> int:
-    largest = max(working_bytes(item, options.wanted(item)) for item in served.modules)
+    sizes = list(refit_bytes(served.modules, options).values())
+    largest = max(sizes)
     bases = trained.target.checkpoint, served.target.checkpoint
     if steps:
         return IMPORTS_WITH_MODEL + sum(4 * _elements(base) for base in bases)
     if not models and not text.measured:
-        return IMPORTS + largest * worker_count(largest)
+        together = sum(sorted(sizes)[-workers_for(sizes, MEMORY) :])
+        return IMPORTS + max(largest, min(together, MEMORY))
     # Each pass waits with what it carries from layer to layer, and with the widest layer's inputs and outputs.
     carried = 4 * text.tokens * max(sum(item.weight.shape) for item in served.modules)
     run = bases if text.measured or models == 2 else bases[:1]

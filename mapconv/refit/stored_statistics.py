@@ -9,9 +9,11 @@ Layers with the same input share one root.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -109,22 +111,27 @@ class StoredStatistics:
                 f"{found.norm:.9g} in --base and {norm:.9g} there, or other values; collect it from this one."
             )
 
-    def inputs_of(self, paths: Iterable[str | None], reader: TensorReader) -> Iterator[RegressionInputs | None]:
-        """The inputs of layers in turn, None for unknown ones; a root that neighbours share is read once."""
-        known: tuple[str, RegressionInputs | None] = ("", None)
+    def inputs_of(
+        self, paths: Iterable[str | None], reader: TensorReader
+    ) -> Iterator[Callable[[], RegressionInputs] | None]:
+        """What reads the inputs of layers in turn, None for unknown ones; safe to call from several threads.
+
+        A root that neighbours share is read once, by the first call, and lives as long as what one of them was given.
+        """
+        known, read = "", None
         for path in paths:
             if path is None or path not in self:
                 yield None
                 continue
-            if self.shared(path) != known[0]:
-                known = (self.shared(path), self.inputs(path, reader))
-            yield known[1]
+            if self.shared(path) != known:
+                known, read = self.shared(path), _once(partial(self.inputs, path, reader))
+            yield read
 
     def inputs(self, path: str, reader: TensorReader) -> RegressionInputs:
         """What is known of a layer's inputs, which are taken to be the same on every base."""
         layer = self._layers[path]
-        factor = unpacked(reader.read(self._tensors[layer["tensor"]]), layer["width"])
-        if not all_finite(factor) or not (factor.diagonal() > 0).all():
+        factor, finite = _read_packed(self._tensors[layer["tensor"]], layer["width"], reader)
+        if not finite or not (factor.diagonal() > 0).all():
             raise CheckpointError(
                 f"{self.folder / ROOTS_FILE}: {layer['tensor']} is not the root of a second moment: make the folder "
                 "again with `mapconv statistics`."
@@ -161,19 +168,36 @@ def packed(factor: torch.Tensor) -> torch.Tensor:
     return torch.cat([factor[start:stop, :stop].flatten() for start, stop in _strips(len(factor))])
 
 
-def unpacked(values: torch.Tensor, width: int) -> torch.Tensor:
-    """The matrix that ``packed`` made ``values`` of."""
-    factor, position = torch.zeros(width, width), 0
+def _read_packed(ref: TensorRef, width: int, reader: TensorReader) -> tuple[torch.Tensor, bool]:
+    """The matrix that ``packed`` made a stored tensor of, and whether its values are finite.
+
+    What is above the strips is never touched, so that it takes no memory.
+    """
+    factor, position, finite = torch.zeros(width, width), 0, True
+    buffer = torch.empty(4 * min(STRIP, width) * width, dtype=torch.uint8)
     for start, stop in _strips(width):
         size = (stop - start) * stop
-        factor[start:stop, :stop] = values[position : position + size].view(stop - start, stop)
+        strip = reader.read_range(ref, position, position + size, buffer).view(stop - start, stop)
+        finite = finite and all_finite(strip)
+        factor[start:stop, :stop] = strip
         position += size
-    return factor
+    return factor, finite
 
 
 def packed_size(width: int) -> int:
     """Elements of a packed matrix."""
     return sum((stop - start) * stop for start, stop in _strips(width))
+
+
+def _once(read: Callable[[], RegressionInputs]) -> Callable[[], RegressionInputs]:
+    """``read`` for several threads, of which the first calls it and the others wait."""
+    lock, kept = Lock(), cache(read)
+
+    def inputs() -> RegressionInputs:
+        with lock:
+            return kept()
+
+    return inputs
 
 
 def _strips(width: int) -> list[tuple[int, int]]:

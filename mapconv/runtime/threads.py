@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -23,25 +23,49 @@ def worker_count(bytes_per_worker: int, budget: int = 256 << 20) -> int:
     return max(1, min(core_count(), MAX_WORKERS, budget // max(1, bytes_per_worker)))
 
 
-def in_order(run: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:
+def workers_for(sizes: Sequence[int], budget: int) -> int:
+    """How many workers ``in_order`` is best given for jobs that take ``sizes`` bytes, and about as much time.
+
+    Those that leave no room for another of their kind run one at a time, on one core: not worth it where the others are
+    done long before them, and all cores had better work on each job in turn.
+    """
+    alone, cores = sum(size for size in sizes if 2 * size > budget), min(core_count(), MAX_WORKERS)
+    return cores if alone * cores <= sum(sizes) else worker_count(max(sizes), budget)
+
+
+def in_order(
+    run: Callable[[Job], Result],
+    jobs: Iterable[Job],
+    workers: int,
+    *,
+    nbytes: Callable[[Job], int] = lambda _: 0,
+    budget: int = 0,
+) -> Iterator[Result]:
     """Yield ``run(job)`` for each job, in order, with at most a few results waiting in memory.
 
-    An error in one job stops those that have not started and is raised here. With one worker, jobs run in the calling
-    thread and torch keeps its own threads; with more, each worker computes on one core.
+    A job that takes ``nbytes`` starts when it fits into ``budget`` beside those that run, or alone. An error in one job
+    stops those that have not started and is raised here. With one worker, jobs run in the calling thread and torch
+    keeps its own threads; with more, each worker computes on one core.
     """
     if workers == 1:
         yield from map(run, jobs)
         return
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    waiting: deque[Future[Result]] = deque()
+    waiting: deque[tuple[Future[Result], int]] = deque()
     try:
         for job in jobs:
-            waiting.append(pool.submit(run, job))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
+            size = nbytes(job)
+            while running := [(future, taken) for future, taken in waiting if taken and not future.done()]:
+                if size + sum(taken for _, taken in running) <= budget:
+                    break
+                wait([future for future, _ in running], return_when=FIRST_COMPLETED)
+            waiting.append((pool.submit(run, job), size))
+            # While a large one keeps its place, several small ones run beside it.
+            if len(waiting) > (4 if budget else 2) * workers:
+                yield waiting.popleft()[0].result()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[0].result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(threads)  # the setting is partly global to the process

@@ -25,6 +25,8 @@ _SELECTING = frozenset(
         *("trainable_token_indices", "peft_version"),
     }
 )
+#: Fields that say something of layers by their names.
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 _SEED = re.compile("seed|prng_key")
 #: A size may be as large as this, whatever the file holds.
 _ANY_SIZE = 1 << 14
@@ -56,9 +58,8 @@ def tuner_config(method: TunerMethod, modules: Sequence[Module]) -> Any:
         if name in known:
             values[name] = value
     paths = [module.path for module in modules]
-    for name in ("rank_pattern", "alpha_pattern"):
-        if isinstance(values.get(name), dict) and kind != "ADALORA":
-            table = PatternTable(values[name], f"{method.file}: {name}")
+    for name in _PATTERNS:
+        if (table := _pattern(method, name)) is not None:
             found = {path: table.get(path, None) for path in paths}
             values[name] = {re.escape(path): value for path, value in found.items() if value is not None}
     if kind == "ADALORA":
@@ -75,6 +76,28 @@ def tuner_config(method: TunerMethod, modules: Sequence[Module]) -> Any:
     if feedforward is not None:
         config.feedforward_modules = feedforward
     return config
+
+
+def by_name(method: TunerMethod, paths: Sequence[str]) -> list[tuple[object, ...]]:
+    """What a configuration says of each layer because of its name."""
+    tables = [table for name in _PATTERNS if (table := _pattern(method, name)) is not None]
+    feedforward, place = method.config.get("feedforward_modules"), f"{method.file}: feedforward_modules"
+
+    def is_feedforward(path: str) -> bool:
+        if isinstance(feedforward, str):
+            require_bounded(feedforward, path, place)
+            return re.fullmatch(feedforward, path) is not None
+        return isinstance(feedforward, list) and path.endswith(tuple(map(str, feedforward)))
+
+    return [(*(table.get(path, None) for table in tables), is_feedforward(path)) for path in paths]
+
+
+def _pattern(method: TunerMethod, name: str) -> PatternTable | None:
+    """A table of the configuration, if PEFT reads it: AdaLoRA's is what its allocator did."""
+    table = method.config.get(name)
+    if not isinstance(table, dict) or str(method.config["peft_type"]).upper() == "ADALORA":
+        return None
+    return PatternTable(table, f"{method.file}: {name}")
 
 
 def _allocated(modules: Sequence[Module]) -> Mapping[str, Any]:

@@ -7,45 +7,25 @@ each other, the skeleton holds all of them, around weights that take no memory.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from threading import Lock
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from mapconv.adapter import Module, TensorRef
+from mapconv.adapter import TensorRef
 from mapconv.algebra.norms import all_finite
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.errors import AdapterError, UnsupportedError
 from mapconv.formats.methods import METHODS
+from mapconv.runtime.memory import trim
 from mapconv.runtime.models import quiet_libraries, translated
-from mapconv.tuners.config import tuner_config
+from mapconv.tuners.config import by_name, tuner_config
 from mapconv.tuners.injection import ADAPTER, inject
+from mapconv.tuners.sites import GROUP_BYTES, Site, base_layer, chunks, hold, keyed, weightless
 
-LayerKind = Literal["linear", "transposed", "conv", "embedding"]
-_PREFIX = "base_model.model."
 #: PEFT and the warnings filter that silences it have state of the process.
 _BUILDING = Lock()
-#: What is built at a time at most: bytes of the adapter's tensors, and layers.
-GROUP_BYTES, GROUP_LAYERS = 4 << 20, 32
-_CONVOLUTIONS = {3: torch.nn.Conv1d, 4: torch.nn.Conv2d, 5: torch.nn.Conv3d}
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where a layer goes: an adapted module, and its weight's kind and shape as the layer holds it; where that lies on
-    disk, which is the order in which layers are merged."""
-
-    module: Module
-    kind: LayerKind
-    shape: tuple[int, ...]
-    has_bias: bool
-    position: tuple[str, int]
-
-    @property
-    def path(self) -> str:
-        return self.module.path
 
 
 class TunerLayers:
@@ -66,6 +46,8 @@ class TunerLayers:
         self._groups: dict[str, list[Site]] | None = None
         #: Layers that are built, and not merged yet.
         self._waiting: dict[str, Any] = {}
+        #: Bytes of weights that were merged since freed memory went back to the system.
+        self._merged_bytes = 0
 
     @torch.no_grad()
     def merged(
@@ -90,7 +72,7 @@ class TunerLayers:
             base = layer.get_base_layer()
             merged, merged_bias = base.weight.detach(), getattr(base, "bias", None)
             if self._together is not None:
-                _hold(base, _weightless(site.shape), None)
+                hold(base, weightless(site.shape), None)
         if merged_bias is not None and not site.has_bias and merged_bias.any():
             raise UnsupportedError(
                 f"{self._method.file.parent}: {self._method.name} gives {path} a bias, but the base has none, so that "
@@ -106,24 +88,32 @@ class TunerLayers:
         return merged, None if merged_bias is None else merged_bias.detach()
 
     def check(self) -> None:
-        """Build every layer without memory or values, to hold names and shapes of the file against PEFT's.
+        """Build layers without memory or values, to hold names and shapes of the file against PEFT's.
 
-        Layers that PEFT derives from the base's values are checked when they are merged.
+        Of layers that do not differ in these, nor in what the configuration says of them by name, one is built. Layers
+        that PEFT derives from the base's values are checked when they are merged.
         """
         if self._facts.reads_base:
             return
-        for sites in [[*self._sites.values()]] if self._facts.together else self._alike():
+        if self._facts.together:
+            self._check([*self._sites.values()])
+            return
+        for sites in self._alike():
+            named = by_name(self._method, [site.path for site in sites])
+            kinds: dict[object, Site] = {}
+            for site, said in zip(sites, named, strict=True):
+                kinds.setdefault((site.kind, site.shape, site.has_bias, _shapes(site), said), site)
             try:
-                self._check(sites)
+                self._check([*kinds.values()])
             except AdapterError:
-                for site in sites if not self._facts.together else []:
+                for site in kinds.values():
                     self._check([site])  # which names the layer
                 raise
 
     def _check(self, sites: Sequence[Site]) -> None:
         with self._explained(sites[0].path):
-            model = self._injected({site.path: _base_layer(site) for site in sites}, without_values=True)
-            self._require_all(model, [ref for site in sites for ref in _keyed(site)])
+            model = self._injected({site.path: base_layer(site) for site in sites}, without_values=True)
+            self._require_all(model, [ref for site in sites for ref in keyed(site)])
 
     def _alike(self) -> list[list[Site]]:
         """The layers in groups that one configuration serves: an allocator's rank is one field of it."""
@@ -135,8 +125,9 @@ class TunerLayers:
     def _layer(self, site: Site, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
         """The layer with the adapter's tensors, around a weight."""
         with _BUILDING:
+            self._give_memory_back(site)
             if self._facts.reads_base:
-                base = _hold(_base_layer(site), weight, bias)
+                base = hold(base_layer(site), weight, bias)
                 return self._built({site.path: base}, [site])[site.path]
             if not self._facts.together:
                 if site.path not in self._waiting:
@@ -146,13 +137,20 @@ class TunerLayers:
                 if self._together is None:
                     self._together = self._built_around_nothing([*self._sites.values()])
                 layer = self._together[site.path]
-        _hold(layer.get_base_layer(), weight, bias)
+        hold(layer.get_base_layer(), weight, bias)
         return layer
+
+    def _give_memory_back(self, site: Site) -> None:
+        """Now and then: a weight that comes after others fits in none of the places that they left."""
+        self._merged_bytes += site.weight_bytes
+        if self._merged_bytes > GROUP_BYTES:
+            self._merged_bytes = 0
+            trim()
 
     def _next(self, site: Site) -> list[Site]:
         """A layer, and those after it that are built with it, because PEFT takes as long for one as for several."""
         if self._groups is None:
-            self._groups = {other.path: group for alike in self._alike() for group in _chunks(alike) for other in group}
+            self._groups = {other.path: group for alike in self._alike() for group in chunks(alike) for other in group}
         # A layer that is merged again is built alone.
         group = self._groups.pop(site.path, [site])
         for other in group:
@@ -160,16 +158,16 @@ class TunerLayers:
         return group
 
     def _built_around_nothing(self, sites: Sequence[Site]) -> dict[str, Any]:
-        return self._built({site.path: _base_layer(site) for site in sites}, sites)
+        return self._built({site.path: base_layer(site) for site in sites}, sites)
 
     def _built(self, bases: Mapping[str, torch.nn.Module], sites: Iterable[Site]) -> dict[str, Any]:
         """The layers around ``bases``, with every tensor of the adapter in its place."""
         from peft import set_peft_model_state_dict
 
         model = self._injected(bases)
-        expected = self._require_all(model, [entry for site in sites for entry in _keyed(site)])
+        expected = self._require_all(model, [entry for site in sites for entry in keyed(site)])
         # A layer's copy of a tensor that all share is the same object in memory: one of them is enough.
-        own = [entry for site in sites for entry in _keyed(site) if self._shared_key(entry[0]) not in expected]
+        own = [entry for site in sites for entry in keyed(site) if self._shared_key(entry[0]) not in expected]
         shared = [(key, ref) for key, ref in self._method.shared.items() if key in expected]
         tensors = {key: self._read(ref) for key, ref in (*own, *shared)}
         with quiet_libraries():
@@ -241,53 +239,5 @@ def _in_map_form(merged: torch.Tensor, base: torch.Tensor, alpha: float, beta: f
     return base.mul_(alpha / base_norm if base_norm else 1.0).add_(delta, alpha=beta / length if length else 0.0)
 
 
-def _chunks(sites: Sequence[Site]) -> Iterator[list[Site]]:
-    """Neighbours whose tensors take ``GROUP_BYTES`` together, and one that takes more by itself."""
-    group: list[Site] = []
-    nbytes = 0
-    for site in sites:
-        own = sum(ref.nbytes for _, ref in site.module.own)
-        if group and (nbytes + own > GROUP_BYTES or len(group) == GROUP_LAYERS):
-            yield group
-            group, nbytes = [], 0
-        group.append(site)
-        nbytes += own
-    if group:
-        yield group
-
-
-def _keyed(site: Site) -> list[tuple[str, TensorRef]]:
-    """A layer's tensors by the key that PEFT gives them in a model that calls the module ``site.path``."""
-    return [(f"{_PREFIX}{site.path}.{name}", ref) for name, ref in site.module.own]
-
-
-def _base_layer(site: Site) -> torch.nn.Module:
-    """The layer that PEFT wraps, with a weight and a bias that take no memory."""
-    from transformers.pytorch_utils import Conv1D
-
-    with torch.device("meta"):
-        if site.kind == "linear":
-            layer: torch.nn.Module = torch.nn.Linear(site.shape[1], site.shape[0], bias=site.has_bias)
-        elif site.kind == "transposed":
-            layer = Conv1D(site.shape[1], site.shape[0])
-        elif site.kind == "embedding":
-            layer = torch.nn.Embedding(site.shape[0], site.shape[1])
-        else:
-            out, inputs, *kernel = site.shape
-            layer = _CONVOLUTIONS[len(site.shape)](inputs, out, tuple(kernel), bias=site.has_bias)
-    held = getattr(layer, "bias", None)
-    bias = _weightless(held.shape) if isinstance(held, torch.Tensor) else None
-    return _hold(layer, _weightless(site.shape), bias)
-
-
-def _hold(layer: torch.nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.nn.Module:
-    """Put values into a base layer."""
-    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        layer.bias = torch.nn.Parameter(bias, requires_grad=False)
-    return layer
-
-
-def _weightless(shape: Sequence[int]) -> torch.Tensor:
-    """Zeros of any shape in the memory of one."""
-    return torch.zeros(()).expand(tuple(shape))
+def _shapes(site: Site) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, ref.shape) for name, ref in site.module.own)

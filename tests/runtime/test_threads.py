@@ -8,7 +8,8 @@ import time
 import pytest
 import torch
 
-from mapconv.runtime.threads import in_order, worker_count
+from mapconv.runtime import cores
+from mapconv.runtime.threads import in_order, worker_count, workers_for
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -69,3 +70,40 @@ def test_workers_share_the_budget():
     assert worker_count(1 << 40) == 1
     assert worker_count(0) >= 1
     assert worker_count(1 << 20, budget=1 << 20) == 1
+
+
+def test_jobs_run_side_by_side_as_far_as_their_memory_goes():
+    sizes, lock, running, most = [5, 3, 3, 9, 1, 1, 20, 2, 6, 6], threading.Lock(), [], []
+
+    def run(job: int) -> int:
+        with lock:
+            running.append(sizes[job])
+            most.append(sum(running))
+        time.sleep(0.005)
+        with lock:
+            running.remove(sizes[job])
+        return job
+
+    assert list(in_order(run, range(10), 3, nbytes=sizes.__getitem__, budget=10)) == list(range(10))
+    assert max(most) == 20  # which ran alone
+    assert max(total for total in most if total != 20) <= 10
+    assert any(total not in sizes for total in most)  # others ran together
+
+
+def test_small_jobs_run_on_while_a_large_one_does():
+    first = threading.Event()
+
+    def run(job: int) -> bool:
+        if job == 5:
+            first.set()
+        return job != 0 or first.wait(timeout=30)  # the large one ends when the fifth behind it has run
+
+    assert all(in_order(run, range(7), 2, nbytes=lambda job: 8 if job == 0 else 1, budget=10))
+
+
+def test_jobs_that_fill_the_memory_get_all_cores_unless_the_others_take_as_long(monkeypatch):
+    for count, expected in ((1, 1), (2, 2), (4, 1)):
+        monkeypatch.setattr(cores, "_cores", count)
+        assert workers_for([9, 3, 3, 3], budget=10) == expected
+    assert workers_for([2, 2, 2, 2], budget=10) == 4
+    assert workers_for([9, 9], budget=10) == 1
