@@ -7,6 +7,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,12 @@ from jinja2 import Environment
 from mapconv.cli import main
 from tests import QUICK, THOROUGH
 from tests.files import copy
-from tests.forked import ForkedPython
+from tests.forked import ForkedPython, adopt_environment, marked_environment
+
+#: Open until all libraries are imported.
+_marked = ExitStack()
+_marked.enter_context(marked_environment())
+_FORKED = pytest.StashKey[ForkedPython]()
 
 # The same examples in each run: a failure is one that anybody can repeat.
 settings.register_profile("quick", derandomize=True, deadline=None, max_examples=QUICK)
@@ -32,6 +38,8 @@ settings.load_profile("quick")
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         _quieten()
+    else:
+        _marked.close()
     # transformers' own call of its own deprecated name.
     config.addinivalue_line("filterwarnings", "ignore:.is_gradient_checkpointing:FutureWarning")
 
@@ -50,6 +58,18 @@ def pytest_collection_finish() -> None:
     # What is imported by now stays: the garbage collector need not go through a million objects again and again.
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Everything is imported, and nothing has run yet: fork what tests fork their processes from."""
+    if "huggingface_hub" in sys.modules:
+        if any("forked" in getattr(item, "fixturenames", ()) for item in session.items):
+            server = ExitStack()
+            session.config.stash[_FORKED] = server.enter_context(ForkedPython())
+            session.config.add_cleanup(server.close)
+        _marked.close()
+        adopt_environment()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -107,10 +127,9 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(scope="session")
-def forked() -> Iterator[ForkedPython]:
+def forked(pytestconfig: pytest.Config) -> ForkedPython:
     """For what needs a process of its own: a fork has the libraries loaded, a subprocess loads them for seconds."""
-    with ForkedPython() as server:
-        yield server
+    return pytestconfig.stash[_FORKED]
 
 
 @pytest.fixture(scope="session")

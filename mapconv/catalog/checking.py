@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -39,6 +39,9 @@ class Checker:
         self._claims = Claims()
         self._interned: dict[str, Options] = {}
         self._checked: dict[tuple[str, int], list[tuple[str, str, str]]] = {}
+        #: (stage, option) of the values that were refused: of the defaults, and with them of the entry at hand.
+        self._unread_defaults: set[tuple[str, str]] = set()
+        self._unread: set[tuple[str, str]] = set()
         self._plain = self._merged({})
 
     def set_defaults(self, record: Record) -> None:
@@ -50,6 +53,7 @@ class Checker:
                 self._faults.add(record.line_of(key), f"{key} belongs to an entry, not to defaults")
         self._known_keys(record)
         self._defaults |= {"base": self._base(record)} | self._stages(record)
+        self._unread_defaults = self._unread
         self._plain = self._merged({})
 
     def entry(self, record: Record) -> Entry | None:
@@ -62,6 +66,7 @@ class Checker:
         if sources is None:
             return None
         base = self._base(record) if "base" in record.table else self._defaults.get("base")
+        self._unread = set(self._unread_defaults)
         own = self._stages(record)
         options = self._merged(own) if own else self._plain
         name = self._name(record, sources)
@@ -130,6 +135,7 @@ class Checker:
                 checked[name] = self._value(option, value)
             except ValueError as error:
                 self._faults.add(line, f"{stage}: {name} is {_shown(value)}: expected {error}")
+                self._unread.add((stage, name))
         return checked
 
     def _value(self, option: Option, value: Any) -> Any:
@@ -157,9 +163,12 @@ class Checker:
                 record.line_of("source"), f"source names {len(sources)} adapters, which combine alone takes: add it"
             )
         key = options.digest, len(sources)
-        if key not in self._checked:  # entries mostly share their options
-            self._checked[key] = list(_faults(options, sources))
-        for stage, name, fault in self._checked[key]:
+        found = None if self._unread else self._checked.get(key)
+        if found is None:
+            found = list(_faults(options, sources, self._unread))
+        if not self._unread:  # entries mostly share their options
+            self._checked[key] = found
+        for stage, name, fault in found:
             self._faults.add(record.line_of(stage, name), f"{stage}: {fault}")
 
     def _name(self, record: Record, sources: tuple[str, ...]) -> str | None:
@@ -191,8 +200,10 @@ class Checker:
         return self._interned.setdefault(options.digest, options)
 
 
-def _faults(options: Options, sources: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
-    """(stage, option, what is wrong) of options that are each in order."""
+def _faults(
+    options: Options, sources: tuple[str, ...], unread: Collection[tuple[str, str]]
+) -> Iterator[tuple[str, str, str]]:
+    """(stage, option, what is wrong) of options that are each in order; ``unread`` were refused before."""
     instead = [stage for stage in INSTEAD if stage in options.stages]
     for stage in instead[:1]:
         for name in options.stages["upgrade"]:
@@ -204,12 +215,14 @@ def _faults(options: Options, sources: tuple[str, ...]) -> Iterator[tuple[str, s
         yield stage, stage, f"an entry has either {instead[0]} or {stage}"
     for stage, given in options.stages.items():
         for name, option in COMMANDS[stage].options.items():
-            if option.required and option.in_catalog and name not in given and (stage, name) not in _GIVEN_LATER:
+            known = {*given, *(option for of, option in [*unread, *_GIVEN_LATER] if of == stage)}
+            if option.required and option.in_catalog and name not in known:
                 yield stage, name, f"{name} is missing, which is required"
         later: dict[str, Any] = {name: ... for of, name in _GIVEN_LATER if of == stage}
         if stage == "combine":
             later["adapters"] = sources
-        for name, fault in COMMANDS[stage].faults({**later, **given}, _spelled):
+        refused = {option for of, option in unread if of == stage}
+        for name, fault in COMMANDS[stage].faults({**later, **given}, _spelled, unread=refused):
             yield stage, name, fault
 
 

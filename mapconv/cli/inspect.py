@@ -43,8 +43,8 @@ def inspect(chosen: Chosen) -> None:
         show(f"  stored    {stored}")
     if found.task_type:
         show(f"  task      {found.task_type}")
-    if found.peft_version:
-        show(f"  written   by PEFT {found.peft_version}")
+    if found.written_by:
+        show(f"  written   by {found.written_by}")
     if found.dora:
         show(f"  magnitude {found.dora}")
     show(f"  upgrade   {found.upgrade}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from mapconv.metadata.card import CARD_FILE, PLOT_FILE, REPORT_FILE
 from mapconv.metadata.provenance import source_fingerprint
 from mapconv.options.commands import CALIBRATE
 from mapconv.placement.adapters import place_adapter
+from mapconv.placement.base_check import accepted_note
+from mapconv.refit.norms import strange_weights
 from mapconv.training.calibration import WEIGHT_FILES, CalibrationOptions, CalibrationReport, calibrate_folder
 from mapconv.training.checkpoints import checkpoint_path
 from mapconv.training.data import read_training_data
@@ -118,7 +120,10 @@ def calibrate(
     rows = read_rows(data)
     map_adapter = read_adapter(adapter_path)
     source = place_adapter(source_path, base, allow_pickle=allow_pickle)
-    _check_pair(map_adapter, source.adapter, force=force)
+    notes = _check_pair(map_adapter, source.adapter, force=force)
+    if force:  # else another base is refused before the first step
+        strange = strange_weights(place_adapter(adapter_path, source.target.folder))
+        notes += accepted_note([f"{item.weight.name} {fault}" for item, fault in strange])
     in_place = out.resolve() == adapter_path.resolve()
     inputs = [source_path, source.target.folder] + ([] if in_place else [adapter_path])
     check_output(out, force=force, inputs=inputs, nbytes=2 * map_adapter.nbytes, carries_over=in_place)
@@ -155,6 +160,7 @@ def calibrate(
             report = calibrate_folder(*training, into=staging, **arguments)
     assert report is not None  # this is the first process
     remove_file(checkpoint)
+    report = replace(report, notes=(*notes, *report.notes))
     return CalibrateResult(out, adapter_path, source_path, source.target.folder, report)
 
 
@@ -170,8 +176,9 @@ def _copy_sidecars(adapter: Path, staging: Path, *, all_files: bool) -> None:
         shutil.copyfile(adapter / CARD_FILE, staging / CARD_FILE)
 
 
-def _check_pair(adapter: Adapter, source: Adapter, *, force: bool) -> None:
-    """Refuse what is not a MAP directory, or was made from another adapter than the source."""
+def _check_pair(adapter: Adapter, source: Adapter, *, force: bool) -> list[str]:
+    """Refuse what is not a MAP directory, or was made from another adapter than the source; returns what was accepted
+    with ``force``."""
     if adapter.method != "MAP":
         raise AdapterError(
             f"{adapter.path} is not a MAP adapter ({adapter.method}): convert it with `mapconv upgrade` first."
@@ -186,14 +193,14 @@ def _check_pair(adapter: Adapter, source: Adapter, *, force: bool) -> None:
             f"{source.path} is a MAP adapter: --against takes the LoRA or DoRA that {adapter.path} was made from."
         )
     recorded = ((adapter.map_config or {}).get("source") or {}).get("fingerprint")
-    if not force and recorded != source_fingerprint(source.path):
-        raise AdapterError(
-            f"{adapter.path / MAP_CONFIG_FILE} was made from another adapter than {source.path}: give that one with "
-            "--against, or accept this one with --force."
-        )
+    fault = f"{adapter.path / MAP_CONFIG_FILE} was made from another adapter than {source.path}"
+    is_other = recorded != source_fingerprint(source.path)
+    if is_other and not force:
+        raise AdapterError(f"{fault}: give that one with --against, or accept this one with --force.")
     missing = {m.path for m in adapter.map_modules} ^ {m.path for m in source.modules}
     if missing:
         raise AdapterError(
             f"{adapter.path} and {source.path} adapt different modules ({min(missing)} for one): they do not belong "
             "together."
         )
+    return [f"accepted with --force: {fault}"] if is_other else []

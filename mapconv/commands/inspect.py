@@ -10,6 +10,8 @@ from typing import Any
 
 from mapconv.adapter import Adapter, Addition, Module, WholeTensor
 from mapconv.checkpoint.codecs import storages
+from mapconv.checkpoint.codecs.base import EncodedTensor
+from mapconv.formats.image.products import Update
 from mapconv.hub.locate import locate_adapter
 from mapconv.options.commands import INSPECT
 from mapconv.placement.adapters import place_adapter, read_as
@@ -34,7 +36,8 @@ class TargetGroup:
 class Inspection:
     """What an adapter is.
 
-    ``origin`` is what a MAP directory was made from, by its own record. ``dialect`` is the writer's name for the form
+    ``origin`` is what a MAP directory was made from, by its own record. ``peft_version`` is what the configuration
+    says, and ``written_by`` the program, where the files tell. ``dialect`` is the writer's name for the form
     of the files, and ``components`` the models of a pipeline that are adapted, where it tells several apart. ``fits``
     is the base that it was placed on, or None if no base was given; ``storages`` counts that base's quantized weights
     by how they are stored.
@@ -48,6 +51,7 @@ class Inspection:
     revision: str | None
     origin: str | None
     peft_version: str | None
+    written_by: str | None
     task_type: str | None
     modules: int
     parameters: int
@@ -98,13 +102,14 @@ def inspect(
         groups[module.module_type].append(module)
     return Inspection(
         source=source,
-        method=adapter.method,
+        method=_method(adapter),
         dialect=adapter.dialect,
         components=_components(adapter),
         base=adapter.base,
         revision=adapter.revision,
         origin=_origin(adapter),
         peft_version=adapter.config.get("peft_version"),
+        written_by=_writer(adapter),
         task_type=adapter.config.get("task_type"),
         modules=len(adapter.modules),
         parameters=adapter.parameters,
@@ -118,6 +123,29 @@ def inspect(
         storages=found,
         notes=(*adapter.notes, *notes),
     )
+
+
+def _method(adapter: Adapter) -> str:
+    """The adapter's method; of an image adapter's updates that are no product of two factors, what they are."""
+    kinds = dict.fromkeys(_kind(module) for module in adapter.modules)
+    if not adapter.is_spelled or kinds.keys() <= {"LoRA"}:
+        return adapter.method
+    return f"{' + '.join(kinds)}{' with magnitudes' if adapter.method == 'DoRA' else ''}"
+
+
+def _kind(module: Module) -> str:
+    if module.delta is None:
+        return "LoRA"
+    encoding = module.delta.encoding if isinstance(module.delta, EncodedTensor) else None
+    return encoding.label if isinstance(encoding, Update) else "full difference"
+
+
+def _writer(adapter: Adapter) -> str | None:
+    """Which program wrote the files; a MAP adapter's configuration has the PEFT version of what it was made from."""
+    if adapter.method.startswith("MAP"):
+        return f"mapconv {(adapter.map_config or {}).get('mapconv_version') or ''}".rstrip()
+    version = adapter.config.get("peft_version")
+    return f"PEFT {version}" if version else None
 
 
 def _origin(adapter: Adapter) -> str | None:
@@ -185,7 +213,7 @@ def _forecast(adapter: Adapter, modules: Sequence[Module]) -> str:
     dense = sum(module.is_dense for module in modules)
     if dense:
         return f"the closest MAP weight at --rank or --tolerance: {counted(dense, 'update')} of full rank"
-    if modules[0].method is not None:
+    if any((module.method or module.delta) is not None for module in modules) and adapter.method == "LoRA":
         return "exact: α and β follow from norms, and factors from the update, which is of low rank"
     if adapter.method == "LoRA":
         return "exact: α and β follow from norms, the factors are kept"

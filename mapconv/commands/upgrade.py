@@ -204,10 +204,11 @@ def _notes(placed: PlacedAdapter, options: ConvertOptions) -> list[str]:
     notes = list(adapter.notes)
     columns = [item for item in placed.modules if item.module.method is not None and row_scales(item) is None]
     if options.direction == "dora" and columns:
+        at = f"at rank {options.rank_of(columns[0])}{'' if options.rank else ' (--rank or --tolerance chooses)'}"
+        at = at if options.tolerance is None else f"to ε ≤ {options.tolerance:g}"
         notes.append(
-            f"{adapter.method} scales the inputs of {counted(len(columns), 'module')}, as no DoRA does: refitted at "
-            f"rank {options.rank_of(columns[0])}, with the row norms that they give (without --direction dora, --rank "
-            "or --tolerance chooses the rank)"
+            f"{adapter.method} scales the inputs of {counted(len(columns), 'module')}, as no DoRA does: refitted "
+            f"{at}, with the row norms that they give"
         )
     if adapter.whole:
         notes.append(f"kept as they are: {counted(len(adapter.whole), 'whole tensor')} (heads, biases or token rows)")
@@ -225,5 +226,5 @@ def _data_notes(plan: UpgradePlan, sample: Sample | None, wanted: int, refitted:
         return []
     if sample is None:
         return ["every module keeps its own factors, which is exact: --data and --calibrate change nothing"]
-    exact = {job.placed.key for job in plan.jobs if job.kind != "refit"}
-    return data_notes(sample, wanted, [module for module in refitted if (module.path, module.expert) not in exact])
+    solved = {job.placed.key for job in plan.jobs if job.is_solved}
+    return data_notes(sample, wanted, [module for module in refitted if (module.path, module.expert) in solved])

@@ -12,7 +12,6 @@ import torch
 
 from mapconv.checkpoint.filenames import MODEL_CONFIG
 from mapconv.checkpoint.gguf.model import small_files
-from mapconv.checkpoint.reader import TensorReader
 from mapconv.commands.formula_sources import beside_merged, errors_by_formula, is_map_on_a_method, run_by_peft
 from mapconv.data import Rows, read_blocks, read_rows
 from mapconv.errors import AdapterError, BaseMismatchError
@@ -26,8 +25,7 @@ from mapconv.hub.locate import hub_reference, locate_adapter, locate_result, ope
 from mapconv.jsonfile import read_object
 from mapconv.options.commands import VERIFY
 from mapconv.placement.adapters import PlacedAdapter, place_adapter
-from mapconv.placement.base_check import base_fault
-from mapconv.refit.norms import BaseNorms
+from mapconv.refit.norms import strange_weights
 from mapconv.runtime.devices import resolve_device
 from mapconv.runtime.models import load_tokenizer
 from mapconv.runtime.progress import progress_bar
@@ -208,16 +206,9 @@ def _check_base(result: Path, base: Path) -> None:
     """Refuse a MAP directory that was made for another base: what it is to its source cannot be seen on this one."""
     if not (result / MAP_CONFIG_FILE).is_file():
         return
-    placed = place_adapter(result, base)
-    norms = BaseNorms(placed.target.checkpoint)
-    with TensorReader() as reader:
-        norms.load([item.weight for item in placed.modules], reader)
-    for item in placed.modules:
-        assert item.scalars is not None  # a MAP directory has them
-        fault = base_fault(item.scalars, norms[item.weight])
-        if fault is not None:
-            file = item.weight.pieces[0].tensor.file
-            raise BaseMismatchError(f"{file}: {item.weight.name} {fault}: give that base with --base.")
+    for item, fault in strange_weights(place_adapter(result, base)):
+        file = item.weight.pieces[0].tensor.file
+        raise BaseMismatchError(f"{file}: {item.weight.name} {fault}: give that base with --base.")
 
 
 @torch.inference_mode()

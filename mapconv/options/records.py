@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar
 
@@ -102,10 +102,17 @@ class Command:
         if unknown:
             raise ValueError(f"{name} has rules about options that it does not have: {unknown}")
 
-    def faults(self, values: Mapping[str, Any], spell: Spell) -> Iterator[tuple[str, str]]:
-        """(option to blame, what is wrong) for each rule that these values break."""
+    def faults(
+        self, values: Mapping[str, Any], spell: Spell, *, unread: Collection[str] = ()
+    ) -> Iterator[tuple[str, str]]:
+        """(option to blame, what is wrong) for each rule that these values break.
+
+        Of options ``unread``, whose values were refused already, no rule speaks.
+        """
         given = {name: value for name, value in values.items() if self.options[name].is_given(value)}
         for rule in self.rules:
+            if not set(unread).isdisjoint(rule.names):
+                continue
             fault = rule.fault(given, spell)
             if fault is not None:
                 yield next((name for name in rule.names if name in given), rule.names[0]), fault

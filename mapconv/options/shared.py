@@ -61,8 +61,6 @@ REFIT = Group(
     (
         Excludes("rank", "tolerance"),
         Requires("max_rank", "tolerance"),
-        Excludes("rank", ("direction", "dora"), "DoRA's own factors keep their rank"),
-        Excludes("tolerance", ("direction", "dora"), "DoRA's own factors keep their rank, and are exact"),
         Excludes("lora_compatible", ("direction", "dora"), "a DoRA direction is not a plain LoRA"),
     ),
 )

@@ -28,7 +28,9 @@ from mapconv.checkpoint.codecs.base import EncodedTensor
 from mapconv.checkpoint.index import Checkpoint
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.staging import replace_file
-from mapconv.placement.weights import WeightView, weight_fingerprint
+from mapconv.placement.adapters import PlacedAdapter
+from mapconv.placement.base_check import base_fault
+from mapconv.placement.weights import PlacedModule, WeightView, weight_fingerprint
 from mapconv.runtime.threads import in_order, worker_count
 
 _CACHE_VERSION = 2
@@ -38,6 +40,17 @@ _POLL = 0.02
 _KEPT = 8
 _kept: OrderedDict[str, dict[str, Fingerprint]] = OrderedDict()
 _lock = Lock()
+
+
+def strange_weights(placed: PlacedAdapter) -> Iterator[tuple[PlacedModule, str]]:
+    """The modules of a MAP adapter whose weight is not the one that it was made for, each with its ``base_fault``."""
+    norms = BaseNorms(placed.target.checkpoint)
+    with TensorReader() as reader:
+        norms.load([item.weight for item in placed.modules], reader)
+    for item in placed.modules:
+        fault = None if item.scalars is None else base_fault(item.scalars, norms[item.weight])
+        if fault is not None:
+            yield item, fault
 
 
 class BaseNorms:

@@ -32,7 +32,7 @@ from mapconv.runtime.threads import worker_count
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 #: ``keep-lora``: its own factors, of which the scalars follow from norms. ``keep-dora``: DoRA's own factors and
 #: magnitudes. ``keep-map``: its own gains, and its factors times a number. ``resize``: a LoRA cut to a rank or an
-#: error, by its factors alone. ``refit``: the closest MAP weight. What is kept is exact.
+#: error (of its outputs, with data), by its factors alone. ``refit``: the closest MAP weight. What is kept is exact.
 #: ``keep-rows``: another method's scales of rows, as the magnitudes of a DoRA whose B is 0. Weights whose columns such
 #: an adapter scales are refitted beside them, with the row norms that it gives them.
 Kind = Literal["keep-lora", "keep-dora", "keep-map", "keep-rows", "resize", "refit"]
@@ -69,10 +69,14 @@ class ConvertOptions:
     #: Every module gets this rank: those above it are cut, and those below it padded with zeros.
     rank_at_most: int | None = None
 
+    @property
+    def limits_rank(self) -> bool:
+        return self.rank is not None or self.tolerance is not None
+
     def rank_of(self, placed: PlacedModule) -> int:
         """The rank that a refit of this module solves for."""
         if self.direction == "dora" and placed.module.method is not None:
-            return EXTRACT_RANK.fallback
+            return self.rank or EXTRACT_RANK.fallback
         return self.rank or min(placed.effective_rank, self.rank_at_most or placed.effective_rank)
 
     def stored_dtype(self, placed: PlacedModule) -> torch.dtype:
@@ -93,6 +97,11 @@ class Job:
     stored_bytes: int
     working_bytes: int
     work: float
+
+    @property
+    def is_solved(self) -> bool:
+        """Whether the result is an approximation, that of a rank or an error."""
+        return self.kind in _SOLVED
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,7 @@ class UpgradePlan:
     @property
     def is_exact(self) -> bool:
         """Whether nothing is refitted, so that neither data nor training has anything to improve."""
-        return not any(job.kind in _SOLVED for job in self.jobs)
+        return not any(job.is_solved for job in self.jobs)
 
     @property
     def light(self) -> list[PlacedModule]:
@@ -163,7 +172,7 @@ class UpgradePlan:
     def summary(self, data: Dataset | None, *, estimate: bool) -> PlanSummary:
         """The plan in numbers; ``data`` is what the model runs on, None where it does not."""
         sequences, tokens = (0, 0) if data is None else (len(data), data.tokens)
-        refitted = sum(job.kind in _SOLVED for job in self.jobs)
+        refitted = sum(job.is_solved for job in self.jobs)
         return PlanSummary(
             modules=len(self.jobs),
             exact=len(self.jobs) - refitted,
@@ -192,8 +201,19 @@ class UpgradePlan:
 
 
 def plan_upgrade(placed: PlacedAdapter, options: ConvertOptions) -> UpgradePlan:
-    """Decide for every module; reads nothing."""
-    return UpgradePlan(placed, options, tuple(_job(item, options) for item in placed.modules))
+    """Decide for every module; reads nothing.
+
+    Raises:
+        UnsupportedError: a module that the options do not fit.
+    """
+    jobs = tuple(_job(item, options) for item in placed.modules)
+    kinds = {job.kind for job in jobs}
+    if options.limits_rank and ("keep-dora" in kinds or kinds == {"keep-rows"}):
+        raise UnsupportedError(
+            f"{placed.adapter.path}: --direction dora keeps {placed.adapter.method}'s own values, exactly and at their "
+            "own rank: leave --rank and --tolerance out, or --direction dora, to have it refitted."
+        )
+    return UpgradePlan(placed, options, jobs)
 
 
 def _job(placed: PlacedModule, options: ConvertOptions) -> Job:
@@ -237,7 +257,7 @@ def _kind(placed: PlacedModule, options: ConvertOptions) -> Kind:
         return "keep-rows"
     if options.direction == "dora" and module.method is not None:
         return "refit"
-    if module.is_dense and options.rank is None and options.tolerance is None:
+    if module.is_dense and not options.limits_rank:
         raise UnsupportedError(
             f"{module.path} has an update of full rank ({module.rank}), and so no rank of its own for the result: give "
             f"--rank or --tolerance{'' if row_scales(placed) is None else ', or --direction dora, which is exact'}."
@@ -259,8 +279,7 @@ def _kind(placed: PlacedModule, options: ConvertOptions) -> Kind:
         return "keep-map" if kept and divisible else "refit"
     if kept:
         return "keep-lora"
-    # What its inputs weigh is the whole weight's error.
-    return "resize" if options.statistics is None and module.delta is None else "refit"
+    return "resize" if module.delta is None else "refit"
 
 
 def operations_a_second(columns: int = 24, size: int = 1024) -> float:

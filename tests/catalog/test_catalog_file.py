@@ -235,7 +235,6 @@ def test_safe_names(name):
     [
         ("upgrade", "rank: 4, tolerance: 0.1", "rank and tolerance cannot be used together"),
         ("upgrade", "max_rank: 4", "max_rank requires tolerance"),
-        ("upgrade", "rank: 4, direction: dora", "rank and direction: dora cannot be used together"),
         ("upgrade", "lora_compatible: true, direction: dora", "cannot be used together"),
         ("upgrade", "samples: 4", "samples requires data"),
         ("upgrade", "calibrate: 4", "calibrate requires data"),

@@ -120,6 +120,26 @@ def test_faults(entry, said, tmp_path):
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        ("combine", "method: dare, density: 1.5"),
+        ("combine", "weights: [a, b]"),
+        ("upgrade", "tolerance: 7, max_rank: 3"),
+        ("rebase", "onto: 3"),
+    ],
+)
+@pytest.mark.parametrize("place", ["own", "defaults"])
+def test_a_value_that_is_refused_is_one_fault(stage, options, place, tmp_path):
+    path, source = tmp_path / "catalog.yaml", "[a, b]" if stage == "combine" else "a"
+    own = f", {stage}: {{{options}}}" if place == "own" else ""
+    defaults = "" if own else f"{stage}: {{{options}}}"
+    path.write_text(f"defaults: {{{defaults}}}\nadapters:\n- {{source: {source}{own}}}\n")
+    with pytest.raises(CatalogError, match="has 1 fault") as caught:
+        read_catalog(path)
+    assert f"{stage}: " in str(caught.value)
+
+
 def test_combine_may_be_the_default(tmp_path):
     path = tmp_path / "catalog.yaml"
     path.write_text(

@@ -1,7 +1,7 @@
 """SIGKILL at many moments of a merge and of an upgrade: OUT is absent or complete, and the next run puts all right.
 
-Most victims are forked from a server that has imported torch already, so that the moments fall into the work; one
-is the command as a user starts it.
+Most victims are forks that have torch in memory already, so that the moments fall into the work; one is the command
+as a user starts it.
 """
 
 from __future__ import annotations
@@ -66,12 +66,7 @@ def _name(layer: int) -> str:
 @pytest.fixture(scope="module")
 def server():
     """Starts processes that have torch and mapconv in memory when they begin."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mapconv.commands.merge", "mapconv.commands.upgrade"])
-    first = context.Process(target=time.sleep, args=(0,))  # it waits for the server's own start
-    first.start()
-    first.join()
-    return context
+    return multiprocessing.get_context("fork")
 
 
 def assert_same(out: Path, expected: Path) -> None:

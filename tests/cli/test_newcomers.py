@@ -128,3 +128,11 @@ def test_colour_is_for_terminals_that_want_it(monkeypatch):
         monkeypatch.setenv("NO_COLOR", "1")
         assert output.coloured("x", "red") == "x"
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("limit", [("--rank", 1), ("--tolerance", 0.5)])
+def test_a_rank_does_not_cut_what_is_kept_of_a_dora(run, dora, limit, tmp_path):
+    result = run("upgrade", dora, "-o", tmp_path / "out", "--direction", "dora", *limit)
+    assert result.status == 1
+    assert "keeps DoRA's own values" in result.err
+    assert not (tmp_path / "out").exists()

@@ -134,6 +134,8 @@ def test_scales_of_rows_are_the_magnitudes_of_a_dora(tmp_path):
     result = mapconv.upgrade(tmp_path / "ia3", tmp_path / "map", base=base, direction="dora")
     assert {(module.direction, module.rank) for module in result.modules} == {("dora", 1)}
     assert result.worst_error <= 1e-6
+    with pytest.raises(UnsupportedError, match="keeps IA3's own values"):
+        mapconv.upgrade(tmp_path / "ia3", tmp_path / "cut", base=base, direction="dora", rank=1)
     mapconv.merge(result.out, tmp_path / "merged", base=base, dtype="float32")
     states = merged_by_peft(case.tiny, base, result.out), case.tiny.load(tmp_path / "merged").state_dict()
     for state in states:
@@ -153,9 +155,12 @@ def test_scales_of_columns_are_refitted_beside_those_of_rows(made, tmp_path):
         assert module.rank == (16 if path.endswith("down_proj") else 1)
         assert float((after[name] - wanted[name]).norm()) == pytest.approx(module.error * update, abs=1e-5 * update)
     assert any(
-        note.startswith("IA3 scales the inputs of 1 module, as no DoRA does: refitted at rank 16")
+        note.startswith("IA3 scales the inputs of 1 module, as no DoRA does: refitted at rank 16 (--rank")
         for note in result.notes
     )
+    for number, (limits, rank) in enumerate([({"rank": 3}, 3), ({"tolerance": 0.9}, 1)]):
+        limited = mapconv.upgrade(adapter, tmp_path / str(number), base=base, direction="dora", **limits)
+        assert {module.rank for module in limited.modules} == {1, rank}
 
 
 def test_a_method_of_low_rank_is_exported_exactly(made, tmp_path):

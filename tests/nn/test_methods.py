@@ -126,6 +126,13 @@ def test_upgrade_gives_a_map_directory(base, tmp_path):
     assert verified.worst_module.error < 1e-5
 
 
+def test_inspect_says_who_wrote_it(base, dora, run, tmp_path):
+    save_adapter(trained(base, "LoHa"), tmp_path / "loha")
+    mapconv.upgrade(dora, tmp_path / "map", base=base)
+    for folder, writer in ((tmp_path / "loha", "mapconv"), (tmp_path / "map", "mapconv"), (dora, "PEFT")):
+        assert f"  written   by {writer}" in run("inspect", folder).out
+
+
 def test_calibrate_against_another_method(base, text, run, tmp_path):
     save_adapter(trained(base, "LoHa"), tmp_path / "loha")
     assert run("upgrade", tmp_path / "loha", "--base", base, "--rank", 4, "--out", tmp_path / "map").status == 0

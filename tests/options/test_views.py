@@ -74,8 +74,6 @@ def test_a_catalog_refuses_no_default_and_every_other_kind(stage):
 RULES = [
     (["--rank", 4, "--tolerance", 0.1], {"rank": 4, "tolerance": 0.1}),
     (["--max-rank", 4], {"max_rank": 4}),
-    (["--rank", 4, "--direction", "dora"], {"rank": 4, "direction": "dora"}),
-    (["--tolerance", 0.1, "--direction", "dora"], {"tolerance": 0.1, "direction": "dora"}),
     (["--lora-compatible", "--direction", "dora"], {"lora_compatible": True, "direction": "dora"}),
     (["--samples", 4], {"samples": 4}),
     (["--sequence-length", 8], {"sequence_length": 8}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -60,7 +61,15 @@ def test_adapters_that_do_not_belong_together(refuse, lora, dora, closed_form, s
 def test_another_source_with_force(run, command_line, dora, tmp_path):
     words = list(command_line)
     words[words.index("--against") + 1] = str(dora)
-    assert run(*words, "-o", tmp_path / "out", "--force", "--steps", "1").status == 0
+    result = run(*words, "-o", tmp_path / "out", "--force", "--steps", "1")
+    assert result.status == 0
+    assert f"accepted with --force: {words[1]}/map_config.json was made from another adapter than {dora}" in result.err
+
+
+def test_another_base_with_force(run, command_line, other_base, tmp_path):
+    result = run(*command_line, "-o", tmp_path / "out", "--force", "--steps", "1", "--base", other_base)
+    assert result.status == 0
+    assert re.search(r"accepted with --force: 14 weights of another base; \S+ has norm", result.err)
 
 
 def test_sources_with_other_modules(refuse, base, closed_form, tmp_path):
