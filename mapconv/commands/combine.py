@@ -127,7 +127,7 @@ def combine(
     for item, name in zip(placed, names, strict=True):
         _require_factors(item, name)
     shared = shared_weights(placed)
-    wholes = settle_whole(whole_tensors(placed), names, options.weights, whole)
+    wholes = settle_whole(whole_tensors(placed, shared), names, options.weights, whole)
     stacked, notes = any(item.item.experts > 1 for item in shared), []
     if stacked and direction == "dora":
         raise UnsupportedError(

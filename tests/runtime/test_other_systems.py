@@ -63,7 +63,9 @@ def test_a_folder_replaced_without_renameat2(monkeypatch, tmp_path):
 def test_reading_ahead_without_posix_fadvise(monkeypatch, tmp_path):
     monkeypatch.delattr(os, "posix_fadvise")
     (tmp_path / "weights").write_bytes(bytes(100))
-    assert readahead._advise(tmp_path / "weights", [(0, 100)], 100) == 0
+    readahead.read_ahead([tmp_path / "weights"], None, whole_base=True).join()
+    jobs = [(tmp_path / "weights", 0, 100)]
+    assert list(readahead.reading_ahead(jobs, lambda job: [job])) == jobs
 
 
 def test_copying_without_copy_file_range(monkeypatch, tmp_path):
