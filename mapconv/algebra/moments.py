@@ -12,6 +12,8 @@ from typing import Literal
 
 import torch
 
+from mapconv.algebra.norms import all_finite
+
 Statistics = Literal["full", "diagonal"]
 
 #: λ as a part of C's mean diagonal. It keeps P invertible, and holds directions that few inputs showed near the
@@ -85,7 +87,7 @@ class InputMoment:
 
     @property
     def finite(self) -> bool:
-        return bool(torch.isfinite(self._sum).all())
+        return all_finite(self._sum)
 
     @property
     def mean(self) -> float:

@@ -17,6 +17,7 @@ from functools import cached_property
 import torch
 
 from mapconv.algebra.moments import DAMPING, InputMoment, InputRoot
+from mapconv.algebra.norms import all_finite
 from mapconv.algebra.pencil import DensePencil
 
 
@@ -64,7 +65,7 @@ class PairedMoment:
 
     @property
     def finite(self) -> bool:
-        return self._made.finite and bool(torch.isfinite(self._cross).all())
+        return self._made.finite and all_finite(self._cross)
 
     def inputs(self, damping: float = DAMPING) -> RegressionInputs | None:
         """P and S, scaled so that C's mean diagonal is 1; None where no input, or none but zeros, was seen."""

@@ -20,7 +20,7 @@ from mapconv.placement.running import load_base
 from mapconv.placement.weights import PlacedModule
 from mapconv.runtime.lockstep import in_lockstep
 from mapconv.runtime.models import attach_with_peft, forward_pass, longest_text, reads_text
-from mapconv.runtime.widening import block_of
+from mapconv.runtime.widening import block_of, forget_merge
 
 
 def input_roots(
@@ -110,8 +110,9 @@ class _Observer:
         if name not in self._stored:
             parameters = list(self.units[name].parameters())
             self._stored[name] = [(parameter, parameter.data) for parameter in parameters]
+            # What is stored in float32 stays what it is where a merge is about to change it.
             for parameter in parameters:
-                parameter.data = parameter.data.float()
+                parameter.data = parameter.data.to(torch.float32, copy=bool(self._linears[name]))
             for layer in self._linears[name]:
                 # Unmerged, PEFT forms a DoRA's whole weight and its row norms anew for every batch.
                 layer.merge()
@@ -119,10 +120,10 @@ class _Observer:
     def leave(self, name: str | None) -> dict[str, InputRoot | None]:
         """The roots of a block (None: of all that is in no block); its statistics and float32 weights are dropped."""
         if name in self._stored:
-            for layer in self._linears[name]:
-                layer.unmerge()
             for parameter, values in self._stored.pop(name):
                 parameter.data = values
+            for layer in self._linears[name]:
+                forget_merge(layer)
         self._seen.clear()
         shared: dict[int, InputRoot | None] = {}
         roots = {}

@@ -52,10 +52,10 @@ class WideBlocks:
 
     def _narrow_oldest(self) -> None:
         name, stored = self._wide.popitem(last=False)
-        for layer in self._merged.get(name, ()):
-            layer.unmerge()
         for parameter, values in stored:
             parameter.data = values
+        for layer in self._merged.get(name, ()):
+            forget_merge(layer)
 
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(*_: object) -> None:
@@ -72,6 +72,14 @@ class WideBlocks:
                 layer.merge()
 
         return hook
+
+
+def forget_merge(layer: Any) -> None:
+    """Tell a layer of PEFT's whose weights were given back as they were before a merge that nothing is merged.
+
+    Its own ``unmerge`` would compute the update once more, to subtract it from weights that are thrown away.
+    """
+    layer.merged_adapters.clear()
 
 
 def _lookups(

@@ -115,6 +115,17 @@ def test_diagonal_statistics_are_the_diagonal(workshop: Workshop):
         torch.testing.assert_close(root.factor.square(), (P @ P.T).diagonal(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("option", ["lora", "all-linear-dora"])
+def test_the_model_is_left_as_it_was(option, workshop: Workshop):
+    case = workshop.case(MODELS["llama"], BY_NAME[option])
+    model = load_adapter(case, case.adapter).get_base_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    placed = place_adapter(case.adapter, case.base)
+    list(activations.roots_of(model, case.base, placed.modules, dataset(), "full", torch.device("cpu")))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(getattr(layer, "merged", False) for layer in model.modules())
+
+
 def test_one_block_at_a_time_is_in_float32(workshop: Workshop, monkeypatch):
     """A bfloat16 model computes in float32, and only the block at work is stored in it."""
     case = workshop.case(MODELS["llama"], BY_NAME["all-linear-dora"])
