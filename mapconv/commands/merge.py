@@ -158,7 +158,7 @@ def merge(
         if not single:
             write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")
     return MergeResult(
-        **prepared.facts,
+        **prepared.facts | ({"files": (out.name,)} if single else {}),
         out=out,
         merged=merged,
         seconds=time.perf_counter() - started,

@@ -99,11 +99,13 @@ SERVERS = (
 BY_NAME = {server.name: server for server in SERVERS}
 
 
-#: The format that each dialect is, as ``--to`` names it.
+#: The format that each dialect is, as ``--to`` names it; dialects by the names that they have in ``formats``.
 _WRITTEN = {
     "PEFT": "peft",
     "llama.cpp (GGUF)": "gguf",
-    "kohya": "kohya",
+    "kohya's sd-scripts": "kohya",
+    # Kohya's keys with LyCORIS' endings, which whoever reads the one reads as well.
+    "LyCORIS": "kohya",
     "MLX-LM": "mlx",
     "diffusers": "diffusers",
     "ComfyUI": "comfyui",
