@@ -106,10 +106,8 @@ def _convert(job: Job, table: dict[str, Any]) -> None:
     if "verify" in stages:
         table["stage"] = "verify"
         if job.command == "combine":
-            from mapconv.commands.verify_combination import verify_combination
-
             asked = stages["verify"]
-            table["kl"] = verify_combination(job.output, job.sources, stages["combine"], base=base, **asked).kl
+            table["kl"] = mapconv.verify_combination(job.output, job.sources, stages["combine"], base=base, **asked).kl
         else:
             table["kl"] = mapconv.verify(job.output, source, base=base, **apart, **stages["verify"]).kl
     if job.merged is not None:

@@ -94,7 +94,7 @@ def test_a_run_verifies_combinations(two, catalog, tmp_path, monkeypatch):
         return SimpleNamespace(kl=0.25)
 
     seen = []
-    monkeypatch.setattr("mapconv.commands.verify_combination.verify_combination", combination)
+    monkeypatch.setattr(mapconv, "verify_combination", combination, raising=False)
     monkeypatch.setattr(mapconv, "verify", lambda *arguments, **asked: SimpleNamespace(kl=0.5), raising=False)
     result = mapconv.convert_catalog(catalog, tmp_path / "out", verify=True)
     assert result.failures == ()
