@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,6 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
         _quieten()
     else:
         _marked.close()
+        # In the order of the folders, a long file is not the last one, which the other workers would wait for.
+        config.option.loadscopereorder = False
     # transformers' own call of its own deprecated name.
     config.addinivalue_line("filterwarnings", "ignore:.is_gradient_checkpointing:FutureWarning")
 
@@ -52,6 +55,18 @@ def _quieten() -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Rewriting the asserts takes ten seconds: each worker begins with its share of the files and reads the others."""
+    worker = getattr(session.config, "workerinput", None)
+    if worker and session.config.getini("testpaths") == session.config.args:
+        sys.dont_write_bytecode = False
+        root = session.config.rootpath
+        files = sorted(path for folder in session.config.args for path in (root / folder).rglob("test_*.py"))
+        for path in files[int(worker["workerid"].removeprefix("gw")) :: worker["workercount"]]:
+            with suppress(Exception, pytest.skip.Exception):  # which the collection will meet again, and report
+                importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts))
 
 
 def pytest_collection_finish() -> None:
@@ -88,6 +103,7 @@ def _disks_not_waited_for() -> Iterator[None]:
         for name in ("fsync", "fdatasync"):
             if hasattr(os, name):
                 patch.setattr(os, name, lambda descriptor: os.fstat(descriptor) and None)
+        patch.setattr("mapconv.checkpoint.flushing._sync_file_range", None)
         yield
 
 
