@@ -78,6 +78,7 @@ def verify_combination(
         tokens=total.result.positions,
         modules=modules,
         seconds=time.perf_counter() - started,
+        served=None,
         notes=tuple(notes),
         **means(total, causal=compared.is_causal),
     )

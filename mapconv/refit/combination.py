@@ -24,7 +24,6 @@ from mapconv.refit.plan import Dtype
 from mapconv.refit.products import approximate_product
 from mapconv.refit.rows_direction import directed_module
 from mapconv.refit.solving import Refitted, Wanted
-from mapconv.refit.targets.base import RowsTarget
 from mapconv.refit.targets.mixed import MixedTarget, dense_bytes
 from mapconv.refit.targets.sums import Effect, SumTarget, effect_of, needs_base, weighted_sum
 
@@ -130,7 +129,7 @@ class Combiner:
         solved = target if options.device.type == "cpu" else target.dense(options.device)
         return refitted_module(item, solved, wanted, found, root)
 
-    def target(self, weight: Shared) -> RowsTarget:
+    def target(self, weight: Shared) -> SumTarget | MixedTarget:
         """What a result comes close to: T of one weight, with W0 read for it."""
         base = read_weight(weight.item.weight, self._reader, torch.empty(weight.item.weight.numel))
         return self._target(weight, base, *self._effects(weight, base))
@@ -144,7 +143,7 @@ class Combiner:
 
     def _target(
         self, weight: Shared, base: torch.Tensor, effects: Sequence[Effect], shares: Sequence[float]
-    ) -> RowsTarget:
+    ) -> SumTarget | MixedTarget:
         options = self._options
         if options.method == "sum":
             return SumTarget(base, weighted_sum(effects, shares))
