@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +23,12 @@ from jinja2 import Environment
 from mapconv.cli import main
 from tests import QUICK, THOROUGH
 from tests.files import copy
-from tests.forked import ForkedPython
+from tests.forked import ForkedPython, adopt_environment, marked_environment
+
+#: Open until all libraries are imported.
+_marked = ExitStack()
+_marked.enter_context(marked_environment())
+_FORKED = pytest.StashKey[ForkedPython]()
 
 # The same examples in each run: a failure is one that anybody can repeat.
 settings.register_profile("quick", derandomize=True, deadline=None, max_examples=QUICK)
@@ -32,6 +39,10 @@ settings.load_profile("quick")
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         _quieten()
+    else:
+        _marked.close()
+        # In the order of the folders, a long file is not the last one, which the other workers would wait for.
+        config.option.loadscopereorder = False
     # transformers' own call of its own deprecated name.
     config.addinivalue_line("filterwarnings", "ignore:.is_gradient_checkpointing:FutureWarning")
 
@@ -46,10 +57,34 @@ def _quieten() -> None:
     logging.set_verbosity_error()
 
 
+def pytest_collection(session: pytest.Session) -> None:
+    """Rewriting the asserts takes ten seconds: each worker begins with its share of the files and reads the others."""
+    worker = getattr(session.config, "workerinput", None)
+    if worker and session.config.getini("testpaths") == session.config.args:
+        sys.dont_write_bytecode = False
+        root = session.config.rootpath
+        files = sorted(path for folder in session.config.args for path in (root / folder).rglob("test_*.py"))
+        for path in files[int(worker["workerid"].removeprefix("gw")) :: worker["workercount"]]:
+            with suppress(Exception, pytest.skip.Exception):  # which the collection will meet again, and report
+                importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts))
+
+
 def pytest_collection_finish() -> None:
     # What is imported by now stays: the garbage collector need not go through a million objects again and again.
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Everything is imported, and nothing has run yet: fork what tests fork their processes from."""
+    if "huggingface_hub" in sys.modules:
+        if any("forked" in getattr(item, "fixturenames", ()) for item in session.items):
+            server = ExitStack()
+            session.config.stash[_FORKED] = server.enter_context(ForkedPython())
+            session.config.add_cleanup(server.close)
+        _marked.close()
+        adopt_environment()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,6 +103,7 @@ def _disks_not_waited_for() -> Iterator[None]:
         for name in ("fsync", "fdatasync"):
             if hasattr(os, name):
                 patch.setattr(os, name, lambda descriptor: os.fstat(descriptor) and None)
+        patch.setattr("mapconv.checkpoint.flushing._sync_file_range", None)
         yield
 
 
@@ -106,10 +142,9 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(scope="session")
-def forked() -> Iterator[ForkedPython]:
+def forked(pytestconfig: pytest.Config) -> ForkedPython:
     """For what needs a process of its own: a fork has the libraries loaded, a subprocess loads them for seconds."""
-    with ForkedPython() as server:
-        yield server
+    return pytestconfig.stash[_FORKED]
 
 
 @pytest.fixture(scope="session")

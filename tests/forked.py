@@ -1,32 +1,37 @@
 """Python code in processes of its own that need not load torch, transformers and PEFT again: forks of one process.
 
-The Hub's client reads its environment when it is imported. The server imports it under an environment of marks, and
+That process, the server, is itself a fork of the tests' process before the first test, when all is loaded and nothing
+has run. The Hub's client reads its environment when it is imported. It is imported under an environment of marks, and
 each fork puts its own values wherever a mark is: ``tests/hub/test_forked.py`` finds no mark in a fork.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import hashlib
 import importlib
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
-#: What the server's environment says, and no path or address in a fork may.
+#: What the environment says while libraries are imported, and no path or address in a fork may.
 MARK = "environment-of-the-server"
 _MARKS = {"HF_HOME": f"/{MARK}/home", "HF_ENDPOINT": f"http://{MARK}.invalid"}
+Places = list[tuple[ModuleType | object, str]]
 _PRELOADED = (
     "click", "jinja2", "yaml", "torch", "safetensors.torch", "httpx", "matplotlib.figure",
     "matplotlib.backends.backend_agg", "huggingface_hub.hf_api", "huggingface_hub.file_download",
@@ -59,31 +64,56 @@ class Process:
         return self._out.read_text(), self._errors.read_text()
 
 
+@contextlib.contextmanager
+def marked_environment() -> Iterator[None]:
+    """Put the marks into the environment, for as long as the libraries that read it are imported."""
+    own = {name: os.environ.get(name) for name in _MARKS}
+    os.environ.update(_MARKS)
+    yield
+    for name, value in own.items():
+        os.environ.pop(name)
+        if value is not None:
+            os.environ[name] = value
+
+
+def adopt_environment() -> None:
+    """Put this process's own environment wherever a mark is."""
+    _adopt_environment(list(_places()))
+
+
 class ForkedPython:
-    """Runs code in forks; use it as a context manager."""
+    """Runs code in forks; use it as a context manager, under the marks and before anything but imports has happened."""
 
     def __enter__(self) -> ForkedPython:
-        path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
+        for name in _PRELOADED:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+        places = list(_places())
         self._pictures = tempfile.TemporaryDirectory()
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        self._server = subprocess.Popen(
-            [sys.executable, __file__, self._pictures.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=kept | _MARKS | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        requests, answers = os.pipe(), os.pipe()
+        self._server = os.fork()
+        if self._server == 0:
+            os.close(requests[1])
+            os.close(answers[0])
+            try:
+                _serve(os.fdopen(requests[0]), os.fdopen(answers[1], "w"), places, Path(self._pictures.name))
+            finally:
+                os._exit(0)
+        os.close(requests[0])
+        os.close(answers[1])
+        self._requests, self._answers = os.fdopen(requests[1], "w"), os.fdopen(answers[0])
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._server.stdin.close()
-        try:
-            self._server.wait(10)
-        finally:
-            self._server.kill()
-            self._pictures.cleanup()
+        self._requests.close()  # the server ends
+        os.waitpid(self._server, 0)
+        self._answers.close()
+        self._pictures.cleanup()
 
     def ask(self, **request: Any) -> Any:
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        return json.loads(self._server.stdout.readline())
+        self._requests.write(json.dumps(request) + "\n")
+        self._requests.flush()
+        return json.loads(self._answers.readline())
 
     def start(self, code: str, arguments: list[str], env: dict[str, str], folder: Path, stdin: str = os.devnull):
         """Run ``code`` with ``sys.argv = arguments`` and the environment ``env``, its output in the new ``folder``."""
@@ -97,16 +127,13 @@ class ForkedPython:
         return subprocess.CompletedProcess(arguments, process.wait(), *process.communicate())
 
 
-def _serve() -> None:
-    for name in _PRELOADED:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+def _serve(requests: IO[str], answers: IO[str], places: Places, pictures: Path) -> None:
+    _forget_pytest()
     with contextlib.suppress(ImportError):
-        _draw_once(Path(sys.argv[1]))
-    places = list(_places())
+        _draw_once(pictures)
     gc.collect()
     gc.freeze()  # or each fork's collections copy all pages of what never changes
-    for line in sys.stdin:
+    for line in requests:
         request = json.loads(line)
         if "wait" in request:
             answer = _wait(request["wait"], request["timeout"])
@@ -114,7 +141,16 @@ def _serve() -> None:
             answer = os.fork()
             if answer == 0:
                 _run(request, places)
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _forget_pytest() -> None:
+    """Undo what pytest and its workers change in a process."""
+    faulthandler.disable()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.excepthook, sys.unraisablehook = sys.__excepthook__, sys.__unraisablehook__
+    threading.excepthook = threading.__excepthook__
+    sys.modules["__main__"] = ModuleType("__main__")
 
 
 def _draw_once(folder: Path) -> None:
@@ -164,7 +200,7 @@ def _places() -> Iterator[tuple[ModuleType | object, str]]:
     yield hf_api.api, "endpoint"
 
 
-def _adopt_environment(places: list[tuple[ModuleType | object, str]]) -> None:
+def _adopt_environment(places: Places) -> None:
     from huggingface_hub import constants
 
     importlib.reload(constants)
@@ -179,7 +215,7 @@ def _adopt_environment(places: list[tuple[ModuleType | object, str]]) -> None:
         setattr(owner, name, value)
 
 
-def _run(request: dict[str, Any], places: list[tuple[ModuleType | object, str]]) -> None:
+def _run(request: dict[str, Any], places: Places) -> None:
     status = 1
     try:
         for number, path, flags in (
@@ -188,7 +224,7 @@ def _run(request: dict[str, Any], places: list[tuple[ModuleType | object, str]])
             (2, request["errors"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
         ):
             os.dup2(os.open(path, flags, 0o600), number)
-        sys.stdin = os.fdopen(0, closefd=False)
+        _open_streams()
         os.environ.clear()
         os.environ.update(request["env"])
         sys.path[:0] = request["env"].get("PYTHONPATH", "").split(os.pathsep)
@@ -206,5 +242,12 @@ def _run(request: dict[str, Any], places: list[tuple[ModuleType | object, str]])
     os._exit(status)
 
 
-if __name__ == "__main__":
-    _serve()
+def _open_streams() -> None:
+    """Standard streams on the descriptors 0 to 2, as a new process has them; the libraries' loggers write there."""
+    sys.stdin = sys.__stdin__ = os.fdopen(0, closefd=False)
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
+    loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    for handler in (handler for logger in (logging.root, *loggers) for handler in logger.handlers):
+        if type(handler) is logging.StreamHandler:
+            handler.stream = sys.stderr

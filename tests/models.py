@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.copies import Original
 
 VOCABULARY = 64
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -65,12 +66,12 @@ def save_adapter(base: Path, out: Path, *, seed: int = 1, size: float = 0.15, **
 def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model by stock transformers: a copy of what was read before, where no file has changed since."""
     files = frozenset((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(folder).iterdir())
-    return copy.deepcopy(_loaded(folder, dtype, files))
+    return _loaded(folder, dtype, files).copy()
 
 
 @lru_cache(maxsize=8)
-def _loaded(folder: Path, dtype: torch.dtype, files: frozenset) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+def _loaded(folder: Path, dtype: torch.dtype, files: frozenset) -> Original:
+    return Original(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval())
 
 
 def load_adapted(base: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> PeftModel:

@@ -42,8 +42,13 @@ def imports(name: str, *, only_when_loaded: bool = False) -> frozenset[str]:
         for child in ast.iter_child_nodes(node):
             visit(child)
 
-    visit(ast.parse(FILES[name].read_text(encoding="utf-8")))
+    visit(syntax(name))
     return frozenset(found)
+
+
+@cache
+def syntax(name: str) -> ast.AST:
+    return ast.parse(FILES[name].read_text(encoding="utf-8"))
 
 
 def _is_deferred(node: ast.AST) -> bool:

@@ -10,22 +10,27 @@ import json
 import os
 import struct
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
+
+from mapconv.checkpoint.filenames import PIPELINE_FILE, STEMS, weights_files
 
 Job = TypeVar("Job")
 
 #: Bytes asked for in all: what a fast disk reads while torch is imported, and a small part of any machine's memory.
 BUDGET = 1 << 30
-#: Bytes that jobs have in the making before their turn.
+#: Bytes that are asked for before the turn of the jobs that read them.
 AHEAD = 256 << 20
 #: A longer header is left to the command: to parse it here would hold up the imports.
 _LONGEST_HEADER = 16 << 20
 #: Ranges with a smaller gap between them are asked for as one.
 _GAP = 1 << 20
+#: For one hint Linux reads no more than a device's read-ahead window (``force_page_cache_ra`` in its mm/readahead.c),
+#: which has this size unless somebody has enlarged it. Of what is there already, a hint costs a few microseconds.
+_WINDOW = 128 << 10
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -33,8 +38,8 @@ def read_ahead(adapters: Sequence[str | Path], base: str | Path | None, *, whole
     """Start to read local adapters and what they need of their base: its headers, and the weights that a DoRA adapts.
 
     Args:
-        adapters: folders; what is none (a name on the Hub) is passed over.
-        base: the base model's folder; None: the one that an adapter's configuration names.
+        adapters: folders or files; what is none (a name on the Hub) is passed over.
+        base: the base model's folder or file; None: the one that an adapter's configuration names.
         whole_base: read all of the base's weights ahead, for a command that runs or rewrites the model.
     """
     thread = threading.Thread(target=_run, args=(adapters, base, whole_base), daemon=True)
@@ -43,7 +48,7 @@ def read_ahead(adapters: Sequence[str | Path], base: str | Path | None, *, whole
 
 
 def reading_ahead(jobs: Iterable[Job], ranges: Callable[[Job], Iterable[tuple[Path, int, int]]]) -> Iterator[Job]:
-    """Hand on jobs in their order, each some time after the system was asked for what it reads.
+    """Hand on jobs in their order, while a thread asks the system for what the next ones read.
 
     The system sees by itself what one reader wants next, but not what several workers want that read one file at
     several places.
@@ -51,29 +56,53 @@ def reading_ahead(jobs: Iterable[Job], ranges: Callable[[Job], Iterable[tuple[Pa
     Args:
         ranges: of a job: the files that it reads, and the first byte in each and the one behind the last.
     """
-    waiting: deque[tuple[Job, int]] = deque()
-    asked = 0
-    with ExitStack() as opened:
-        descriptors: dict[Path, int] = {}
-        for job in jobs:
-            size = 0
-            for file, start, stop in ranges(job):
-                count = min(stop - start, AHEAD)
-                size += count
-                # As above: the job itself says what is wrong with its files.
-                with suppress(OSError, AttributeError):
-                    if file not in descriptors:
-                        descriptors[file] = os.open(file, os.O_RDONLY)
-                        opened.callback(os.close, descriptors[file])
-                    os.posix_fadvise(descriptors[file], start, count, os.POSIX_FADV_WILLNEED)
-            waiting.append((job, size))
-            asked += size
-            while asked > AHEAD:
-                first, size = waiting.popleft()
-                asked -= size
-                yield first
-        while waiting:
-            yield waiting.popleft()[0]
+    planned = list(jobs)
+    ahead = _Ahead([list(ranges(job)) for job in planned])
+    thread = threading.Thread(target=ahead.run, daemon=True)
+    thread.start()
+    try:
+        for number, job in enumerate(planned):
+            ahead.begin(number)
+            yield job
+    finally:
+        ahead.begin(len(planned))
+        thread.join()
+
+
+class _Ahead:
+    """Asks for the ranges of numbered jobs, at most ``AHEAD`` bytes further than the one that was begun last."""
+
+    def __init__(self, ranges: Sequence[Sequence[tuple[Path, int, int]]]) -> None:
+        # Of a range that is longer, the start: one reader's next bytes the system sees by itself.
+        self._ranges = [[(file, start, min(stop, start + AHEAD)) for file, start, stop in spans] for spans in ranges]
+        sizes = (sum(stop - start for _, start, stop in spans) for spans in self._ranges)
+        self._before = [0, *accumulate(sizes)]
+        self._begun, self._changed = 0, threading.Condition()
+
+    def begin(self, number: int) -> None:
+        with self._changed:
+            self._begun = number
+            self._changed.notify()
+
+    def run(self) -> None:
+        with ExitStack() as opened:
+            descriptors: dict[Path, int] = {}
+            for number, spans in enumerate(self._ranges):
+                if not self._wait_for(number):
+                    continue
+                for file, start, stop in spans:
+                    # The job itself says what is wrong with its files.
+                    with suppress(OSError):
+                        if file not in descriptors:
+                            descriptors[file] = os.open(file, os.O_RDONLY)
+                            opened.callback(os.close, descriptors[file])
+                        _ask(descriptors[file], start, stop)
+
+    def _wait_for(self, number: int) -> bool:
+        """Whether a job is still to begin, as soon as it is near."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._before[number] - self._before[self._begun] <= AHEAD)
+            return self._begun <= number
 
 
 def _run(adapters: Sequence[str | Path], base: str | Path | None, whole_base: bool) -> None:
@@ -90,23 +119,40 @@ def _needed(
     """Files, and the byte ranges of each that will be read: the adapters before their base, as a command has it."""
     adapted: set[str] = set()
     for adapter in adapters:
+        if adapter.is_file():
+            yield adapter, [(0, adapter.stat().st_size)]
+            continue
         weights = adapter / _WEIGHTS
         if not weights.is_file() or not (adapter / _CONFIG).is_file():
             continue
         yield weights, [(0, weights.stat().st_size)]
         base = base or json.loads((adapter / _CONFIG).read_bytes()).get("base_model_name_or_path")
         adapted |= set() if whole_base else _rescaled_paths(_tensors(weights))
-    if base and whole_base and Path(base).suffix == ".gguf" and Path(base).is_file():
-        yield Path(base), [(0, Path(base).stat().st_size)]
-    if not base or not Path(base).is_dir():
-        return
-    for file in sorted(Path(base).glob("model*.safetensors")):
+    for file in [] if base is None else _weights(Path(base)):
         if whole_base:
             yield file, [(0, file.stat().st_size)]
-            continue
-        # Reading the header brings it into memory, which is all that a plain LoRA needs.
-        tensors = _tensors(file).items()
-        yield file, [span for key, span in tensors if not adapted.isdisjoint(_spellings(key.removesuffix(".weight")))]
+        elif file.suffix == ".safetensors":
+            # Reading the header brings it into memory, which is all that a plain LoRA needs.
+            tensors = _tensors(file).items()
+            yield (
+                file,
+                [span for key, span in tensors if not adapted.isdisjoint(_spellings(key.removesuffix(".weight")))],
+            )
+
+
+def _weights(base: Path) -> Iterator[Path]:
+    """The files of a model, or of all models of a pipeline, that have its weights, in the order of their names."""
+    if base.is_file():
+        yield base
+        return
+    pipeline = (base / PIPELINE_FILE).is_file()
+    for folder in sorted(path for path in base.iterdir() if path.is_dir()) if pipeline else [base]:
+        for stem in STEMS:
+            single = folder / weights_files(stem)[0]
+            files = [single] if single.is_file() else sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
+            yield from files
+            if files:
+                break
 
 
 def _rescaled_paths(tensors: Iterable[str]) -> set[str]:
@@ -134,10 +180,15 @@ def _tensors(file: Path) -> dict[str, tuple[int, int]]:
     return {name: (8 + length + start, 8 + length + stop) for name, (start, stop) in starts.items()}
 
 
+def _ask(descriptor: int, start: int, stop: int) -> None:
+    """Have the system read these bytes of a file, where it takes hints."""
+    if hasattr(os, "posix_fadvise"):
+        for offset in range(start, stop, _WINDOW):
+            os.posix_fadvise(descriptor, offset, min(_WINDOW, stop - offset), os.POSIX_FADV_WILLNEED)
+
+
 def _advise(file: Path, ranges: list[tuple[int, int]], budget: int) -> int:
     """Have the system read these ranges of a file, ``budget`` bytes at most; returns how many."""
-    if not hasattr(os, "posix_fadvise"):
-        return 0
     asked = 0
     descriptor = os.open(file, os.O_RDONLY)
     try:
@@ -145,7 +196,7 @@ def _advise(file: Path, ranges: list[tuple[int, int]], budget: int) -> int:
             count = min(stop - start, budget - asked)
             if count <= 0:
                 break
-            os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_WILLNEED)
+            _ask(descriptor, start, start + count)
             asked += count
     finally:
         os.close(descriptor)

@@ -13,14 +13,18 @@ from typing import BinaryIO
 
 from mapconv.checkpoint.exchange import hidden_sibling, put_in_place, take_back, token
 from mapconv.checkpoint.filenames import AWAITING
+from mapconv.checkpoint.flushing import begin_flush
 from mapconv.checkpoint.replaceable import check_replaceable
 from mapconv.errors import DiskFullError, OutputError
+
+#: What the files of models and adapters end with.
+_FILES = (".safetensors", ".gguf", ".bin", ".ckpt", ".pt")
 
 
 def check_output(
     out: Path, *, force: bool, inputs: Iterable[Path], nbytes: int = 0, carries_over: bool = False
 ) -> None:
-    """Refuse an output path that is taken, is or holds one of the inputs, or has no room.
+    """Refuse a folder to write that is taken, is or holds an input, has no room, or is named as a file.
 
     ``carries_over``: the new folder will have all that lies in the old one, so that any folder may be replaced.
 
@@ -41,6 +45,8 @@ def check_output(
             raise OutputError(f"{out} is not a folder, so --force will not replace it: choose another output folder.")
         if not carries_over:
             check_replaceable(out)
+    elif out.suffix.lower() in _FILES:
+        raise OutputError(f"the result is a folder, and {out} is a file's name: choose another.")
     parent = _existing_parent(resolved)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"no permission to write in {parent}: choose another output folder.")
@@ -223,11 +229,13 @@ def _tidy(out: Path, *, remove: bool) -> None:
 
 def _flush(folder: Path) -> None:
     """Push all files to the disk, so that no power cut leaves a name without its content."""
-    for root, _, files in os.walk(folder):
-        for name in files:
-            descriptor = os.open(os.path.join(root, name), os.O_RDONLY)
+    paths = [os.path.join(root, name) for root, _, files in os.walk(folder) for name in files]
+    # All have their places on the disk before the first is waited for: a journal then commits them together.
+    for push in (begin_flush, os.fsync):
+        for path in paths:
+            descriptor = os.open(path, os.O_RDONLY)
             try:
-                os.fsync(descriptor)
+                push(descriptor)
             finally:
                 os.close(descriptor)
 

@@ -55,7 +55,7 @@ def _verdict(result: ExportResult) -> None:
 
 
 def _report(result: ExportResult) -> None:
-    reader = f" for {result.server}" if result.server else ""
+    reader = f" for {result.server}" if result.server not in (None, result.format) else ""
     dry = "would be written: " if result.dry_run else ""
     show(f"{dry}{shown(result.source)} ({result.method}) → {result.out} ({result.format}{reader})")
     show()

@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import EPSILON, explain, notes, print_json, print_table, show
+from mapconv.cli.output import EPSILON, explain, notes, print_json, print_table, show, show_loading
 from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.surgery import EXTRACT
@@ -65,8 +65,7 @@ def _report(result: ExtractResult) -> None:
         f"  {result.parameters:,} parameters, {size(result.nbytes)}, {result.seconds:.1f} s; ε worst "
         f"{small(max(errors))}, median {small(statistics.median(errors))}"
     )
-    also = "a plain LoRA" if result.plain_lora else "a DoRA"
-    show(f"  stock PEFT loads it as {also} adapter: PeftModel.from_pretrained(base, {str(result.out)!r})")
+    show_loading(result.out, result.base, plain_lora=result.plain_lora)
 
 
 def _counts(result: ExtractResult, mood: str) -> None:

@@ -8,10 +8,12 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
+from mapconv.checkpoint.filenames import PIPELINE_FILE
 from mapconv.jsonfile import finite
 from mapconv.untrusted.printable import printable, printable_message
 
@@ -36,6 +38,15 @@ def explain(*symbols: Sequence[str]) -> None:
     for line in (line for lines in symbols for line in lines):
         show(f"  {line}")
     show()
+
+
+def show_loading(out: Path, base: Path, *, plain_lora: bool) -> None:
+    """What loads a MAP directory: stock PEFT, which knows no pipelines and no single files of image models."""
+    if base.suffix == ".safetensors" or (base / PIPELINE_FILE).is_file():
+        show(f"  for a program that makes images: mapconv export {out} --to comfyui, kohya or diffusers")
+        return
+    also = "a plain LoRA" if plain_lora else "a DoRA"
+    show(f"  stock PEFT loads it as {also} adapter: PeftModel.from_pretrained(base, {str(out)!r})")
 
 
 def coloured(text: str, colour: str, *, err: bool = False) -> str:

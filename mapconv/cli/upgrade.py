@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mapconv.cli.calibrate import INTERRUPTED, print_calibration
 from mapconv.cli.options import Chosen, command
-from mapconv.cli.output import EPSILON, SCALARS, explain, notes, print_json, print_table, show
+from mapconv.cli.output import EPSILON, SCALARS, explain, notes, print_json, print_table, show, show_loading
 from mapconv.cli.startup import starting
 from mapconv.hub.reference import shown
 from mapconv.options.commands import UPGRADE
@@ -92,8 +92,7 @@ def _report(result: UpgradeResult, chosen: Chosen) -> None:
     if result.calibration is not None:
         show()
         print_calibration(result.calibration)
-    also = "a plain LoRA" if result.plain_lora else "a DoRA"
-    show(f"  stock PEFT loads it as {also} adapter: PeftModel.from_pretrained(base, {str(result.out)!r})")
+    show_loading(result.out, result.base, plain_lora=result.plain_lora)
     advice = advice_for(result, chosen)
     if advice:
         show(f"  advice: {advice}")

@@ -10,6 +10,8 @@ from typing import Any
 
 from mapconv.adapter import Adapter, Addition, Module, WholeTensor
 from mapconv.checkpoint.codecs import storages
+from mapconv.checkpoint.codecs.base import EncodedTensor
+from mapconv.formats.image.products import Update
 from mapconv.hub.locate import locate_adapter
 from mapconv.options.commands import INSPECT
 from mapconv.placement.adapters import place_adapter, read_as
@@ -100,7 +102,7 @@ def inspect(
         groups[module.module_type].append(module)
     return Inspection(
         source=source,
-        method=adapter.method,
+        method=_method(adapter),
         dialect=adapter.dialect,
         components=_components(adapter),
         base=adapter.base,
@@ -121,6 +123,21 @@ def inspect(
         storages=found,
         notes=(*adapter.notes, *notes),
     )
+
+
+def _method(adapter: Adapter) -> str:
+    """The adapter's method; of an image adapter's updates that are no product of two factors, what they are."""
+    kinds = dict.fromkeys(_kind(module) for module in adapter.modules)
+    if not adapter.is_spelled or kinds.keys() <= {"LoRA"}:
+        return adapter.method
+    return f"{' + '.join(kinds)}{' with magnitudes' if adapter.method == 'DoRA' else ''}"
+
+
+def _kind(module: Module) -> str:
+    if module.delta is None:
+        return "LoRA"
+    encoding = module.delta.encoding if isinstance(module.delta, EncodedTensor) else None
+    return encoding.label if isinstance(encoding, Update) else "full difference"
 
 
 def _writer(adapter: Adapter) -> str | None:
@@ -196,7 +213,7 @@ def _forecast(adapter: Adapter, modules: Sequence[Module]) -> str:
     dense = sum(module.is_dense for module in modules)
     if dense:
         return f"the closest MAP weight at --rank or --tolerance: {counted(dense, 'update')} of full rank"
-    if modules[0].method is not None:
+    if any((module.method or module.delta) is not None for module in modules) and adapter.method == "LoRA":
         return "exact: α and β follow from norms, and factors from the update, which is of low rank"
     if adapter.method == "LoRA":
         return "exact: α and β follow from norms, the factors are kept"

@@ -226,5 +226,5 @@ def _data_notes(plan: UpgradePlan, sample: Sample | None, wanted: int, refitted:
         return []
     if sample is None:
         return ["every module keeps its own factors, which is exact: --data and --calibrate change nothing"]
-    exact = {job.placed.key for job in plan.jobs if job.kind != "refit"}
-    return data_notes(sample, wanted, [module for module in refitted if (module.path, module.expert) not in exact])
+    solved = {job.placed.key for job in plan.jobs if job.is_solved}
+    return data_notes(sample, wanted, [module for module in refitted if (module.path, module.expert) in solved])

@@ -54,7 +54,7 @@ def _kohya(placed: PlacedAdapter) -> Callable[[str, list[str]], str | None]:
     tensors = placed.target.checkpoint.tensors
     several = any(name.startswith(("text_encoder_2.", "conditioner.embedders.1.")) for name in tensors)
     is_first = any(name.startswith("cond_stage_model.") for name in tensors)
-    is_flux = any(name.endswith("x_embedder.weight") for name in tensors)
+    is_flux = any(name.endswith(("x_embedder.weight", "double_blocks.0.img_attn.qkv.weight")) for name in tensors)
 
     def name(role: str, paths: list[str]) -> str | None:
         if role in _TEXT:

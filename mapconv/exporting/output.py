@@ -9,13 +9,10 @@ from tempfile import TemporaryDirectory
 
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.staging import check_output, check_output_file, staged_file, staged_folder
-from mapconv.errors import OutputError, UnsupportedError
+from mapconv.errors import UnsupportedError
 from mapconv.exporting.limits import Limits
 from mapconv.exporting.plain import Export, PlainModule, Spool
 from mapconv.refit.plan import UpgradePlan
-
-#: What the files of adapters end with.
-_FILES = (".safetensors", ".gguf", ".bin")
 
 
 def write(
@@ -53,8 +50,6 @@ def check_place(out: Path, limits: Limits, inputs: list[Path], *, nbytes: int, f
     """
     suffix = limits.format.suffix
     if suffix is None:
-        if out.suffix in _FILES and not out.is_dir():
-            raise OutputError(f"{limits.format.title}'s form is a folder, and {out} is a file's name: give another.")
         check_output(out, force=force, inputs=inputs, nbytes=nbytes)
     else:
         check_output_file(out, force=force, suffix=suffix, inputs=inputs, nbytes=nbytes)

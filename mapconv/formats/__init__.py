@@ -41,7 +41,7 @@ def read_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:
     """
     check_folder(path, AdapterError)
     if not path.exists():
-        raise AdapterError(f"{path} does not exist: give the adapter's folder.")
+        raise AdapterError(f"{path} does not exist: give the adapter's folder or file.")
     if path.is_file() and path.suffix not in _SINGLE_FILES:
         raise AdapterError(f"{path} is a file: give the folder that holds it and its {CONFIG_FILE}.")
     found = Found(path)
@@ -68,6 +68,7 @@ def _instead_of_an_adapter(found: Found) -> str:
         )
     if header is not None and header.tensors:
         return (
-            f"{header.path} holds no adapter, but tensors such as {header.tensors[0].name}: give the adapter's folder."
+            f"{header.path} holds no adapter, but tensors such as {header.tensors[0].name}: give the adapter's folder "
+            "or file."
         )
     return f"{path} has no {CONFIG_FILE}: it is not an adapter folder."

@@ -38,6 +38,7 @@ _ADAPTER_FILES = (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS, "map_config.json", CARD_FIL
 #: How much of a model on the Hub comes here: all of it before anything is read, for what runs the model; its headers,
 #: and ``files`` that come whole while others are read; or its headers and the byte ``ranges`` that are read.
 Fetch = Literal["whole", "files", "ranges"]
+_SINGLE_FILES = (".safetensors", ".gguf")
 _OR_BASE = "or give the base model's folder with --base"
 
 
@@ -156,7 +157,7 @@ def find_base(
     name = str(base) if base is not None else recorded
     if not name:
         raise CheckpointError(f"{adapter} does not say which model it adapts: give the base model with --base.")
-    if is_folder(name) or (name.endswith((".safetensors", ".gguf")) and _exists(name)):
+    if is_folder(name) or (name.endswith(_SINGLE_FILES) and _exists(name)):
         return Path(name)
     reference = parse_reference(name)
     if reference is not None and base is None:
@@ -165,8 +166,8 @@ def find_base(
     if base is not None and "/" not in str(base) and not str(base).startswith("."):
         # Only what a configuration recorded may be one word: an old model of the Hub, such as gpt2.
         raise CheckpointError(
-            f"there is no folder {base} here: give --base as the base model's folder, or as a Hub id with its owner "
-            "(owner/name)."
+            f"there is no {'file' if str(base).endswith(_SINGLE_FILES) else 'folder'} {base} here: give --base as the "
+            "base model's folder or file, or as a Hub id with its owner (owner/name)."
         )
     if reference is not None:
         return reference

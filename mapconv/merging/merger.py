@@ -159,15 +159,15 @@ class Merger:
                     rows += bias[start:stop, None]
                 if job.codes:
                     saturated += self._write_codes(job, index, rows, rounded, feedback)
+                elif feedback is None:
+                    rounded.copy_(rows)
                 else:
-                    if feedback is None:
-                        rounded.copy_(rows)
-                    else:
-                        feedback.round(job, index, start, rows, rounded)
-                    file.write_bytes(block.out_bytes, target.start + first * width * dtype.itemsize)
+                    feedback.round(job, index, start, rows, rounded)
                 if not all_finite(rounded):
                     raise self._not_finite(job)
                 gauge.add(block.samples)
+                if not job.codes:
+                    file.write_bytes(block.out_bytes, target.start + first * width * dtype.itemsize)
             survival += gauge.result
             for update in updates:
                 base[update.identity] = base.get(update.identity, Fingerprint()) + update.base

@@ -21,8 +21,8 @@ from mapconv.algebra.norms import BLOCK_ELEMENTS, row_blocks
 #: Below this projection an update counts as damaged, and a merge says what helps.
 DAMAGED = 0.9
 #: A large matrix is measured on an eighth of each row block: the columns of one of eight windows in turn, so that every
-#: row and every column is sampled. On n values, that has a standard error of about ε/√(2n) for ε and ε/√n for
-#: the projection: a thousandth of ε for a million of them.
+#: row and every column is sampled; a smaller one in fewer windows, so that a block's worth of values is measured at
+#: least. On n values, that has a standard error of about ε/√(2n) for ε and ε/√n for the projection: ε/500 at most.
 _WINDOWS = 8
 
 
@@ -130,7 +130,7 @@ def _bits(values: torch.Tensor) -> np.ndarray:
 
 @dataclass
 class Gauge:
-    """Measures one matrix while its rows are written: all of a small one, an eighth of the values of a large one.
+    """Measures one matrix while its rows are written: all of a small one, part of the values of a large one.
 
     Args:
         numel: how many values the matrix has.
@@ -144,7 +144,7 @@ class Gauge:
 
     def add(self, rows: Samples) -> None:
         """Count rows of the matrix, which follow those that were counted before."""
-        windows = 1 if self.numel <= _WINDOWS * BLOCK_ELEMENTS else min(_WINDOWS, rows.width)
+        windows = max(1, min(self.numel // BLOCK_ELEMENTS, _WINDOWS, rows.width))
         for block in range(len(rows.blocks)):
             found = rows.measure(block, self._blocks % windows, windows)
             self._sums = tuple(map(add, self._sums, found))

@@ -57,7 +57,8 @@ class Update:
         low, high = max(start, first), min(stop, last)
         if low >= high:
             return
-        rows, raw = rows[low - start : high - start], raw[low - start : high - start]
+        if (low, high) != (start, stop):
+            rows, raw = rows[low - start : high - start], raw[low - start : high - start]
         if self.piece.transposed:
             self._apply_transposed(rows[:, self.columns], raw[:, self.columns], low, high, buffers)
             return

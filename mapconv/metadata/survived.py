@@ -26,8 +26,8 @@ def survival_table(survival: Mapping[str, Any]) -> str:
     dtypes = ", ".join(dict.fromkeys(markdown_code(item["dtype"]) for item in tensors))
     about = (
         f"Measured on the values as they were written, in {dtypes}. An update of 1.000 survives whole; ε is what "
-        "storing changes besides, as a share of the update. A large weight is measured on an eighth of its values, "
-        "which lie in every row and column."
+        "storing changes besides, as a share of the update. A large weight is measured on a part of its values, an "
+        "eighth or more, which lie in every row and column."
     )
     return f"{table(head, rows)}\n\n{about}"
 

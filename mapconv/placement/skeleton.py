@@ -41,12 +41,14 @@ class LiveModel:
         """
         with quiet_libraries(), translated(f"a {class_name}", CheckpointError):
             import transformers
+            from transformers.initialization import no_init_weights
 
             refuse_code(config, Path("config.json"))
             settings = copy.deepcopy(config)
             model_type = settings.pop("model_type")
             built = transformers.AutoConfig.for_model(model_type, **settings)
-            with torch.device("meta"), _bounded_modules(class_name):
+            # Drawing weights takes most of the time of building a class, although on this device it draws none.
+            with torch.device("meta"), no_init_weights(), _bounded_modules(class_name):
                 self.model = model_class(class_name)(built)
                 self.model.tie_weights()
         self.class_name = class_name

@@ -22,7 +22,8 @@ _OF_MODULES = (
     "modules_to_save", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights", "lora_bias",
 )  # fmt: skip
 #: Settings that have to be the same in all, because no two of them fit in one configuration.
-_COMMON = ("trainable_token_indices", "layer_replication", "task_type", "auto_mapping", "fan_in_fan_out")
+_COMMON = ("layer_replication", "task_type", "auto_mapping", "fan_in_fan_out")
+_TOKENS = "trainable_token_indices"
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,15 @@ class Shared:
 
 @dataclass(frozen=True)
 class WholeTensors:
-    """A tensor that some adapters bring as it is, by PEFT's key, from each of them by its number."""
+    """A tensor that some adapters bring as it is, by PEFT's key, from each of them by its number.
+
+    Trained rows of an embedding have ``rows``, and the base's tensor (None: they are all of a tensor).
+    """
 
     key: str
     refs: Mapping[int, TensorRef]
+    rows: tuple[int, ...] = ()
+    base: TensorRef | None = None
 
 
 def shared_weights(placed: Sequence[PlacedAdapter]) -> tuple[Shared, ...]:
@@ -66,13 +72,27 @@ def shared_weights(placed: Sequence[PlacedAdapter]) -> tuple[Shared, ...]:
     return tuple(shared)
 
 
-def whole_tensors(placed: Sequence[PlacedAdapter]) -> tuple[WholeTensors, ...]:
-    """Every tensor that an adapter brings besides its factors."""
+def whole_tensors(placed: Sequence[PlacedAdapter], shared: Sequence[Shared]) -> tuple[WholeTensors, ...]:
+    """Every tensor that an adapter brings besides its factors.
+
+    Raises:
+        UnsupportedError: trained token rows that no one adapter can have.
+    """
+    _trained_tokens(placed, shared)
     refs: dict[str, dict[int, TensorRef]] = defaultdict(dict)
+    trained: dict[str, tuple[tuple[int, ...], TensorRef]] = {}
     for number, adapter in enumerate(placed):
+        found = {
+            item.tensor.name: (item.rows, adapter.target.encoded.get(name) or adapter.target.tensors[name])
+            for name, items in adapter.target.rows.items()
+            for item in items
+            if item.rows is not None
+        }
         for key, ref in adapter.adapter.others.items():
             refs[key][number] = ref
-    return tuple(WholeTensors(key, own) for key, own in refs.items())
+            if ref.name in found:
+                trained[key] = found[ref.name]
+    return tuple(WholeTensors(key, own, *trained.get(key, ())) for key, own in refs.items())
 
 
 def combined_adapter(
@@ -92,6 +112,7 @@ def combined_adapter(
                     "combine adapters that agree in it."
                 )
     kept = {key: value for key, value in first.config.items() if key not in _OF_MODULES}
+    kept[_TOKENS] = _trained_tokens(placed, shared)
     # A file of another program has no configuration of PEFT's.
     config: dict[str, Any] = (
         {"peft_type": "LORA"}
@@ -116,6 +137,31 @@ def combined_adapter(
         map_config=None,
     )
     return PlacedAdapter(adapter, placed[0].target, tuple(item.item for item in shared))
+
+
+def _trained_tokens(placed: Sequence[PlacedAdapter], shared: Sequence[Shared]) -> Any:
+    """The indices of the trained token rows, which the adapters have in common that have some.
+
+    Raises:
+        UnsupportedError: other indices in each, or factors of another adapter on the same embedding.
+    """
+    having = [item for item in placed if item.adapter.config.get(_TOKENS)]
+    for other in having[1:]:
+        if other.adapter.config[_TOKENS] != having[0].adapter.config[_TOKENS]:
+            raise UnsupportedError(
+                f"{having[0].adapter.path} and {other.adapter.path} train other token rows ({_TOKENS}), and one "
+                "adapter has one list of them: combine adapters that train the same."
+            )
+    for item in having:
+        for weight in shared:
+            names = {piece.tensor.name for piece in weight.item.weight.pieces}
+            others = [placed[number] for number, _ in weight.parts if placed[number] is not item]
+            if others and not names.isdisjoint(item.target.rows):
+                raise UnsupportedError(
+                    f"{item.adapter.path} trains token rows of {weight.item.weight.name}, which "
+                    f"{others[0].adapter.path} has factors for: no one adapter has both."
+                )
+    return having[0].adapter.config[_TOKENS] if having else None
 
 
 def _place(weight: WeightView) -> tuple:

@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -67,20 +68,20 @@ class Converter:
         if any(self._plan.kind_of(item) == "refit" for item in items):
             return [self.convert(item, root) for item in items]
         pairs = zip(items, self._factors.load_all(items), strict=True)
-        return [self._keep(item, factors) for item, factors in pairs]
+        return [self._keep(item, factors, root) for item, factors in pairs]
 
     def convert(self, placed: PlacedModule, root: InputRoot | None = None) -> Converted:
-        """One module in MAP form; a refit weighs errors by ``root``, the root of its inputs' second moment."""
+        """One module in MAP form; an approximation weighs errors by ``root``, the root of its inputs' second moment."""
         if self._plan.kind_of(placed) == "refit":
             return self._ranked(self._refit(placed, root))
-        return self._keep(placed, self._factors.load(placed))
+        return self._keep(placed, self._factors.load(placed), root)
 
-    def _keep(self, placed: PlacedModule, factors: Factors) -> Converted:
+    def _keep(self, placed: PlacedModule, factors: Factors, root: InputRoot | None) -> Converted:
         ways = {
             "keep-lora": self._keep_lora,
             "keep-dora": self._keep_dora,
             "keep-map": self._keep_map,
-            "resize": self._resize,
+            "resize": partial(self._resize, root=root),
         }
         return self._ranked(ways[self._plan.kind_of(placed)](placed, factors))
 
@@ -88,13 +89,15 @@ class Converter:
         at_most = self._options.rank_at_most
         return converted if at_most is None else converted.with_rank(at_most)
 
-    def _resize(self, placed: PlacedModule, factors: Factors) -> Converted:
+    def _resize(self, placed: PlacedModule, factors: Factors, root: InputRoot | None) -> Converted:
         """The best approximation of s·BA, which stays a plain LoRA: no weight is read, and no matrix formed."""
         wanted = self._wanted(placed)
-        made = approximate_product(factors.B.double() * placed.scaling, factors.A, wanted)
+        root = None if root is None else root.to(factors.A.device)
+        made = approximate_product(factors.B.double() * placed.scaling, factors.A, wanted, root=root)
         A, B = made.A, made.B
         base = finite_base(self._norms[placed.weight], placed)
-        converted = converted_module(placed, "low-rank", 1.0, base, product_norm(B, A), made.error, A, B, None)
+        norm, errors = product_norm(B, A), (made.error, made.output_error)
+        converted = converted_module(placed, "low-rank", 1.0, base, norm, errors[0], A, B, None, errors[1])
         rank = min(wanted.rank, *placed.weight.shape)
         return converted if wanted.tolerance is not None else converted.with_rank(rank)
 

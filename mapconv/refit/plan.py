@@ -32,7 +32,7 @@ from mapconv.runtime.threads import worker_count
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 #: ``keep-lora``: its own factors, of which the scalars follow from norms. ``keep-dora``: DoRA's own factors and
 #: magnitudes. ``keep-map``: its own gains, and its factors times a number. ``resize``: a LoRA cut to a rank or an
-#: error, by its factors alone. ``refit``: the closest MAP weight. What is kept is exact.
+#: error (of its outputs, with data), by its factors alone. ``refit``: the closest MAP weight. What is kept is exact.
 #: ``keep-rows``: another method's scales of rows, as the magnitudes of a DoRA whose B is 0. Weights whose columns such
 #: an adapter scales are refitted beside them, with the row norms that it gives them.
 Kind = Literal["keep-lora", "keep-dora", "keep-map", "keep-rows", "resize", "refit"]
@@ -98,6 +98,11 @@ class Job:
     working_bytes: int
     work: float
 
+    @property
+    def is_solved(self) -> bool:
+        """Whether the result is an approximation, that of a rank or an error."""
+        return self.kind in _SOLVED
+
 
 @dataclass(frozen=True)
 class PlanSummary:
@@ -141,7 +146,7 @@ class UpgradePlan:
     @property
     def is_exact(self) -> bool:
         """Whether nothing is refitted, so that neither data nor training has anything to improve."""
-        return not any(job.kind in _SOLVED for job in self.jobs)
+        return not any(job.is_solved for job in self.jobs)
 
     @property
     def light(self) -> list[PlacedModule]:
@@ -167,7 +172,7 @@ class UpgradePlan:
     def summary(self, data: Dataset | None, *, estimate: bool) -> PlanSummary:
         """The plan in numbers; ``data`` is what the model runs on, None where it does not."""
         sequences, tokens = (0, 0) if data is None else (len(data), data.tokens)
-        refitted = sum(job.kind in _SOLVED for job in self.jobs)
+        refitted = sum(job.is_solved for job in self.jobs)
         return PlanSummary(
             modules=len(self.jobs),
             exact=len(self.jobs) - refitted,
@@ -274,8 +279,7 @@ def _kind(placed: PlacedModule, options: ConvertOptions) -> Kind:
         return "keep-map" if kept and divisible else "refit"
     if kept:
         return "keep-lora"
-    # What its inputs weigh is the whole weight's error.
-    return "resize" if options.statistics is None and module.delta is None else "refit"
+    return "resize" if module.delta is None else "refit"
 
 
 def operations_a_second(columns: int = 24, size: int = 1024) -> float:

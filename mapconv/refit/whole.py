@@ -21,20 +21,22 @@ _LISTED = 5
 
 @dataclass(frozen=True)
 class Wholes:
-    """Tensors that go over as one adapter has them, by PEFT's key, and those that are averaged."""
+    """Tensors that go over as one adapter has them, by PEFT's key, and those that are averaged; trained rows that one
+    adapter has alone, of whose change the result has a part, its weight."""
 
     carried: Mapping[str, TensorRef]
     averaged: tuple[WholeTensors, ...]
+    weighed: tuple[WholeTensors, ...]
     notes: tuple[str, ...]
 
     @property
     def count(self) -> int:
-        return len(self.carried) + len(self.averaged)
+        return len(self.carried) + len(self.averaged) + len(self.weighed)
 
     @property
     def nbytes(self) -> int:
-        averaged = sum(4 * next(iter(item.refs.values())).numel for item in self.averaged)
-        return sum(ref.nbytes for ref in self.carried.values()) + averaged
+        made = sum(4 * next(iter(item.refs.values())).numel for item in (*self.averaged, *self.weighed))
+        return sum(ref.nbytes for ref in self.carried.values()) + made
 
     def made(
         self, reader: TensorReader, shared: Sequence[Shared], weights: Sequence[float]
@@ -43,6 +45,9 @@ class Wholes:
         for item in self.averaged:
             shape = next(iter(item.refs.values())).shape
             yield item.key, TensorSpec(item.key, "F32", shape), _mean(item, reader, weights)
+        for item in self.weighed:
+            shape = next(iter(item.refs.values())).shape
+            yield item.key, TensorSpec(item.key, "F32", shape), iter([_weighed(item, reader, weights)])
         if any(part.module.bias is not None for item in shared for _, part in item.parts):
             # lora_bias counts for all modules of an adapter, or for none.
             for item in {item.item.module.path: item for item in shared}.values():
@@ -60,12 +65,14 @@ def settle_whole(
         UnsupportedError: tensors that disagree, and no rule; one that names no adapter; or shapes that have no mean.
     """
     carried: dict[str, TensorRef] = {}
-    averaged, disagreeing = [], []
-    chosen = _chosen(names, rule)
+    averaged, weighed, disagreeing, notes = [], [], [], []
+    chosen, decided = _chosen(names, rule), 0
     with TensorReader() as reader:
         for item in tensors:
             first = next(iter(item.refs.values()))
-            if len(item.refs) == 1 or all(_same(first, other, reader) for other in item.refs.values()):
+            if item.base is not None and len(item.refs) == 1 and weights[next(iter(item.refs))] != 1:
+                weighed.append(item)
+            elif len(item.refs) == 1 or all(_same(first, other, reader) for other in item.refs.values()):
                 carried[item.key] = first
             elif rule is None:
                 disagreeing.append(item.key.removeprefix(KEY_PREFIX))
@@ -75,22 +82,32 @@ def settle_whole(
                         f"{item.key} has another shape in each adapter, which have no mean: name one."
                     )
                 averaged.append(item)
+                decided += 1
             else:
-                carried[item.key] = item.refs.get(chosen, first)
+                number = chosen if chosen in item.refs else next(iter(item.refs))
+                carried[item.key] = item.refs[number]
+                if rule != FIRST and number != chosen:
+                    key = item.key.removeprefix(KEY_PREFIX)
+                    notes.append(f"{key} is not in {names[chosen]}, and is carried as it is in {names[number]}")
+                decided += 1
     if disagreeing:
         shown = ", ".join(disagreeing[:_LISTED]) + (", …" if len(disagreeing) > _LISTED else "")
         raise UnsupportedError(
             f"the adapters bring other values for {shown}, and only one can stand in the result: give --whole first, "
             "--whole mean, or --whole and an adapter's name."
         )
-    notes = [
-        f"{item.key.removeprefix(KEY_PREFIX)} is in {names[next(iter(item.refs))]} alone, and is carried as it is there"
-        for item in tensors
-        if len(item.refs) == 1 and len(names) > 1
-    ]
+    if rule is not None and not decided:
+        notes.append("no whole tensors disagree: --whole decides nothing")
+    for item in tensors:
+        if len(item.refs) == 1 and len(names) > 1:
+            number = next(iter(item.refs))
+            what = f"its change is weighed by {weights[number]:g}" if item in weighed else "is carried as it is there"
+            if item not in weighed and weights[number] != 1:
+                what += f": the weight {weights[number]:g} is for changes by factors"
+            notes.append(f"{item.key.removeprefix(KEY_PREFIX)} is in {names[number]} alone, and {what}")
     if rule == MEAN and averaged and sum(weights) == 0:
         raise UnsupportedError("--whole mean has no mean of weights that add up to 0: name an adapter instead.")
-    return Wholes(carried, tuple(averaged), tuple(notes[:_LISTED]))
+    return Wholes(carried, tuple(averaged), tuple(weighed), tuple(notes[:_LISTED]))
 
 
 def _chosen(names: Sequence[str], rule: str | None) -> int:
@@ -134,6 +151,17 @@ def _mean(item: WholeTensors, reader: TensorReader, weights: Sequence[float]) ->
         for number, ref in refs:
             block += weights[number] / total * reader.read_range(ref, start, stop, buffer).double()
         yield block.float()
+
+
+def _weighed(item: WholeTensors, reader: TensorReader, weights: Sequence[float]) -> torch.Tensor:
+    """W0 + w·(rows − W0), of the base's rows in the place of which they were trained."""
+    assert item.base is not None  # rows are of a tensor
+    ((number, ref),) = item.refs.items()
+    width = item.base.shape[1]
+    before, buffer = torch.empty(ref.shape, dtype=torch.float64), torch.empty(8 * width, dtype=torch.uint8)
+    for place, index in enumerate(item.rows):
+        before[place] = reader.read_range(item.base, index * width, (index + 1) * width, buffer)
+    return before.add_(reader.read(ref).double() - before, alpha=weights[number]).float()
 
 
 def _bias(item: Shared, reader: TensorReader, weights: Sequence[float]) -> torch.Tensor:

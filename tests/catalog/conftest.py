@@ -1,11 +1,10 @@
-"""Small adapters made without PEFT, a warm process to fork runs from, and a cache folder of the test's own."""
+"""Small adapters made without PEFT, runs in forks, and a cache folder of the test's own."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -29,12 +28,7 @@ def cache(tmp_path_factory, monkeypatch) -> Path:
 @pytest.fixture(scope="session")
 def server():
     """Starts processes that have torch and mapconv in memory when they begin."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mapconv.commands.upgrade", "mapconv.commands.catalog"])
-    first = context.Process(target=time.sleep, args=(0,))  # it waits for the server's own start
-    first.start()
-    first.join()
-    return context
+    return multiprocessing.get_context("fork")
 
 
 def make_base(folder: Path, *, seed: int = 0) -> Path:

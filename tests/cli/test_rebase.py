@@ -41,7 +41,7 @@ def bases(tmp_path_factory):
     save_adapter(base, folder / "lora", size=0.05)
     save_adapter(base, folder / "dora", size=0.05, use_dora=True)
     rounded_copy(base, folder / "rounded")
-    write_text(folder / "text.txt", 3)
+    write_text(folder / "text.txt", 3, 2400)
     return folder
 
 

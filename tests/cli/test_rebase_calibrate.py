@@ -23,7 +23,7 @@ def bases(tmp_path_factory):
     base = save_base(folder / "base")
     save_adapter(base, folder / "lora", size=0.05)
     rounded_copy(base, folder / "rounded")
-    write_text(folder / "text.txt", 3)
+    write_text(folder / "text.txt", 3, 2400)
     return folder
 
 

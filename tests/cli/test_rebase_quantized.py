@@ -27,7 +27,7 @@ def files(tmp_path_factory):
     (gguf.parent / "config.json").write_text((plain / "config.json").read_text())
     codes, twin = quantize_with_twin(plain, "nf4", folder)
     lora = save_adapter(plain, folder / "lora", size=0.05)
-    write_text(folder / "text.txt", 3)
+    write_text(folder / "text.txt", 3, 2400)
     return SimpleNamespace(plain=plain, gguf=gguf, codes=codes, twin=twin, lora=lora, text=folder / "text.txt")
 
 

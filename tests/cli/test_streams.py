@@ -53,9 +53,10 @@ def test_an_encoding_that_lacks_a_character(forked, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_file_name_that_is_no_text(tmp_path):
-    name = os.fsencode(tmp_path) + b"/\xff\n\x1b"
-    done = subprocess.run([*MAPCONV, "inspect", name], capture_output=True, text=True, check=False)
+def test_a_file_name_that_is_no_text(forked, tmp_path):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n\x1b")
+    code = "from mapconv.cli import run\nrun()"
+    done = forked.run(code, ["mapconv", "inspect", name], dict(os.environ), tmp_path / "process")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "\\udcff\\n\\x1b does not exist" in done.stderr

@@ -15,10 +15,10 @@ TEXT = "the quick brown fox jumps over the lazy dog, and then (at 9:15) it jumps
 LENGTH = ["--sequence-length", 32, "--samples", 24]
 
 
-def write_text(path, seed: int):
-    """A few thousand characters, each of which is a token, drawn from those of the sentence."""
+def write_text(path, seed: int, size: int = 8000):
+    """So many characters, each of which is a token, drawn from those of the sentence."""
     draw = torch.Generator().manual_seed(seed)
-    order = torch.randint(0, len(TEXT) - 1, (8000,), generator=draw).tolist()
+    order = torch.randint(0, len(TEXT) - 1, (size,), generator=draw).tolist()
     path.write_text("".join(TEXT[index] for index in order))
     return path
 

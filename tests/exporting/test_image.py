@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import mapconv
 from tests.cli.refusals import assert_refused
-from tests.formats.image.bases import BASES, Base
+from tests.formats.image.bases import BASES, FLUX, Base
+from tests.formats.image.updates import KINDS, low_rank
 
 FILES = {"kohya": "out.safetensors", "comfyui": "out.safetensors", "diffusers": "out"}
 
@@ -115,3 +116,49 @@ def test_a_model_of_text_has_no_names_there(run, lora, tmp_path):
     for to, file in FILES.items():
         assert_refused(run("export", lora, "--to", to, "-o", tmp_path / file), "has no names for the modules", "--to")
     assert json.loads((lora / "adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "loha", "lokr-w2", "full"])
+def test_comfyui_loads_the_keys_of_kohya(kind, run, tmp_path):
+    tensors, _ = KINDS[kind](torch.Size((12, 8)), torch.Generator().manual_seed(1))
+    save_file({f"lora_unet_mid_block_proj.{ending}": t for ending, t in tensors.items()}, tmp_path / "a.safetensors")
+    done = run("export", tmp_path / "a.safetensors", "--for", "comfyui", "--check")
+    assert (done.status, "comfyui loads it as it is" in done.out) == (0, True), done.out
+
+
+@pytest.mark.parametrize("to", ["kohya", "comfyui", "diffusers"])
+def test_a_file_of_a_denoiser_alone_has_names(to, bases, tmp_path):
+    base, tensors = bases["flux-file"], {}
+    generator = torch.Generator().manual_seed(1)
+    for names, key, width in FLUX:
+        rows = sum(base.places[f"unet.{name}"][2] for name in names)
+        parts, _ = low_rank(torch.Size((rows, width)), generator)
+        # diffusers has no name for a query, key and value in one.
+        if to != "diffusers" or len(names) == 1:
+            tensors |= {f"lora_unet_{key.replace('.', '_')}.{ending}": tensor for ending, tensor in parts.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    out = tmp_path / FILES[to]
+    assert mapconv.export(tmp_path / "a.safetensors", out, to=to, base=base.path).worst_error < 1e-6
+    written = out / "pytorch_lora_weights.safetensors" if to == "diffusers" else out
+    merged = []
+    for number, adapter in enumerate((tmp_path / "a.safetensors", written)):
+        mapconv.merge(adapter, tmp_path / f"{number}.safetensors", base=base.path)
+        merged.append(base.weights(tmp_path / f"{number}.safetensors"))
+    for module, weight in merged[0].items():
+        torch.testing.assert_close(merged[1][module], weight, rtol=1e-6, atol=1e-6)
+
+
+def test_kohya_has_no_name_for_a_query_alone(bases, tmp_path):
+    parts, _ = low_rank(torch.Size((8, 8)), torch.Generator().manual_seed(1))
+    key = "transformer.transformer_blocks.0.attn.to_q"
+    a, b = parts["lora_down.weight"], parts["lora_up.weight"]
+    save_file({f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, tmp_path / "a.safetensors")
+    with pytest.raises(mapconv.MapconvError, match="to_q"):
+        mapconv.export(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="kohya", base=bases["flux-file"].path)
+
+
+@pytest.mark.parametrize("name", ["pipeline", "file"])
+def test_no_server_of_language_models_for_a_model_of_images(name, bases, run, tmp_path):
+    source = source_for(bases["pipeline"], tmp_path / "source.safetensors")
+    done = run("export", source, "--for", "vllm", "--base", bases[name].path, "-o", tmp_path / "out")
+    assert_refused(done, "vLLM runs language models")

@@ -16,7 +16,7 @@ from mapconv.refit.plan import ConvertOptions, plan_upgrade
         ("lora", {"rank": 4}, "keep-lora"),
         ("lora", {"rank": 3}, "resize"),
         ("lora", {"tolerance": 0.1}, "resize"),
-        ("lora", {"rank": 3, "statistics": "full"}, "refit"),
+        ("lora", {"rank": 3, "statistics": "full"}, "resize"),
         ("lora", {"rank_at_most": 3}, "resize"),
         ("lora", {"rank_at_most": 9}, "keep-lora"),
         ("dora", {"rank_at_most": 3}, "refit"),

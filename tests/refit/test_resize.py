@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import mapconv
 from mapconv.algebra import pencil
 from mapconv.placement import weights as placed_weights
+from mapconv.refit.products import approximate_product
 
 KEY = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
 
@@ -55,3 +56,28 @@ def test_one_rank_for_all_modules(lora, dora, tmp_path):
         assert {len(value) for key, value in tensors.items() if "lora_A" in key} == {6}
     assert max(module.error for module in mapconv.upgrade(lora, tmp_path / "again", rank_at_most=6).modules) < 1e-6
     assert mapconv.verify(tmp_path / "lora", lora).kl < 1e-9
+
+
+@pytest.mark.parametrize("limit", [{"rank": 2}, {"tolerance": 0.4}])
+@pytest.mark.parametrize("statistics", ["full", "diagonal"])
+def test_with_data_it_is_the_best_for_the_outputs(lora, text, tmp_path, no_matrix, monkeypatch, limit, statistics):
+    seen = {}
+
+    def spy(B, A, wanted, **options):
+        seen[wanted.path] = B, A, options["root"].factor.double()
+        return approximate_product(B, A, wanted, **options)
+
+    monkeypatch.setattr("mapconv.refit.converter.approximate_product", spy)
+    settings = {"samples": 4, "sequence_length": 32, "statistics": statistics}
+    result = mapconv.upgrade(lora, tmp_path / "out", data=text, **limit, **settings)
+    assert result.plain_lora
+    assert len(seen) == len(result.modules)
+    for module in result.modules:
+        B, A, root = seen[module.path]
+        wanted = B.double() @ A.double() @ (root if root.ndim == 2 else root.diag())
+        values = torch.linalg.svdvals(wanted).square()
+        best = float(values[module.rank :].sum() / values.sum()) ** 0.5
+        assert module.output_error == pytest.approx(best, abs=1e-5)
+        if "tolerance" in limit:
+            assert best <= 0.4 + 1e-5
+            assert float(values[module.rank - 1 :].sum() / values.sum()) ** 0.5 > 0.4

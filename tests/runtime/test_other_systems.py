@@ -11,7 +11,7 @@ import pytest
 
 import mapconv
 from mapconv.catalog import faults
-from mapconv.checkpoint import readahead
+from mapconv.checkpoint import flushing, readahead
 from mapconv.checkpoint.flushing import flush_data
 from mapconv.checkpoint.staging import staged_folder
 from mapconv.checkpoint.writer import copy_range
@@ -42,6 +42,11 @@ def test_flushing_without_fdatasync(monkeypatch, tmp_path):
     assert flushed == [7]
 
 
+def test_flushing_without_sync_file_range(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda *arguments, **named: object())
+    module_again(flushing).begin_flush(7)
+
+
 def test_faults_without_eremoteio(monkeypatch):
     monkeypatch.delattr(errno, "EREMOTEIO")
     fresh = module_again(faults)
@@ -63,7 +68,9 @@ def test_a_folder_replaced_without_renameat2(monkeypatch, tmp_path):
 def test_reading_ahead_without_posix_fadvise(monkeypatch, tmp_path):
     monkeypatch.delattr(os, "posix_fadvise")
     (tmp_path / "weights").write_bytes(bytes(100))
-    assert readahead._advise(tmp_path / "weights", [(0, 100)], 100) == 0
+    readahead.read_ahead([tmp_path / "weights"], None, whole_base=True).join()
+    jobs = [(tmp_path / "weights", 0, 100)]
+    assert list(readahead.reading_ahead(jobs, lambda job: [job])) == jobs
 
 
 def test_copying_without_copy_file_range(monkeypatch, tmp_path):

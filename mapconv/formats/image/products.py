@@ -106,6 +106,10 @@ class Hadamard(Update):
     """(L1 R1) ∘ (L2 R2)."""
 
     @property
+    def label(self) -> str:
+        return "LoHa"
+
+    @property
     def _height(self) -> int:
         return self.one.shape[0]
 
@@ -135,6 +139,10 @@ class HadamardRight(Product):
 
 class Kronecker(Update):
     """kron(W1, W2)."""
+
+    @property
+    def label(self) -> str:
+        return "LoKr"
 
     @property
     def _height(self) -> int:

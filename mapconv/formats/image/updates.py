@@ -220,7 +220,7 @@ def required(parts: KeyParts, part: str) -> TensorRef:
     """
     ref = parts.tensors.get(part)
     if ref is None:
-        known = next(iter(parts.tensors.values()))
+        known = next(known for name, known in parts.tensors.items() if name != "alpha" or len(parts.tensors) == 1)
         raise AdapterError(f"{known.file}: {known.name} has no counterpart ({part}): the file is incomplete.")
     return _float(ref)
 

@@ -23,6 +23,11 @@ _PREFIXES = (
     Component(("text_encoder_3",), "text_encoders.t5xxl.transformer."),
     Component(("vae",), "first_stage_model."),
 )
+#: How names begin in a file of a denoiser alone, in which they stand without a prefix: Flux, SD3, U-Nets, Wan.
+_DENOISER_NAMES = (
+    "double_blocks.", "single_blocks.", "joint_blocks.", "input_blocks.", "transformer_blocks.", "down_blocks.",
+    "patch_embedding.",
+)  # fmt: skip
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -34,7 +39,7 @@ def components_of(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[Co
     found = tuple(part for part in _PREFIXES if any(name.startswith(part.prefix) for name in checkpoint.tensors))
     if found:
         return found
-    if "_class_name" in config:
+    if "_class_name" in config or any(name.startswith(_DENOISER_NAMES) for name in checkpoint.tensors):
         return (Component(("denoiser",)),)
     if any(str(name).endswith(("TextModel", "TextModelWithProjection", "EncoderModel")) for name in _classes(config)):
         return (Component(_TEXT_ENCODERS),)

@@ -14,6 +14,7 @@ import mapconv
 from mapconv.errors import AdapterError, MapconvError, PlacementError, UnsupportedError
 from mapconv.formats import read_adapter
 
+from .bases import flux_file
 from .updates import KINDS
 
 KEY = "lora_unet_mid_block_attentions_0_proj_in"
@@ -137,3 +138,24 @@ def test_any_change_of_a_file_is_a_sentence(tmp_path):
         except MapconvError:
             refused += 1
     assert 20 < refused < 120
+
+
+def test_a_text_encoder_that_a_file_of_a_denoiser_has_not_got(tmp_path):
+    flux = flux_file(tmp_path / "flux").path
+    tensors = {key.replace("lora_unet_", "lora_te1_text_model_"): tensor for key, tensor in FACTORS.items()}
+    with pytest.raises(mapconv.MapconvError, match=r"adapts text_encoder .* but the base has only denoiser"):
+        mapconv.merge(file(tmp_path, tensors), tmp_path / "out.safetensors", base=flux)
+
+
+def test_a_result_that_is_a_folder_is_not_named_as_a_file(base, run, tmp_path):
+    source = file(tmp_path, FACTORS)
+    for command, name in (("merge", "out.safetensors"), ("upgrade", "out.gguf")):
+        done = run(command, source, "--base", base, "-o", tmp_path / name)
+        assert (done.status, "is a file's name" in done.err) == (1, True), done.err
+        assert not (tmp_path / name).exists()
+
+
+def test_the_part_that_is_there_is_named(tmp_path):
+    tensors = {"lora_unet_conv_in.alpha": torch.tensor(1.0), "lora_unet_conv_in.lora_down.weight": torch.zeros(2, 8)}
+    with pytest.raises(mapconv.MapconvError, match=r"lora_down\.weight has no counterpart"):
+        mapconv.inspect(file(tmp_path, tensors))

@@ -172,3 +172,15 @@ def test_the_formulas_are_lycoris_own(kind):
         names = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
         found = lokr.kron_weight(*(parts.get(f"lokr_{name}") for name in names), scale=ALPHA / RANK)
     torch.testing.assert_close(found.view(shape).double(), delta, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dora", "said"),
+    [("loha", None, "LoHa adapter"), ("lokr-w2", None, "LoKr adapter"), ("full", None, "full difference adapter"),
+     ("loha", "out", "LoHa with magnitudes adapter"), ("low-rank", "out", "DoRA adapter")],
+)  # fmt: skip
+def test_inspect_says_what_the_updates_are(kind, dora, said, unet, run, tmp_path):
+    written(unet, tmp_path / "style.safetensors", kind, dora)
+    done = run("inspect", tmp_path / "style.safetensors")
+    assert done.out.startswith(f"{tmp_path / 'style.safetensors'}: {said}, "), done.out
+    assert "the factors are kept" not in done.out
