@@ -10,9 +10,11 @@ import json
 import math
 import os
 import struct
+from collections import OrderedDict
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeGuard
 
 from mapconv.adapter import ITEM_SIZES, TensorRef
@@ -25,6 +27,8 @@ from mapconv.jsonfile import without_duplicates
 MAX_HEADER_BYTES = 100_000_000
 #: The largest size that a file system or torch can speak of, and the most dimensions of a torch tensor.
 MAX_SIZE, MAX_DIMENSIONS = 2**63 - 1, 64
+#: Tensors of models' files whose records a process keeps.
+KEPT_TENSORS = 20_000
 #: Several times the longest path of any model's module: names are compared with each other, letter by letter.
 MAX_NAME = 1_000
 
@@ -37,6 +41,27 @@ class TensorFile:
     tensors: tuple[TensorRef, ...]
     metadata: dict[str, str]
     signature: FileSignature
+
+
+_kept: OrderedDict[tuple[str, Path], TensorFile] = OrderedDict()
+_lock = Lock()
+
+
+def read_model_file(path: Path) -> TensorFile:
+    """As ``read_tensor_file``, of a file that many adapters are placed on: parsed anew only when it has changed."""
+    with open_regular(path, CheckpointError) as file:
+        signature = FileSignature.of(os.fstat(file.fileno()))
+    key = os.path.abspath(path), path
+    with _lock:
+        known = _kept.get(key)
+    if known is None or known.signature != signature:
+        known = read_tensor_file(path)
+    with _lock:
+        _kept[key] = known
+        _kept.move_to_end(key)
+        while sum(len(kept.tensors) for kept in _kept.values()) > KEPT_TENSORS:
+            _kept.popitem(last=False)
+    return known
 
 
 def read_tensor_file(path: Path) -> TensorFile:

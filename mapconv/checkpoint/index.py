@@ -11,7 +11,7 @@ from mapconv.adapter import TensorRef
 from mapconv.checkpoint.filenames import PIPELINE_FILE, STEMS, weights_files
 from mapconv.checkpoint.gguf.header import is_gguf
 from mapconv.checkpoint.gguf.model import read_gguf_model
-from mapconv.checkpoint.headers import TensorFile, read_tensor_file
+from mapconv.checkpoint.headers import TensorFile, read_model_file
 from mapconv.checkpoint.sidecars import check_folder
 from mapconv.checkpoint.unchanged import FileSignature
 from mapconv.errors import CheckpointError
@@ -92,7 +92,7 @@ def read_checkpoint(folder: Path, source: ByteSource | None = None) -> Checkpoin
         CheckpointError: no safetensors weights, an index and shards that do not agree, or a link out of the folder.
     """
     if folder.is_file() and folder.suffix == ".safetensors":
-        found = replace(_checkpoint(folder, [read_tensor_file(folder)], None), stem=folder.stem)
+        found = replace(_checkpoint(folder, [read_model_file(folder)], None), stem=folder.stem)
     else:
         found = _read_gguf(folder, source) if is_gguf(folder) else _read_folder(folder)
     return replace(found, source=source)
@@ -119,7 +119,7 @@ def _read_folder(folder: Path) -> Checkpoint:
     for stem in STEMS:
         single, index_path = (folder / name for name in weights_files(stem))
         if single.exists():
-            return replace(_checkpoint(folder, [read_tensor_file(single)], None), stem=stem)
+            return replace(_checkpoint(folder, [read_model_file(single)], None), stem=stem)
         if index_path.exists():
             return replace(_read_sharded(folder, index_path), stem=stem)
     if not folder.is_dir():
@@ -183,7 +183,7 @@ def _read_sharded(folder: Path, index_path: Path) -> Checkpoint:
             raise CheckpointError(f"{index_path} points outside its folder ({name}): refusing to follow it.")
         if not os.path.exists(folder / name):  # false, where Path.exists() raises, for a name that can be no file's
             raise CheckpointError(f"{index_path} lists {name}, which is not in {folder}: download the missing shard.")
-    files = [read_tensor_file(folder / name) for name in shard_names]
+    files = [read_model_file(folder / name) for name in shard_names]
     checkpoint = _checkpoint(folder, files, index.get("metadata") or {})
     for name, shard in weight_map.items():
         ref = checkpoint.tensors.get(name)

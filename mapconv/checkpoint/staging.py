@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from mapconv.checkpoint.exchange import hidden_sibling, put_in_place, take_back, token
 from mapconv.checkpoint.filenames import AWAITING
+from mapconv.checkpoint.flushing import begin_flush
 from mapconv.checkpoint.replaceable import check_replaceable
 from mapconv.errors import DiskFullError, OutputError
 
@@ -228,11 +229,13 @@ def _tidy(out: Path, *, remove: bool) -> None:
 
 def _flush(folder: Path) -> None:
     """Push all files to the disk, so that no power cut leaves a name without its content."""
-    for root, _, files in os.walk(folder):
-        for name in files:
-            descriptor = os.open(os.path.join(root, name), os.O_RDONLY)
+    paths = [os.path.join(root, name) for root, _, files in os.walk(folder) for name in files]
+    # All have their places on the disk before the first is waited for: a journal then commits them together.
+    for push in (begin_flush, os.fsync):
+        for path in paths:
+            descriptor = os.open(path, os.O_RDONLY)
             try:
-                os.fsync(descriptor)
+                push(descriptor)
             finally:
                 os.close(descriptor)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from mapconv.adapter import ITEM_SIZES, TensorRef
+from mapconv.checkpoint.flushing import begin_flush
 from mapconv.checkpoint.reader import SAFETENSORS_DTYPES
 
 #: What PEFT and transformers write into a file's header.
@@ -146,7 +147,10 @@ class SpooledFile:
             self._flush()
 
     def _flush(self) -> None:
-        write_all_at(self._spool, self._waiting, len(self._header) + self._size)
+        start = len(self._header) + self._size
+        write_all_at(self._spool, self._waiting, start)
+        if self._expected:  # else the bytes are moved once more
+            begin_flush(self._spool, start, self._waiting_bytes)
         self._size += self._waiting_bytes
         self._waiting, self._waiting_bytes = [], 0
 

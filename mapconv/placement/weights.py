@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -47,6 +48,13 @@ class Piece:
         """Which rows of the stored matrix belong to this piece."""
         return (0, self.grid[1]) if self.transposed else (self.offset, self.offset + self.stop - self.start)
 
+    @property
+    def place(self) -> str:
+        """Which rows of which tensor."""
+        rows = f"{self.index}:{self.offset}:{self.stop - self.start}"
+        whole = not (self.stacked or self.transposed or self.offset) and self.stop - self.start == self.grid[1]
+        return self.tensor.name if whole else f"{self.tensor.name}[{rows}{'T' if self.transposed else ''}]"
+
 
 @dataclass(frozen=True)
 class WeightView:
@@ -54,6 +62,11 @@ class WeightView:
 
     shape: tuple[int, int]
     pieces: tuple[Piece, ...]
+
+    @cached_property
+    def place(self) -> str:
+        """What tells a weight from the others of its base: which rows of which tensors."""
+        return " + ".join(piece.place for piece in self.pieces)
 
     @property
     def nbytes(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mapconv.adapter import MapModule
-from mapconv.checkpoint.index import read_tensor_file
+from mapconv.checkpoint.headers import read_tensor_file
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.sidecars import copy_tokenizer
 from mapconv.checkpoint.staging import write_file

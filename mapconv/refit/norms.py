@@ -30,7 +30,7 @@ from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.staging import replace_file
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.base_check import base_fault
-from mapconv.placement.weights import Piece, PlacedModule, WeightView, weight_fingerprint
+from mapconv.placement.weights import PlacedModule, WeightView, weight_fingerprint
 from mapconv.runtime.threads import in_order, worker_count
 
 _CACHE_VERSION = 2
@@ -64,11 +64,11 @@ class BaseNorms:
         self._table: dict[str, Fingerprint] = {} if self._folder is None else self._known()
 
     def __getitem__(self, weight: WeightView) -> Fingerprint:
-        return self._table[_name(weight)]
+        return self._table[weight.place]
 
     def missing(self, weights: Iterable[WeightView]) -> list[WeightView]:
         """Those that must be read for their norm."""
-        return [weight for weight in weights if _name(weight) not in self._table]
+        return [weight for weight in weights if weight.place not in self._table]
 
     def load(self, weights: Iterable[WeightView], reader: TensorReader) -> None:
         """Have the norm of each weight: from the cache, or in one pass over those that it lacks.
@@ -85,7 +85,7 @@ class BaseNorms:
             # One core for each weight, so that a sum does not depend on how many there are.
             workers = worker_count(16 * BLOCK_ELEMENTS)
             found = in_order(lambda weight: weight_fingerprint(weight, reader), missing, workers)
-            self._table = self._table | dict(zip(map(_name, missing), found, strict=True))
+            self._table = self._table | dict(zip((weight.place for weight in missing), found, strict=True))
             if missing and self._folder is not None:
                 self._write(self._table)
                 self._keep(self._table)
@@ -187,14 +187,3 @@ def _identity(checkpoint: Checkpoint) -> str:
                 # What the codes stand for is in the configuration too: the size of a block, a format's version.
                 digest.update(repr(ref.encoding).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-
-def _name(weight: WeightView) -> str:
-    """What tells a weight from the others of its base: which rows of which tensors."""
-    return " + ".join(map(_piece_name, weight.pieces))
-
-
-def _piece_name(piece: Piece) -> str:
-    rows = f"{piece.index}:{piece.offset}:{piece.stop - piece.start}"
-    whole = not (piece.stacked or piece.transposed or piece.offset) and piece.stop - piece.start == piece.grid[1]
-    return piece.tensor.name if whole else f"{piece.tensor.name}[{rows}{'T' if piece.transposed else ''}]"

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mapconv.adapter import TensorRef
-from mapconv.checkpoint.headers import read_tensor_file
+from mapconv.checkpoint import headers
+from mapconv.checkpoint.headers import read_model_file, read_tensor_file
 from mapconv.checkpoint.index import read_checkpoint
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.checkpoint.writer import FixedFile, SpooledFile, TensorSpec, copy_range, lay_out, write_all_at
@@ -48,6 +49,26 @@ def test_headers_say_what_the_library_says(tensors, tmp_path):
             name: theirs.get_slice(name).get_dtype()
             for name in theirs.keys()  # noqa: SIM118
         }
+
+
+def test_a_models_header_is_parsed_again_when_its_file_has_changed(tmp_path, monkeypatch):
+    path, other = tmp_path / "model.safetensors", tmp_path / "other.safetensors"
+    save_file({"a": torch.ones(3)}, path)
+    save_file({"b": torch.ones(3)}, other)
+    first = read_model_file(path)
+    assert read_model_file(path) is first
+    os.replace(other, path)
+    assert [ref.name for ref in read_model_file(path).tensors] == ["b"]
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        read_model_file(path)
+    # What is kept has an end.
+    monkeypatch.setattr(headers, "KEPT_TENSORS", 1)
+    save_file({"c": torch.ones(3)}, path)
+    save_file({"d": torch.ones(3)}, other)
+    kept = read_model_file(path)
+    read_model_file(other)
+    assert read_model_file(path) is not kept
 
 
 def test_reading_whole_tensors_rows_and_ranges(tensors, tmp_path):

@@ -7,8 +7,12 @@ import os
 import threading
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from mapconv.checkpoint import writer
 from mapconv.checkpoint.flushing import BackgroundFlush
+from mapconv.checkpoint.writer import METADATA, SpooledFile, TensorSpec, lay_out
 from tests.cli.refusals import assert_refused, nothing_written
 
 
@@ -37,3 +41,17 @@ def test_the_run_fails_with_the_disk(run, lora, base, tmp_path, monkeypatch):
     monkeypatch.setattr("os.fdatasync", broken)
     with nothing_written(tmp_path):
         assert_refused(run("merge", lora, "--base", base, "-o", tmp_path / "out"), "no space left on the disk")
+
+
+def test_a_spool_file_is_on_its_way_to_the_disk_while_it_is_written(monkeypatch, tmp_path):
+    begun = []
+    monkeypatch.setattr(writer, "begin_flush", lambda descriptor, start, nbytes: begun.append((start, nbytes)))
+    monkeypatch.setattr(writer, "SPOOL_BYTES", 40)
+    specs = [TensorSpec(name, "F32", (10,)) for name in "abc"]
+    header, _ = lay_out(tmp_path / "x", specs, METADATA)
+    file = SpooledFile(tmp_path / "x.safetensors", specs)
+    for spec in specs:
+        file.append(spec.name, torch.ones(10))
+    assert begun == [(len(header) + start, 40) for start in (0, 40, 80)]
+    file.finish()
+    assert set(load_file(tmp_path / "x.safetensors")) == set("abc")

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from mapconv.algebra.fingerprint import matrix_fingerprint
-from mapconv.checkpoint.index import read_tensor_file
+from mapconv.checkpoint.headers import read_tensor_file
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.placement.matrices import MatrixRows
 from mapconv.placement.weights import Piece, WeightView

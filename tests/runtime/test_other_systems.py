@@ -11,7 +11,7 @@ import pytest
 
 import mapconv
 from mapconv.catalog import faults
-from mapconv.checkpoint import readahead
+from mapconv.checkpoint import flushing, readahead
 from mapconv.checkpoint.flushing import flush_data
 from mapconv.checkpoint.staging import staged_folder
 from mapconv.checkpoint.writer import copy_range
@@ -40,6 +40,11 @@ def test_flushing_without_fdatasync(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "fsync", flushed.append)
     flush_data(7)
     assert flushed == [7]
+
+
+def test_flushing_without_sync_file_range(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda *arguments, **named: object())
+    module_again(flushing).begin_flush(7)
 
 
 def test_faults_without_eremoteio(monkeypatch):

@@ -45,6 +45,7 @@ __all__ = ["described_by", "plain_dtype", "plain_view", "storages"]
 CODECS: tuple[Codec, ...] = (
     BitsAndBytes(), BlockFp8(), CompressedTensors(), Mxfp4(), ModelOpt(), FbgemmFp8(), Gptq(), Awq(), Mlx(),
 )  # fmt: skip
+_SIGNATURES = tuple(ending for codec in CODECS for ending in codec.signature)
 #: What a server needs beside the weights: scales of inputs and of the cache. No plain model has them.
 _SERVING = (
     ".input_scale", ".activation_scale", ".input_global_scale", ".input_zero_point", ".output_scale", ".q_scale",
@@ -132,8 +133,8 @@ def _codec(checkpoint: Checkpoint, settings: Mapping[str, Any] | None) -> Codec 
     """The codec that the configuration names; without one, that of tensors which nothing else can be."""
     method = None if settings is None else settings.get("quant_method")
     if method is None:
-        names = checkpoint.tensors
-        return next((codec for codec in CODECS if any(name.endswith(codec.signature) for name in names)), None)
+        signed = [name for name in checkpoint.tensors if name.endswith(_SIGNATURES)]
+        return next((codec for codec in CODECS if any(name.endswith(codec.signature) for name in signed)), None)
     for codec in CODECS:
         if method in codec.methods:
             return codec
