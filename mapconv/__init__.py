@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mapconv.commands.statistics import statistics
     from mapconv.commands.upgrade import upgrade
     from mapconv.commands.verify import verify
+    from mapconv.commands.verify_combination import verify_combination
     from mapconv.errors import MapconvError
     from mapconv.nn.attaching import detach, disabled, map_layers, set_adapter
     from mapconv.nn.config import MapConfig
@@ -45,6 +46,7 @@ __all__ = [
     "export", "extract", "get_map_model", "inspect", "load_adapter", "map_layers", "merge",
     "print_trainable_parameters", "push", "rebase", "report", "save_adapter", "set_adapter", "statistics", "upgrade",
     "verify",
+    "verify_combination",
 ]  # fmt: skip
 
 _HOMES = {
@@ -71,6 +73,7 @@ _HOMES = {
     "statistics": "mapconv.commands.statistics",
     "upgrade": "mapconv.commands.upgrade",
     "verify": "mapconv.commands.verify",
+    "verify_combination": "mapconv.commands.verify_combination",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 import types
@@ -20,11 +21,17 @@ class Original:
     def __init__(self, value: Any) -> None:
         self._apart: list[Any] = []
         buffer = io.BytesIO()
-        _Pickler(buffer, self._apart).dump(value)
-        self._rest = buffer.getvalue()
+        try:
+            _Pickler(buffer, self._apart).dump(value)
+        except RuntimeError:  # torch refuses to pickle a module whose weight is parametrised, as a weight norm is
+            self._whole = copy.deepcopy(value)
+            buffer = None
+        self._rest = None if buffer is None else buffer.getvalue()
 
     def copy(self) -> Any:
         """A copy whose tensors are its own; what was one tensor at two places is one tensor in the copy."""
+        if self._rest is None:
+            return copy.deepcopy(self._whole)
         return _Unpickler(io.BytesIO(self._rest), self._apart).load()
 
 

@@ -1,11 +1,13 @@
 """A LoRA of SDXL's size in kohya's form: mapconv beside ``cp``, beside reading, and beside diffusers.
 
 SDXL's U-Net (5.1 GB in float16) in a folder of diffusers, and a LoRA of rank 32 on its 722 linear layers of attention,
-both of random numbers. ``upgrade`` is held against reading the same bytes, ``merge`` against copying the folder.
+both of random numbers. ``upgrade`` is held against reading the same bytes, ``merge`` against copying the folder,
+with and without waiting for the disk: mapconv's files are on it when it ends.
 
     python examples/benchmarks/dialects.py /tmp/bench [--runs 3] [--diffusers]
 
-Needs diffusers, for the names of the U-Net. ``--diffusers`` times its load, fuse and save as well.
+Needs diffusers, for the names of the U-Net. ``--diffusers`` times its load, fuse and save as well, and
+says what each step takes.
 """
 
 from __future__ import annotations
@@ -55,14 +57,25 @@ for name in sys.argv[1:]:
         while file.readinto(buffer): pass
 """
 DIFFUSERS = """
-import sys, torch
+import sys, time
+steps = []
+def step(name): steps.append((name, time.perf_counter(), time.process_time()))
+step("imports")
+import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 base, adapter, out = sys.argv[1:]
+step("base")
 unet = UNet2DConditionModel.from_pretrained(base, torch_dtype=torch.float16)
+step("adapter")
 state, alphas = StableDiffusionXLPipeline.lora_state_dict(adapter, unet_config=unet.config)
 StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, unet)
+step("fuse")
 unet.fuse_lora(); unet.unload_lora()
+step("save")
 unet.save_pretrained(out)
+step("")
+took = [f"{a[0]} {b[1] - a[1]:.1f} s ({b[2] - a[2]:.1f} CPU s)" for a, b in zip(steps, steps[1:])]
+print(", ".join(took))
 """
 
 
@@ -130,19 +143,21 @@ def main() -> None:
     options = parser.parse_args()
     base, lora = write_unet(options.folder / "unet"), write_lora(options.folder / "style.safetensors")
     weights, out = base / "diffusion_pytorch_model.safetensors", options.folder / "out"
+    synced = f"cp -r {base} {out} && sync -f {out}"
     for command in ("upgrade", "merge"):
         start_up = median([python(START_UP.format(command)) for _ in range(options.runs)])
-        ours, other = [], []
+        peers = {"reading": lambda: python(READ, weights, lora)}
+        if command == "merge":
+            peers = {"cp": lambda: run("cp", "-r", base, out), "cp and sync": lambda: run("sh", "-c", synced)}
+            if options.diffusers:
+                peers["diffusers"] = lambda: python(DIFFUSERS, base, lora, out)
+        ours: list[Run] = []
+        others: dict[str, list[Run]] = {name: [] for name in peers}
         for _ in range(options.runs):
-            peer = (
-                (lambda: python(READ, weights, lora)) if command == "upgrade" else (lambda: run("cp", "-r", base, out))
-            )
-            other.append(_fresh(out, peer))
             ours.append(_fresh(out, lambda c=command: mapconv(c, lora, "--base", base, "-o", out, "-q")))
-        _report(command, median(ours), start_up, median(other), "reading" if command == "upgrade" else "cp")
-    if options.diffusers:
-        theirs = median([_fresh(out, lambda: python(DIFFUSERS, base, lora, out)) for _ in range(options.runs)])
-        print(f"diffusers: load, fuse, save {theirs.seconds:.2f} s, {theirs.cpu:.2f} CPU s, {theirs.megabytes:.0f} MB")
+            for name, peer in peers.items():
+                others[name].append(_fresh(out, peer))
+        _report(command, median(ours), start_up, {name: median(runs) for name, runs in others.items()})
 
 
 def _fresh(out: Path, command) -> Run:
@@ -150,15 +165,17 @@ def _fresh(out: Path, command) -> Run:
     return command()
 
 
-def _report(command: str, ours: Run, start_up: Run, other: Run, peer: str) -> None:
-    net = ours.seconds - start_up.seconds
-    net_cpu = ours.cpu - start_up.cpu
-    print(f"{command:8} {ours.seconds:6.2f} s, {net:6.2f} s net of start-up, {ours.megabytes:5.0f} MB; ", end="")
-    print(f"{peer} {other.seconds:6.2f} s: {net / other.seconds:.2f} ×")
-    print(
-        f"{'':8} {ours.cpu:6.2f} CPU s, {net_cpu:.2f} net; {peer} {other.cpu:.2f}: {net_cpu / other.cpu:.2f} ×",
-        flush=True,
-    )
+def _report(command: str, ours: Run, start_up: Run, others: dict[str, Run]) -> None:
+    net, net_cpu = ours.seconds - start_up.seconds, ours.cpu - start_up.cpu
+    print(f"{command}: {ours.seconds:.2f} s, {ours.cpu:.2f} CPU s, {ours.megabytes:.0f} MB; ", end="")
+    print(f"net of start-up {net:.2f} s, {net_cpu:.2f} CPU s", flush=True)
+    for name, other in others.items():
+        print(f"  {name}: {other.seconds:.2f} s, {other.cpu:.2f} CPU s, {other.megabytes:.0f} MB; ", end="")
+        if name == "diffusers":
+            print(f"{other.seconds / ours.seconds:.2f} × ours whole, {other.cpu / ours.cpu:.2f} × in CPU s")
+            print(f"    {other.output}")
+        else:
+            print(f"ours net of start-up {net / other.seconds:.2f} ×, {net_cpu / max(0.01, other.cpu):.2f} × in CPU s")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,7 @@ _GIVEN_LATER = {("push", "repo_id"), ("merge", "out")}
 _APART = {
     "rebase": {"calibrate": "give calibrate as an option below rebase"},
     "extract": {"calibrate": "there is no adapter to go by"},
-    "combine": {
-        "calibrate": "there is no one adapter to go by",
-        "verify": "there is no one adapter to compare with",
-    },
+    "combine": {"calibrate": "there is no one adapter to go by"},
 }
 _KEYS = ("source", "base", "output", *STAGES)
 _KEY_SET = frozenset(_KEYS)

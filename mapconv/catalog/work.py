@@ -105,8 +105,11 @@ def _convert(job: Job, table: dict[str, Any]) -> None:
     }
     if "verify" in stages:
         table["stage"] = "verify"
-        report = mapconv.verify(job.output, source, base=base, **apart, **stages["verify"])
-        table["kl"] = report.kl
+        if job.command == "combine":
+            asked = stages["verify"]
+            table["kl"] = mapconv.verify_combination(job.output, job.sources, stages["combine"], base=base, **asked).kl
+        else:
+            table["kl"] = mapconv.verify(job.output, source, base=base, **apart, **stages["verify"]).kl
     if job.merged is not None:
         table["stage"] = "merge"
         merged = mapconv.merge(job.output, job.merged, base=base, force=True, **stages["merge"])

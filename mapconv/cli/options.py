@@ -106,7 +106,7 @@ def _click_type(kind: Kind) -> click.ParamType:
         return click.IntRange(min=kind.least)
     if isinstance(kind, Real):
         low = kind.least if kind.above is None else kind.above
-        return click.FloatRange(low, kind.below, min_open=kind.above is not None, max_open=kind.below is not None)
+        return _Number(low, kind.below, min_open=kind.above is not None, max_open=kind.below is not None)
     if isinstance(kind, Choice):
         return _Words(kind)
     if isinstance(kind, Folder | File):
@@ -114,6 +114,16 @@ def _click_type(kind: Kind) -> click.ParamType:
     if isinstance(kind, Source):
         return _SourceType()
     return click.STRING if isinstance(kind, Text) else _Parsed(kind)
+
+
+class _Number(click.FloatRange):
+    """A number in a range, in which NaN, which compares with nothing, would pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if found != found:
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return found
 
 
 class _Words(click.Choice):

@@ -16,7 +16,6 @@ from mapconv.errors import CatalogError
 from mapconv.options.commands import CATALOG_RUN
 from mapconv.runtime.cores import core_count
 from mapconv.runtime.progress import tally_bar
-from mapconv.wording import counted
 
 
 @dataclass(frozen=True)
@@ -139,9 +138,6 @@ def convert_catalog(
             watch, catalog=catalog, total=len(catalogued), retry_failed=retry_failed, limit=limit
         )
     notes = [f"{broken} lines of the ledger cannot be read and were skipped"] if broken else []
-    combined = sum("combine" in entry.options.stages for entry in entries)
-    if verify and combined:
-        notes.append(f"not verified, as no one adapter is the source: {counted(combined, 'combination')}")
     failures = [Failure(name, seen.kind or "unknown", seen.error or "") for name, seen in pending.failed.items()]
     failures += [Failure(name, kind, error) for name, (kind, error) in tally.failures.items()]
     return CatalogResult(
@@ -165,7 +161,7 @@ def _with_stages(entries: list[Entry], *, verify: bool, push_to: str | None) -> 
     shared: dict[str, Any] = {}
     for entry in entries:
         options = entry.options
-        if verify and "combine" not in options.stages:
+        if verify:
             options = shared.setdefault(options.digest, options.with_stage("verify", {}))
         if push_to is not None:
             options = options.with_stage("push", {"repo_id": f"{push_to}/{entry.name.replace('/', '-')}"})

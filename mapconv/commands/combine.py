@@ -10,7 +10,7 @@ from pathlib import Path
 from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.mixing import Method
 from mapconv.algebra.moments import Statistics
-from mapconv.commands.refitting import Refitting, Result, data_notes
+from mapconv.commands.refitting import Refitting, Result, data_notes, missed_tolerance
 from mapconv.errors import UnsupportedError
 from mapconv.formats.mapdir import needs_magnitude
 from mapconv.options.shared import MAX_RANK, SAMPLES, SEQUENCE_LENGTH, STATISTICS
@@ -155,6 +155,9 @@ def combine(
             modules, accepted = write_combination(made, staging, sample, quiet=quiet)
             notes += accepted_note(accepted)
             parameters, nbytes = measured(staging, modules)
+        notes += missed_tolerance(modules, tolerance, options.max_rank)
+        if not any(module.direction_norm or module.base_gain != 1 for module in modules):
+            notes.append("the weighed changes cancel: this adapter changes none of the weights")
     if sample is not None:
         notes += data_notes(sample, wanted, modules)
     notes += dict.fromkeys(note for item in placed for note in (*item.adapter.notes, *item.target.notes))

@@ -13,7 +13,7 @@ from mapconv.adapter import Direction, MapModule
 from mapconv.algebra.moments import Statistics
 from mapconv.checkpoint.reader import TensorReader
 from mapconv.commands.extract_checks import refuse_swapped, require_lineage, selected
-from mapconv.commands.refitting import Refitting, Result, data_notes
+from mapconv.commands.refitting import Refitting, Result, data_notes, missed_tolerance
 from mapconv.formats.mapdir import needs_magnitude
 from mapconv.hub.locate import open_base, open_model
 from mapconv.hub.ranges import prefetch
@@ -173,6 +173,7 @@ def extract(
                     ExtractedModule(**vars(one), change=item.change, floor=item.floor) for one, item in written
                 )
                 parameters, nbytes = measured(staging, modules)
+                notes += missed_tolerance(modules, tolerance, max_rank or MAX_RANK.fallback)
             if sample is not None:
                 notes += data_notes(sample, samples or SAMPLES.fallback, modules)
     return ExtractResult(

@@ -157,8 +157,11 @@ def merge(
             record["base_values"] = choice.record
         if not single:
             write_file(staging / MERGE_RECORD, json.dumps(record, indent=2) + "\n")
+    facts = prepared.facts
+    if single:
+        facts["files"] = (out.name,)
     return MergeResult(
-        **prepared.facts | ({"files": (out.name,)} if single else {}),
+        **facts,
         out=out,
         merged=merged,
         seconds=time.perf_counter() - started,

@@ -124,3 +124,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def missed_tolerance(modules: Sequence[MapModule], tolerance: float | None, max_rank: int) -> list[str]:
+    """That modules are further off than was asked for, because their ranks end at ``max_rank``."""
+    errors = [(m, m.error if m.output_error is None else m.output_error) for m in modules if m.rank >= max_rank]
+    above = sum(error is not None and tolerance is not None and error > tolerance for _, error in errors)
+    if not above:
+        return []
+    return [f"--max-rank {max_rank} leaves {counted(above, 'module')} above ε = {tolerance:g}: raise it"]

@@ -143,10 +143,6 @@ def verify(
         compared = ModelComparison(placed, against, base_folder, dtype=dtype, device=place)
     log.info("loaded %s and its source", result)
     total, rows_run, notes = run_both(compared, rows, tokenizer, samples=samples, quiet=quiet)
-    if not total.result.positions:
-        notes.append(
-            "the model was not run (its input is more than text, or it has no logits): only weights are compared"
-        )
     log.info("ran both on %d positions", total.result.positions)
     served = None
     if own is not None and source is not None and rows_run:
@@ -165,7 +161,7 @@ def verify(
         seconds=time.perf_counter() - started,
         served=served,
         notes=tuple(notes),
-        **_means(total, causal=compared.is_causal),
+        **means(total, causal=compared.is_causal),
     )
     if save:
         save_report(result, report.to_dict())
@@ -216,9 +212,9 @@ def run_both(
     compared: Comparison | ModelComparison, rows: Rows, folder: Path, *, samples: int, quiet: bool
 ) -> tuple[Agreement, list[list[int]], list[str]]:
     """Run the models on the same text, with the tokenizer in ``folder``: (sums over positions, sequences, notes)."""
-    total = Agreement()
+    total, not_run = Agreement(), "the model was not run (its input is more than text, or it has no logits)"
     if not compared.reads_text:
-        return total, [], []
+        return total, [], [f"{not_run}: only weights are compared"]
     length = min(SEQUENCE_LENGTH, compared.longest_text)
     blocks = read_blocks(
         rows, load_tokenizer(small_files(folder)), samples=samples, length=length, classes=compared.classes
@@ -227,7 +223,8 @@ def run_both(
         for block in blocks.rows():
             _compare(compared, block, total)
             advance(1)
-    return total, blocks.rows(), list(blocks.notes)
+    notes = [*blocks.notes, *([] if total.result.positions else [f"{not_run}: only weights are compared"])]
+    return total, blocks.rows(), notes
 
 
 def _compare(compared: Comparison | ModelComparison, block: list[int], total: Agreement) -> None:
@@ -239,10 +236,11 @@ def _compare(compared: Comparison | ModelComparison, block: list[int], total: Ag
     total.add(*logits, targets)
 
 
-def _means(total: Agreement, *, causal: bool) -> dict[str, float | None]:
+def means(total: Agreement, *, causal: bool) -> dict[str, float | None]:
+    """The numbers of a report that are means over positions; None where no model was run."""
     if not total.result.positions:
         return dict.fromkeys((*_DIVERGENCES, *_PERPLEXITIES))
     base, source, result = (sums.means(causal=causal) for sums in (total.base, total.source, total.result))
     values = (result.kl, total.result.kl_largest, base.kl, result.top1_agreement, total.result.difference)
-    means = (base.perplexity, source.perplexity, result.perplexity)
-    return dict(zip(_DIVERGENCES, values, strict=True)) | dict(zip(_PERPLEXITIES, means, strict=True))
+    perplexities = (base.perplexity, source.perplexity, result.perplexity)
+    return dict(zip(_DIVERGENCES, values, strict=True)) | dict(zip(_PERPLEXITIES, perplexities, strict=True))

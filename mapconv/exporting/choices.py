@@ -58,7 +58,15 @@ def layout_for(given: Layout | None, to: str, server: Server | None, placed: Pla
 
 def require_model(placed: PlacedAdapter, server: Server | None) -> None:
     """Refuse a base that the server takes no adapters for."""
-    if server is None or server.architectures is None:
+    if server is None:
+        return
+    checkpoint = placed.target.checkpoint
+    if (checkpoint.models or checkpoint.is_file) and not server.pipelines:
+        raise UnsupportedError(
+            f"{placed.target.folder} is a model of images, and {server.title} runs language models: pass --for "
+            "comfyui, or --to diffusers, kohya or comfyui without --for."
+        )
+    if server.architectures is None:
         return
     kind = typed_model_config(placed.target.folder).get("model_type")
     if kind not in server.architectures:

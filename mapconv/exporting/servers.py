@@ -35,6 +35,7 @@ class Server:
         stacks: whether it takes the factors of a stack of experts as PEFT has them.
         experts: the layouts of experts that it takes instead, the first by default.
         architectures: model types that it can adapt; None: every one that it runs.
+        pipelines: whether it runs models of images.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Server:
     stacks: bool = False
     experts: tuple[Layout, ...] = ()
     architectures: tuple[str, ...] | None = None
+    pipelines: bool = False
 
     def started_with(self, rank: int) -> int:
         """The least value of ``rank_option`` for an adapter of this rank."""
@@ -94,7 +96,7 @@ SERVERS = (
     # server/lorax_server/adapters/lora.py.
     Server("lorax", "LoRAX", "2026-05", ("peft",), rslora=True),
     # comfy/lora.py, comfy/weight_adapter/lora.py; alpha and rank are each module's own.
-    Server("comfyui", "ComfyUI", "2025-10", ("comfyui", "kohya", "diffusers"), patterns=True),
+    Server("comfyui", "ComfyUI", "2025-10", ("comfyui", "kohya", "diffusers"), patterns=True, pipelines=True),
 )
 BY_NAME = {server.name: server for server in SERVERS}
 
@@ -131,7 +133,7 @@ def faults(adapter: Adapter, server: Server) -> Iterator[str]:
     if settings.use_rslora and not server.rslora:
         yield "use_rslora is not read, so that its updates would be scaled by alpha/r instead of alpha/√r"
     if settings.use_dora and not server.dora:
-        yield "it is a DoRA, and DoRA is not supported"
+        yield f"it is a DoRA, which {server.title} refuses, or computes otherwise than it was trained"
     if settings.initialization is not None:
         yield f"init_lora_weights is {settings.initialization}, so its factors belong to a changed base"
     yield from _unsupported_parts(adapter, server)

@@ -81,6 +81,7 @@ def whole_tensors(placed: Sequence[PlacedAdapter], shared: Sequence[Shared]) -> 
     _trained_tokens(placed, shared)
     refs: dict[str, dict[int, TensorRef]] = defaultdict(dict)
     trained: dict[str, tuple[tuple[int, ...], TensorRef]] = {}
+    nothing: tuple[tuple[int, ...], None] = ((), None)
     for number, adapter in enumerate(placed):
         found = {
             item.tensor.name: (item.rows, adapter.target.encoded.get(name) or adapter.target.tensors[name])
@@ -92,7 +93,8 @@ def whole_tensors(placed: Sequence[PlacedAdapter], shared: Sequence[Shared]) -> 
             refs[key][number] = ref
             if ref.name in found:
                 trained[key] = found[ref.name]
-    return tuple(WholeTensors(key, own, *trained.get(key, ())) for key, own in refs.items())
+    found_rows = ((key, own, trained.get(key, nothing)) for key, own in refs.items())
+    return tuple(WholeTensors(key, own, rows, base) for key, own, (rows, base) in found_rows)
 
 
 def combined_adapter(

@@ -24,7 +24,6 @@ from mapconv.refit.plan import Dtype
 from mapconv.refit.products import approximate_product
 from mapconv.refit.rows_direction import directed_module
 from mapconv.refit.solving import Refitted, Wanted
-from mapconv.refit.targets.base import RowsTarget
 from mapconv.refit.targets.mixed import MixedTarget, dense_bytes
 from mapconv.refit.targets.sums import Effect, SumTarget, effect_of, needs_base, weighted_sum
 
@@ -115,9 +114,7 @@ class Combiner:
             base = read_weight(item.weight, self._reader, torch.empty(item.weight.numel))
         found = finite_base(self._norms[item.weight], item)
         self._check(weight, found)
-        parts = zip((part for _, part in weight.parts), self._load(weight), strict=True)
-        effects = [effect_of(part, factors, base) for part, factors in parts]
-        shares = [options.weights[number] for number, _ in weight.parts]
+        effects, shares = self._effects(weight, base)
         wanted = options.wanted(weight)
         if options.method == "sum" and options.direction == "low-rank":
             total = weighted_sum(effects, shares)
@@ -126,16 +123,32 @@ class Combiner:
             if total.excess is None or (options.keeps_all and factor is not None and wanted.gain is None and gain):
                 return self._thin(weight, total, gain, wanted, found, base, root)
         assert base is not None  # whatever is not thin reads it
-        target: RowsTarget
-        if options.method == "sum":
-            target = SumTarget(base, weighted_sum(effects, shares))
-        else:
-            keys = [random_key(options.seed, self._contents[n], str(item.key)) for n, _ in weight.parts]
-            target = MixedTarget(base, effects, shares, options.method, options.density, keys)
+        target = self._target(weight, base, effects, shares)
         if options.direction == "dora":
             return directed_module(item, target, wanted, found, root)
         solved = target if options.device.type == "cpu" else target.dense(options.device)
         return refitted_module(item, solved, wanted, found, root)
+
+    def target(self, weight: Shared) -> SumTarget | MixedTarget:
+        """What a result comes close to: T of one weight, with W0 read for it."""
+        base = read_weight(weight.item.weight, self._reader, torch.empty(weight.item.weight.numel))
+        return self._target(weight, base, *self._effects(weight, base))
+
+    def _effects(self, weight: Shared, base: torch.Tensor | None) -> tuple[list[Effect], list[float]]:
+        """What each adapter does to a weight, and what it is multiplied by."""
+        parts = [part for _, part in weight.parts]
+        loaded = zip(parts, map(self._factors.load, parts), strict=True)
+        shares = [self._options.weights[number] for number, _ in weight.parts]
+        return [effect_of(part, factors, base) for part, factors in loaded], shares
+
+    def _target(
+        self, weight: Shared, base: torch.Tensor, effects: Sequence[Effect], shares: Sequence[float]
+    ) -> SumTarget | MixedTarget:
+        options = self._options
+        if options.method == "sum":
+            return SumTarget(base, weighted_sum(effects, shares))
+        keys = [random_key(options.seed, self._contents[n], str(weight.item.key)) for n, _ in weight.parts]
+        return MixedTarget(base, effects, shares, options.method, options.density, keys)
 
     def _thin(
         self,
@@ -175,9 +188,6 @@ class Combiner:
         directed = 4 * weight.item.weight.numel if self._options.direction == "dora" else 0
         seen = 0 if self._options.statistics is None else 16 * weight.item.weight.numel
         return thin + 4 * weight.item.weight.numel + mixed + directed + seen
-
-    def _load(self, weight: Shared) -> list:
-        return [self._factors.load(part) for _, part in weight.parts]
 
     def _check(self, weight: Shared, found: Fingerprint) -> None:
         """Hold the base to what MAP adapters record of theirs.

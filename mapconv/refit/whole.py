@@ -65,8 +65,8 @@ def settle_whole(
         UnsupportedError: tensors that disagree, and no rule; one that names no adapter; or shapes that have no mean.
     """
     carried: dict[str, TensorRef] = {}
-    averaged, weighed, disagreeing = [], [], []
-    chosen = _chosen(names, rule)
+    averaged, weighed, disagreeing, notes = [], [], [], []
+    chosen, decided = _chosen(names, rule), 0
     with TensorReader() as reader:
         for item in tensors:
             first = next(iter(item.refs.values()))
@@ -82,19 +82,28 @@ def settle_whole(
                         f"{item.key} has another shape in each adapter, which have no mean: name one."
                     )
                 averaged.append(item)
+                decided += 1
             else:
-                carried[item.key] = item.refs.get(chosen, first)
+                number = chosen if chosen in item.refs else next(iter(item.refs))
+                carried[item.key] = item.refs[number]
+                if rule != FIRST and number != chosen:
+                    key = item.key.removeprefix(KEY_PREFIX)
+                    notes.append(f"{key} is not in {names[chosen]}, and is carried as it is in {names[number]}")
+                decided += 1
     if disagreeing:
         shown = ", ".join(disagreeing[:_LISTED]) + (", …" if len(disagreeing) > _LISTED else "")
         raise UnsupportedError(
             f"the adapters bring other values for {shown}, and only one can stand in the result: give --whole first, "
             "--whole mean, or --whole and an adapter's name."
         )
-    notes = []
+    if rule is not None and not decided:
+        notes.append("no whole tensors disagree: --whole decides nothing")
     for item in tensors:
         if len(item.refs) == 1 and len(names) > 1:
             number = next(iter(item.refs))
             what = f"its change is weighed by {weights[number]:g}" if item in weighed else "is carried as it is there"
+            if item not in weighed and weights[number] != 1:
+                what += f": the weight {weights[number]:g} is for changes by factors"
             notes.append(f"{item.key.removeprefix(KEY_PREFIX)} is in {names[number]} alone, and {what}")
     if rule == MEAN and averaged and sum(weights) == 0:
         raise UnsupportedError("--whole mean has no mean of weights that add up to 0: name an adapter instead.")

@@ -12,7 +12,7 @@ from mapconv.runtime.models import quiet_libraries
 #: Sequences that are written together at most, and where the model does not say how large its cache is.
 _MOST, _UNKNOWN = 64, 16
 #: Bytes of keys and values that are kept for those sequences: a step reads all weights, for however many sequences.
-_CACHE_BYTES = 1 << 29
+_CACHE_BYTES = 1 << 28
 
 
 def can_write(model: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -87,12 +88,22 @@ def test_a_job_goes_through_a_pipe(two, tmp_path):
     assert run_job(bad).table["stage"] == "combine"
 
 
-def test_a_run_that_verifies_says_what_it_cannot(catalog, tmp_path, monkeypatch):
+def test_a_run_verifies_combinations(two, catalog, tmp_path, monkeypatch):
+    def combination(result, sources, combined, **asked):
+        seen.append((result, list(sources), dict(combined)))
+        return SimpleNamespace(kl=0.25)
+
     seen = []
-    monkeypatch.setattr("mapconv.catalog.work._convert", lambda job, table: seen.append(job.stages) or 1 / 0)
+    monkeypatch.setattr(mapconv, "verify_combination", combination, raising=False)
+    monkeypatch.setattr(mapconv, "verify", lambda *arguments, **asked: SimpleNamespace(kl=0.5), raising=False)
     result = mapconv.convert_catalog(catalog, tmp_path / "out", verify=True)
-    assert ["verify" in stages for stages in seen] == [False, True]
-    assert result.notes == ("not verified, as no one adapter is the source: 1 combination",)
+    assert result.failures == ()
+    wanted = [*map(str, two)], {"weights": (0.7, -0.3), "rank": 2}
+    assert seen == [(str(tmp_path / "out" / "poems-combined"), *wanted)]
+    assert {name: ledger(tmp_path / "out")[name]["kl"] for name in ("poems", "poems-combined")} == {
+        "poems": 0.5,
+        "poems-combined": 0.25,
+    }
 
 
 @pytest.mark.parametrize(
@@ -107,7 +118,7 @@ def test_a_run_that_verifies_says_what_it_cannot(catalog, tmp_path, monkeypatch)
         ("source: [a, b], combine: {method: dare, density: 1.5}", "density is 1.5: expected a number above 0, up to 1"),
         ("source: [a, b], combine: {rank: 3}, upgrade: {rank: 3}", "give its options below combine"),
         ("source: [a, b], combine: true, extract: true, base: c", "either extract or combine"),
-        ("source: [a, b], combine: true, verify: true", "verify does not go with combine"),
+        ("source: [a, b], combine: true, calibrate: {steps: 3, data: x}", "calibrate does not go with combine"),
         ("source: [a, b], combine: {adapters: [c]}", "the run sets it"),
     ],
 )

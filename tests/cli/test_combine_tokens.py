@@ -39,3 +39,18 @@ def test_token_rows_that_no_one_adapter_can_hold(base: Path, tmp_path: Path) -> 
         with pytest.raises(MapconvError, match=said):
             mapconv.combine([rows, other], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_weights_and_tolerances_could_not_do_is_said(base: Path, lora: Path, tmp_path: Path) -> None:
+    other, head = (
+        save_adapter(base, tmp_path / "b", seed=5),
+        save_adapter(base, tmp_path / "h", modules_to_save=["lm_head"]),
+    )
+    for adapters, options, said in (
+        ([lora, lora], {"weights": [1, -1]}, "the weighed changes cancel"),
+        ([lora, other], {"tolerance": 0.1, "max_rank": 1}, "--max-rank 1 leaves 14 modules above ε = 0.1"),
+        ([lora, other], {"whole": "first"}, "--whole decides nothing"),
+        ([lora, head], {"weights": [1, 0.5]}, "the weight 0.5 is for changes by factors"),
+    ):
+        made = mapconv.combine(adapters, tmp_path / "out", base=base, force=True, **options)
+        assert any(said in note for note in made.notes), said

@@ -143,7 +143,7 @@ def test_check_says_why(run, own_lora, own_dora, changes, fault):
     edit_json(source / "adapter_config.json", **changes)
     result = run("export", source, "--for", "sglang", "--check")
     assert result.status == 1
-    assert (fault or "DoRA is not supported") in result.out
+    assert (fault or "it is a DoRA, which SGLang refuses") in result.out
     assert result.out.rstrip().endswith("--for sglang -o OUT")
     assert "--for ollama -o OUT.gguf" in run("export", source, "--for", "ollama", "--check").out
 

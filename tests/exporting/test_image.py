@@ -155,3 +155,10 @@ def test_kohya_has_no_name_for_a_query_alone(bases, tmp_path):
     save_file({f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, tmp_path / "a.safetensors")
     with pytest.raises(mapconv.MapconvError, match="to_q"):
         mapconv.export(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="kohya", base=bases["flux-file"].path)
+
+
+@pytest.mark.parametrize("name", ["pipeline", "file"])
+def test_no_server_of_language_models_for_a_model_of_images(name, bases, run, tmp_path):
+    source = source_for(bases["pipeline"], tmp_path / "source.safetensors")
+    done = run("export", source, "--for", "vllm", "--base", bases[name].path, "-o", tmp_path / "out")
+    assert_refused(done, "vLLM runs language models")

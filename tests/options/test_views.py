@@ -82,6 +82,7 @@ RULES = [
     (["--data", "x", "--calibrate", 4, "--lora-compatible"], {"data": "x", "calibrate": 4, "lora_compatible": True}),
     (["--rank", 0], {"rank": 0}),
     (["--tolerance", 1], {"tolerance": 1}),
+    (["--tolerance", "nan"], {"tolerance": float("nan")}),
     (["--direction", "up"], {"direction": "up"}),
     (["--device", "tpu"], {"device": "tpu"}),
 ]
