@@ -15,6 +15,7 @@ import importlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,14 +90,15 @@ class ForkedPython:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
         places = list(_places())
-        self._pictures = tempfile.TemporaryDirectory()
+        # No TemporaryDirectory, which whatever fork ends as a program does would remove.
+        self._pictures = Path(tempfile.mkdtemp())
         requests, answers = os.pipe(), os.pipe()
         self._server = os.fork()
         if self._server == 0:
             os.close(requests[1])
             os.close(answers[0])
             try:
-                _serve(os.fdopen(requests[0]), os.fdopen(answers[1], "w"), places, Path(self._pictures.name))
+                _serve(os.fdopen(requests[0]), os.fdopen(answers[1], "w"), places, self._pictures)
             finally:
                 os._exit(0)
         os.close(requests[0])
@@ -108,7 +110,7 @@ class ForkedPython:
         self._requests.close()  # the server ends
         os.waitpid(self._server, 0)
         self._answers.close()
-        self._pictures.cleanup()
+        shutil.rmtree(self._pictures)
 
     def ask(self, **request: Any) -> Any:
         self._requests.write(json.dumps(request) + "\n")

@@ -32,16 +32,24 @@ class RegressionInputs:
     cross: torch.Tensor | None
     tokens: int
 
-    def pencil(self, change: torch.Tensor, W: torch.Tensor | None, *, gains: bool) -> DensePencil:
+    def pencil(
+        self, change: torch.Tensor, W: torch.Tensor | None, *, gains: bool, directions: torch.Tensor | None = None
+    ) -> DensePencil:
         """M as the pencil E(t) = M(1) − t·W·P, for T − W and W (n, m) float32; the gain is 1 + t.
+
+        The rows of ``directions`` (j, m) are those of T − W that are known to matter.
 
         Without ``gains`` t = 0 alone will be looked at, and W·P is left out; W is then needed where x̃ ≠ x alone.
         """
         if self.cross is None:
-            return DensePencil(self.root.multiply(change), self.root.multiply(W) if gains and W is not None else None)
+            known = None if directions is None else self.root.multiply(directions).T
+            return DensePencil(
+                self.root.multiply(change), self.root.multiply(W) if gains and W is not None else None, known
+            )
         assert W is not None  # what x̃ makes of it is a part of M
         seen = self.root.multiply(W)
-        return DensePencil(torch.mm(change + W, self._reached).sub_(seen), seen if gains else None)
+        known = None if directions is None else torch.mm(directions, self._reached).T
+        return DensePencil(torch.mm(change + W, self._reached).sub_(seen), seen if gains else None, known)
 
     @cached_property
     def _reached(self) -> torch.Tensor:

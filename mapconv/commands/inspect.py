@@ -213,7 +213,8 @@ def _forecast(adapter: Adapter, modules: Sequence[Module]) -> str:
     dense = sum(module.is_dense for module in modules)
     if dense:
         return f"the closest MAP weight at --rank or --tolerance: {counted(dense, 'update')} of full rank"
-    if any((module.method or module.delta) is not None for module in modules) and adapter.method == "LoRA":
+    by_method = any(module.method is not None for module in modules)
+    if by_method or (adapter.method == "LoRA" and any(module.delta is not None for module in modules)):
         return "exact: α and β follow from norms, and factors from the update, which is of low rank"
     if adapter.method == "LoRA":
         return "exact: α and β follow from norms, the factors are kept"

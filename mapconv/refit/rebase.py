@@ -191,8 +191,9 @@ class Rebaser:
         moved = torch.linalg.vector_norm(change).item()
         change = update.add_to_(change)
         wanted = self._options.wanted(item)
-        target = DensePencil(change, W if wanted.gain is None else None)
-        seen = None if inputs is None else inputs.pencil(change, W, gains=wanted.gain is None)
+        gains, known = wanted.gain is None, update.directions
+        target = DensePencil(change, W if gains else None, None if known is None else known.T)
+        seen = None if inputs is None else inputs.pencil(change, W, gains=gains, directions=known)
         root = None if inputs is None else inputs.root
         refitted = ModuleRefit(target, wanted, root, seen).solve()
         A, B = refitted.A, refitted.B

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -81,3 +83,19 @@ def test_nothing_seen_is_nothing_known():
     moment = PairedMoment(M)
     moment.add(torch.zeros(5, M), torch.zeros(5, M))
     assert moment.inputs() is None
+
+
+@pytest.mark.parametrize("crossed", [False, True])
+def test_what_factors_add_to_the_problem_lies_in_their_directions(problem, crossed):
+    """M is linear in T: B·A adds B times the directions, which is where a solver had better begin."""
+    T, W, wanted, made = problem
+    moment = PairedMoment(M)
+    moment.add(wanted, made)
+    inputs = moment.inputs() if crossed else replace(moment.inputs(), cross=None)
+    draw = torch.Generator().manual_seed(6)
+    A, B = torch.randn(3, M, generator=draw), torch.randn(N, 3, generator=draw)
+    with_factors = inputs.pencil(T - W + B @ A, W, gains=False, directions=A)
+    added = with_factors.S - inputs.pencil(T - W, W, gains=False).S
+    # Float32 products of M terms, beside each other in two sums.
+    rounding = 4 * M**0.5 * 2**-24 * float(with_factors.S.abs().max() + inputs.root.factor.norm() * W.norm())
+    torch.testing.assert_close(added, B @ with_factors.directions.T, rtol=0, atol=rounding)

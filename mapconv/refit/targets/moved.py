@@ -16,6 +16,11 @@ from mapconv.refit.targets.adapted import adapted_weight_
 class Update(Protocol):
     """T − W0 (n, m): what the adapter makes of the base that it was trained on."""
 
+    @property
+    def directions(self) -> torch.Tensor | None:
+        """Rows (r, m) that hold most of its row space, where they are known: a solver begins there."""
+        ...
+
     def add_to_(self, matrix: torch.Tensor) -> torch.Tensor:
         """matrix + (T − W0), in the matrix's memory."""
         ...
@@ -29,20 +34,20 @@ class ThinUpdate:
     """B·A with B (n, r) and A (r, m): neither it nor its product with P is formed."""
 
     def __init__(self, B: torch.Tensor, A: torch.Tensor) -> None:
-        self._B, self._A = B, A
+        self._B, self.directions = B, A
 
     def add_to_(self, matrix: torch.Tensor) -> torch.Tensor:
-        return matrix.addmm_(self._B, self._A)
+        return matrix.addmm_(self._B, self.directions)
 
     def taken_from_(self, seen: torch.Tensor, root: InputRoot) -> torch.Tensor:
-        return seen.addmm_(self._B, root.multiply(self._A), alpha=-1)
+        return seen.addmm_(self._B, root.multiply(self.directions), alpha=-1)
 
 
 class WholeUpdate:
     """One that is held as a matrix."""
 
-    def __init__(self, values: torch.Tensor) -> None:
-        self._values = values
+    def __init__(self, values: torch.Tensor, directions: torch.Tensor | None) -> None:
+        self._values, self.directions = values, directions
 
     def add_to_(self, matrix: torch.Tensor) -> torch.Tensor:
         return matrix.add_(self._values)
@@ -55,7 +60,8 @@ def update_of(placed: PlacedModule, loader: FactorLoader, base: torch.Tensor) ->
     """What a module makes of its own base's weight (out, in), float32, which is left as it is."""
     increment, magnitude = loader.increment(placed)
     scalars = placed.scalars
-    if isinstance(increment, ProductIncrement) and magnitude is None and (scalars is None or scalars.base_gain == 1.0):
+    thin = isinstance(increment, ProductIncrement)
+    if thin and magnitude is None and (scalars is None or scalars.base_gain == 1.0):
         scaling = placed.scaling if scalars is None else scalars.update_gain
         return ThinUpdate((increment.B.double() * scaling).float(), increment.A)
-    return WholeUpdate(adapted_weight_(placed, loader, base.clone()).sub_(base))
+    return WholeUpdate(adapted_weight_(placed, loader, base.clone()).sub_(base), increment.A if thin else None)
