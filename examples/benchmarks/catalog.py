@@ -43,7 +43,7 @@ START_UP = "import mapconv.commands.upgrade"
 RESUME = """
 import json, os, sys
 from pathlib import Path
-from mapconv.catalog.fingerprints import done_fingerprint, source_signature
+from mapconv.catalog.fingerprints import done_fingerprint, source_signatures
 from mapconv.catalog.ledger import Ledger
 from mapconv.catalog.reading import read_catalog
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
@@ -61,9 +61,9 @@ facts = {"method": "LoRA", "rank": 16, "modules": 210, "worst_error": 0.0, "medi
 lines, content = [], "sha256:" + "0" * 64
 for entry in read_catalog(folder / "catalog.jsonl"):
     lines.append(facts | {
-        "entry": entry.name, "fingerprint": done_fingerprint(entry, content, entry.base), "status": "done",
-        "kind": None, "source": entry.source, "base": entry.base, "output": entry.name,
-        "stat": source_signature(entry.source),
+        "entry": entry.name, "fingerprint": done_fingerprint(entry, [content], entry.base), "status": "done",
+        "kind": None, "source": entry.sources[0], "base": entry.base, "output": entry.name,
+        "stat": source_signatures(entry)[0],
         "content": content, "seconds": 0.3, "attempts": 1, "parameters": 4884900,
     })
 with Ledger(folder / "out" / "ledger.jsonl") as ledger:
