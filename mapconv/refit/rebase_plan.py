@@ -19,7 +19,7 @@ _PRODUCTS, _MORE_COLUMNS = 10, 8
 #: Passes of a training step in forward passes: the source's, the result's, and its gradients.
 _PASSES_A_STEP = 4
 #: Sequences of a training step, sequences written together, and bytes of weights read a second by one that writes.
-_BATCH, _WRITTEN_TOGETHER, _READ = 4, 32, 8e9
+_BATCH, _WRITTEN_TOGETHER, _READ = 4, 16, 8e9
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,8 @@ import torch
 from mapconv.errors import DataError
 from mapconv.runtime.models import quiet_libraries
 
-#: Sequences that are written together at most, and where the model does not say how large its cache is.
-_MOST, _UNKNOWN = 64, 16
-#: Bytes of keys and values that are kept for those sequences: a step reads all weights, for however many sequences.
-_CACHE_BYTES = 1 << 28
+#: Sequences that are written together: a cache of keys and values is kept for each.
+_BATCH = 16
 
 
 def can_write(model: Any) -> bool:
@@ -30,12 +28,11 @@ def sample_sequences(model: Any, tokenizer: Any, *, samples: int, length: int, s
     if not can_write(model):
         raise DataError(f"{type(model).__name__} does not write text: give sample text with --data.")
     start = _start_token(model, tokenizer)
-    batch = -(-samples // -(-samples // _together(model, length)))  # of about equal size
     rows: list[list[int]] = []
     with quiet_libraries(), torch.inference_mode(), torch.random.fork_rng(devices=_devices(model)):
         torch.manual_seed(seed)
         while len(rows) < samples:
-            prompt = torch.full((min(batch, samples - len(rows)), 1), start, device=model.device)
+            prompt = torch.full((min(_BATCH, samples - len(rows)), 1), start, device=model.device)
             # Neither top-k nor top-p: the moments are to be those of the model's own distribution.
             written = model.generate(
                 prompt,
@@ -50,17 +47,6 @@ def sample_sequences(model: Any, tokenizer: Any, *, samples: int, length: int, s
             )
             rows += written.tolist()
     return rows
-
-
-def _together(model: Any, length: int) -> int:
-    """How many sequences of ``length`` tokens to write together."""
-    config = model.config.get_text_config()
-    layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
-    if not layers or not heads:
-        return _UNKNOWN
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    keys = layers * (getattr(config, "num_key_value_heads", None) or heads) * width * length
-    return max(1, min(_MOST, _CACHE_BYTES // (2 * keys * model.dtype.itemsize)))
 
 
 def _start_token(model: Any, tokenizer: Any) -> int:
