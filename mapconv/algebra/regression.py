@@ -37,15 +37,15 @@ class RegressionInputs:
     ) -> DensePencil:
         """M as the pencil E(t) = M(1) − t·W·P, for T − W and W (n, m) float32; the gain is 1 + t.
 
-        The rows of ``directions`` (j, m) are those of T − W that are known to matter.
-
-        Without ``gains`` t = 0 alone will be looked at, and W·P is left out; W is then needed where x̃ ≠ x alone.
+        The rows of ``directions`` (j, m) are those of T − W that are known to matter. Without ``gains`` t = 0 alone
+        will be looked at, and W·P is left out: W is needed with them, or where x̃ ≠ x.
         """
         if self.cross is None:
             known = None if directions is None else self.root.multiply(directions).T
-            return DensePencil(
-                self.root.multiply(change), self.root.multiply(W) if gains and W is not None else None, known
-            )
+            if not gains:
+                return DensePencil(self.root.multiply(change), None, known)
+            assert W is not None  # a gain is of it
+            return DensePencil(self.root.multiply(change), self.root.multiply(W), known)
         assert W is not None  # what x̃ makes of it is a part of M
         seen = self.root.multiply(W)
         known = None if directions is None else torch.mm(directions, self._reached).T

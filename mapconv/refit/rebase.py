@@ -207,7 +207,8 @@ class Rebaser:
             left = torch.linalg.vector_norm(update.taken_from_(seen.S, inputs.root)).item()
             before = left / size if size else 0.0
         magnitude = None
-        if refitted.gain != 1.0 and W is not None:
+        if refitted.gain != 1.0:
+            assert W is not None  # it is read wherever a gain is looked for
             magnitude = row_squares(torch.addmm(W, B.float(), A.float())).sqrt_().mul_(refitted.gain)
         converted = converted_module(
             item, "low-rank", refitted.gain, found, product_norm(B, A), refitted.error, A, B, magnitude,
