@@ -296,4 +296,5 @@ def translated(what: str, kind: type[MapconvError]) -> Iterator[None]:
         if is_out_of_memory(error):
             raise  # which says nothing of the files
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-        raise kind(f"{what} cannot be loaded ({type(error).__name__}: {lines[0][:200]}).") from error
+        told = " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200]  # behind a colon stands what is wrong
+        raise kind(f"{what} cannot be loaded ({type(error).__name__}: {told.rstrip('.')}).") from error
