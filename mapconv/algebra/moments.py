@@ -28,10 +28,10 @@ _LEADING_STEPS = 3
 
 
 class _Leading:
-    """Leading directions that were asked for, of which threads that refit layers with one input find each set once."""
+    """Leading directions that are known, (m, j) or None; threads that refit layers with one input find them once."""
 
-    def __init__(self) -> None:
-        self.lock, self.columns = Lock(), torch.empty(0, 0)
+    def __init__(self, columns: torch.Tensor | None = None) -> None:
+        self.lock, self.columns = Lock(), columns
 
 
 @dataclass(frozen=True)
@@ -65,21 +65,27 @@ class InputRoot:
             return rows / self.factor
         return torch.linalg.solve_triangular(self.factor.T, rows, upper=True, left=False)
 
-    def leading(self, count: int) -> torch.Tensor:
-        """About P's leading right singular vectors, (m, count), up to their lengths, for a triangular P.
+    def leading(self, count: int, steps: int = _LEADING_STEPS) -> torch.Tensor:
+        """About P's leading right singular vectors, (m, count) up to their lengths, the first first; P is triangular.
 
         The row space of E·P lies along them for the most part unless E is thin: inputs favour few directions far more
         than an E without structure, such as a rounding error, does.
         """
         with self._leading.lock:
-            if self._leading.columns.shape[1] < count:
+            known = self._leading.columns
+            if known is None or known.shape[1] < count:
                 draw = torch.Generator().manual_seed(0)
                 columns = torch.randn(len(self.factor), count, generator=draw).to(self.factor.device)
-                for _ in range(_LEADING_STEPS):
-                    seen = self._times(torch.linalg.qr(columns).Q)
-                    columns = self.multiply(seen.T).T
-                self._leading.columns = columns
-            return self._leading.columns[:, :count]
+                if known is not None:
+                    columns[:, : known.shape[1]] = known
+                for _ in range(steps):
+                    columns = self.multiply(self._times(torch.linalg.qr(columns).Q).T).T
+                known = self._leading.columns = columns @ torch.linalg.eigh(columns.T @ columns).eigenvectors.flip(1)
+            return known[:, :count]
+
+    def with_leading(self, columns: torch.Tensor) -> InputRoot:
+        """The same with leading directions (m, j) that are known, such as those found when it was stored."""
+        return InputRoot(self.factor, _Leading(columns))
 
     def _times(self, columns: torch.Tensor) -> torch.Tensor:
         """P·columns for columns (m, p)."""

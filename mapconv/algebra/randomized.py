@@ -81,10 +81,7 @@ class Sketch:
                 if self.settled or step == MAX_BLOCKS - 1:
                     return
                 # Of the whole basis, whose leading directions they improve half a step further than the block's.
-                columns = tuple(
-                    None if one is None else one @ self._rotation(self.spectrum, block.shape[1])
-                    for one in self._products.all
-                )
+                columns = self._products.turned(self._rotation(self.spectrum, block.shape[1]))
             left = orthonormal(_at(*columns, near))
             rows = pencil.transposed_product(left, near)
             if halves:
@@ -108,7 +105,7 @@ class Sketch:
         if self._left_basis is not None:
             left, rows = self._left_basis
             return balanced(spectrum.t, left @ rotation, (rows @ rotation).T, square)
-        left, right = _at(*self._products.all, spectrum.t) @ rotation, (self._products.basis @ rotation).T
+        left, right = _at(*self._products.turned(rotation), spectrum.t), (self._products.basis @ rotation).T
         return balanced(spectrum.t, left, right, square)
 
     def leading(self, spectrum: Spectrum, count: int) -> torch.Tensor:
@@ -185,6 +182,11 @@ class _Products:
         """(S·V, W·V)."""
         WV = [block for _, _, block in self._blocks if block is not None]
         return torch.cat([block for _, block, _ in self._blocks], 1), torch.cat(WV, 1) if WV else None
+
+    def turned(self, rotation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(S·V, W·V) times ``rotation`` (l, p)."""
+        SV, WV = self.all
+        return SV @ rotation, None if WV is None else WV @ rotation
 
     @property
     def columns(self) -> int:
@@ -263,8 +265,10 @@ def block_columns(shape: tuple[int, int], rank: int, known: int) -> int:
 def _first_block(pencil: Pencil, rank: int, start: torch.Tensor | None, seed: int) -> torch.Tensor:
     known = 0 if start is None else start.shape[1]
     size = block_columns(pencil.shape, rank, known)
+    if start is not None and known >= size:
+        return orthonormal(start[:, :size])
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device draws the same numbers
     columns = torch.randn(pencil.shape[1], size, generator=generator).to(pencil.device)
     if start is not None:
-        columns[:, : min(known, size)] = start[:, :size]
+        columns[:, :known] = start
     return orthonormal(columns)
