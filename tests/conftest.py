@@ -15,6 +15,8 @@ from pathlib import Path
 
 # huggingface_hub reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# bitsandbytes compiles functions when it is imported, for which torch loads its whole compiler.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import pytest
 from hypothesis import settings
@@ -77,8 +79,11 @@ def pytest_collection(session: pytest.Session) -> None:
 
 
 def pytest_collection_finish() -> None:
+    # What is imported by now stays: the garbage collector need not go through a million objects again and again. A
+    # model is thousands of objects, of which it would look through the youngest after every 700.
     gc.collect()
-    gc.freeze()  # what is imported by now stays
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     gc.enable()
     _importing.undo()
 
