@@ -15,6 +15,8 @@ from pathlib import Path
 
 # huggingface_hub reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# bitsandbytes compiles functions when it is imported, for which torch loads its whole compiler.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import pytest
 from hypothesis import settings
@@ -22,13 +24,15 @@ from jinja2 import Environment
 
 from mapconv.cli import main
 from tests import QUICK, THOROUGH
+from tests.environments import ReadEnvironment, marked_environment
 from tests.files import copy
-from tests.forked import ForkedPython, adopt_environment, marked_environment
+from tests.forked import ForkedPython
 
 #: Open until all libraries are imported.
 _marked = ExitStack()
 _marked.enter_context(marked_environment())
-_FORKED = pytest.StashKey[ForkedPython]()
+_importing = pytest.MonkeyPatch()
+_FORKED, _ENVIRONMENT = pytest.StashKey[ForkedPython](), pytest.StashKey[ReadEnvironment]()
 
 # The same examples in each run: a failure is one that anybody can repeat.
 settings.register_profile("quick", derandomize=True, deadline=None, max_examples=QUICK)
@@ -49,10 +53,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _quieten() -> None:
     """Load the slow libraries, which the process that only hands out the tests need not have."""
+    # Until all is collected: imports make a million objects that stay, and the collector would go through them.
+    gc.disable()
     import torch
     from transformers.utils import logging
 
     torch.set_num_threads(1)
+    # bitsandbytes, which PEFT imports, has functions compiled that no processor's kernel of it calls; torch would load
+    # its whole compiler for that.
+    _importing.setattr(torch, "compile", lambda function, **settings: function)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
@@ -70,9 +79,13 @@ def pytest_collection(session: pytest.Session) -> None:
 
 
 def pytest_collection_finish() -> None:
-    # What is imported by now stays: the garbage collector need not go through a million objects again and again.
+    # What is imported by now stays: the garbage collector need not go through a million objects again and again. A
+    # model is thousands of objects, of which it would look through the youngest after every 700.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+    gc.enable()
+    _importing.undo()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -83,8 +96,9 @@ def pytest_runtestloop(session: pytest.Session) -> None:
             server = ExitStack()
             session.config.stash[_FORKED] = server.enter_context(ForkedPython())
             session.config.add_cleanup(server.close)
+        environment = session.config.stash[_ENVIRONMENT] = ReadEnvironment()
         _marked.close()
-        adopt_environment()
+        environment.enter(dict(os.environ))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -145,6 +159,12 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 def forked(pytestconfig: pytest.Config) -> ForkedPython:
     """For what needs a process of its own: a fork has the libraries loaded, a subprocess loads them for seconds."""
     return pytestconfig.stash[_FORKED]
+
+
+@pytest.fixture(scope="session")
+def environment(pytestconfig: pytest.Config) -> ReadEnvironment:
+    """To run something in this process with another environment, which the Hub's client reads when it is imported."""
+    return pytestconfig.stash[_ENVIRONMENT]
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,13 @@
 """Python code in processes of its own that need not load torch, transformers and PEFT again: forks of one process.
 
 That process, the server, is itself a fork of the tests' process before the first test, when all is loaded and nothing
-has run. The Hub's client reads its environment when it is imported. It is imported under an environment of marks, and
-each fork puts its own values wherever a mark is: ``tests/hub/test_forked.py`` finds no mark in a fork.
+has run. Each fork has an environment of its own (``tests/environments.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import hashlib
@@ -23,16 +23,14 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
+from tests.environments import ReadEnvironment
+
 ROOT = Path(__file__).resolve().parents[1]
-#: What the environment says while libraries are imported, and no path or address in a fork may.
-MARK = "environment-of-the-server"
-_MARKS = {"HF_HOME": f"/{MARK}/home", "HF_ENDPOINT": f"http://{MARK}.invalid"}
-Places = list[tuple[ModuleType | object, str]]
 _PRELOADED = (
     "click", "jinja2", "yaml", "torch", "safetensors.torch", "httpx", "matplotlib.figure",
     "matplotlib.backends.backend_agg", "huggingface_hub.hf_api", "huggingface_hub.file_download",
@@ -65,23 +63,6 @@ class Process:
         return self._out.read_text(), self._errors.read_text()
 
 
-@contextlib.contextmanager
-def marked_environment() -> Iterator[None]:
-    """Put the marks into the environment, for as long as the libraries that read it are imported."""
-    own = {name: os.environ.get(name) for name in _MARKS}
-    os.environ.update(_MARKS)
-    yield
-    for name, value in own.items():
-        os.environ.pop(name)
-        if value is not None:
-            os.environ[name] = value
-
-
-def adopt_environment() -> None:
-    """Put this process's own environment wherever a mark is."""
-    _adopt_environment(list(_places()))
-
-
 class ForkedPython:
     """Runs code in forks; use it as a context manager, under the marks and before anything but imports has happened."""
 
@@ -89,16 +70,16 @@ class ForkedPython:
         for name in _PRELOADED:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
-        places = list(_places())
+        environment = ReadEnvironment()
         # No TemporaryDirectory, which whatever fork ends as a program does would remove.
-        self._pictures = Path(tempfile.mkdtemp())
+        self.pictures = Path(tempfile.mkdtemp())
         requests, answers = os.pipe(), os.pipe()
         self._server = os.fork()
         if self._server == 0:
             os.close(requests[1])
             os.close(answers[0])
             try:
-                _serve(os.fdopen(requests[0]), os.fdopen(answers[1], "w"), places, self._pictures)
+                _serve(os.fdopen(requests[0]), os.fdopen(answers[1], "w"), environment, self.pictures)
             finally:
                 os._exit(0)
         os.close(requests[0])
@@ -110,7 +91,7 @@ class ForkedPython:
         self._requests.close()  # the server ends
         os.waitpid(self._server, 0)
         self._answers.close()
-        shutil.rmtree(self._pictures)
+        shutil.rmtree(self.pictures)
 
     def ask(self, **request: Any) -> Any:
         self._requests.write(json.dumps(request) + "\n")
@@ -129,12 +110,15 @@ class ForkedPython:
         return subprocess.CompletedProcess(arguments, process.wait(), *process.communicate())
 
 
-def _serve(requests: IO[str], answers: IO[str], places: Places, pictures: Path) -> None:
+def _serve(requests: IO[str], answers: IO[str], environment: ReadEnvironment, pictures: Path) -> None:
     _forget_pytest()
     with contextlib.suppress(ImportError):
-        _draw_once(pictures)
+        from mapconv.publishing import picture
+
+        picture.scalars_png = draw_once(pictures)
     gc.collect()
     gc.freeze()  # or each fork's collections copy all pages of what never changes
+    _use_large_pages()
     for line in requests:
         request = json.loads(line)
         if "wait" in request:
@@ -142,7 +126,7 @@ def _serve(requests: IO[str], answers: IO[str], places: Places, pictures: Path) 
         else:
             answer = os.fork()
             if answer == 0:
-                _run(request, places)
+                _run(request, environment)
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -155,8 +139,22 @@ def _forget_pytest() -> None:
     sys.modules["__main__"] = ModuleType("__main__")
 
 
-def _draw_once(folder: Path) -> None:
-    """A card's picture depends on its modules' values alone: the first fork that has these draws it for all."""
+def _use_large_pages() -> None:
+    """Linux: 2 MiB a page, where it can. Half of the time of a short fork goes to a table of 100,000 small ones."""
+    collapse, size = 25, 2 << 20  # MADV_COLLAPSE, <linux/mman.h>; older systems refuse it
+    with contextlib.suppress(OSError, AttributeError):
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            span, mode, _, _, inode, *name = line.split()
+            start, end = (int(address, 16) for address in span.split("-"))
+            start, end = -(-start // size) * size, end // size * size
+            if mode.startswith("rw") and inode == "0" and name in ([], ["[heap]"]) and start < end:
+                madvise(start, end - start, collapse)
+
+
+def draw_once(folder: Path) -> Callable[[Any], bytes | None]:
+    """``scalars_png`` for all processes: a picture depends on its modules' values alone, and is kept in a file."""
     from mapconv.publishing import picture
 
     draw = picture.scalars_png
@@ -173,7 +171,7 @@ def _draw_once(folder: Path) -> None:
             partial.rename(path)
         return content
 
-    picture.scalars_png = scalars_png
+    return scalars_png
 
 
 def _wait(pid: int, timeout: float | None) -> int | None:
@@ -187,37 +185,7 @@ def _wait(pid: int, timeout: float | None) -> int | None:
         time.sleep(0.002)
 
 
-def _places() -> Iterator[tuple[ModuleType | object, str]]:
-    """Where the environment is kept: the client's constants in modules that import them by name, and marks."""
-    from huggingface_hub import constants, hf_api
-
-    for module in list(sys.modules.values()):
-        if module is constants or not isinstance(module, ModuleType) or module.__name__ == __name__:
-            continue
-        for name, value in list(vars(module).items()):
-            marked = issubclass(type(value), str | Path) and MARK in str(value)
-            copied = name.isupper() and module.__name__.startswith("huggingface_hub") and name in vars(constants)
-            if marked or (copied and value is getattr(constants, name)):
-                yield module, name
-    yield hf_api.api, "endpoint"
-
-
-def _adopt_environment(places: Places) -> None:
-    from huggingface_hub import constants
-
-    importlib.reload(constants)
-    for owner, name in places:
-        value = getattr(owner, name)
-        if name in vars(constants):
-            value = getattr(constants, name)
-        else:
-            kind = type(value)
-            for mark, new in ((_MARKS["HF_HOME"], constants.HF_HOME), (_MARKS["HF_ENDPOINT"], constants.ENDPOINT)):
-                value = kind(str(value).replace(mark, new)) if mark in str(value) else value
-        setattr(owner, name, value)
-
-
-def _run(request: dict[str, Any], places: Places) -> None:
+def _run(request: dict[str, Any], environment: ReadEnvironment) -> None:
     status = 1
     try:
         for number, path, flags in (
@@ -227,11 +195,10 @@ def _run(request: dict[str, Any], places: Places) -> None:
         ):
             os.dup2(os.open(path, flags, 0o600), number)
         _open_streams()
-        os.environ.clear()
-        os.environ.update(request["env"])
+        environment.enter(request["env"])
+        environment.forget()
         sys.path[:0] = request["env"].get("PYTHONPATH", "").split(os.pathsep)
         sys.argv = request["arguments"]
-        _adopt_environment(places)
         # Nothing of this file is seen by the code, as in a new process.
         exec(compile(request["code"], "<test>", "exec"), {"__name__": "__main__"})
         status = 0

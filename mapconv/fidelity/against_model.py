@@ -15,6 +15,7 @@ from mapconv.fidelity.comparison import ModuleError, merged_by_peft, run_model
 from mapconv.formats.peft import KEY_PREFIX
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.running import load_base
+from mapconv.runtime.adapters import without_adapters
 from mapconv.runtime.models import attach_with_peft, is_causal, load_model, longest_text, reads_text, text_classes
 
 
@@ -65,7 +66,7 @@ class ModelComparison:
         if source is None or result is None:
             return None
         if self._base is None:
-            with self._peft.disable_adapter():
+            with without_adapters(self._peft):
                 base = run_model(self._peft, tokens)
         else:
             base = run_model(self._base, tokens)

@@ -14,6 +14,7 @@ from mapconv.fidelity.metrics import Sums, add_all
 from mapconv.formats.peft import CONFIG_FILE, KEY_PREFIX
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.running import load_base, load_merged
+from mapconv.runtime.adapters import without_adapters
 from mapconv.runtime.models import (
     attach_with_peft,
     is_causal,
@@ -108,7 +109,7 @@ class Comparison:
     def logits(self, block: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Logits (positions, classes) of base, source and result on one block; None where the model has none."""
         tokens = torch.tensor([block], device=self._device)
-        with self._model.disable_adapter():
+        with without_adapters(self._model):
             base = run_model(self._model, tokens)
         if base is None:
             return None

@@ -15,6 +15,7 @@ import torch
 from mapconv.fidelity.metrics import ModelNumbers, Sums, add_all
 from mapconv.placement.adapters import PlacedAdapter
 from mapconv.placement.running import load_base
+from mapconv.runtime.adapters import without_adapters
 from mapconv.runtime.models import attach_with_peft, forward_pass, is_causal
 from mapconv.runtime.progress import progress_bar
 from mapconv.runtime.widening import WideBlocks, blocks_of
@@ -78,7 +79,7 @@ def measure_served(
             if wanted is None:
                 return None
             logits = [wanted]
-            with other.disable_adapter():
+            with without_adapters(other):
                 logits.append(_some_logits(other, tokens))
             for name in ("as_is", "rebased"):
                 other.set_adapter(name)

@@ -6,11 +6,13 @@ checkpoint's names map to the model's. The class does, and transformers' own con
 
 from __future__ import annotations
 
-import copy
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,38 +32,36 @@ Kind = Literal["linear", "transposed", "conv", "embedding", "attention", "parame
 _MOST_MODULES = 200_000
 
 
+@dataclass(frozen=True)
+class _Built:
+    """What a class and a configuration determine by themselves."""
+
+    model: Any
+    shapes: Mapping[str, tuple[int, ...]]
+    tied: Mapping[str, tuple[str, ...]]
+    shapes_or_buffers: Mapping[str, tuple[int, ...]]
+    modules: Mapping[str, torch.nn.Module]
+
+
 class LiveModel:
-    """One transformers class with one configuration, built without weights."""
+    """One transformers class with one configuration, built without weights; ``model`` is shared and not to be changed.
+
+    Which names a checkpoint has for its parameters is found for each instance anew: transformers' tables remember the
+    spelling that they have met.
+    """
 
     def __init__(self, config: dict[str, Any], class_name: str) -> None:
-        """Build it.
+        """Build it, or take what was built before.
 
         Raises:
             CheckpointError: transformers has no such class, or cannot build it from this configuration.
         """
         with quiet_libraries(), translated(f"a {class_name}", CheckpointError):
-            import transformers
-            from transformers.initialization import no_init_weights
-
-            refuse_code(config, Path("config.json"))
-            settings = copy.deepcopy(config)
-            model_type = settings.pop("model_type")
-            built = transformers.AutoConfig.for_model(model_type, **settings)
-            # Drawing weights takes most of the time of building a class, although on this device it draws none.
-            with torch.device("meta"), no_init_weights(), _bounded_modules(class_name):
-                self.model = model_class(class_name)(built)
-                self.model.tie_weights()
+            built = _build(json.dumps(config), class_name)
         self.class_name = class_name
-        self.config = config
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        groups: dict[int, list[str]] = defaultdict(list)
-        for name, parameter in parameters.items():
-            groups[id(parameter)].append(name)
-        self._tied = {name: tuple(group) for group in groups.values() for name in group}
-        self._modules = dict(self.model.named_modules(remove_duplicate=False))
+        self.model, self.shapes, self._tied, self._modules = built.model, built.shapes, built.tied, built.modules
         #: Names of all that a checkpoint may hold for this model.
-        self.shapes_or_buffers = self.shapes | {name: tuple(b.shape) for name, b in self.model.named_buffers()}
+        self.shapes_or_buffers = built.shapes_or_buffers
         self._transforms: tuple[list, list] | None = None
         self._located: dict[str, Region] = {}
         self._of_another_class: set[str] = set()
@@ -191,6 +191,33 @@ class LiveModel:
             converters = [item for item in transforms if isinstance(item, WeightConverter)]
             self._transforms = [item for item in transforms if not isinstance(item, WeightConverter)], converters
         return self._transforms
+
+
+@lru_cache(maxsize=8)  # the adapters of a catalog share their base
+def _build(config: str, class_name: str) -> _Built:
+    """Build a class from a configuration, as JSON, on the meta device."""
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    settings = json.loads(config)
+    refuse_code(settings, Path("config.json"))
+    typed = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    # Drawing weights takes most of the time of building a class, although on this device it draws none.
+    with torch.device("meta"), no_init_weights(), _bounded_modules(class_name):
+        model = model_class(class_name)(typed)
+        model.tie_weights()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    groups: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        groups[id(parameter)].append(name)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    return _Built(
+        model,
+        shapes,
+        {name: tuple(group) for group in groups.values() for name in group},
+        shapes | {name: tuple(buffer.shape) for name, buffer in model.named_buffers()},
+        dict(model.named_modules(remove_duplicate=False)),
+    )
 
 
 @contextmanager

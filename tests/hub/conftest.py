@@ -6,14 +6,18 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from mapconv.cli import main
+from mapconv.hub import faults
 from tests.fake_hub import READ_TOKEN, WRITE_TOKEN, FakeHub
-from tests.forked import ROOT, Process
+from tests.forked import ROOT, Process, draw_once
 
 BASE_ID = "lab/tiny-llama"
 #: A repository that a MAP adapter without a tokenizer was pushed to.
@@ -75,11 +79,38 @@ def python(forked, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
 
 
 @pytest.fixture
-def run(python) -> Callable[..., subprocess.CompletedProcess]:
-    """Run ``mapconv ARGUMENTS`` against a fake Hub, with waits cut short, and search its output for tokens."""
+def here(environment, forked, tmp_path, capsys) -> Callable[..., subprocess.CompletedProcess]:
+    """Run ``mapconv ARGUMENTS`` in this process, in a Hub cache of its own (``home``), with waits cut short."""
+
+    def call(hub: FakeHub, *arguments: object, home: str, token: str | None = WRITE_TOKEN, **more: str):
+        words, status = ["mapconv", *map(str, arguments)], 0
+        with pytest.MonkeyPatch.context() as patch, open(os.devnull) as nothing:
+            patch.setattr("sys.argv", words)
+            patch.setattr("sys.stdin", nothing)
+            patch.setattr(faults, "FIRST_WAIT", 0.01)
+            if find_spec("matplotlib"):
+                patch.setattr("mapconv.publishing.picture.scalars_png", draw_once(forked.pictures))
+            patch.setattr(faults, "REQUEST_TIMEOUT", float(more.get("TEST_REQUEST_TIMEOUT", 30)))
+            capsys.readouterr()
+            with environment.entered(hub.environment(tmp_path / home, token) | more):
+                try:
+                    main()
+                except SystemExit as stop:
+                    status = stop.code
+        return subprocess.CompletedProcess(words, status, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def run(python, here) -> Callable[..., subprocess.CompletedProcess]:
+    """Run ``mapconv ARGUMENTS`` against a fake Hub, with waits cut short, and search its output for tokens.
+
+    In this process, but for a Hub with Xet: that client reads its environment once a process.
+    """
 
     def call(hub: FakeHub, *arguments: object, status: int | None = 0, home: str = "home", **more):
-        done = python(hub, QUICK, *arguments, home=home, **more)
+        done = (partial(python, hub, QUICK) if hub.xet else partial(here, hub))(*arguments, home=home, **more)
         for secret in (WRITE_TOKEN, READ_TOKEN):
             assert secret not in done.stdout + done.stderr
         if status is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.forked import MARK
+from tests.environments import MARK
 
 _FOUND = f"""
 import gc, os, sys

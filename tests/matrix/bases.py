@@ -7,12 +7,16 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from tests.copies import Original
+from tests.files import read_header
 
 from .models import MODELS
 from .tiny import Tiny
@@ -65,3 +69,48 @@ def _loaded(tiny: Tiny, folder: Path) -> Original:
     labels = {"num_labels": tiny.settings["num_labels"]} if "num_labels" in tiny.settings else {}
     torch.manual_seed(11)  # a head that the base has not got is made anew
     return Original(tiny.load(folder, **labels))
+
+
+def reloaded(tiny: Tiny, folder: Path, base: Path) -> torch.nn.Module:
+    """The model in a folder as transformers loads it, which must find a place for every tensor, and invent none.
+
+    Which tensor goes where depends on the configuration and on the tensors' names and shapes: where these are the
+    base's, the folder's values go where those of the base went.
+    """
+    sources = _sources(tiny, base) if _form(folder) == _base_form(base) else None
+    if sources is None:
+        model, report = tiny.load(folder, output_loading_info=True)
+        assert {name: entries for name, entries in report.items() if entries} == {}
+        return model
+    model, values = copy_of(tiny, base), load_file(folder / "model.safetensors")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(values[sources[name]])
+    return model
+
+
+@cache
+def _sources(tiny: Tiny, base: Path) -> dict[str, str] | None:
+    """The tensor of the base that each parameter of the loaded model is; None where some are put together of several.
+
+    They are paired by value: every weight of these models is random, hence unlike any other.
+    """
+    stored, sources = load_file(base / "model.safetensors"), {}
+    for name, parameter in copy_of(tiny, base).named_parameters():
+        twins = [key for key, value in stored.items() if value.shape == parameter.shape and value.equal(parameter)]
+        if len(twins) == 1:
+            sources[name] = twins[0]
+        else:
+            return None
+    return sources if sorted(sources.values()) == sorted(stored) else None
+
+
+def _form(folder: Path) -> tuple[Any, ...]:
+    """All that transformers looks at in a model's folder but for the tensors' values."""
+    header, _ = read_header(folder / "model.safetensors")
+    tensors = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    weights = sorted(path.name for path in folder.iterdir() if "model" in path.name or "adapter" in path.name)
+    return json.loads((folder / "config.json").read_text()), tensors, weights
+
+
+_base_form = cache(_form)

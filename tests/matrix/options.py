@@ -293,5 +293,5 @@ OPTIONS: tuple[Option, ...] = (
 
 
 def combinations() -> Iterable[tuple[Tiny, Option]]:
-    """Every (model, option) of the matrix."""
-    return [(tiny, option) for option in OPTIONS for tiny in MODELS.values() if option.applies(tiny)]
+    """Every (model, option) of the matrix, model by model: what is kept of a model serves its next case."""
+    return [(tiny, option) for tiny in MODELS.values() for option in OPTIONS if option.applies(tiny)]

@@ -63,7 +63,10 @@ class Tiny:
 
     def logits(self, model: torch.nn.Module) -> torch.Tensor:
         """The float64 logits of a fixed input; the model is widened in place."""
-        model = model.double().eval()
+        return self.logits_of_wide(model.double().eval())
+
+    def logits_of_wide(self, model: torch.nn.Module) -> torch.Tensor:
+        """The same of a model that is in float64 and in eval mode already."""
         inputs = {name: value.double() if value.is_floating_point() else value for name, value in self.inputs().items()}
         with torch.no_grad():
             return model(**inputs).logits

@@ -165,8 +165,9 @@ def test_gradient_checkpointing(base, reentrant):
 
 
 @pytest.mark.parametrize("trainable", ["none", "all"])
-def test_compile(base, map_dir, trainable):
+def test_compile(base, map_dir, trainable, monkeypatch):
     """Without a break in the graph, and with the gradients of the eager model."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")  # of tests/conftest.py
     model = load_adapter(load_base(base), map_dir, trainable=trainable)
     block = model.model.layers[0].mlp.up_proj
     x = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)

@@ -9,7 +9,6 @@ import statistics
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
 
 import mapconv
 from mapconv.errors import AdapterError, OutputError, UnsupportedError
@@ -28,9 +27,11 @@ def rows(count: int = 8) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in prompts().repeat(count, 1)[:count]]
 
 
-def with_trainer(model, folder, **settings):
+def with_trainer(model, folder, evaluated=None, **settings):
+    from transformers import Trainer, TrainingArguments  # a second, for datasets and pandas: not for each worker
+
     arguments = TrainingArguments(output_dir=str(folder), **COMMON | settings)
-    return Trainer(model=model, args=arguments, train_dataset=rows())
+    return Trainer(model=model, args=arguments, train_dataset=rows(), eval_dataset=evaluated)
 
 
 def with_sft(model, folder, **settings):
@@ -112,8 +113,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(base, tmp_path, run):
 def test_the_best_checkpoint_is_loaded_at_the_end(base, tmp_path):
     model = get_map_model(load_base(base), MapConfig(rank=4))
     settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 50.0}
-    arguments = TrainingArguments(output_dir=str(tmp_path), **COMMON | settings)
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows(), eval_dataset=rows(2))
+    trainer = with_trainer(model, tmp_path, evaluated=rows(2), **settings)
     trainer.train()
     best = load_file(f"{trainer.state.best_model_checkpoint}/model.safetensors")
     assert all(torch.equal(best[name], value) for name, value in parameters(model).items())
