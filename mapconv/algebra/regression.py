@@ -19,6 +19,7 @@ import torch
 from mapconv.algebra.moments import DAMPING, InputMoment, InputRoot
 from mapconv.algebra.norms import all_finite
 from mapconv.algebra.pencil import DensePencil
+from mapconv.algebra.randomized import OVERSAMPLING
 
 
 @dataclass(frozen=True)
@@ -32,24 +33,26 @@ class RegressionInputs:
     cross: torch.Tensor | None
     tokens: int
 
-    def pencil(
-        self, change: torch.Tensor, W: torch.Tensor | None, *, gains: bool, directions: torch.Tensor | None = None
-    ) -> DensePencil:
+    def pencil(self, change: torch.Tensor, W: torch.Tensor | None, *, gains: bool, rank: int) -> DensePencil:
         """M as the pencil E(t) = M(1) − t·W·P, for T − W and W (n, m) float32; the gain is 1 + t.
 
-        The rows of ``directions`` (j, m) are those of T − W that are known to matter. Without ``gains`` t = 0 alone
-        will be looked at, and W·P is left out: W is needed with them, or where x̃ ≠ x.
+        Without ``gains`` t = 0 alone will be looked at, and W·P is left out: W is needed with them, or where x̃ ≠ x.
+        ``rank`` is what will be asked of it first.
         """
+        known = self.root.leading(min(rank + OVERSAMPLING, *change.shape))
+        if not gains:
+            return DensePencil(self.seen(change, W), None, known)
+        assert W is not None  # a gain is of it
+        WP = self.root.multiply(W)
+        return DensePencil(self.seen(change, W, WP), WP, known)
+
+    def seen(self, change: torch.Tensor, W: torch.Tensor | None, WP: torch.Tensor | None = None) -> torch.Tensor:
+        """M(1) alone, (n, m) float32; ``WP`` is W·P where it is known."""
         if self.cross is None:
-            known = None if directions is None else self.root.multiply(directions).T
-            if not gains:
-                return DensePencil(self.root.multiply(change), None, known)
-            assert W is not None  # a gain is of it
-            return DensePencil(self.root.multiply(change), self.root.multiply(W), known)
+            return self.root.multiply(change)
         assert W is not None  # what x̃ makes of it is a part of M
-        seen = self.root.multiply(W)
-        known = None if directions is None else torch.mm(directions, self._reached).T
-        return DensePencil(torch.mm(change + W, self._reached).sub_(seen), seen if gains else None, known)
+        seen = torch.mm(change + W, self._reached)
+        return seen.sub_(self.root.multiply(W) if WP is None else WP)
 
     @cached_property
     def _reached(self) -> torch.Tensor:

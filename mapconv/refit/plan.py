@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import torch
@@ -282,6 +282,7 @@ def _kind(placed: PlacedModule, options: ConvertOptions) -> Kind:
     return "resize" if module.delta is None else "refit"
 
 
+@cache
 def operations_a_second(columns: int = 24, size: int = 1024) -> float:
     """The best of a few products of a matrix with a thin block, on one core as in a run."""
     threads = torch.get_num_threads()

@@ -191,7 +191,7 @@ def test_both_factors_come_from_one_basis_when_the_iteration_ends_at_its_limit(m
     from mapconv.algebra import randomized
     from mapconv.algebra.randomized import Sketch
 
-    monkeypatch.setattr(randomized, "_converged", lambda *_, **__: False)
+    monkeypatch.setattr(randomized._Falls, "ended", False)
     for limit in (1, 2):
         monkeypatch.setattr(randomized, "MAX_BLOCKS", limit)
         S, W = matrices("noisy", (40, 30))

@@ -50,7 +50,7 @@ def weight_error(bases, out, path):
 
 
 def test_it_comes_closer_and_stays_a_plain_lora(bases, command_line, run, tmp_path):
-    result = run(*command_line, "--data", bases / "text.txt", "--calibrate", "10")
+    result = run(*command_line, "--data", bases / "text.txt", "--calibrate", "6")
     assert result.status == 0, result.err
     out = tmp_path / "out"
     assert not any("magnitude" in name for name in load_file(out / "adapter_model.safetensors"))
@@ -81,13 +81,12 @@ def test_without_data_it_trains_on_own_samples_and_equal_seeds_give_equal_bytes(
 
 def test_a_free_gain_is_trained(bases, tmp_path):
     options = {"base": bases / "base", "onto": bases / "rounded", "data": bases / "text.txt", "calibrate": 1, **SIZES}
-    trained = {}
-    for free in (False, True):
-        result = mapconv.rebase(
-            bases / "lora", tmp_path / str(free), statistics="none", rank=8, free_gain=free, keep_worse=True, **options
-        )
-        trained[free] = result.calibration.trained_parameters
-    assert trained[True] == trained[False] + len(result.modules)
+    result = mapconv.rebase(
+        bases / "lora", tmp_path / "free", statistics="none", rank=8, free_gain=True, keep_worse=True, **options
+    )
+    factors = [t for name, t in load_file(result.out / "adapter_model.safetensors").items() if "magnitude" not in name]
+    # Beside its factors, a module has the length of its update, and with a free gain that of the base.
+    assert result.calibration.trained_parameters == sum(t.numel() for t in factors) + 2 * len(result.modules)
 
 
 def test_ctrl_c_writes_the_best_so_far(bases, command_line, run, monkeypatch, tmp_path):

@@ -23,28 +23,32 @@ def write_text(path, seed: int, size: int = 8000):
     return path
 
 
-@pytest.fixture
-def text(tmp_path):
-    return write_text(tmp_path / "text.txt", 3)
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt", 3)
 
 
-@pytest.fixture
-def fitted(run, dora, text, tmp_path):
-    result = run("upgrade", dora, "-o", tmp_path / "fitted", "--data", text, *LENGTH)
-    assert result.status == 0, result.err
-    return tmp_path / "fitted", result
+@pytest.fixture(scope="module")
+def fitted(dora, text, tmp_path_factory):
+    """The DoRA refitted by its inputs; tests must not write there."""
+    out = tmp_path_factory.mktemp("fitted") / "map"
+    return mapconv.upgrade(dora, out, data=text, sequence_length=32, samples=24).out
 
 
 def test_the_outputs_come_closer_on_other_text_of_the_kind(fitted, dora, tmp_path):
     mapconv.upgrade(dora, tmp_path / "plain")
     other = write_text(tmp_path / "other.txt", 4)
-    plain, seen = (mapconv.verify(folder, dora, data=other).kl for folder in (tmp_path / "plain", fitted[0]))
+    plain, seen = (mapconv.verify(folder, dora, data=other).kl for folder in (tmp_path / "plain", fitted))
     assert seen < 0.8 * plain
 
 
-def test_the_table_and_the_record_say_what_was_seen(fitted, text):
-    folder, result = fitted
-    config = json.loads((folder / "map_config.json").read_text())
+def test_the_table_and_the_record_say_what_was_seen_and_the_same_data_gives_the_same_bytes(
+    fitted, run, dora, text, tmp_path
+):
+    result = run("upgrade", dora, "-o", tmp_path / "again", "--data", text, *LENGTH)
+    for name in ("adapter_model.safetensors", "map_config.json", "adapter_config.json"):
+        assert (fitted / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    config = json.loads((fitted / "map_config.json").read_text())
     assert config["options"]["statistics"] == "full"
     assert config["data"] == {"name": "text.txt", "sequences": 24, "tokens": 24 * 32} | {
         "fingerprint": config["data"]["fingerprint"]
@@ -56,17 +60,10 @@ def test_the_table_and_the_record_say_what_was_seen(fitted, text):
     assert str(text) not in json.dumps(config)
 
 
-def test_the_same_data_gives_the_same_bytes(fitted, run, dora, text, tmp_path):
-    run("upgrade", dora, "-o", tmp_path / "again", "--data", text, *LENGTH)
-    for name in ("adapter_model.safetensors", "map_config.json", "adapter_config.json"):
-        assert (fitted[0] / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-
-
 def test_the_gains_are_those_of_the_written_factors(fitted, run, base, dora):
-    folder, _ = fitted
-    result = run("verify", folder, "--against", dora, "--json")
+    result = run("verify", fitted, "--against", dora, "--json")
     weights = {module["path"]: module["error"] for module in json.loads(result.out)["modules"]}
-    for module in json.loads((folder / "map_config.json").read_text())["modules"]:
+    for module in json.loads((fitted / "map_config.json").read_text())["modules"]:
         # PEFT merges in float32: its sums over 48 inputs and four ranks round that much of W, of which Δ is a third.
         assert weights[module["path"]] == pytest.approx(module["error"], abs=1e-5)
 
@@ -83,7 +80,7 @@ def test_diagonal_statistics(run, dora, text, tmp_path, fitted):
     result = run("upgrade", dora, "-o", tmp_path / "map", "--data", text, *LENGTH, "--statistics", "diagonal")
     assert result.status == 0, result.err
     assert (tmp_path / "map" / "adapter_model.safetensors").read_bytes() != (
-        fitted[0] / "adapter_model.safetensors"
+        fitted / "adapter_model.safetensors"
     ).read_bytes()
 
 
@@ -137,7 +134,7 @@ def test_calibration_follows_the_refit(run, dora, text, fitted, tmp_path):
     result = run("upgrade", dora, "-o", tmp_path / "map", *words)
     assert result.status == 0, result.err
     config = json.loads((tmp_path / "map" / "map_config.json").read_text())
-    refit = json.loads((fitted[0] / "map_config.json").read_text())
+    refit = json.loads((fitted / "map_config.json").read_text())
     assert config["calibration"]["steps"] == 4
     assert config["data"] == refit["data"]
     before = {module["path"]: module["error"] for module in refit["modules"]}
@@ -160,8 +157,8 @@ def test_a_dry_run_reads_the_data_and_writes_nothing(run, dora, text, tmp_path):
 
 
 def test_fewer_sequences_than_asked_for_are_said_once(run, dora, text, tmp_path):
-    text.write_text(text.read_text()[:320])
-    result = run("upgrade", dora, "-o", tmp_path / "map", "--data", text, *LENGTH)
+    (tmp_path / "short.txt").write_text(text.read_text()[:320])
+    result = run("upgrade", dora, "-o", tmp_path / "map", "--data", tmp_path / "short.txt", *LENGTH)
     said = result.out + result.err
     assert result.status == 0, result.err
     assert said.count("fewer than the 24 to run") == 1

@@ -119,12 +119,13 @@ MODELS: dict[str, Tiny] = {
                 "d_ff": WIDE,
                 "d_kv": 12,
                 "num_layers": 2,
+                "num_decoder_layers": 1,
                 "num_heads": 2,
                 "decoder_start_token_id": 0,
             },
             "AutoModelForSeq2SeqLM",
             inputs.seq2seq,
-            {"linear": ("q", "v", "wo"), "embedding": ("embed_tokens",), "head": ("lm_head",)},
+            {"linear": ("q", "wo"), "embedding": ("embed_tokens",), "head": ("lm_head",)},
             tied=True,
             layers="block",
         ),
@@ -152,7 +153,7 @@ MODELS: dict[str, Tiny] = {
             "AutoModelForSpeechSeq2Seq",
             inputs.speech,
             {
-                "linear": ("q_proj", "v_proj", "fc1"),
+                "linear": ("q_proj", "fc1"),
                 "biased": ("q_proj", "fc1"),
                 "embedding": ("embed_tokens",),
                 "head": ("proj_out",),
@@ -176,7 +177,7 @@ MODELS: dict[str, Tiny] = {
             "AutoModelForImageClassification",
             inputs.image,
             {
-                "linear": ("q_proj", "v_proj", "fc1"),
+                "linear": ("q_proj", "fc1"),
                 "biased": ("q_proj", "fc1"),
                 "conv": ("projection",),
                 "classifier": ("classifier",),
@@ -237,7 +238,7 @@ MODELS: dict[str, Tiny] = {
             inputs.qwen2_vl,
             DECODER_ROLES
             | {
-                "linear": ("q_proj", "v_proj", "attn.qkv", "down_proj"),
+                "linear": ("q_proj", "attn.qkv", "down_proj"),
                 "biased": ("q_proj", "attn.qkv"),
                 "conv": ("patch_embed.proj",),
             },

@@ -16,8 +16,9 @@ DECODER = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+#: A square layer and an oblong one; that its neighbours are told apart, the cases of "all-linear" see.
 DECODER_ROLES = {
-    "linear": ("q_proj", "v_proj", "down_proj"),
+    "linear": ("q_proj", "down_proj"),
     "embedding": ("embed_tokens",),
     "head": ("lm_head",),
 }
@@ -32,8 +33,8 @@ BERT = {
     "pad_token_id": 0,
 }
 BERT_ROLES = {
-    "linear": ("query", "value", "intermediate.dense"),
-    "biased": ("query", "value", "intermediate.dense"),
+    "linear": ("query", "intermediate.dense"),
+    "biased": ("query", "intermediate.dense"),
     "embedding": ("word_embeddings",),
 }
 GPT2 = {

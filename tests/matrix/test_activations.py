@@ -42,7 +42,7 @@ def dataset() -> Dataset:
 
 
 def expected_moments(case, paths: set[str]) -> dict[str, torch.Tensor]:
-    """Σ x xᵀ of each layer over the same rows, one at a time through stock PEFT's model in float64."""
+    """Σ x xᵀ of each layer over the same rows, those of one length together, by stock PEFT's model in float64."""
     model = load_adapter(case, case.adapter).get_base_model().double()
     sums: dict[str, torch.Tensor] = {}
 
@@ -60,8 +60,8 @@ def expected_moments(case, paths: set[str]) -> dict[str, torch.Tensor]:
         if name in paths:
             module.register_forward_pre_hook(count(name))
     with torch.no_grad():
-        for row in rows():
-            inputs = {"input_ids": torch.tensor([row])}
+        for length, _ in COUNTS:
+            inputs = {"input_ids": torch.tensor([row for row in rows() if len(row) == length])}
             if model.config.is_encoder_decoder:
                 inputs["decoder_input_ids"] = inputs["input_ids"]
             model(**inputs)

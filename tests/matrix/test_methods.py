@@ -16,7 +16,7 @@ from mapconv.fidelity.comparison import Comparison
 from mapconv.formats.methods import METHODS, NO_FIXED_WEIGHT, WHOLE_METHODS
 from mapconv.placement.adapters import place_adapter
 
-from .bases import copy_of
+from .bases import copy_of, reloaded
 from .methods import CASES, MethodCase, merged_by_peft, model_folder
 
 #: One rounding to float32, relative.
@@ -45,7 +45,7 @@ def the(method: str) -> MethodCase:
 def test_merges_to_what_peft_merges_to_and_converts_to_the_same(case, made, tmp_path):
     base, adapter, wanted = made(case)
     mapconv.merge(adapter, tmp_path / "merged", base=base, dtype="float32")
-    before, got = copy_of(case.tiny, base).state_dict(), case.tiny.load(tmp_path / "merged").state_dict()
+    before, got = copy_of(case.tiny, base).state_dict(), reloaded(case.tiny, tmp_path / "merged", base).state_dict()
     changed = [name for name in wanted if not torch.equal(wanted[name], before[name])]
     assert changed
     for name in wanted:

@@ -6,6 +6,9 @@ Whole vision-language models are cases of the matrix (``feature-extraction``); h
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import pytest
 import transformers
@@ -13,6 +16,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
 import mapconv
+from tests.copies import Original
+from tests.files import copy, edit_json
 
 from .models import MODELS
 from .oracle import Workshop, attach_whole, randomise
@@ -25,22 +30,39 @@ def keys(folder) -> set[str]:
         return set(file.keys())
 
 
-@pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION", "CAUSAL_LM"])
+@pytest.fixture(scope="module")
+def trained(
+    workshop: Workshop, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, Original, Path]]:
+    """(base, its bare model, an adapter of that); each is made once."""
+    root = tmp_path_factory.mktemp("bare")
+
+    @cache
+    def make(name: str) -> tuple[Path, Original, Path]:
+        base = workshop.bases.folder(name, "default")
+        bare = transformers.AutoModel.from_pretrained(base)
+        untouched = Original(bare)
+        targets = MODELS[name].roles.get("linear") or MODELS[name].roles["conv1d_transposed"]
+        model = get_peft_model(bare, LoraConfig(r=2, target_modules=list(targets)))
+        randomise(model, seed=3)
+        model.save_pretrained(root / name)
+        return base, untouched, root / name
+
+    return make
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_an_adapter_of_the_bare_model_keeps_its_names(name, task, workshop: Workshop, tmp_path):
-    base = workshop.bases.folder(name, "default")
-    bare = transformers.AutoModel.from_pretrained(base)
-    targets = MODELS[name].roles.get("linear") or MODELS[name].roles["conv1d_transposed"]
-    model = get_peft_model(bare, LoraConfig(r=2, target_modules=list(targets)))
-    randomise(model, seed=3)
-    model.save_pretrained(tmp_path / "adapter")
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    mapping = config["auto_mapping"] if task is None else None
-    (tmp_path / "adapter" / "adapter_config.json").write_text(
-        json.dumps(config | {"task_type": task, "auto_mapping": mapping})
+@pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION", "CAUSAL_LM"])
+def test_an_adapter_of_the_bare_model_keeps_its_names(name, task, trained, tmp_path):
+    base, bare, saved = trained(name)
+    adapter = copy(saved, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    edit_json(
+        adapter / "adapter_config.json",
+        task_type=task,
+        auto_mapping=config["auto_mapping"] if task is None else None,
     )
-    mapconv.upgrade(tmp_path / "adapter", tmp_path / "map", base=base)
-    assert keys(tmp_path / "map") == keys(tmp_path / "adapter")
-    record = json.loads((tmp_path / "map" / "adapter_config.json").read_text())
-    (tmp_path / "map" / "adapter_config.json").write_text(json.dumps(record | {"task_type": None}))
-    attach_whole(transformers.AutoModel.from_pretrained(base), tmp_path / "map")
+    mapconv.upgrade(adapter, tmp_path / "map", base=base)
+    assert keys(tmp_path / "map") == keys(adapter)
+    edit_json(tmp_path / "map" / "adapter_config.json", task_type=None)
+    attach_whole(bare.copy(), tmp_path / "map")
