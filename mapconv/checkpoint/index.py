@@ -124,6 +124,11 @@ def _read_folder(folder: Path) -> Checkpoint:
             return replace(_read_sharded(folder, index_path), stem=stem)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder: give the base model's folder with --base.")
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder} is an adapter (adapter_config.json), not a model with all its weights: give the base that it "
+            "was made for."
+        )
     if any(folder.glob("*.bin")):
         raise CheckpointError(
             f"{folder} holds its weights as a pickle (.bin) only, and mapconv reads safetensors: convert the model "

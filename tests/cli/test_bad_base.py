@@ -43,6 +43,10 @@ def test_no_weights(refuse, own_base):
     refuse(own_base, WEIGHTS, INDEX)
 
 
+def test_an_adapter_in_its_place(refuse, dora):
+    refuse(dora, "is an adapter (adapter_config.json), not a model with all its weights: give the base")
+
+
 def test_pickled_weights(refuse, own_base):
     (own_base / WEIGHTS).rename(own_base / "pytorch_model.bin")
     refuse(own_base, "pickle")
