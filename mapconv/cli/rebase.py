@@ -19,6 +19,9 @@ from mapconv.wording import NONE, counted, rough_seconds, size, small, spread
 if TYPE_CHECKING:
     from mapconv.commands.rebase import RebaseResult
 
+#: Above this median, ε of the weights needs a word.
+FAR = 0.5
+
 
 @command(REBASE, "Refit an adapter for another base, such as a quantized one.")
 def rebase(chosen: Chosen) -> None:
@@ -90,6 +93,9 @@ def _report(result: RebaseResult) -> None:
         errors = [module.measured_error for module in modules]
         rows.append([name, str(len(modules)), rank, small(statistics.median(errors)), *of_outputs])
     print_table(["target", "modules", "rank", "ε of weights", "of outputs: worst", "median"], rows)
+    errors = [module.measured_error for module in result.modules if module.output_error is not None]
+    if errors and statistics.median(errors) > FAR:
+        show("  ε of weights is large because no low rank follows a base's rounding; the outputs are what was fitted")
     show()
     show(
         f"  {counted(len(result.modules), 'module')}, {result.parameters:,} parameters, {size(result.nbytes)}, "
