@@ -159,7 +159,7 @@ def main() -> None:
             out = work / f"{options.adapter}-{row}-{rank}"
             given = {"statistics": row, "data": text, "samples": samples, "sequence_length": LENGTH}
             if row == "own":
-                given = {"samples": samples, "sequence_length": LENGTH}
+                given = {"samples": 2 * samples, "sequence_length": LENGTH}  # twice as many, as by default
             elif row == "stored":
                 given = {"statistics_from": statistics}
             given |= {"force": True, "keep_worse": True, **wanted}

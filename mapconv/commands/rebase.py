@@ -31,6 +31,9 @@ from mapconv.runtime.devices import resolve_device
 from mapconv.runtime.memory import release_freed
 from mapconv.runtime.progress import progress_bar
 
+#: Sequences that the source writes by default: of what it writes, twice as many are needed as of text of the task.
+WRITTEN = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class RebaseResult(RefitResult):
@@ -99,7 +102,8 @@ def rebase(
             of quantized bases do not take.
         dtype: of the stored factors: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the source's own.
         data: text that the adapter is for; None: the source model writes its own.
-        samples: sequences to fit on (32), each of ``sequence_length`` tokens (256).
+        samples: sequences to fit on (32 of ``data``, or 64 that the source writes), each of ``sequence_length`` tokens
+            (256).
         statistics: ``running``: fit each layer to the inputs that it gets behind the layers rebased before it.
             ``source``: to the source's own inputs. ``none``: to the weights alone. None: ``running`` with ``data``,
             ``source`` without, which measured best (examples/benchmarks/README.md).
@@ -122,8 +126,9 @@ def rebase(
         ValueError: an option out of its range, or options that cannot be used together.
     """
     started = time.perf_counter()
-    wanted, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
-    statistics = statistics or ("source" if data is None and statistics_from is None else "running")
+    writes = data is None and statistics_from is None
+    wanted, length = samples or (WRITTEN if writes else SAMPLES.fallback), sequence_length or SEQUENCE_LENGTH.fallback
+    statistics = statistics or ("source" if writes else "running")
     refitting = Refitting.of([source], out, "rebased", allow_pickle=allow_pickle)
     source = refitting.source
     runs = (statistics != "none" and statistics_from is None) or data is not None

@@ -114,7 +114,7 @@ REBASE = Command(
     ),
     DTYPE,
     DATA.but(help="Sample text from the adapter's domain. Default: the source model writes its own."),
-    SAMPLES.but(help="Sequences to fit on."),
+    SAMPLES.but(help="Sequences to fit on. Default: 32 of --data, or 64 that the source writes.", fallback=None),
     SEQUENCE_LENGTH,
     Option(
         "statistics",

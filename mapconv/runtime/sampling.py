@@ -14,8 +14,8 @@ from mapconv.runtime.widening import WideBlocks, blocks_of
 
 #: At most so many sequences are written together: a cache of keys and values is kept for each.
 TOGETHER = 32
-#: At 1 a small model's text soon loses its thread, and its layers' inputs differ more from those on real text: on
-#: SmolLM2-135M a rebase of a LoRA ends at 1.10 times the KL of one on text of the task, and at 1.05 times with 0.8.
+#: At 1 a small model's text soon loses its thread, well below it repeats itself, and its layers' inputs differ more
+#: from those on real text. What a rebase on SmolLM2-135M makes of each is in examples/benchmarks/README.md.
 TEMPERATURE = 0.8
 
 
