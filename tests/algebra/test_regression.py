@@ -99,3 +99,16 @@ def test_a_solver_is_told_where_the_inputs_are_large(problem, crossed, rank):
     P = inputs.root.factor.double()
     held = (P @ torch.linalg.qr(directions.double()).Q).square().sum()
     assert held >= 0.99 * torch.linalg.svdvals(P).square()[: directions.shape[1]].sum()
+
+
+def test_outputs_of_a_layer_tell_as_much_as_its_inputs(problem):
+    """E[T·x x̃ᵀ] + λT is T·S: the two ways give one problem, but for the rounding of solving with P."""
+    T, W, wanted, made = problem
+    seen = []
+    for values, of_outputs in ((wanted, False), (wanted @ T.T, True)):
+        moment = PairedMoment(M, of_outputs=of_outputs)
+        moment.add(values, made)
+        inputs = moment.inputs()
+        seen.append(inputs.pencil(T - W, W, gains=False, rank=2).S)
+    condition = float(torch.linalg.cond(inputs.root.factor.double()))
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-6 * condition * float(seen[0].abs().max()))
