@@ -26,7 +26,7 @@ from mapconv.cli import main
 from tests import QUICK, THOROUGH
 from tests.environments import ReadEnvironment, marked_environment
 from tests.files import copy
-from tests.forked import ForkedPython
+from tests.forked import ForkedPython, use_large_pages
 
 #: Open until all libraries are imported.
 _marked = ExitStack()
@@ -99,6 +99,8 @@ def pytest_runtestloop(session: pytest.Session) -> None:
         environment = session.config.stash[_ENVIRONMENT] = ReadEnvironment()
         _marked.close()
         environment.enter(dict(os.environ))
+    if hasattr(session.config, "workerinput"):
+        use_large_pages()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -157,10 +157,11 @@ def main() -> None:
                     report(f"EoRA of rank {rank - own} beside the adapter", kl, time.perf_counter() - started)
                 continue
             out = work / f"{options.adapter}-{row}-{rank}"
-            given = {"statistics_from": statistics} if row == "stored" else {
-                "statistics": "running" if row == "own" else row, "samples": samples, "sequence_length": LENGTH,
-                "data": None if row == "own" else text,
-            }  # fmt: skip
+            given = {"statistics": row, "data": text, "samples": samples, "sequence_length": LENGTH}
+            if row == "own":
+                given = {"samples": samples, "sequence_length": LENGTH}
+            elif row == "stored":
+                given = {"statistics_from": statistics}
             given |= {"force": True, "keep_worse": True, **wanted}
             mapconv.rebase(adapter, out, base=base, onto=rounded, rank=rank, **given)
             seconds = time.perf_counter() - started

@@ -9,6 +9,7 @@ bracket.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -39,6 +40,8 @@ class Scan(NamedTuple):
 
 #: Where an eighth of the eigenvalues or less is left over, the valleys are many and narrow.
 WIDE, NARROW = Scan(31, 3, 9), Scan(81, 4, 25)
+#: Up to this size they are looked at one by one: of each the place is known.
+EVERY_VALLEY = 256
 
 
 @dataclass(frozen=True)
@@ -160,21 +163,47 @@ class GramPencil:
         return self.complete and (len(self.ss) <= SMALL or 2 * rank > len(self.ss))
 
     def _scan(self, rank: int) -> float:
-        """The t of least error among some around the best of rank 0, closer together there, and in low valleys."""
+        """The t of least error among those of ``_places``, and of others close together in the lowest valleys there."""
         scan = NARROW if 8 * (len(self.ss) - rank) <= len(self.ss) else WIDE
         if scan not in self._scanned:
-            norm_s, inner, norm_w = self.norms
-            middle, reach = inner / norm_w, 2 * (norm_s / norm_w) ** 0.5
-            steps = torch.linspace(-1, 1, scan.places, dtype=torch.float64).tolist()
-            self._scanned[scan] = [(t, self._errors(t)) for t in (middle + reach * x * abs(x) for x in steps)]
+            self._scanned[scan] = [(t, self._errors(t)) for t in self._places(scan)]
         places = [t for t, _ in self._scanned[scan]]
         errors = [float(found[rank]) for _, found in self._scanned[scan]]
         tried = dict(zip(places, errors, strict=True))
         for valley in sorted(_valleys(errors), key=lambda place: errors[place])[: scan.valleys]:
-            ends = places[max(valley - 1, 0)], places[min(valley + 1, scan.places - 1)]
+            ends = places[max(valley - 1, 0)], places[min(valley + 1, len(places) - 1)]
             for t in torch.linspace(*ends, scan.refined, dtype=torch.float64).tolist():
                 tried[t] = float(self._errors(t)[rank])
         return min(tried, key=lambda t: tried[t])
+
+    def _places(self, scan: Scan) -> list[float]:
+        """Places where eigenvalues are small, or some around the best of rank 0 and closer together there; rising."""
+        norm_s, inner, norm_w = self.norms
+        if scan is NARROW and len(self.ss) <= EVERY_VALLEY and (bottoms := self._bottoms()):
+            return bottoms
+        middle, reach = inner / norm_w, 2 * (norm_s / norm_w) ** 0.5
+        return [middle + reach * x * abs(x) for x in torch.linspace(-1, 1, scan.places, dtype=torch.float64).tolist()]
+
+    def _bottoms(self) -> list[float]:
+        """Each t at whose place an eigenvalue of G is small, in rising order; none where WᵀW is singular.
+
+        det G(t) has roots t ± iδ in pairs, as G has no negative eigenvalue on the real line: near t an eigenvalue is
+        about κ((t′ − t)² + δ²), a valley whose bottom is at t. The roots are the eigenvalues of a companion matrix
+        (linearization of a quadratic eigenvalue problem: Tisseur and Meerbergen 2001).
+        """
+        assert self.sw is not None
+        assert self.ww is not None  # where there is no W, no t is looked for
+        root, failed = torch.linalg.cholesky_ex(self.ww.double())
+        if failed:
+            return []
+        size = len(root)
+        companion = torch.zeros(2 * size, 2 * size, dtype=torch.float64)
+        companion[:size, size:] = torch.eye(size, dtype=torch.float64)
+        for gram, sign, place in ((self.ss, -1, 0), (self.sw, 1, size)):
+            half = torch.linalg.solve_triangular(root, gram.double(), upper=False)
+            companion[size:, place : place + size] = sign * torch.linalg.solve_triangular(root, half.T, upper=False)
+        roots = torch.linalg.eigvals(companion)
+        return sorted({t for t in roots.real[roots.imag >= 0].tolist() if math.isfinite(t)})
 
     def _errors(self, t: float) -> torch.Tensor:
         """The squared errors of every rank, as ``at`` has them, from the eigenvalues alone."""

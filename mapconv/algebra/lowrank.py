@@ -49,7 +49,7 @@ def best_low_rank(
     if rank == min(pencil.shape) and shift is None:
         shift = 0.0  # no t leaves anything over, so rounding alone would choose one
     if not dense and is_randomized(pencil.shape, rank, _known(pencil)):
-        sketch = Sketch(pencil, rank, t=shift, seed=seed)
+        sketch = Sketch(pencil, rank, t=shift, seed=seed, one_rank=True)
         if sketch.settled:
             return sketch.cut(sketch.spectrum, rank)
     # Beyond half of the rank little is left over, and t is searched for at many places: once, then, and surely.

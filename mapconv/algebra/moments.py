@@ -7,7 +7,8 @@ the ridge λ‖E‖². Symbols: m is the number of inputs of the layer.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import Literal
 
 import torch
@@ -22,6 +23,15 @@ Statistics = Literal["full", "diagonal"]
 DAMPING = 1e-2
 #: Columns of C, and of a product with P, that are computed at once: at least so many, and that part of all.
 _STRIP, _STRIPS = 192, 8
+#: Steps of the iteration for P's leading directions, each of two products. They are a start, and need not be exact.
+_LEADING_STEPS = 3
+
+
+class _Leading:
+    """Leading directions that are known, (m, j) or None; threads that refit layers with one input find them once."""
+
+    def __init__(self, columns: torch.Tensor | None = None) -> None:
+        self.lock, self.columns = Lock(), columns
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class InputRoot:
     """P: a lower triangular matrix (m, m), or the diagonal of one (m,); float32."""
 
     factor: torch.Tensor
+    _leading: _Leading = field(default_factory=_Leading, compare=False, repr=False)
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """rows·P for rows (p, m)."""
@@ -53,6 +64,37 @@ class InputRoot:
         if self.factor.ndim == 1:
             return rows / self.factor
         return torch.linalg.solve_triangular(self.factor.T, rows, upper=True, left=False)
+
+    def leading(self, count: int, steps: int = _LEADING_STEPS) -> torch.Tensor:
+        """About P's leading right singular vectors, (m, count) up to their lengths, the first first; P is triangular.
+
+        The row space of E·P lies along them for the most part unless E is thin: inputs favour few directions far more
+        than an E without structure, such as a rounding error, does.
+        """
+        with self._leading.lock:
+            known = self._leading.columns
+            if known is None or known.shape[1] < count:
+                draw = torch.Generator().manual_seed(0)
+                columns = torch.randn(len(self.factor), count, generator=draw).to(self.factor.device)
+                if known is not None:
+                    columns[:, : known.shape[1]] = known
+                for _ in range(steps):
+                    columns = self.multiply(self._times(torch.linalg.qr(columns).Q).T).T
+                known = self._leading.columns = columns @ torch.linalg.eigh(columns.T @ columns).eigenvectors.flip(1)
+            return known[:, :count]
+
+    def with_leading(self, columns: torch.Tensor) -> InputRoot:
+        """The same with leading directions (m, j) that are known, such as those found when it was stored."""
+        return InputRoot(self.factor, _Leading(columns))
+
+    def _times(self, columns: torch.Tensor) -> torch.Tensor:
+        """P·columns for columns (m, p)."""
+        product = torch.empty_like(columns)
+        width = max(_STRIP, len(self.factor) // _STRIPS)
+        for start in range(0, len(self.factor), width):
+            stop = start + width
+            torch.mm(self.factor[start:stop, :stop], columns[:stop], out=product[start:stop])
+        return product
 
     def to(self, device: torch.device) -> InputRoot:
         return InputRoot(self.factor.to(device))

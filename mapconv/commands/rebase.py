@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -22,7 +22,7 @@ from mapconv.placement.all_linear import with_changed_linears
 from mapconv.placement.factors import require_factors
 from mapconv.placement.pairing import pair_bases
 from mapconv.refit.directory import MapDirectory, measured
-from mapconv.refit.evidence import Refits, gather, planned_text
+from mapconv.refit.evidence import Refits, Statistics, gather, planned_text
 from mapconv.refit.plan import Dtype
 from mapconv.refit.ranks import mean_rank, spread_ranks
 from mapconv.refit.rebase import Rebased, RebaseOptions, Rebaser, notes_on_inputs
@@ -70,7 +70,7 @@ def rebase(
     data: str | Path | None = None,
     samples: int | None = None,
     sequence_length: int | None = None,
-    statistics: Literal["running", "source", "none"] = "running",
+    statistics: Statistics | None = None,
     statistics_from: str | Path | None = None,
     calibrate: int = 0,
     seed: int = 0,
@@ -101,7 +101,8 @@ def rebase(
         data: text that the adapter is for; None: the source model writes its own.
         samples: sequences to fit on (32), each of ``sequence_length`` tokens (256).
         statistics: ``running``: fit each layer to the inputs that it gets behind the layers rebased before it.
-            ``source``: to the source's own inputs. ``none``: to the weights alone.
+            ``source``: to the source's own inputs. ``none``: to the weights alone. None: ``running`` with ``data``,
+            ``source`` without, which measured best (examples/benchmarks/README.md).
         statistics_from: what ``mapconv.statistics`` collected of ``base``: no model runs, and ``data`` only serves to
             measure the result.
         calibrate: steps to train the result afterwards, on ``onto``, towards the source on ``base``, with both bases
@@ -122,6 +123,7 @@ def rebase(
     """
     started = time.perf_counter()
     wanted, length = samples or SAMPLES.fallback, sequence_length or SEQUENCE_LENGTH.fallback
+    statistics = statistics or ("source" if data is None and statistics_from is None else "running")
     refitting = Refitting.of([source], out, "rebased", allow_pickle=allow_pickle)
     source = refitting.source
     runs = (statistics != "none" and statistics_from is None) or data is not None

@@ -119,8 +119,8 @@ REBASE = Command(
     Option(
         "statistics",
         Choice(("running", "source", "none")),
-        "running: fit to inputs as the rebased layers give them. source: to the source's inputs. none: to weights.",
-        default="running",
+        "running: fit to inputs as the rebased layers give them. source: to the source's inputs. none: to weights. "
+        "Default: running with --data, source without.",
     ),
     Option(
         "statistics_from",

@@ -17,7 +17,7 @@ import torch
 from mapconv.algebra.moments import InputMoment
 from mapconv.algebra.regression import PairedMoment, RegressionInputs
 from mapconv.errors import CheckpointError
-from mapconv.runtime.lockstep import paused_before
+from mapconv.runtime.lockstep import Seen, paused_at
 from mapconv.runtime.models import forward_pass
 from mapconv.runtime.widening import WideBlocks, blocks_of
 
@@ -70,17 +70,22 @@ class Mixture:
         """
         known: tuple[tuple[int, ...], RegressionInputs | None] = ((), None)
         left = set(self._layers)
-        wanted = paused_before(self._layers, [forward_pass(self._source, batch) for batch in batches])
-        made = paused_before(self._others, [forward_pass(self._served, batch) for batch in batches])
+        narrow = {path for path, layer in self._layers.items() if _is_narrow(layer)}
+        wanted = paused_at(self._layers, [forward_pass(self._source, batch) for batch in batches], narrow)
+        made = paused_at(self._others, [forward_pass(self._served, batch) for batch in batches])
         with closing(wanted), closing(made):
             for (path, x), (other, x_made) in zip(wanted, made, strict=False):
                 if path != other:
                     return  # they take different ways (routed experts): what is left has no inputs to be compared by
                 # Layers with one input (q, k and v) are given the same tensor.
-                place = tuple(id(tensor) for tensor in (*x.values(), *x_made.values()))
-                if place != known[0]:
-                    known = (place, _paired(path, x, x_made))
-                yield Waiting(path, known[1])
+                place = tuple(id(seen.input) for seen in (*x.values(), *x_made.values()))
+                if place == known[0]:
+                    inputs = known[1]
+                else:
+                    inputs = _paired(path, x, x_made, outputs=path in narrow)
+                    # What outputs tell is of this layer alone.
+                    known = (() if path in narrow else place, inputs)
+                yield Waiting(path, inputs)
                 left.discard(path)
                 if not left:
                     return  # what comes behind the last layer, such as a head, need not run
@@ -107,11 +112,11 @@ class SourceInputs:
         """As ``Mixture.run``."""
         known: tuple[tuple[int, ...], RegressionInputs | None] = ((), None)
         left = set(self._layers)
-        with closing(paused_before(self._layers, [forward_pass(self._source, batch) for batch in batches])) as steps:
+        with closing(paused_at(self._layers, [forward_pass(self._source, batch) for batch in batches])) as steps:
             for path, x in steps:
-                place = tuple(id(tensor) for tensor in x.values())
+                place = tuple(id(seen.input) for seen in x.values())
                 if place != known[0]:
-                    known = (place, _alone(path, x))
+                    known = (place, _alone(path, [seen.input for seen in x.values()]))
                 yield Waiting(path, known[1])
                 left.discard(path)
                 if not left:
@@ -130,27 +135,38 @@ def _adapted(layers: Mapping[str, Any]) -> dict[str, Any]:
     return {path: layer for path, layer in layers.items() if hasattr(layer, "base_layer")}
 
 
-def _paired(path: str, x: dict[int, torch.Tensor], x_made: dict[int, torch.Tensor]) -> RegressionInputs | None:
-    """Both moments over every batch; None where the inputs are not vectors, or differ in shape."""
-    tensors = [*x.values(), *x_made.values()]
+def _is_narrow(layer: Any) -> bool:
+    """Whether what a layer makes of its inputs, as it is or with an adapter, is less than them, and known by itself."""
+    linear = getattr(layer, "base_layer", layer)
+    if not isinstance(linear, torch.nn.Linear) or linear.bias is not None:
+        return False
+    return linear.out_features < linear.in_features
+
+
+def _paired(path: str, x: dict[int, Seen], x_made: dict[int, Seen], *, outputs: bool) -> RegressionInputs | None:
+    """Both moments over every batch; None where the inputs are not vectors, or differ in shape.
+
+    With ``outputs``, the layer's at the source stand for its inputs there: what they tell of its weight is the same.
+    """
+    tensors = [seen.input for seen in (*x.values(), *x_made.values())]
     if not all(tensor.is_floating_point() and tensor.ndim >= 2 for tensor in tensors):
         return None
-    if x.keys() != x_made.keys() or any(x[number].shape != x_made[number].shape for number in x):
+    if x.keys() != x_made.keys() or any(x[number].input.shape != x_made[number].input.shape for number in x):
         return None
-    moment = PairedMoment(tensors[0].shape[-1])
-    for number, wanted in x.items():
-        moment.add(wanted, x_made[number])
+    moment = PairedMoment(tensors[0].shape[-1], of_outputs=outputs)
+    for number, (wanted, output) in x.items():
+        moment.add(wanted if output is None else output, x_made[number].input)
     if not moment.finite:
         raise CheckpointError(f"the inputs of {path} overflow: one of the bases or the adapter has diverged.")
     return moment.inputs()
 
 
-def _alone(path: str, x: dict[int, torch.Tensor]) -> RegressionInputs | None:
+def _alone(path: str, x: Sequence[torch.Tensor]) -> RegressionInputs | None:
     """The second moment of the inputs of every batch; None where they are not vectors."""
-    if not all(tensor.is_floating_point() and tensor.ndim >= 2 for tensor in x.values()):
+    if not all(tensor.is_floating_point() and tensor.ndim >= 2 for tensor in x):
         return None
-    moment = InputMoment(next(iter(x.values())).shape[-1], "full")
-    for tensor in x.values():
+    moment = InputMoment(x[0].shape[-1], "full")
+    for tensor in x:
         moment.add(tensor.float())
     if not moment.finite:
         raise CheckpointError(f"the inputs of {path} overflow: the base or the adapter has diverged.")

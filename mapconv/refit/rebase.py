@@ -147,7 +147,7 @@ class Rebaser:
             W = self._weight(item)
             seen, whole = T - W, T
             if known is not None:
-                seen, whole = known.pencil(seen, W, gains=False).S, known.root.multiply(T)
+                seen, whole = known.seen(seen, W), known.root.multiply(T)
             yield Spectrum(
                 item.module.path, item.weight.shape, squared_singular_values(seen) / (squared_norm(whole) or 1.0)
             )
@@ -193,7 +193,7 @@ class Rebaser:
         wanted = self._options.wanted(item)
         gains, known = wanted.gain is None, update.directions
         target = DensePencil(change, W if gains else None, None if known is None else known.T)
-        seen = None if inputs is None else inputs.pencil(change, W, gains=gains, directions=known)
+        seen = None if inputs is None else inputs.pencil(change, W, gains=gains, rank=wanted.rank)
         root = None if inputs is None else inputs.root
         refitted = ModuleRefit(target, wanted, root, seen).solve()
         A, B = refitted.A, refitted.B

@@ -10,6 +10,7 @@ from mapconv.placement.adapters import PlacedAdapter
 from mapconv.refit.plan import IMPORTS, IMPORTS_WITH_MODEL, operations_a_second
 from mapconv.refit.rebase import MEMORY, RebaseOptions, refit_bytes
 from mapconv.runtime.cores import core_count
+from mapconv.runtime.sampling import TOGETHER
 from mapconv.runtime.threads import workers_for
 
 #: What the layers' inputs are known from; ``weights``: from nothing.
@@ -18,8 +19,8 @@ Source = Literal["data", "samples", "statistics", "weights"]
 _PRODUCTS, _MORE_COLUMNS = 10, 8
 #: Passes of a training step in forward passes: the source's, the result's, and its gradients.
 _PASSES_A_STEP = 4
-#: Sequences of a training step, sequences written together, and bytes of weights read a second by one that writes.
-_BATCH, _WRITTEN_TOGETHER, _READ = 4, 16, 8e9
+#: Sequences of a training step, and bytes of weights that a model which writes text moves in a second.
+_BATCH, _MOVED = 4, 8e9
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,9 @@ def _seconds(
     square += 2 * whole * (4 * text.measured + steps * _PASSES_A_STEP * _BATCH * (text.tokens / (text.sequences or 1)))
     seconds = thin / operations_a_second() / cores + square / operations_a_second(1024) / cores
     if text.by == "samples":
-        length, batches = text.tokens / text.sequences, -(-text.sequences // _WRITTEN_TOGETHER)
-        seconds += length * batches * whole * 2 / _READ
+        # A step widens every weight: it is read in 16 bits, and written and read in 32.
+        steps_written = text.tokens / text.sequences * -(-text.sequences // TOGETHER)
+        seconds += steps_written * whole * 10 / _MOVED + 2 * text.tokens * whole / operations_a_second() / cores
     return seconds
 
 

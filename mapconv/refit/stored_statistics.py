@@ -1,7 +1,8 @@
 """Second moments of a base's layer inputs as a folder, made once for every adapter of that base.
 
     statistics.json           format version; base; data; per layer: its width, inputs seen, and the tensor of its root
-    statistics.safetensors    the roots P (``mapconv.algebra.moments``), float32, lower triangles in strips
+    statistics.safetensors    the roots P (``mapconv.algebra.moments``), float32, lower triangles in strips; and of each
+                              its leading directions, bfloat16, which only save every rebase from looking for them
 
 Layers with the same input share one root.
 """
@@ -34,8 +35,11 @@ from mapconv.untrusted.schema import COUNT, NUMBER, TABLE, TEXT, Each
 
 STATISTICS_FILE, ROOTS_FILE = "statistics.json", "statistics.safetensors"
 FORMAT_VERSION = 1
+_LEADING = ".leading"
 #: Rows of a root that are stored together, up to the diagonal.
 STRIP = 192
+#: Leading directions that are stored of a root, and the steps in which they are found: those of ranks up to 32.
+LEADING, LEADING_STEPS = 40, 8
 _SCHEMA = {
     "format_version": COUNT,
     "base": TABLE,
@@ -57,6 +61,8 @@ class StatisticsWriter:
         if self._last[0] != id(inputs):
             self._last = id(inputs), path
             self._spool.append(path, packed(inputs.root.factor))
+            count = min(LEADING, len(inputs.root.factor))
+            self._spool.append(f"{path}{_LEADING}", inputs.root.leading(count, LEADING_STEPS).bfloat16())
         self._layers[path] = {
             "tensor": self._last[1],
             "width": inputs.root.factor.shape[0],
@@ -131,12 +137,16 @@ class StoredStatistics:
         """What is known of a layer's inputs, which are taken to be the same on every base."""
         layer = self._layers[path]
         factor, finite = _read_packed(self._tensors[layer["tensor"]], layer["width"], reader)
+        root, leading = InputRoot(factor), self._tensors.get(layer["tensor"] + _LEADING)
+        if leading is not None:
+            columns = reader.read(leading).float()
+            root, finite = root.with_leading(columns), finite and all_finite(columns)
         if not finite or not (factor.diagonal() > 0).all():
             raise CheckpointError(
                 f"{self.folder / ROOTS_FILE}: {layer['tensor']} is not the root of a second moment: make the folder "
                 "again with `mapconv statistics`."
             )
-        return RegressionInputs(InputRoot(factor), None, layer["tokens"])
+        return RegressionInputs(root, None, layer["tokens"])
 
 
 def read_statistics(folder: Path) -> StoredStatistics:
@@ -154,8 +164,12 @@ def read_statistics(folder: Path) -> StoredStatistics:
         raise CheckpointError(f"{path} has format version {record['format_version']}, expected {FORMAT_VERSION}.")
     tensors = {ref.name: ref for ref in read_tensor_file(folder / ROOTS_FILE).tensors}
     for layer, entry in record["layers"].items():
-        ref = tensors.get(entry["tensor"])
-        if ref is None or ref.dtype != "F32" or ref.shape != (packed_size(entry["width"]),):
+        ref, leading = tensors.get(entry["tensor"]), tensors.get(entry["tensor"] + _LEADING)
+        fits = ref is not None and ref.dtype == "F32" and ref.shape == (packed_size(entry["width"]),)
+        # Folders without leading directions are older.
+        if leading is not None:
+            fits = fits and leading.dtype == "BF16" and len(leading.shape) == 2 and leading.shape[0] == entry["width"]
+        if not fits:
             raise CheckpointError(
                 f"{folder / ROOTS_FILE} has no root of width {entry['width']} for {layer}: the two files do not belong "
                 "together, so make the folder again."

@@ -8,8 +8,8 @@ the block was seen to do before the memory for it is needed by the next.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -98,27 +98,50 @@ def in_lockstep(
         yield name
 
 
-def paused_before(
-    layers: dict[str, torch.nn.Module], passes: Sequence[Callable[[], Any]]
-) -> Generator[tuple[str, dict[int, torch.Tensor]], None, None]:
-    """Yield the name of each layer and its input in every pass, by the pass's number, before any pass runs it.
+class Seen(NamedTuple):
+    """What a pass gave a layer that it waits at, and what the layer made of it; None where it has not run yet."""
 
-    What the caller does to the layer between two steps is what the passes then compute with. A pass that does not come
-    to a layer has no input there (an expert that no token was routed to); a layer that runs again is not reported
-    again. The passes are ended when the iterator is closed.
+    input: torch.Tensor
+    output: torch.Tensor | None = None
+
+
+def paused_at(
+    layers: dict[str, torch.nn.Module], passes: Sequence[Callable[[], Any]], behind: Collection[str] = ()
+) -> Generator[tuple[str, dict[int, Seen]]]:
+    """Yield the name of each layer and what every pass has seen there, by the pass's number, before any pass runs it.
+
+    What the caller does to the layer between two steps is what the passes then compute with. At layers named in
+    ``behind`` the passes wait when they have run them. A pass that does not come to a layer has nothing there (an
+    expert that no token was routed to); a layer that runs again is not reported again. The passes are ended when the
+    iterator is closed.
     """
     driver = _Driver(passes)
 
     def before(name: str) -> Callable[..., None]:
         def hook(_: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            driver.pause(name, arguments[0] if arguments else next(iter(named.values())))
+            driver.pause(name, Seen(_first(arguments, named)))
 
         return hook
 
-    handles = [module.register_forward_pre_hook(before(name), with_kwargs=True) for name, module in layers.items()]
+    def after(name: str) -> Callable[..., None]:
+        def hook(_: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> None:
+            driver.pause(name, Seen(_first(arguments, named), output))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(after(name), with_kwargs=True)
+        if name in behind
+        else module.register_forward_pre_hook(before(name), with_kwargs=True)
+        for name, module in layers.items()
+    ]
     for name, seen in driver.run(handles):
         if name is not None:
             yield name, seen
+
+
+def _first(arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    return arguments[0] if arguments else next(iter(named.values()))
 
 
 class _Driver:

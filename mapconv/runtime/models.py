@@ -202,7 +202,7 @@ def model_inputs(model: Any, tokens: torch.Tensor) -> dict[str, Any]:
     Raises:
         DataError: a token that the model has no embedding of.
     """
-    known, highest = _vocabulary(model), int(tokens.max())
+    known, highest = vocabulary(model), int(tokens.max())
     if known is not None and highest >= known:
         raise DataError(
             f"the tokenizer gives a token {highest}, and the model has embeddings of {known} only: put the tokenizer "
@@ -216,7 +216,7 @@ def model_inputs(model: Any, tokens: torch.Tensor) -> dict[str, Any]:
     return inputs
 
 
-def _vocabulary(model: Any) -> int | None:
+def vocabulary(model: Any) -> int | None:
     """How many tokens a model has embeddings of, where it says which its embeddings are."""
     try:
         return model.get_input_embeddings().weight.shape[0]
@@ -296,4 +296,5 @@ def translated(what: str, kind: type[MapconvError]) -> Iterator[None]:
         if is_out_of_memory(error):
             raise  # which says nothing of the files
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-        raise kind(f"{what} cannot be loaded ({type(error).__name__}: {lines[0][:200]}).") from error
+        told = " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200]  # behind a colon stands what is wrong
+        raise kind(f"{what} cannot be loaded ({type(error).__name__}: {told.rstrip('.')}).") from error

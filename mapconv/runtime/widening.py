@@ -32,6 +32,7 @@ class WideBlocks:
         inside = {id(parameter) for block in self._blocks.values() for parameter in block.parameters()}
         lookups, tied = _lookups(model, inside)
         self._blocks |= tied
+        self._parameters = {name: list(block.parameters()) for name, block in self._blocks.items()}
         self._wide: OrderedDict[str, list[tuple[torch.nn.Parameter, torch.Tensor]]] = OrderedDict()
         self._merged: dict[str | None, list[Any]] = {}
         for path, layer in (merged or {}).items():
@@ -63,7 +64,7 @@ class WideBlocks:
                 return
             if len(self._wide) == _WIDE_BLOCKS:
                 self._narrow_oldest()
-            parameters = list(self._blocks[name].parameters())
+            parameters = self._parameters[name]
             self._wide[name] = [(parameter, parameter.data) for parameter in parameters]
             # What is stored in float32 stays what it is where a merge is about to change it.
             for parameter in parameters:

@@ -191,7 +191,7 @@ def test_both_factors_come_from_one_basis_when_the_iteration_ends_at_its_limit(m
     from mapconv.algebra import randomized
     from mapconv.algebra.randomized import Sketch
 
-    monkeypatch.setattr(randomized, "_converged", lambda *_, **__: False)
+    monkeypatch.setattr(randomized._Falls, "ended", False)
     for limit in (1, 2):
         monkeypatch.setattr(randomized, "MAX_BLOCKS", limit)
         S, W = matrices("noisy", (40, 30))
@@ -201,3 +201,27 @@ def test_both_factors_come_from_one_basis_when_the_iteration_ends_at_its_limit(m
         solution = sketch.cut(sketch.spectrum, 5)
         error = residual_norm(pencil, solution.shift, solution.left, solution.right, torch.float64)
         assert error == pytest.approx(solution.squared_error**0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize(("seed", "left"), [(0, 1), (4, 2)])
+def test_what_is_left_of_many_rows_that_grew_alike_is_the_least(seed, left):
+    """Each row's growth is a valley of its own, far narrower than the range that they lie in."""
+    draw = torch.Generator().manual_seed(seed)
+    W = torch.randn(70, 90, generator=draw)
+    moved = torch.randn(70, 4, generator=draw) @ torch.randn(4, 90, generator=draw)
+    S = (1 + 0.05 * torch.randn(70, 1, generator=draw)) * (W + 0.05 * moved) - W
+    s, w = S.double(), W.double()
+    cross = s @ w.T
+
+    def left_over(grid: torch.Tensor) -> torch.Tensor:
+        at = grid[:, None, None]
+        grams = s @ s.T - at * (cross + cross.T) + at.square() * (w @ w.T)
+        return torch.linalg.eigvalsh(grams)[:, :left].clamp_min(0).sum(1)
+
+    grid = torch.linspace(-0.2, 0.2, 801).double()
+    lowest = grid[left_over(grid).topk(4, largest=False).indices]
+    best = min(float(left_over(torch.linspace(t - 5e-4, t + 5e-4, 41).double()).min()) for t in lowest.tolist())
+    pencil = DensePencil(S, W)
+    solution = best_low_rank(pencil, 70 - left)
+    error = residual_norm(pencil, solution.shift, solution.left, solution.right, torch.float64)
+    assert error <= 1.01 * best**0.5

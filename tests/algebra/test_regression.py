@@ -9,6 +9,7 @@ import torch
 
 from mapconv.algebra.lowrank import best_low_rank
 from mapconv.algebra.moments import DAMPING
+from mapconv.algebra.randomized import OVERSAMPLING
 from mapconv.algebra.regression import PairedMoment
 
 N, M, TOKENS = 24, 16, 400
@@ -47,7 +48,7 @@ def test_the_solution_is_that_of_dense_float64(problem, rank):
     for part in (slice(0, 150), slice(150, None)):
         moment.add(wanted[None, part], made[None, part])
     inputs = moment.inputs()
-    found = best_low_rank(inputs.pencil(T - W, W, gains=False), rank, shift=0.0)
+    found = best_low_rank(inputs.pencil(T - W, W, gains=False, rank=2), rank, shift=0.0)
     R = found.left.double() @ inputs.root.divide(found.right.float()).double()
     C, S = moments(wanted, made)
     values, vectors = torch.linalg.eigh(C)
@@ -67,14 +68,14 @@ def test_equal_inputs_make_the_weighted_difference(problem):
     # Both sides in float32; solving with P loses what its condition number says.
     condition = float(torch.linalg.cond(inputs.root.factor.double()))
     rounding = 1e-6 * condition * float(expected.abs().max())
-    torch.testing.assert_close(inputs.pencil(T - W, W, gains=False).S, expected, rtol=0, atol=rounding)
+    torch.testing.assert_close(inputs.pencil(T - W, W, gains=False, rank=2).S, expected, rtol=0, atol=rounding)
 
 
 def test_the_gain_is_found_where_it_is_free(problem):
     T, _, wanted, _ = problem
     moment = PairedMoment(M)
     moment.add(wanted, wanted)
-    found = best_low_rank(moment.inputs().pencil(T - T / 1.25, T / 1.25, gains=True), 2)
+    found = best_low_rank(moment.inputs().pencil(T - T / 1.25, T / 1.25, gains=True, rank=2), 2)
     assert found.shift == pytest.approx(0.25, abs=1e-3)
 
 
@@ -86,16 +87,28 @@ def test_nothing_seen_is_nothing_known():
 
 
 @pytest.mark.parametrize("crossed", [False, True])
-def test_what_factors_add_to_the_problem_lies_in_their_directions(problem, crossed):
-    """M is linear in T: B·A adds B times the directions, which is where a solver had better begin."""
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_solver_is_told_where_the_inputs_are_large(problem, crossed, rank):
+    """Nearly all that the leading singular vectors of P hold of it lies in the directions."""
     T, W, wanted, made = problem
     moment = PairedMoment(M)
     moment.add(wanted, made)
     inputs = moment.inputs() if crossed else replace(moment.inputs(), cross=None)
-    draw = torch.Generator().manual_seed(6)
-    A, B = torch.randn(3, M, generator=draw), torch.randn(N, 3, generator=draw)
-    with_factors = inputs.pencil(T - W + B @ A, W, gains=False, directions=A)
-    added = with_factors.S - inputs.pencil(T - W, W, gains=False).S
-    # Float32 products of M terms, beside each other in two sums.
-    rounding = 4 * M**0.5 * 2**-24 * float(with_factors.S.abs().max() + inputs.root.factor.norm() * W.norm())
-    torch.testing.assert_close(added, B @ with_factors.directions.T, rtol=0, atol=rounding)
+    directions = inputs.pencil(T - W, W, gains=False, rank=rank).directions
+    assert directions.shape == (M, min(rank + OVERSAMPLING, N, M))
+    P = inputs.root.factor.double()
+    held = (P @ torch.linalg.qr(directions.double()).Q).square().sum()
+    assert held >= 0.99 * torch.linalg.svdvals(P).square()[: directions.shape[1]].sum()
+
+
+def test_outputs_of_a_layer_tell_as_much_as_its_inputs(problem):
+    """E[T·x x̃ᵀ] + λT is T·S: the two ways give one problem, but for the rounding of solving with P."""
+    T, W, wanted, made = problem
+    seen = []
+    for values, of_outputs in ((wanted, False), (wanted @ T.T, True)):
+        moment = PairedMoment(M, of_outputs=of_outputs)
+        moment.add(values, made)
+        inputs = moment.inputs()
+        seen.append(inputs.pencil(T - W, W, gains=False, rank=2).S)
+    condition = float(torch.linalg.cond(inputs.root.factor.double()))
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-6 * condition * float(seen[0].abs().max()))

@@ -6,8 +6,6 @@ import contextlib
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import mapconv
@@ -71,19 +69,3 @@ def assert_what_is_said_to_be_done_is(out, expected) -> None:
             of_entry = {name: data for name, data in expected.items() if name.startswith(folder)}
             assert of_entry
             assert of_entry.items() <= found.items()
-
-
-def test_the_command_killed_with_its_workers(adapters, tmp_path):
-    """No worker outlives the run, and the next one takes over its lock at once."""
-    mapconv.convert_catalog(adapters, tmp_path / "expected")
-    out = tmp_path / "out"
-    words = ["catalog", "run", adapters, "-o", out, "--workers", "2", "--engine", "process"]
-    process = subprocess.Popen([sys.executable, "-m", "mapconv", *words], stdout=subprocess.DEVNULL)
-    while process.poll() is None and not any(out.glob("a00*")):
-        time.sleep(0.001)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    result = mapconv.convert_catalog(adapters, out)
-    assert (result.done, result.failed) == (6, 0)
-    assert result.converted >= 3, "the run was killed at its first output"
-    assert contents(out) == contents(tmp_path / "expected")

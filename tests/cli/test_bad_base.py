@@ -184,3 +184,9 @@ class TestFingerprint:
 
     def test_the_same_values_in_another_file_are_accepted(self, run, map_adapter, sharded, tmp_path):
         assert run("merge", map_adapter, "--base", sharded, "-o", tmp_path / "out").status == 0
+
+
+def test_what_a_library_says_in_its_second_line_is_said(run, dora, own_base, text, tmp_path):
+    edit_json(own_base / "config.json", num_attention_heads=3)
+    result = run("upgrade", dora, "--base", own_base, "-o", tmp_path / "out", "--data", text)
+    assert_refused(result, "configuration cannot be loaded", "is not a multiple of the number of attention heads (3)")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,36 +30,47 @@ def find_chromium() -> str:
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
+def tab() -> Iterator[Any]:
+    """One page for all tests: the browser begins a process for each new one, which takes longer than to load it."""
     chromium = find_chromium()
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
         pytest.fail("the report's page is tested through playwright: pip install 'mapconv[dev]'.")
     with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=chromium, args=list(_FLAGS))
+        browser = playwright.chromium.launch(executable_path=chromium, args=list(_FLAGS))
+        page = browser.new_context(offline=True).new_page()
+        page.set_default_timeout(60_000)
+        yield page
+        browser.close()
 
 
 @pytest.fixture
-def visit(browser) -> Iterator[Callable[..., Any]]:
-    """Open a file in a fresh profile. A message on the console, an error or any request but the file's own fails."""
+def visit(tab) -> Iterator[Callable[..., Any]]:
+    """Open a file as a newcomer. A message on the console, an error or any request but the file's own fails."""
     trouble: list[str] = []
-    with ExitStack() as stack:
+    address = "about:blank"
+    listeners = {
+        "console": lambda message: trouble.append(message.text),
+        "pageerror": lambda error: trouble.append(str(error)),
+        "request": lambda request: request.url == address or trouble.append(f"request: {request.url}"),
+    }
 
-        def open_page(path: Path, *, width: int = 1200, height: int = 900, scheme: str = "light") -> Any:
-            viewport = {"width": width, "height": height}
-            context = browser.new_context(viewport=viewport, color_scheme=scheme, offline=True)
-            stack.callback(context.close)
-            context.set_default_timeout(60_000)
-            page = context.new_page()
-            url = path.resolve().as_uri()
-            page.on("console", lambda message: trouble.append(message.text))
-            page.on("pageerror", lambda error: trouble.append(str(error)))
-            page.on("request", lambda request: request.url == url or trouble.append(f"request: {request.url}"))
-            page.goto(url)
-            return page
+    def open_page(path: Path, *, width: int = 1200, height: int = 900, scheme: str = "light") -> Any:
+        nonlocal address
+        address = path.resolve().as_uri()
+        tab.set_viewport_size({"width": width, "height": height})
+        tab.emulate_media(media="screen", color_scheme=scheme)
+        tab.mouse.move(0, 0)
+        tab.goto(address)
+        return tab
 
-        yield open_page
+    for event, listener in listeners.items():
+        tab.on(event, listener)
+    yield open_page
+    tab.evaluate("localStorage.clear()")
+    for event, listener in listeners.items():
+        tab.remove_listener(event, listener)
     assert trouble == []
 
 

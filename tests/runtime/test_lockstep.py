@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mapconv.runtime.lockstep import in_lockstep
+from mapconv.runtime.lockstep import in_lockstep, paused_at
 
 
 class Chain(nn.Module):
@@ -87,3 +87,19 @@ def test_passes_need_no_gradients():
     model, seen = Chain(1), []
     list(in_lockstep(named_blocks(model), [lambda: seen.append(model(torch.zeros(1, 3)))], lambda name: None))
     assert not seen[0].requires_grad
+
+
+def test_passes_wait_before_layers_or_behind_them():
+    model, batches = Chain(3), [torch.randn(2, 3) for _ in range(2)]
+    with torch.no_grad():
+        middle = [model.blocks[0](batch) for batch in batches]
+        for name, seen in paused_at(named_blocks(model), [lambda x=x: model(x) for x in batches], {"1"}):
+            for number, (given, made) in seen.items():
+                if name == "1":
+                    torch.testing.assert_close(given, middle[number])
+                    torch.testing.assert_close(made, model.blocks[1](given))
+                else:
+                    assert made is None
+            if name == "2":  # before any pass runs it
+                model.blocks[2].weight.zero_()
+    assert [len(block._forward_hooks) + len(block._forward_pre_hooks) for block in model.blocks] == [0, 0, 0]
