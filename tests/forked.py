@@ -35,7 +35,8 @@ _PRELOADED = (
     "click", "jinja2", "yaml", "torch", "safetensors.torch", "httpx", "matplotlib.figure",
     "matplotlib.backends.backend_agg", "huggingface_hub.hf_api", "huggingface_hub.file_download",
     "huggingface_hub.repocard", "huggingface_hub._snapshot_download", "transformers.modeling_utils",
-    "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "peft", "mapconv.cli",
+    "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "peft", "mapconv.cli.merge",
+    "mapconv.cli.push", "mapconv.cli.startup", "mapconv.cli.upgrade", "mapconv.cli.verify",
     "mapconv.commands.merge", "mapconv.commands.push", "mapconv.commands.upgrade", "mapconv.commands.verify",
 )  # fmt: skip
 

@@ -27,12 +27,12 @@ from mapconv.checkpoint.staging import staged_folder
 from tests import examples
 
 KILLS = examples(25)
-LAYERS, HEIGHT, WIDTH, RANK = 12, 512, 2048, 4
+LAYERS, HEIGHT, WIDTH, RANK = 8, 512, 2048, 4
 
 
 @pytest.fixture(scope="module")
 def large_base(tmp_path_factory) -> Path:
-    """25 MB of bfloat16 weights: work enough for a kill to land in."""
+    """17 MB of bfloat16 weights: work enough for a kill to land in."""
     folder = tmp_path_factory.mktemp("large") / "base"
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)

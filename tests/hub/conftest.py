@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import constants
 
 from mapconv.cli import main
 from mapconv.hub import faults
@@ -90,9 +91,12 @@ def here(environment, forked, tmp_path, capsys) -> Callable[..., subprocess.Comp
             patch.setattr(faults, "FIRST_WAIT", 0.01)
             if find_spec("matplotlib"):
                 patch.setattr("mapconv.publishing.picture.scalars_png", draw_once(forked.pictures))
-            patch.setattr(faults, "REQUEST_TIMEOUT", float(more.get("TEST_REQUEST_TIMEOUT", 30)))
+            patch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda seconds: None))
+            limit = float(more.get("TEST_REQUEST_TIMEOUT", 30))
+            patch.setattr(faults, "REQUEST_TIMEOUT", limit)
             capsys.readouterr()
             with environment.entered(hub.environment(tmp_path / home, token) | more):
+                constants.HF_HUB_DOWNLOAD_TIMEOUT = limit
                 try:
                     main()
                 except SystemExit as stop:
