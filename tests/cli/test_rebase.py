@@ -120,9 +120,10 @@ def test_statistics_once_serve_a_rebase_without_a_model(bases, run, tmp_path):
     assert "14 layers" in made.out
     result = run(
         "rebase", bases / "lora", "--base", bases / "base", "--onto", bases / "rounded", "-o", tmp_path / "out",
-        "--rank", 8, "--statistics-from", tmp_path / "stats",
+        "--rank", 8, "--statistics-from", tmp_path / "stats", "--data", bases / "text.txt",
     )  # fmt: skip
     assert result.status == 0, result.err
+    assert "closer to the source than the source as it is" in result.out  # measured on the data, not fitted to it
     as_is = distance(bases, bases / "lora", bases / "rounded", "lora")
     assert distance(bases, tmp_path / "out", bases / "rounded", "lora") < 0.8 * as_is
 
