@@ -73,7 +73,7 @@ def rebase(
     data: str | Path | None = None,
     samples: int | None = None,
     sequence_length: int | None = None,
-    statistics: Statistics | None = None,
+    statistics: Statistics = "source",
     statistics_from: str | Path | None = None,
     calibrate: int = 0,
     seed: int = 0,
@@ -104,9 +104,9 @@ def rebase(
         data: text that the adapter is for; None: the source model writes its own.
         samples: sequences to fit on (32 of ``data``, or 64 that the source writes), each of ``sequence_length`` tokens
             (256).
-        statistics: ``running``: fit each layer to the inputs that it gets behind the layers rebased before it.
-            ``source``: to the source's own inputs. ``none``: to the weights alone. None: ``running`` with ``data``,
-            ``source`` without, which measured best (examples/benchmarks/README.md).
+        statistics: ``source``: fit each layer to the source's own inputs. ``running``: to those that it gets behind
+            the layers rebased before it, for which a second model runs; that needs many tokens, and brings little
+            (examples/benchmarks/README.md). ``none``: to the weights alone.
         statistics_from: what ``mapconv.statistics`` collected of ``base``: no model runs, and ``data`` only serves to
             measure the result.
         calibrate: steps to train the result afterwards, on ``onto``, towards the source on ``base``, with both bases
@@ -126,9 +126,8 @@ def rebase(
         ValueError: an option out of its range, or options that cannot be used together.
     """
     started = time.perf_counter()
-    writes = data is None and statistics_from is None
-    wanted, length = samples or (WRITTEN if writes else SAMPLES.fallback), sequence_length or SEQUENCE_LENGTH.fallback
-    statistics = statistics or ("source" if writes else "running")
+    own = data is None and statistics_from is None
+    wanted, length = samples or (WRITTEN if own else SAMPLES.fallback), sequence_length or SEQUENCE_LENGTH.fallback
     refitting = Refitting.of([source], out, "rebased", allow_pickle=allow_pickle)
     source = refitting.source
     runs = (statistics != "none" and statistics_from is None) or data is not None

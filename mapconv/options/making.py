@@ -118,9 +118,9 @@ REBASE = Command(
     SEQUENCE_LENGTH,
     Option(
         "statistics",
-        Choice(("running", "source", "none")),
-        "running: fit to inputs as the rebased layers give them. source: to the source's inputs. none: to weights. "
-        "Default: running with --data, source without.",
+        Choice(("source", "running", "none")),
+        "source: fit to the source's inputs. running: to inputs as the rebased layers give them. none: to weights.",
+        default="source",
     ),
     Option(
         "statistics_from",

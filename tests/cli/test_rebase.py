@@ -63,7 +63,7 @@ def rebased(bases):
     @cache
     def call(source):
         options = {"base": bases / "base", "onto": bases / "rounded", "data": bases / "text.txt", "rank": 8, **SIZES}
-        return mapconv.rebase(bases / source, bases / f"{source}-rebased", **options)
+        return mapconv.rebase(bases / source, bases / f"{source}-rebased", statistics="running", **options)
 
     return call
 
@@ -146,7 +146,10 @@ def test_few_inputs_and_unknown_ones_are_said(bases, tmp_path):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["--data", "text.txt"], ["24 sequences, 1,152 tokens", "side by side", "rank      4"]),
+        (
+            ["--data", "text.txt", "--statistics", "running"],
+            ["24 sequences, 1,152 tokens", "side by side", "rank      4"],
+        ),
         (["--statistics", "source", "--calibrate", 5], ["text that the source writes", "the source\n", "5 steps"]),
         (["--all-linear", "--rank", 8], ["of these  8 that the source leaves alone", "8 on average"]),
         (["--tolerance", 0.2], ["the smallest with ε ≤ 0.2; the source's is 4"]),
