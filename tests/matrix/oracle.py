@@ -51,6 +51,8 @@ class Case:
     adapter: Path
     #: The adapter before the rewrite, and before any doubt about PEFT's forward pass.
     source: Trained
+    #: Logits of PEFT's own unmerged forward pass, which the truth is but where that is wrong.
+    live: torch.Tensor
     #: What the adapter must compute, as far as one rounding moves it.
     trained: torch.Tensor
     moved: float
@@ -81,18 +83,17 @@ class Workshop:
     def _make(self, tiny: Tiny, option: Option) -> Case:
         base = self.bases.folder(tiny.name, option.base)
         source = self._train(tiny, option, base)
-        adapter, truth, moved = source.adapter, source.live, source.moved
-        if option.merge(tiny) == "live-wrong":
-            truth = source.merged
+        adapter, live, moved = source.adapter, source.live, source.moved
+        truth = source.merged if option.merge(tiny) == "live-wrong" else live
         if option.rewrite is not None:
             adapter = shutil.copytree(adapter, self.root / "rewritten" / f"{tiny.name}-{option.name}")
             option.rewrite(tiny, adapter, base)
             if option.rewrite_is_source:
                 model = attach_whole(load_base(tiny, base), adapter)
-                truth = tiny.logits(model)
+                live = truth = tiny.logits(model)
                 moved = _moved(tiny, model, truth)
         untrained = self._untrained(tiny, base) if option.vocab is None else None
-        return Case(tiny, option, base, adapter, source, truth, moved, untrained)
+        return Case(tiny, option, base, adapter, source, live, truth, moved, untrained)
 
     def _train(self, tiny: Tiny, option: Option, base: Path) -> Trained:
         settings = option.settings(tiny)
