@@ -43,6 +43,7 @@ def resized_model(live: LiveModel, config: dict[str, Any], adapters: Sequence[Ad
     resized = LiveModel(config, live.class_name)
     for item in whole:
         parameter = resized.parameter_name(item.parameter)
+        assert parameter is not None  # the same class has the same names
         if resized.shapes[parameter] != item.tensor.shape:
             raise PlacementError(
                 f"{item.tensor.name} is {list(item.tensor.shape)}, but {parameter} is "

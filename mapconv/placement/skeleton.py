@@ -39,7 +39,7 @@ class _Built:
     model: Any
     shapes: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, tuple[str, ...]]
-    shapes_or_buffers: Mapping[str, tuple[int, ...]]
+    shapes_or_buffers: dict[str, tuple[int, ...]]
     modules: Mapping[str, torch.nn.Module]
 
 
