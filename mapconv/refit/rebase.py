@@ -39,7 +39,7 @@ from mapconv.wording import counted
 #: A module, what reads what is known of its inputs, and the statistics that hold them, to check its base by.
 _Job = tuple[PlacedModule, Callable[[], RegressionInputs] | None, StoredStatistics | None]
 #: Of refits that run side by side.
-MEMORY = 600 << 20
+MEMORY = 480 << 20
 
 
 @dataclass(frozen=True)
