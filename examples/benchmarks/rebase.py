@@ -165,7 +165,8 @@ def main() -> None:
             given |= {"force": True, "keep_worse": True, **wanted}
             mapconv.rebase(adapter, out, base=base, onto=rounded, rank=rank, **given)
             seconds = time.perf_counter() - started
-            report(f"rebased, {row}, rank {rank}{also}", judge.kl(rounded, out), seconds)
+            label = f"{row} ({2 * options.tokens:,} tokens)" if row == "own" else row
+            report(f"rebased, {label}, rank {rank}{also}", judge.kl(rounded, out), seconds)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def _report(result: RebaseResult) -> None:
     print_table(["target", "modules", "rank", "ε of weights", "of outputs: worst", "median"], rows)
     errors = [module.measured_error for module in result.modules if module.output_error is not None]
     if errors and statistics.median(errors) > FAR:
-        show("  ε of weights is large because no low rank follows a base's rounding; the outputs are what was fitted")
+        show("  ε of weights is large where no low rank holds what the bases differ by; what was fitted is the outputs")
     show()
     show(
         f"  {counted(len(result.modules), 'module')}, {result.parameters:,} parameters, {size(result.nbytes)}, "

@@ -89,7 +89,7 @@ def test_nothing_seen_is_nothing_known():
 @pytest.mark.parametrize("crossed", [False, True])
 @pytest.mark.parametrize("rank", [1, 3])
 def test_a_solver_is_told_where_the_inputs_are_large(problem, crossed, rank):
-    """Nearly all that the leading singular vectors of P hold of it lies in the directions."""
+    """Nearly all that the leading singular vectors of P hold of it lies in the directions, which are but a start."""
     T, W, wanted, made = problem
     moment = PairedMoment(M)
     moment.add(wanted, made)
@@ -110,5 +110,7 @@ def test_outputs_of_a_layer_tell_as_much_as_its_inputs(problem):
         moment.add(values, made)
         inputs = moment.inputs()
         seen.append(inputs.pencil(T - W, W, gains=False, rank=2).S)
+    # Sums of TOKENS and of M float32 products, off by the root of their number in roundings; solving with P amplifies.
     condition = float(torch.linalg.cond(inputs.root.factor.double()))
-    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-6 * condition * float(seen[0].abs().max()))
+    rounding = (TOKENS**0.5 + M**0.5) * 2.0**-24 * condition * float(seen[0].abs().max())
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=rounding)
