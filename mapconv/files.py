@@ -53,6 +53,9 @@ def read_bytes(path: Path, kind: type[MapconvError], *, limit: int = SMALL, fold
 
 def check_regular(path: Path, kind: type[MapconvError], *, folder: Path | None = None) -> str:
     """Refuse what ``open_regular`` refuses, without opening it; where the file really lies."""
+    if folder in (None, path.parent) and stat.S_ISREG(os.lstat(path).st_mode):
+        # No link: it lies where its folder does, which is all that has to be resolved.
+        return os.path.join(os.path.realpath(path.parent), path.name)
     target = os.path.realpath(path)
     if not stays_inside(target, path.parent if folder is None else folder):
         raise kind(
@@ -66,11 +69,10 @@ def check_regular(path: Path, kind: type[MapconvError], *, folder: Path | None =
 
 def stays_inside(target: str, folder: Path) -> bool:
     """Whether a resolved path lies in ``folder``, or is what the Hub's cache keeps for the repository of ``folder``."""
-    roots = [os.path.realpath(folder)]
+    if _lies_in(target, folder):
+        return True
     blobs = cached_blobs(folder)
-    if blobs is not None:
-        roots.append(os.path.realpath(blobs))
-    return any(target.startswith(os.path.join(root, "")) for root in roots)
+    return blobs is not None and _lies_in(target, blobs)
 
 
 def cached_blobs(folder: Path) -> Path | None:
@@ -80,6 +82,10 @@ def cached_blobs(folder: Path) -> Path | None:
         if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
             return place.parent.parent / "blobs"
     return None
+
+
+def _lies_in(target: str, folder: Path) -> bool:
+    return target.startswith(os.path.join(os.path.realpath(folder), ""))
 
 
 def _form(target: str) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cache
+from itertools import count
 from pathlib import Path
 
 # huggingface_hub reads this when it is imported.
@@ -20,18 +22,19 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import pytest
 from hypothesis import settings
-from jinja2 import Environment
 
 from mapconv.cli import main
 from tests import QUICK, THOROUGH
 from tests.environments import ReadEnvironment, marked_environment
 from tests.files import copy
-from tests.forked import ForkedPython, use_large_pages
+from tests.forked import ForkedPython, wait_for_ending_threads
+from tests.savings import while_importing, while_testing, without_authorities
 
 #: Open until all libraries are imported.
 _marked = ExitStack()
 _marked.enter_context(marked_environment())
-_importing = pytest.MonkeyPatch()
+_importing = ExitStack()
+_numbers = count()
 _FORKED, _ENVIRONMENT = pytest.StashKey[ForkedPython](), pytest.StashKey[ReadEnvironment]()
 
 # The same examples in each run: a failure is one that anybody can repeat.
@@ -47,8 +50,18 @@ def pytest_configure(config: pytest.Config) -> None:
         _marked.close()
         # In the order of the folders, a long file is not the last one, which the other workers would wait for.
         config.option.loadscopereorder = False
-    # transformers' own call of its own deprecated name.
-    config.addinivalue_line("filterwarnings", "ignore:.is_gradient_checkpointing:FutureWarning")
+    for ignored in (
+        ".is_gradient_checkpointing:FutureWarning",  # transformers' own call of its own deprecated name
+        # Of a class of PEFT's own: the process that hands out the tests would load PEFT to show them.
+        ".lora_bias=True. was passed",
+        "Adapter .* tensor.s. have invalid shape",
+    ):
+        config.addinivalue_line("filterwarnings", f"ignore:{ignored}")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: tests wait for browsers, for servers that say nothing and for other processes."""
+    return 1 + len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
 def _quieten() -> None:
@@ -59,9 +72,9 @@ def _quieten() -> None:
     from transformers.utils import logging
 
     torch.set_num_threads(1)
-    # bitsandbytes, which PEFT imports, has functions compiled that no processor's kernel of it calls; torch would load
-    # its whole compiler for that.
-    _importing.setattr(torch, "compile", lambda function, **settings: function)
+    os.register_at_fork(before=wait_for_ending_threads)
+    _importing.enter_context(while_importing())
+    without_authorities()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
@@ -81,11 +94,10 @@ def pytest_collection(session: pytest.Session) -> None:
 def pytest_collection_finish() -> None:
     # What is imported by now stays: the garbage collector need not go through a million objects again and again. A
     # model is thousands of objects, of which it would look through the youngest after every 700.
-    gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
     gc.enable()
-    _importing.undo()
+    _importing.close()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -99,35 +111,49 @@ def pytest_runtestloop(session: pytest.Session) -> None:
         environment = session.config.stash[_ENVIRONMENT] = ReadEnvironment()
         _marked.close()
         environment.enter(dict(os.environ))
-    if hasattr(session.config, "workerinput"):
-        use_large_pages()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _compiled_once() -> Iterator[None]:
-    """PEFT and the Hub's client compile the same template of a model card for each adapter that is saved."""
-    compiled = Environment.compile
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Environment, "compile", cache(compiled))
+def _spared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What ``tests/savings.py`` says; and norms of base weights are not left in the cache of whoever runs the tests."""
+    with while_testing(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MAPCONV_CACHE", str(tmp_path_factory.mktemp("norms")))
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _disks_not_waited_for() -> Iterator[None]:
-    """No test cuts the power. Whether and when files are flushed, the tests of that see; forks wait for the disk."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("fsync", "fdatasync"):
-            if hasattr(os, name):
-                patch.setattr(os, name, lambda descriptor: os.fstat(descriptor) and None)
-        patch.setattr("mapconv.checkpoint.flushing._sync_file_range", None)
-        yield
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A new folder, which is gone after the test if that passed: before the disk has written what lay in it.
+
+    pytest's own keeps those of three runs, 600 MB in 30,000 files each, and removes an older one at the end of a run.
+    """
+    failures = request.session.testsfailed
+    name = re.sub(r"\W", "_", request.node.name)[:30]
+    folder = tmp_path_factory.mktemp(f"{name}-{next(_numbers)}", numbered=False)
+    yield folder
+    if request.session.testsfailed == failures:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_report_to_serializable(report: object) -> None:
+    """What a worker sends of a step that passed, three for each test, is little more than that it did."""
+    if isinstance(report, pytest.TestReport) and report.passed:
+        report.keywords, report.sections = {}, []
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    # pytest collects ten times more, for objects whose end raises an error.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
     """One line for each thing that is missing here, instead of one for each test that needs it."""
     skipped = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped"))
-    for reason, count in skipped.items():
-        terminalreporter.write_line(f"{count} skipped: {reason}")
+    for reason, tests in skipped.items():
+        terminalreporter.write_line(f"{tests} skipped: {reason}")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ has run. Each fork has an environment of its own (``tests/environments.py``).
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import gc
 import hashlib
@@ -111,15 +110,30 @@ class ForkedPython:
         return subprocess.CompletedProcess(arguments, process.wait(), *process.communicate())
 
 
+def wait_for_ending_threads() -> None:
+    """Let the threads that are about to end do so: to be called before a fork.
+
+    A thread that Python has joined still gives its memory back to MKL, under a lock: a fork in that moment has the lock
+    held for ever, and its first product of matrices waits for it.
+    """
+    own, tasks, end = str(threading.get_native_id()), Path("/proc/self/task"), time.monotonic() + 1
+    while tasks.is_dir() and time.monotonic() < end:
+        states = []
+        for task in tasks.iterdir():
+            with contextlib.suppress(OSError):  # it has ended
+                states += [(task / "stat").read_text().rpartition(")")[2].split()[0]] * (task.name != own)
+        if all(state == "S" for state in states):
+            return
+        time.sleep(0.0005)
+
+
 def _serve(requests: IO[str], answers: IO[str], environment: ReadEnvironment, pictures: Path) -> None:
     _forget_pytest()
     with contextlib.suppress(ImportError):
         from mapconv.publishing import picture
 
         picture.scalars_png = draw_once(pictures)
-    gc.collect()
     gc.freeze()  # or each fork's collections copy all pages of what never changes
-    use_large_pages()
     for line in requests:
         request = json.loads(line)
         if "wait" in request:
@@ -138,24 +152,6 @@ def _forget_pytest() -> None:
     sys.excepthook, sys.unraisablehook = sys.__excepthook__, sys.__unraisablehook__
     threading.excepthook = threading.__excepthook__
     sys.modules["__main__"] = ModuleType("__main__")
-
-
-def use_large_pages() -> None:
-    """Put what is in memory by now on pages of 2 MiB, where the system can.
-
-    Half of the time of a short fork goes to copying a table of 100,000 small ones, and a virtual machine looks up each
-    page twice: the garbage collector takes a quarter less time on large ones.
-    """
-    collapse, size = 25, 2 << 20  # MADV_COLLAPSE, <linux/mman.h>; older systems refuse it
-    with contextlib.suppress(OSError, AttributeError):
-        madvise = ctypes.CDLL(None).madvise
-        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            span, mode, _, _, inode, *name = line.split()
-            start, end = (int(address, 16) for address in span.split("-"))
-            start, end = -(-start // size) * size, end // size * size
-            if mode.startswith("rw") and inode == "0" and name in ([], ["[heap]"]) and start < end:
-                madvise(start, end - start, collapse)
 
 
 def draw_once(folder: Path) -> Callable[[Any], bytes | None]:

@@ -42,6 +42,8 @@ class Scan(NamedTuple):
 WIDE, NARROW = Scan(31, 3, 9), Scan(81, 4, 25)
 #: Up to this size they are looked at one by one: of each the place is known.
 EVERY_VALLEY = 256
+#: Numbers of the matrices whose eigenvalues are found in one call: small matrices take less time than a call does.
+AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class GramPencil:
         self.complete = complete
         self.ss, self.sw, self.ww, self.norms = ss, None if sw is None else sw + sw.T, ww, norms
         self.noise, self.enough = rounding * norms[0], enough
-        self._scanned: dict[Scan, list[tuple[float, torch.Tensor]]] = {}
+        self._scanned: dict[Scan, tuple[list[float], torch.Tensor]] = {}
 
     def solve(self, rank: int, *, t: float | None = None, start: float = 0.0) -> Spectrum:
         """The spectrum at the t of least error for ``rank``, or at a given ``t``."""
@@ -166,14 +168,16 @@ class GramPencil:
         """The t of least error among those of ``_places``, and of others close together in the lowest valleys there."""
         scan = NARROW if 8 * (len(self.ss) - rank) <= len(self.ss) else WIDE
         if scan not in self._scanned:
-            self._scanned[scan] = [(t, self._errors(t)) for t in self._places(scan)]
-        places = [t for t, _ in self._scanned[scan]]
-        errors = [float(found[rank]) for _, found in self._scanned[scan]]
+            places = self._places(scan)
+            self._scanned[scan] = places, self._errors(places)
+        places, found = self._scanned[scan]
+        errors = found[:, rank].tolist()
         tried = dict(zip(places, errors, strict=True))
+        closer: list[float] = []
         for valley in sorted(_valleys(errors), key=lambda place: errors[place])[: scan.valleys]:
             ends = places[max(valley - 1, 0)], places[min(valley + 1, len(places) - 1)]
-            for t in torch.linspace(*ends, scan.refined, dtype=torch.float64).tolist():
-                tried[t] = float(self._errors(t)[rank])
+            closer += torch.linspace(*ends, scan.refined, dtype=torch.float64).tolist()
+        tried |= zip(closer, self._errors(closer)[:, rank].tolist(), strict=True)
         return min(tried, key=lambda t: tried[t])
 
     def _places(self, scan: Scan) -> list[float]:
@@ -205,13 +209,20 @@ class GramPencil:
         roots = torch.linalg.eigvals(companion)
         return sorted({t for t in roots.real[roots.imag >= 0].tolist() if math.isfinite(t)})
 
-    def _errors(self, t: float) -> torch.Tensor:
-        """The squared errors of every rank, as ``at`` has them, from the eigenvalues alone."""
+    def _errors(self, places: Sequence[float]) -> torch.Tensor:
+        """The squared errors of every rank at each t, (t, l + 1), as ``at`` has them, from the eigenvalues alone."""
         norm_s, inner, norm_w = self.norms
         assert self.sw is not None
         assert self.ww is not None  # where there is no W, no t is looked for
-        values = torch.linalg.eigvalsh(self.ss - t * self.sw + t * t * self.ww).flip(0).clamp_min(0).double()
-        return norm_s - 2 * t * inner + t * t * norm_w - _sums(values)
+        found = []
+        at_once = max(1, AT_ONCE // self.ss.numel())
+        for first in range(0, len(places), at_once):
+            ts = torch.tensor(places[first : first + at_once], dtype=torch.float64)[:, None, None]
+            t, squared = ts.to(self.ss.dtype), ts.square().to(self.ss.dtype)
+            values = torch.linalg.eigvalsh(self.ss - t * self.sw + squared * self.ww).flip(1).clamp_min(0).double()
+            norms = norm_s - 2 * ts * inner + ts.square() * norm_w
+            found.append(norms[:, :, 0] - _sums(values))
+        return torch.cat(found)
 
     def _best(self, here: Spectrum, rank: int) -> Spectrum:
         """The spectrum of least error for ``rank``, found from ``here``."""
@@ -257,8 +268,8 @@ def _valleys(errors: Sequence[float]) -> list[int]:
 
 
 def _sums(values: torch.Tensor) -> torch.Tensor:
-    """0 and the running sums of ``values``: one for each rank from 0 on."""
-    return torch.cat([values.new_zeros(1), values.cumsum(0)])
+    """0 and the running sums of ``values``, (…, l): one for each rank from 0 on, (…, l + 1)."""
+    return torch.cat([values.new_zeros(*values.shape[:-1], 1), values.cumsum(-1)], -1)
 
 
 def _first_below(errors: torch.Tensor, allowed: float, max_rank: int) -> int:

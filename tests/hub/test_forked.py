@@ -17,6 +17,7 @@ def marked(value):
     return isinstance(value, (str, os.PathLike)) and mark in str(value)
 
 gc.unfreeze()
+gc.collect()
 for owner in gc.get_objects():
     values = owner.values() if type(owner) is dict else owner if type(owner) in (list, tuple, set) else ()
     if any(map(marked, list(values))) and set(owner) != {{"HF_HOME", "HF_ENDPOINT"}}:
