@@ -10,6 +10,7 @@ few seconds.
   changes one takes a copy. Models have two layers of 32.
 - Hypothesis draws ``examples(n)``: n in the profile ``thorough``, a fifth of it in the default one. Before a release,
   and after a change to what reads strangers' files: ``python -m pytest --hypothesis-profile=thorough``.
+- A test's ``tmp_path`` is gone when it has passed, and what is downloaded or cached lies in the session's own folders.
 - Nothing sleeps or waits for a time: it waits for an event, with a limit that only a failure reaches.
 """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ ADAPTER_NAMES = ("", ".default", ".my_adapter")
 NAMES = sorted(OLD_NAMES)
 
 
+@cache
 def linear_shapes(name: str) -> dict[str, tuple[int, int]]:
     """(out, in) of every linear layer of a model, by its live path; heads that may be tied are left out."""
     modules = MODELS[name].build().named_modules()
@@ -48,14 +50,11 @@ def linear_shapes(name: str) -> dict[str, tuple[int, int]]:
     return {path: shape for path, shape in linears.items() if "head" not in path and "decoder" not in path}
 
 
-SHAPES = {name: linear_shapes(name) for name in NAMES}
-
-
 @st.composite
 def adapters(draw) -> tuple[str, dict[str, tuple[int, ...]], dict[str, str], bool]:
     """(model, tensors of the file, live path of each A by its key, whether every spelling is one that PEFT writes)."""
     name = draw(st.sampled_from(NAMES))
-    paths = draw(st.lists(st.sampled_from(sorted(SHAPES[name])), min_size=1, max_size=6, unique=True))
+    paths = draw(st.lists(st.sampled_from(sorted(linear_shapes(name))), min_size=1, max_size=6, unique=True))
     old = draw(st.booleans())
     prefix = draw(st.sampled_from(PREFIXES) if draw(st.booleans()) else st.just(PREFIXES[0]))
     suffix = draw(st.sampled_from(ADAPTER_NAMES))
@@ -69,14 +68,14 @@ def adapters(draw) -> tuple[str, dict[str, tuple[int, ...]], dict[str, str], boo
         owners[key] = path
 
     for path in paths:
-        add(path, respelled(name, path) if old else path, SHAPES[name][path])
+        add(path, respelled(name, path) if old else path, linear_shapes(name)[path])
     victim = draw(st.sampled_from(paths))
     if fault == "transposed":
-        add(victim, respelled(name, victim) if old else victim, SHAPES[name][victim][::-1])
+        add(victim, respelled(name, victim) if old else victim, linear_shapes(name)[victim][::-1])
     elif fault == "twice":  # the same module under both of its names
-        add(victim, victim if old else respelled(name, victim), SHAPES[name][victim])
+        add(victim, victim if old else respelled(name, victim), linear_shapes(name)[victim])
     elif fault == "mixed":  # another adapter's name on one module
-        add(victim, respelled(name, victim) if old else victim, SHAPES[name][victim], ".other")
+        add(victim, respelled(name, victim) if old else victim, linear_shapes(name)[victim], ".other")
     elif fault == "stranger":
         add("", draw(st.sampled_from(("model.layers.9.self_attn.q_proj", "q_proj", "encoder.dense"))), (16, 16))
     elif fault == "half":
