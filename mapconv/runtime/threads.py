@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -51,7 +54,13 @@ def in_order(
         yield from map(run, jobs)
         return
     threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    started: list[int] = []
+
+    def begin() -> None:
+        started.append(threading.get_native_id())
+        torch.set_num_threads(1)
+
+    pool = ThreadPoolExecutor(workers, initializer=begin)
     waiting: deque[tuple[Future[Result], int]] = deque()
     try:
         for job in jobs:
@@ -68,4 +77,16 @@ def in_order(
             yield waiting.popleft()[0].result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        _wait_for_ends(started)
         torch.set_num_threads(threads)  # the setting is partly global to the process
+
+
+def _wait_for_ends(threads: Iterable[int]) -> None:
+    """Wait, a fraction of a millisecond, until the system has ended threads that Python has joined.
+
+    Until then they give their memory back to MKL, under a lock: a process that the caller forks in that moment, as a
+    ``DataLoader`` does, has the lock held for ever, and its first product of matrices never ends.
+    """
+    end = time.monotonic() + 1
+    while any(os.path.exists(f"/proc/self/task/{thread}") for thread in threads) and time.monotonic() < end:
+        time.sleep(1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -64,6 +65,18 @@ def test_torchs_threads_are_as_before():
     before = torch.get_num_threads()
     list(in_order(lambda job: torch.ones(4).sum(), range(8), 2))
     assert torch.get_num_threads() == before
+
+
+def test_no_thread_is_left_that_a_fork_would_find_ending():
+    """Whoever forks next, as a DataLoader does, must not inherit a lock of MKL's that an ending thread holds."""
+
+    def run(matrix):
+        assert (matrix @ matrix).isfinite().all()
+        return threading.get_native_id()
+
+    for _ in range(50):
+        found = set(in_order(run, [torch.eye(64)] * 4, 2))
+        assert not any(os.path.exists(f"/proc/self/task/{thread}") for thread in found)
 
 
 def test_workers_share_the_budget():
