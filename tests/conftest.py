@@ -135,13 +135,6 @@ def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_report_to_serializable(report: object) -> None:
-    """What a worker sends of a step that passed, three for each test, is little more than that it did."""
-    if isinstance(report, pytest.TestReport) and report.passed:
-        report.keywords, report.sections = {}, []
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish() -> None:
     # pytest collects ten times more, for objects whose end raises an error.

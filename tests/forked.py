@@ -111,10 +111,10 @@ class ForkedPython:
 
 
 def wait_for_ending_threads() -> None:
-    """Let the threads that are about to end do so: to be called before a fork.
+    """Let the threads that are about to end do so, whoever began them: to be called before a fork.
 
-    A thread that Python has joined still gives its memory back to MKL, under a lock: a fork in that moment has the lock
-    held for ever, and its first product of matrices waits for it.
+    mapconv waits for its own (``mapconv.runtime.threads``). One of a test or a library, once joined, still gives its
+    memory back to MKL, under a lock: a fork in that moment has it held for ever, and its first product waits for it.
     """
     own, tasks, end = str(threading.get_native_id()), Path("/proc/self/task"), time.monotonic() + 1
     while tasks.is_dir() and time.monotonic() < end:

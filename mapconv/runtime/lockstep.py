@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from mapconv.runtime.threads import wait_for_ends
+
 
 class _Stop(BaseException):
     """Ends a forward pass whose further results nobody needs."""
@@ -56,7 +58,7 @@ class _Pass:
         if not self.finished:
             self._stopping = True
             self._go.release()
-            self.thread.join()
+        self.thread.join()
 
     def _run(self) -> None:
         self._go.acquire()
@@ -181,5 +183,6 @@ class _Driver:
         finally:
             for each in running:
                 each.stop()
+            wait_for_ends(each.thread.native_id for each in running if each.thread.native_id is not None)
             for handle in handles:
                 handle.remove()

@@ -77,16 +77,16 @@ def in_order(
             yield waiting.popleft()[0].result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        _wait_for_ends(started)
+        wait_for_ends(started)
         torch.set_num_threads(threads)  # the setting is partly global to the process
 
 
-def _wait_for_ends(threads: Iterable[int]) -> None:
-    """Wait, a fraction of a millisecond, until the system has ended threads that Python has joined.
+def wait_for_ends(threads: Iterable[int]) -> None:
+    """Wait until the system has ended threads, by their native ids, that Python has joined; at most a second.
 
     Until then they give their memory back to MKL, under a lock: a process that the caller forks in that moment, as a
     ``DataLoader`` does, has the lock held for ever, and its first product of matrices never ends.
     """
-    end = time.monotonic() + 1
+    threads, end = list(threads), time.monotonic() + 1
     while any(os.path.exists(f"/proc/self/task/{thread}") for thread in threads) and time.monotonic() < end:
         time.sleep(1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import closing
 
@@ -68,6 +69,18 @@ def test_an_error_in_a_pass_is_raised_and_nothing_is_left_behind():
         list(in_lockstep(named_blocks(model), [lambda: model(torch.zeros(1, 3)), broken], lambda name: None))
     assert threading.active_count() == before
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.blocks)
+
+
+def test_no_pass_is_left_that_a_fork_would_find_ending():
+    model, threads = Chain(1), set()
+
+    def run() -> None:
+        model(torch.zeros(1, 3))
+        threads.add(threading.get_native_id())
+
+    for _ in range(50):
+        list(in_lockstep(named_blocks(model), [run] * 3, lambda name: None))
+        assert not any(os.path.exists(f"/proc/self/task/{thread}") for thread in threads)
 
 
 def test_closing_early_ends_the_passes():
